@@ -1,0 +1,3 @@
+//! `nbdcrypt`: dm-crypt without dm-crypt.
+
+fn main() {}

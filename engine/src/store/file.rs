@@ -1,0 +1,192 @@
+//! A block device or a regular file.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::{FallocateFlags, OFlags};
+
+use super::BlockStore;
+use crate::buffer::{AlignedBuffer, DIRECT_ALIGNMENT};
+
+/// What the file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading alone: every write fails.
+    ReadOnly,
+    /// Reading and writing. A block device is opened exclusively: `ResourceBusy` when something else holds it.
+    ReadWrite,
+}
+
+/// Whether the kernel's page cache stands between the store and the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caching {
+    /// `O_DIRECT` where the filesystem allows it, else the page cache. What a server under a filesystem needs: the
+    /// filesystem above caches already, and a second cache can deadlock with it when memory is short.
+    Direct,
+    /// The page cache.
+    PageCache,
+}
+
+/// A block device or a regular file of fixed size.
+pub struct FileStore {
+    file: File,
+    len: u64,
+    alignment: usize,
+    read_only: bool,
+}
+
+impl FileStore {
+    /// Opens `path`.
+    ///
+    /// # Errors
+    /// `InvalidInput` when it is neither a block device nor a regular file, else what the system said.
+    pub fn open(path: &Path, access: Access, caching: Caching) -> io::Result<Self> {
+        let kind = std::fs::metadata(path)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is neither a block device nor a regular file"));
+        }
+        let mut flags = OFlags::CLOEXEC;
+        if kind.is_block_device() && access == Access::ReadWrite {
+            flags |= OFlags::EXCL;
+        }
+        let open = |flags: OFlags| {
+            OpenOptions::new()
+                .read(true)
+                .write(access == Access::ReadWrite)
+                .custom_flags(flags.bits().cast_signed())
+                .open(path)
+        };
+        let (file, direct) = match caching {
+            Caching::PageCache => (open(flags)?, false),
+            Caching::Direct => match open(flags | OFlags::DIRECT) {
+                Ok(file) => (file, true),
+                // The filesystem has no direct I/O.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => (open(flags)?, false),
+                Err(error) => return Err(error),
+            },
+        };
+        let len = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))?;
+        let alignment = match (direct, kind.is_block_device()) {
+            (false, _) => 1,
+            (true, true) => rustix::fs::ioctl_blksszget(&file)? as usize,
+            (true, false) => DIRECT_ALIGNMENT,
+        };
+        // Direct I/O cannot reach a last piece that is shorter than a block.
+        if len % alignment as u64 != 0 {
+            return Self::open(path, access, Caching::PageCache);
+        }
+        Ok(Self { file, len, alignment, read_only: access == Access::ReadOnly })
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn is_reachable(&self, data: &[u8]) -> bool {
+        self.alignment == 1 || data.as_ptr().addr().is_multiple_of(self.alignment)
+    }
+}
+
+impl BlockStore for FileStore {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn alignment(&self) -> usize {
+        self.alignment
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        if self.is_reachable(data) {
+            return self.file.read_exact_at(data, offset);
+        }
+        let mut bounce = AlignedBuffer::zeroed(data.len());
+        self.file.read_exact_at(&mut bounce, offset)?;
+        data.copy_from_slice(&bounce);
+        Ok(())
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        if self.is_reachable(data) {
+            return self.file.write_all_at(data, offset);
+        }
+        let mut bounce = AlignedBuffer::zeroed(data.len());
+        bounce.copy_from_slice(data);
+        self.file.write_all_at(&bounce, offset)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.read_only {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
+        // Block devices take it too: the kernel unmaps such that the range reads back as zeros, or refuses.
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(&self.file, flags, offset, len)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file_of(len: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(len).unwrap();
+        file
+    }
+
+    #[test]
+    fn what_is_written_is_read_with_and_without_the_page_cache() {
+        for caching in [Caching::Direct, Caching::PageCache] {
+            let file = file_of(1 << 20);
+            let store = FileStore::open(file.path(), Access::ReadWrite, caching).unwrap();
+            // One byte off any alignment: the store must not pass such a buffer on to direct I/O.
+            let mut source = AlignedBuffer::zeroed(8192 + 1);
+            source.fill(0xa5);
+            store.write_at(&source[1..], 4096).unwrap();
+            store.flush().unwrap();
+            let mut back = AlignedBuffer::zeroed(8192 + 1);
+            store.read_at(&mut back[1..], 4096).unwrap();
+            assert_eq!(&back[1..], &source[1..]);
+        }
+    }
+
+    #[test]
+    fn a_discarded_range_of_a_file_reads_as_zeros() {
+        let file = file_of(1 << 20);
+        let store = FileStore::open(file.path(), Access::ReadWrite, Caching::PageCache).unwrap();
+        store.write_at(&[1; 65536], 0).unwrap();
+        store.discard(4096, 8192).unwrap();
+        let mut back = [9; 16384];
+        store.read_at(&mut back, 0).unwrap();
+        assert!(back[..4096].iter().all(|b| *b == 1) && back[4096..12288].iter().all(|b| *b == 0));
+    }
+
+    #[test]
+    fn a_directory_is_no_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = FileStore::open(dir.path(), Access::ReadOnly, Caching::Direct).err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn a_file_whose_end_is_no_block_boundary_is_read_to_its_last_byte() {
+        let file = file_of(4096 + 512);
+        let store = FileStore::open(file.path(), Access::ReadWrite, Caching::Direct).unwrap();
+        store.write_at(&[3; 512], 4096).unwrap();
+        let mut back = [0; 512];
+        store.read_at(&mut back, 4096).unwrap();
+        assert_eq!(back, [3; 512]);
+    }
+}

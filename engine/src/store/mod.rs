@@ -1,0 +1,58 @@
+//! Where ciphertext rests: the only input and output of the engine, blocking and positioned.
+
+mod faulty;
+mod file;
+mod memory;
+
+use std::io;
+
+pub use faulty::{FaultyStore, Operation};
+pub use file::{Access, Caching, FileStore};
+pub use memory::MemoryStore;
+
+/// A disk, or something that answers like one. Calls may come from many threads at once; what overlapping calls see of
+/// each other is the caller's affair.
+pub trait BlockStore: Send + Sync {
+    /// The size in bytes, fixed for the store's life.
+    fn len(&self) -> u64;
+
+    /// Whether the store has no byte at all.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Offsets and lengths handed to the store are multiples of this many bytes (a power of two): 1 where any will do,
+    /// the logical block size for direct I/O. Buffers may lie anywhere in memory.
+    fn alignment(&self) -> usize {
+        1
+    }
+
+    /// Whether every write fails.
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    /// Fills `data` from `offset`.
+    ///
+    /// # Errors
+    /// What the disk said; `UnexpectedEof` past its end.
+    fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Writes all of `data` at `offset`. It is durable only after [`BlockStore::flush`].
+    ///
+    /// # Errors
+    /// What the disk said; nothing is promised then of the bytes in the range.
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Returns when every write that was answered before the call is on stable storage.
+    ///
+    /// # Errors
+    /// What the disk said; then nothing since the last successful flush is promised.
+    fn flush(&self) -> io::Result<()>;
+
+    /// Gives the space back; the range then reads as zeros or as before, and stays writable.
+    ///
+    /// # Errors
+    /// `Unsupported` where there is no such thing, else what the disk said.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+}
