@@ -6,11 +6,13 @@
 //! one call. Between them stands a budget: a request takes its payload's size from it and gives it back when its reply
 //! is sent, so a client that does not read its replies is no longer read from.
 
+use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 use ::tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -22,7 +24,7 @@ use super::workers::{self, Workers};
 use super::{MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, perform};
 use crate::export::{Export, Exports};
 use crate::proto::handshake::Next;
-use crate::proto::{ErrorCode, ExpectRequest, Handshake, Received, Reply, Request};
+use crate::proto::{Command, ErrorCode, ExpectRequest, Handshake, Received, Reply, Request};
 use crate::shutdown::Shutdown;
 
 /// Bytes that are received at once where requests are small.
@@ -33,6 +35,8 @@ const DIRECT: usize = 16 * 1024;
 const UNIT: usize = MAX_BYTES_IN_FLIGHT / MAX_REQUESTS_IN_FLIGHT;
 /// Replies sent with one call: header and payload of each are one slice.
 const SLICES: usize = 64;
+/// Requests of at most so many bytes may be carried out by the session itself.
+const SMALL: u64 = 32 * 1024;
 /// How long a connection without requests keeps its large buffers.
 const IDLE: Duration = Duration::from_secs(1);
 /// After the shutdown, a client that sends nothing for so long has nothing more to say...
@@ -125,11 +129,14 @@ where
         finished: Notify::new(),
         in_flight: AtomicUsize::new(0),
         received_all: AtomicBool::new(false),
+        pace: Pace::new(),
     });
     let (reader, writer) = ::tokio::io::split(stream);
     let mut receiving = pin!(connection.receive(reader, workers, shutdown));
     let mut sending = pin!(connection.send(writer));
     let outcome = ::tokio::select! {
+        // What was carried out while receiving is then sent.
+        biased;
         received = &mut receiving => {
             connection.received_all.store(true, Ordering::Release);
             connection.finished.notify_one();
@@ -155,9 +162,49 @@ impl workers::Job for Task {
         let Self { connection, request, mut payload } = self;
         let bytes = payload.as_mut().map_or(&mut [][..], |buffer| &mut buffer.bytes);
         // A fault in what carries it out must not leave the client, and the filesystem on top of it, waiting.
+        let begun = Instant::now();
         let outcome = catch_unwind(AssertUnwindSafe(|| perform(&connection.export, request.command(), bytes)));
+        connection.pace.took(begun.elapsed());
         let reply = request.finish(outcome.unwrap_or(Err(ErrorCode::Io)));
         connection.finish(Finished { reply, payload });
+    }
+}
+
+impl Task {
+    /// Whether it takes but a moment where nothing blocks.
+    fn is_small(&self) -> bool {
+        match self.request.command() {
+            Command::Read(range) | Command::Write { range, fua: false } => range.len <= SMALL,
+            Command::Cache(_) => true,
+            _ => false,
+        }
+    }
+}
+
+/// Whether the disk answers at once, as memory and the page cache do, or makes its callers wait.
+struct Pace(AtomicU32);
+
+impl Pace {
+    /// A small request that takes longer has waited for something.
+    const MOMENT: Duration = Duration::from_micros(100);
+    /// So many requests in turn must have been quick to believe that the next one will be.
+    const TRIAL: u32 = 64;
+
+    fn new() -> Self {
+        Self(AtomicU32::new(Self::TRIAL))
+    }
+
+    fn is_fast(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == 0
+    }
+
+    fn took(&self, time: Duration) {
+        let trial = self.0.load(Ordering::Relaxed);
+        if time > Self::MOMENT {
+            self.0.store(Self::TRIAL, Ordering::Relaxed);
+        } else if trial > 0 {
+            self.0.store(trial - 1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -178,6 +225,7 @@ pub(crate) struct Connection {
     /// Requests taken on whose replies are not sent.
     in_flight: AtomicUsize,
     received_all: AtomicBool,
+    pace: Pace,
 }
 
 impl Connection {
@@ -193,7 +241,7 @@ impl Connection {
         let mut deaf_at = None;
         loop {
             while intake.len() < expect.header_len() {
-                self.submit(workers, &mut batch);
+                self.submit(workers, &mut batch).await;
                 let more = self.more(&mut intake, &mut reader, &mut shutdown, &mut deaf_at).await?;
                 if deaf_at.is_some() {
                     expect.shut_down();
@@ -218,7 +266,7 @@ impl Connection {
                         let bytes = &mut buffer.bytes;
                         let mut at = intake.move_to(bytes);
                         while at < bytes.len() {
-                            self.submit(workers, &mut batch);
+                            self.submit(workers, &mut batch).await;
                             at += intake.receive(&mut reader, &mut bytes[at..]).await?;
                         }
                     }
@@ -238,18 +286,18 @@ impl Connection {
                             Ok(next) => break next,
                             Err(more) => skip = more,
                         }
-                        self.submit(workers, &mut batch);
+                        self.submit(workers, &mut batch).await;
                         if intake.fill(&mut reader).await? == 0 {
                             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
                         }
                     }
                 }
                 Ok(Received::Disconnect) => {
-                    self.submit(workers, &mut batch);
+                    self.submit(workers, &mut batch).await;
                     return Ok(());
                 }
                 Err(error) => {
-                    self.submit(workers, &mut batch);
+                    self.submit(workers, &mut batch).await;
                     return Err(error.into());
                 }
             }
@@ -298,7 +346,7 @@ impl Connection {
             Ok(permit) => Some(permit),
             Err(_) => {
                 // What is to be waited for may be in the batch.
-                self.submit(workers, batch);
+                self.submit(workers, batch).await;
                 // The semaphore is never closed.
                 self.budget.acquire_many(cost).await.ok()
             }
@@ -317,10 +365,18 @@ impl Connection {
         self.finish(Finished { reply, payload });
     }
 
-    fn submit(&self, workers: &Workers<Task>, batch: &mut Vec<Task>) {
-        if !batch.is_empty() {
-            workers.submit(batch.drain(..));
+    /// Has the batch carried out: here, where that takes no longer than waking a worker would, or by the workers.
+    async fn submit(&self, workers: &Workers<Task>, batch: &mut Vec<Task>) {
+        if batch.is_empty() {
+            return;
         }
+        if !self.pace.is_fast() || batch.iter().any(|task| !task.is_small()) {
+            workers.submit(batch.drain(..));
+            return;
+        }
+        batch.drain(..).for_each(workers::Job::run);
+        // Lets the sending half have its turn.
+        yield_once().await;
     }
 
     fn finish(&self, finished: Finished) {
@@ -507,6 +563,18 @@ async fn write_all_vectored(writer: &mut (impl AsyncWrite + Unpin), mut slices: 
         }
     }
     Ok(())
+}
+
+/// Lets the task's other half run, once.
+fn yield_once() -> impl Future<Output = ()> {
+    let mut yielded = false;
+    poll_fn(move |context| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
