@@ -1,0 +1,3 @@
+//! What the binary `nbdcrypt` is made of: the configuration, the key sources, and the boot in steps.
+
+pub mod config;
