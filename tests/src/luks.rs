@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::{self, HashAlgorithm, Limits, LuksError, UnlockedVolume, luks1};
+use engine::luks::{self, HashAlgorithm, Limits, LuksError, PendingFormat, UnlockedVolume, luks1};
 use engine::store::{Access, BlockStore, Caching, FileStore};
 use engine::volume::Volume;
 use tempfile::TempDir;
@@ -44,6 +44,11 @@ impl Workbench {
         self.path("key")
     }
 
+    /// Runs a program in the directory; one that fails, fails the test.
+    pub fn run<'a>(&self, program: &str, arguments: impl IntoIterator<Item = &'a str>) -> String {
+        printed(program, Command::new(program).args(arguments).current_dir(self.dir.path()))
+    }
+
     /// A sparse file of `len` bytes.
     pub fn disk(&self, name: &str, len: u64) -> PathBuf {
         let path = self.path(name);
@@ -52,17 +57,24 @@ impl Workbench {
     }
 }
 
-/// Runs a program and returns what it printed; a program that fails, fails the test.
+/// Runs a program and returns what it printed; one that fails, fails the test.
 pub fn run<S: AsRef<std::ffi::OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> String {
-    let output = try_run(program, arguments);
-    assert!(output.status.success(), "{program}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
+    printed(program, Command::new(program).args(arguments))
 }
 
 /// Runs a program; one that is not installed fails the test.
 pub fn try_run<S: AsRef<std::ffi::OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Output {
-    let output = Command::new(program).args(arguments).env("LC_ALL", "C").output();
-    output.unwrap_or_else(|error| panic!("{program} cannot be run: {error}"))
+    output(program, Command::new(program).args(arguments))
+}
+
+fn printed(program: &str, command: &mut Command) -> String {
+    let output = output(program, command);
+    assert!(output.status.success(), "{program}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn output(program: &str, command: &mut Command) -> Output {
+    command.env("LC_ALL", "C").output().unwrap_or_else(|error| panic!("{program} cannot be run: {error}"))
 }
 
 /// The disk image as a store.
@@ -84,11 +96,13 @@ pub fn open(disk: &Path) -> Volume {
 
 /// Makes a LUKS1 volume in `disk` with the key `key`.
 pub fn format_luks1(disk: &Path, hash: HashAlgorithm, key: VolumeKey) {
-    let options = luks1::Options { uuid: UUID.parse().unwrap(), ..quick_luks1(hash) };
-    let store = store(disk);
+    begin_luks1(disk, hash, key).commit(store(disk).as_ref()).unwrap();
+}
+
+/// Begins to make a LUKS1 volume in `disk` with the key `key`.
+pub fn begin_luks1(disk: &Path, hash: HashAlgorithm, key: VolumeKey) -> PendingFormat {
     let passphrase = Passphrase::new(PASSPHRASE.to_vec());
-    let pending = luks1::begin(store.as_ref(), &options, &passphrase, key, &mut noise(1)).unwrap();
-    pending.commit(store.as_ref()).unwrap();
+    luks1::begin(store(disk).as_ref(), &quick_luks1(hash), &passphrase, key, &mut noise(1)).unwrap()
 }
 
 /// The UUID of what [`format_luks1`] makes.
