@@ -31,3 +31,11 @@ pub enum KeyError {
     #[error(transparent)]
     File(#[from] FileKeyError),
 }
+
+/// TEMPORARY
+pub fn source(config: &crate::config::KeyConfig) -> std::sync::Arc<dyn KeySource> {
+    match config {
+        crate::config::KeyConfig::File(file) => std::sync::Arc::new(FileKey::new(file.clone())),
+        crate::config::KeyConfig::Aws(_) => std::sync::Arc::new(FileKey::new(crate::config::KeyFile::Stdin)),
+    }
+}
