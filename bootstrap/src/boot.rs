@@ -84,11 +84,15 @@ pub fn run(
         let mut boot = Boot::new(config, disk_path.clone(), outside);
         let mut steps = steps::all(config);
 
-        steps::up(&mut steps, &mut boot, &mut |step, boot| {
+        let came_up = steps::up(&mut steps, &mut boot, &mut |step, boot| {
             record(&claim, &mut state, boot)?;
             progress(Progress::Done(step.name()))?;
             refuse_interruption(&happened)
-        })?;
+        });
+        if let Err(error) = came_up {
+            record(&claim, &mut state, &boot)?;
+            return Err(error);
+        }
         watch_device(&boot, &events);
         if let Err(error) = progress(Progress::Up(&summary(config, &boot))) {
             // Nobody is left to be told: they think that it failed.
