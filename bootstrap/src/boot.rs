@@ -71,7 +71,7 @@ pub fn run(
     let (events, happened) = channel();
     let result = watch_signals(&events).and_then(|_runtime| {
         listen(&dir.control(), &events)?;
-        let source = keys::source(&config.key);
+        let source: Arc<dyn KeySource> = keys::source(&config.key).into();
         let fetch = || await_secret(Arc::clone(&source), &events, &happened);
         let keys = RealKeys { described: source.describe(), fetch: &fetch };
         let devices = RealDevices { options: attach_options(config, dir.fuse()) };

@@ -7,8 +7,6 @@ use engine::luks::luks1;
 use engine::store::{Access, Caching, FileStore};
 use serde_json::json;
 
-use crate::status::algorithm;
-
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The disk or file.
@@ -27,7 +25,7 @@ pub(super) fn run(args: Args) -> Result<()> {
     if args.json {
         println!("{}", serde_json::to_string_pretty(&as_json(&header))?);
     } else {
-        println!("LUKS header information for {}\n\n{header:?}", path.display());
+        print!("{}", header.display(&path.display().to_string()));
     }
     Ok(())
 }
@@ -52,7 +50,7 @@ fn as_json(header: &luks1::Header) -> serde_json::Value {
         "cipher": format!("{}-{}", header.cipher_name, header.cipher_mode),
         "hash": header.hash_spec,
         "key-bits": header.key_bytes * 8,
-        "algorithm": algorithm(header.key_bytes as usize * 8),
+        "algorithm": header.encryption(),
         "payload-offset-sectors": header.payload_offset,
         "digest": hex(&header.digest),
         "digest-salt": hex(&header.digest_salt),

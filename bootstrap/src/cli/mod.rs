@@ -7,7 +7,7 @@ mod dump;
 mod format;
 mod plan;
 //mod provision;
-//mod serve;
+mod serve;
 mod status;
 mod up;
 
@@ -47,6 +47,8 @@ enum Command {
     Status(status::Args),
     /// Make a LUKS volume on a blank disk or a new file.
     Format(format::Args),
+    /// Serve a volume to NBD clients, in the foreground.
+    Serve(serve::Args),
     /// The header of a volume, as `cryptsetup luksDump` shows it.
     Dump(dump::Args),
 }
@@ -72,6 +74,7 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Plan(args) => plan::run(args, base),
         Command::Status(args) => status::run(args, base),
         Command::Format(args) => format::run(args),
+        Command::Serve(args) => serve::run(args),
         Command::Dump(args) => dump::run(args),
     }
 }

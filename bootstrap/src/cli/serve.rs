@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use engine::luks::{self, Limits, Segment};
+use engine::luks::{self, Limits, plain};
 use engine::sector::SectorSize;
 use engine::store::{Access, BlockStore, Caching};
 use engine::volume::Volume;
@@ -39,6 +39,9 @@ pub(super) struct Args {
     /// The encryption unit of a plain volume, in bytes: 512, 1024, 2048 or 4096.
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = sector_size)]
     sector_size: SectorSize,
+    /// The length of a plain volume's key, in bits, both halves counted: 512 (AES-256) or 256 (AES-128).
+    #[arg(long, value_name = "BITS", default_value_t = 512, value_parser = key_size)]
+    key_size: usize,
     /// The name that clients ask for.
     #[arg(long, default_value = "")]
     name: String,
@@ -88,16 +91,11 @@ fn open(args: &Args) -> Result<Volume> {
             (unlocked.key, unlocked.segment)
         }
         Type::Plain => {
-            let unit = args.sector_size.bytes_u64().max(store.alignment() as u64);
-            let segment = Segment {
-                offset: 0,
-                len: store.len() / unit * unit,
-                sector_size: args.sector_size,
-                iv_start: engine::sector::Lba512(0),
-            };
-            let key = engine::key::VolumeKey::new(passphrase.expose().to_vec())
-                .with_context(|| format!("{} is no volume key", args.key_file.display()))?;
-            (key, segment)
+            let key = plain::key_from_file(&passphrase, args.key_size / 8).with_context(|| {
+                format!("{} holds no volume key of {} bits", args.key_file.display(), args.key_size)
+            })?;
+            let place = plain::Place { sector_size: args.sector_size, ..plain::Place::default() };
+            (key, plain::segment(&place, store.len()).with_context(name)?)
         }
     };
     Volume::encrypted(store, segment, &key).with_context(name)
@@ -154,6 +152,14 @@ fn bind_unix(path: &Path) -> Result<UnixListener> {
     let listener = UnixListener::bind(path);
     rustix::process::umask(before);
     listener.with_context(name)
+}
+
+fn key_size(text: &str) -> Result<usize, String> {
+    match text {
+        "512" => Ok(512),
+        "256" => Ok(256),
+        _ => Err("an AES-XTS key has 512 or 256 bits".to_owned()),
+    }
 }
 
 fn sector_size(text: &str) -> Result<SectorSize, String> {

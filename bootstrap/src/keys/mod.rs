@@ -46,11 +46,3 @@ pub fn source(config: &KeyConfig) -> Box<dyn KeySource> {
         KeyConfig::Aws(aws) => Box::new(AwsKey::new(aws.clone())),
     }
 }
-
-/// TEMPORARY
-pub fn source(config: &crate::config::KeyConfig) -> std::sync::Arc<dyn KeySource> {
-    match config {
-        crate::config::KeyConfig::File(file) => std::sync::Arc::new(FileKey::new(file.clone())),
-        crate::config::KeyConfig::Aws(_) => std::sync::Arc::new(FileKey::new(crate::config::KeyFile::Stdin)),
-    }
-}

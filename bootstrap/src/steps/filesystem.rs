@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use engine::signature;
 
 use super::{Boot, Step, need};
-use crate::config::FilesystemConfig;
+use crate::config::{FilesystemConfig, VolumeType};
 use crate::content;
 
 pub(super) struct MakeFilesystem {
@@ -45,7 +45,15 @@ impl Step for MakeFilesystem {
                     "the volume on {at} holds data, but no filesystem that is known: nothing is made over it; look at it \
                      with `nbdcrypt serve`"
                 ),
-                content::Plaintext::NeverWritten => {}
+                content::Plaintext::NeverWritten => {
+                    // Without a header, nothing but blankness tells that the disk is meant.
+                    if boot.config.volume.kind == VolumeType::Plain {
+                        content::refuse_unless_free(
+                            &boot.disk_path,
+                            need(boot.disk.as_ref(), "the open disk")?.as_ref(),
+                        )?;
+                    }
+                }
             }
         }
         let device = need(boot.attached.as_ref(), "the attached device")?.device();

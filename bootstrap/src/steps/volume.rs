@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
-use engine::luks::{self, Limits, UnlockedVolume, luks1};
+use anyhow::{Context, Result};
+use engine::key::VolumeKey;
+use engine::luks::{self, Limits, UnlockedVolume, luks1, plain};
 use engine::signature::{self, Content};
 use engine::store::BlockStore;
 use engine::volume::Volume;
@@ -54,7 +55,14 @@ impl Step for Unlock {
         let path = &boot.disk_path;
         let name = || path.display().to_string();
         let (key, segment) = match boot.config.volume.kind {
-            VolumeType::Plain => bail!("plain volumes are not there yet"),
+            VolumeType::Plain => {
+                boot.facts.kind = Some("plain");
+                let key = plain::key_from_file(&passphrase, VolumeKey::AES_256).context(
+                    "the secret is the key of a plain volume, so it must have 64 bytes: make it with `head -c 64 /dev/urandom`",
+                )?;
+                let place = plain::Place { sector_size: boot.config.volume.sector_size, ..plain::Place::default() };
+                (key, plain::segment(&place, disk.len()).with_context(name)?)
+            }
             VolumeType::Luks1 => match signature::examine(disk.as_ref())? {
                 content if content::is_luks(&content) => {
                     let locked = luks::read(disk.as_ref(), &Limits::default()).with_context(name)?;
