@@ -11,10 +11,12 @@
 //! could wait for the thread that shall answer it. So other programs (`losetup`, `mkfs`) touch them, and this module
 //! learns about them from `/sys` and `/proc`.
 
+mod claim;
 mod command;
 mod error;
-pub mod fuse;
+mod fuse;
 pub mod holders;
+mod nbd;
 mod signal;
 
 use std::fmt;

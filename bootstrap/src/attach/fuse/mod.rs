@@ -46,7 +46,7 @@ pub(super) fn attach(volume: Arc<Volume>, options: &Options) -> Result<FuseAttac
     let read_only = options.read_only || volume.is_read_only();
     let mount = FuseMount::new(volume, read_only, &options.mount_dir, &options.identifier)?;
     let device = LoopDevice::attach(&mount.file(), wished, sector_size, read_only)?;
-    mount.expect_no_close();
+    mount.watch(true);
     Ok(FuseAttachment { device, mount, identifier: options.identifier.clone() })
 }
 
@@ -69,9 +69,9 @@ impl FuseAttachment {
     }
 
     pub(super) fn detach(&mut self) -> Result<(), DetachError> {
-        self.mount.expect_close();
+        self.mount.watch(false);
         if let Err(error) = self.device.detach() {
-            self.mount.expect_no_close();
+            self.mount.watch(true);
             return Err(error);
         }
         self.mount.unmount()
