@@ -1,3 +1,4 @@
 //! What the tests share.
 
+pub mod kernel;
 pub mod luks;

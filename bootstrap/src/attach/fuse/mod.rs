@@ -50,6 +50,11 @@ pub(super) fn attach(volume: Arc<Volume>, options: &Options) -> Result<FuseAttac
     Ok(FuseAttachment { device, mount, identifier: options.identifier.clone() })
 }
 
+/// Whether the path is that of a loop device.
+pub(super) fn is_loop_device(path: &Path) -> bool {
+    LoopDevice::is_one(path)
+}
+
 impl FuseAttachment {
     pub(super) fn device(&self) -> &Path {
         self.device.path()
@@ -78,6 +83,13 @@ impl FuseAttachment {
     }
 }
 
+impl Drop for FuseAttachment {
+    fn drop(&mut self) {
+        self.mount.watch(false);
+    }
+}
+
+/// Takes away what a dead server left, unless it is somebody else's by now.
 pub(super) fn detach_stale(remains: &Remains) -> Result<(), DetachError> {
     let Some(dir) = &remains.mount_dir else { return Ok(()) };
     loop_device::detach_stale(&remains.device, dir)?;

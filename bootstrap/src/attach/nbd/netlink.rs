@@ -1,5 +1,6 @@
 //! The generic netlink family `nbd` (the kernel's `include/uapi/linux/nbd-netlink.h`): how a program gives sockets to the
-//! kernel's NBD client, and takes them away.
+//! kernel's NBD client, and takes them away. Its STATUS is not asked for: `/sys/block/nbdN` tells more, and a device that
+//! is merely open is "connected" to it.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -20,22 +21,16 @@ const FAMILY_VERSION: u8 = 1;
 
 const CMD_CONNECT: u8 = 1;
 const CMD_DISCONNECT: u8 = 2;
-const CMD_STATUS: u8 = 5;
 
 const ATTR_INDEX: u16 = 1;
 const ATTR_SIZE_BYTES: u16 = 2;
 const ATTR_BLOCK_SIZE_BYTES: u16 = 3;
 const ATTR_SERVER_FLAGS: u16 = 5;
 const ATTR_SOCKETS: u16 = 7;
-const ATTR_DEVICE_LIST: u16 = 9;
 const ATTR_BACKEND_IDENTIFIER: u16 = 10;
 
 const SOCK_ITEM: u16 = 1;
 const SOCK_FD: u16 = 1;
-
-const DEVICE_ITEM: u16 = 1;
-const DEVICE_INDEX: u16 = 1;
-const DEVICE_CONNECTED: u16 = 2;
 
 type Attributes = GenlBuffer<u16, Buffer>;
 type Message = Genlmsghdr<u8, u16>;
@@ -98,12 +93,6 @@ impl Netlink {
         }
     }
 
-    /// Whether the device is connected or open; `None` where the kernel knows no such device.
-    pub(super) fn in_use(&self, index: u32) -> io::Result<Option<bool>> {
-        let replies = self.request(CMD_STATUS, attributes([attribute(ATTR_INDEX, index)?]))?;
-        replies.first().map_or(Ok(None), |reply| listed(reply, index)).map_err(de_error)
-    }
-
     fn request(&self, command: u8, attributes: Attributes) -> io::Result<Vec<Message>> {
         exchange(&self.socket, self.family, command, FAMILY_VERSION, attributes)
     }
@@ -128,19 +117,6 @@ impl Connect<'_> {
         ];
         Ok(attributes(index.into_iter().chain(rest)))
     }
-}
-
-/// What a reply to STATUS says of a device.
-fn listed(reply: &Message, index: u32) -> Result<Option<bool>, DeError> {
-    let attributes = reply.attrs().get_attr_handle();
-    let list = attributes.get_nested_attributes::<u16>(ATTR_DEVICE_LIST)?;
-    for item in list.get_attrs().iter().filter(|item| *item.nla_type().nla_type() == DEVICE_ITEM) {
-        let item = item.get_attr_handle::<u16>()?;
-        if item.get_attr_payload_as::<u32>(DEVICE_INDEX)? == index {
-            return Ok(Some(item.get_attr_payload_as::<u8>(DEVICE_CONNECTED)? != 0));
-        }
-    }
-    Ok(None)
 }
 
 /// The number that the kernel gave the family `nbd` when its driver was loaded.
@@ -272,23 +248,6 @@ mod tests {
         let connect = Connect { index: None, size: 512, block_size: 512, server_flags: 1, identifier: "" };
         let bytes = encoded(&connect.attributes(&[]).unwrap());
         assert!(bytes.starts_with(&wire(ATTR_SIZE_BYTES, &512u64.to_ne_bytes())));
-    }
-
-    #[test]
-    fn a_status_reply_says_which_devices_are_in_use() {
-        let device = |index: u32, connected: u8| {
-            let connected = attribute(DEVICE_CONNECTED, connected).unwrap();
-            nested(DEVICE_ITEM)
-                .unwrap()
-                .nest(&attribute(DEVICE_INDEX, index).unwrap())
-                .unwrap()
-                .nest(&connected)
-                .unwrap()
-        };
-        let list = nested(ATTR_DEVICE_LIST).unwrap().nest(&device(0, 1)).unwrap().nest(&device(7, 0)).unwrap();
-        let reply = GenlmsghdrBuilder::default().cmd(CMD_STATUS).version(1).attrs(attributes([list])).build().unwrap();
-        let found = [0, 7, 9].map(|index| listed(&reply, index).unwrap());
-        assert_eq!(found, [Some(true), Some(false), None]);
     }
 
     #[test]
