@@ -1,5 +1,6 @@
 //! What the tests share.
 
+pub mod kernel;
 pub mod luks;
 pub mod nbdcrypt;
 pub mod recording;

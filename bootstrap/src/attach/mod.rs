@@ -11,10 +11,12 @@
 //! could wait for the thread that shall answer it. So other programs (`losetup`, `mkfs`) touch them, and this module
 //! learns about them from `/sys` and `/proc`.
 
+mod claim;
 mod command;
 mod error;
-pub mod fuse;
+mod fuse;
 pub mod holders;
+mod nbd;
 mod signal;
 
 use std::fmt;
@@ -78,6 +80,7 @@ pub struct Attachment(Kind);
 
 #[derive(Debug)]
 enum Kind {
+    Nbd(nbd::NbdAttachment),
     Fuse(fuse::FuseAttachment),
 }
 
@@ -100,9 +103,21 @@ pub fn attach(volume: Arc<Volume>, options: &Options) -> Result<Attachment, Atta
     if !rustix::process::geteuid().is_root() {
         return Err(AttachError::NotRoot);
     }
+    let by_nbd = |volume| nbd::attach(volume, options).map(|inner| Attachment(Kind::Nbd(inner)));
+    let by_fuse = |volume| fuse::attach(volume, options).map(|inner| Attachment(Kind::Fuse(inner)));
     match options.method {
-        Method::Nbd => Err(AttachError::NoNbdDriver { modprobe: String::new() }),
-        Method::Auto | Method::Fuse => fuse::attach(volume, options).map(|inner| Attachment(Kind::Fuse(inner))),
+        Method::Nbd => by_nbd(volume),
+        Method::Fuse => by_fuse(volume),
+        Method::Auto if options.device.as_deref().is_some_and(fuse::is_loop_device) => by_fuse(volume),
+        Method::Auto => match nbd::ready() {
+            Ok(()) => by_nbd(volume),
+            Err(nbd) => by_fuse(volume).map_err(|fuse| match fuse {
+                AttachError::NoFuse { .. } | AttachError::NoLoop { .. } => {
+                    AttachError::NoMethod { nbd: Box::new(nbd), fuse: Box::new(fuse) }
+                }
+                other => other,
+            }),
+        },
     }
 }
 
@@ -110,6 +125,7 @@ impl Attachment {
     /// The block device, such as `/dev/nbd0` or `/dev/loop0`.
     pub fn device(&self) -> &Path {
         match &self.0 {
+            Kind::Nbd(inner) => inner.device(),
             Kind::Fuse(inner) => inner.device(),
         }
     }
@@ -117,6 +133,7 @@ impl Attachment {
     /// How it is attached: never [`Method::Auto`].
     pub fn method(&self) -> Method {
         match &self.0 {
+            Kind::Nbd(_) => Method::Nbd,
             Kind::Fuse(_) => Method::Fuse,
         }
     }
@@ -124,6 +141,7 @@ impl Attachment {
     /// What to write down, so that the attachment can be cleared away when its server is gone.
     pub fn remains(&self) -> Remains {
         match &self.0 {
+            Kind::Nbd(inner) => inner.remains(),
             Kind::Fuse(inner) => inner.remains(),
         }
     }
@@ -131,6 +149,7 @@ impl Attachment {
     /// Becomes ready when the attachment ended and nobody here asked for it: the device then answers no more requests.
     pub fn ended(&self) -> EndedSignal {
         match &self.0 {
+            Kind::Nbd(inner) => inner.ended(),
             Kind::Fuse(inner) => inner.ended(),
         }
     }
@@ -142,6 +161,7 @@ impl Attachment {
     /// flushed.
     pub fn detach(mut self) -> Result<(), StillAttached> {
         let detached = match &mut self.0 {
+            Kind::Nbd(inner) => inner.detach(),
             Kind::Fuse(inner) => inner.detach(),
         };
         detached.map_err(|error| StillAttached { attachment: Box::new(self), error })
@@ -169,7 +189,9 @@ pub struct Remains {
 /// [`DetachError`] when something is still there.
 pub fn detach_stale(remains: &Remains) -> Result<(), DetachError> {
     match remains.method {
-        Method::Nbd => Ok(()),
-        Method::Auto | Method::Fuse => fuse::detach_stale(remains),
+        Method::Nbd => nbd::detach_stale(remains),
+        Method::Fuse => fuse::detach_stale(remains),
+        // Written down before it was known: whatever there is.
+        Method::Auto => nbd::detach_stale(remains).and_then(|()| fuse::detach_stale(remains)),
     }
 }

@@ -1,5 +1,8 @@
 //! Tells whoever waits that an attachment ended by itself.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use tokio::sync::watch;
 
 /// Why an attachment ended that nobody here ended.
@@ -13,26 +16,37 @@ pub enum Ended {
     ServerFailed(String),
 }
 
-/// The serving side of an [`EndedSignal`]. The first word counts.
+/// The serving side of an [`EndedSignal`]. The first word counts, and while disarmed none does: an end is expected then.
 #[derive(Clone, Debug)]
-pub(super) struct EndedSender(watch::Sender<Option<Ended>>);
+pub(super) struct EndedSender {
+    ended: watch::Sender<Option<Ended>>,
+    armed: Arc<AtomicBool>,
+}
 
 /// Waits for the end of an attachment. Copies may be held by anyone, longer than the attachment.
 #[derive(Clone, Debug)]
 pub struct EndedSignal(watch::Receiver<Option<Ended>>);
 
+/// A disarmed sender and its signal.
 pub(super) fn ended_signal() -> (EndedSender, EndedSignal) {
-    let (sender, receiver) = watch::channel(None);
-    (EndedSender(sender), EndedSignal(receiver))
+    let (ended, receiver) = watch::channel(None);
+    (EndedSender { ended, armed: Arc::default() }, EndedSignal(receiver))
 }
 
 impl EndedSender {
+    /// From now on an end is nobody's wish here, or from now on it is.
+    pub(super) fn set_armed(&self, armed: bool) {
+        self.armed.store(armed, Ordering::SeqCst);
+    }
+
     pub(super) fn send(&self, ended: Ended) {
-        self.0.send_if_modified(|state| {
-            let first = state.is_none();
-            state.get_or_insert(ended);
-            first
-        });
+        if self.armed.load(Ordering::SeqCst) {
+            self.ended.send_if_modified(|state| {
+                let first = state.is_none();
+                state.get_or_insert(ended);
+                first
+            });
+        }
     }
 }
 
@@ -64,6 +78,7 @@ mod tests {
     #[tokio::test]
     async fn the_first_word_counts_and_reaches_those_who_come_late() {
         let (sender, signal) = ended_signal();
+        sender.set_armed(true);
         assert_eq!(signal.get(), None);
         sender.send(Ended::Disconnected);
         sender.send(Ended::ServerFailed("later".to_owned()));
@@ -75,6 +90,9 @@ mod tests {
     #[tokio::test]
     async fn an_orderly_end_is_none() {
         let (sender, signal) = ended_signal();
+        sender.set_armed(true);
+        sender.set_armed(false);
+        sender.send(Ended::Disconnected);
         drop(sender);
         let waited = tokio::time::timeout(std::time::Duration::from_millis(20), signal.wait()).await;
         assert!(waited.is_err());

@@ -1,21 +1,20 @@
 //! A loop device, made and taken away by util-linux's `losetup`.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use engine::sector::SectorSize;
-use rustix::fs::OFlags;
 
+use crate::attach::claim::claim;
 use crate::attach::command::{self, load_module};
 use crate::attach::error::{AttachError, DetachError};
-use crate::attach::holders::{Holder, holders_of, kernel_name, sys_block};
+use crate::attach::holders::{holders_of, kernel_name, sys_block};
 
 const LOOP_CONTROL: &str = "/dev/loop-control";
 
-/// The longest to wait for a device that nobody holds to be gone, and for someone who just looks at it to go away.
+/// The longest to wait for a device that nobody holds to be gone.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A loop device of ours. Dropping it takes it away, or has the kernel do so when its last user closes it.
@@ -67,11 +66,10 @@ impl LoopDevice {
 
     /// Writes what the kernel holds back, takes the device away and waits until it is gone.
     pub(super) fn detach(&mut self) -> Result<(), DetachError> {
-        let Some(claim) = self.claim()? else {
+        let Some(claim) = claim(&self.path, || self.shows_ours())? else {
             self.attached = false;
             return Ok(());
         };
-        claim.sync_all().map_err(|source| DetachError::Flush { device: self.path.clone(), source })?;
         // While the claim lasts nobody can mount it; the kernel takes the device away when the claim ends.
         clear(&self.path)?;
         drop(claim);
@@ -84,28 +82,6 @@ impl LoopDevice {
         }
         self.attached = false;
         Ok(())
-    }
-
-    /// Opens the device so that nobody else can mount it, when nobody else has it open; `None` when it is ours no more.
-    /// Waits a little for those who only look: udev opens every device that was just closed.
-    fn claim(&self) -> Result<Option<File>, DetachError> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let claim = OpenOptions::new().read(true).custom_flags(OFlags::EXCL.bits().cast_signed()).open(&self.path);
-            if !self.shows_ours() {
-                return Ok(None);
-            }
-            let holders = holders_of(&self.path);
-            if claim.is_ok() && holders.is_empty() {
-                return Ok(claim.ok());
-            }
-            let lasting = holders.iter().any(|holder| !matches!(holder, Holder::Process { .. }));
-            if lasting || Instant::now() > deadline {
-                return Err(DetachError::Held { device: self.path.clone(), holders });
-            }
-            drop(claim);
-            std::thread::sleep(Duration::from_millis(20));
-        }
     }
 
     /// Whether the device is attached still, and not somebody else's by now.

@@ -46,8 +46,13 @@ pub(super) fn attach(volume: Arc<Volume>, options: &Options) -> Result<FuseAttac
     let read_only = options.read_only || volume.is_read_only();
     let mount = FuseMount::new(volume, read_only, &options.mount_dir, &options.identifier)?;
     let device = LoopDevice::attach(&mount.file(), wished, sector_size, read_only)?;
-    mount.expect_no_close();
+    mount.watch(true);
     Ok(FuseAttachment { device, mount, identifier: options.identifier.clone() })
+}
+
+/// Whether the path is that of a loop device.
+pub(super) fn is_loop_device(path: &Path) -> bool {
+    LoopDevice::is_one(path)
 }
 
 impl FuseAttachment {
@@ -69,15 +74,22 @@ impl FuseAttachment {
     }
 
     pub(super) fn detach(&mut self) -> Result<(), DetachError> {
-        self.mount.expect_close();
+        self.mount.watch(false);
         if let Err(error) = self.device.detach() {
-            self.mount.expect_no_close();
+            self.mount.watch(true);
             return Err(error);
         }
         self.mount.unmount()
     }
 }
 
+impl Drop for FuseAttachment {
+    fn drop(&mut self) {
+        self.mount.watch(false);
+    }
+}
+
+/// Takes away what a dead server left, unless it is somebody else's by now.
 pub(super) fn detach_stale(remains: &Remains) -> Result<(), DetachError> {
     let Some(dir) = &remains.mount_dir else { return Ok(()) };
     loop_device::detach_stale(&remains.device, dir)?;

@@ -19,7 +19,7 @@ use super::volume_file::{FILE_NAME, OpenFiles, VolumeFile};
 use crate::attach::command::load_module;
 use crate::attach::error::{AttachError, DetachError};
 use crate::attach::holders::is_mounted;
-use crate::attach::signal::{Ended, EndedSignal, ended_signal};
+use crate::attach::signal::{Ended, EndedSender, EndedSignal, ended_signal};
 
 const DEV_FUSE: &str = "/dev/fuse";
 
@@ -35,6 +35,7 @@ pub(super) struct FuseMount {
     dir: PathBuf,
     mounted: bool,
     open_files: Arc<OpenFiles>,
+    sender: EndedSender,
     signal: EndedSignal,
     server: Option<JoinHandle<()>>,
 }
@@ -54,7 +55,14 @@ impl FuseMount {
         // From here on the value unmounts when it is dropped.
         let (sender, signal) = ended_signal();
         let open_files = Arc::new(OpenFiles::new(sender.clone()));
-        let mut mount = Self { dir, mounted: true, open_files: Arc::clone(&open_files), signal, server: None };
+        let mut mount = Self {
+            dir,
+            mounted: true,
+            open_files: Arc::clone(&open_files),
+            sender: sender.clone(),
+            signal,
+            server: None,
+        };
         let mut config = fuser::Config::default();
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         config.n_threads = Some((processors * 2).clamp(*THREADS.start(), *THREADS.end()));
@@ -86,14 +94,10 @@ impl FuseMount {
         self.signal.clone()
     }
 
-    /// From now on the file's last close means that somebody took the loop device away.
-    pub(super) fn expect_no_close(&self) {
-        self.open_files.set_last_close_is_end(true);
-    }
-
-    /// From now on the file's last close is what was asked for.
-    pub(super) fn expect_close(&self) {
-        self.open_files.set_last_close_is_end(false);
+    /// Whether the end is to be told of when it comes: while the loop device is there, and shall be.
+    pub(super) fn watch(&self, armed: bool) {
+        self.sender.set_armed(armed);
+        self.open_files.notice_end();
     }
 
     /// Unmounts, and waits until every thread that served is gone.

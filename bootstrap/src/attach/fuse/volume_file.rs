@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use engine::buffer::AlignedBuffer;
@@ -38,22 +38,23 @@ thread_local! {
     static BLOCK: RefCell<AlignedBuffer> = RefCell::new(AlignedBuffer::zeroed(MAX_WRITE as usize));
 }
 
-/// How often the file is open, and what it means when nobody has it open any more.
+/// How often the file is open. When nobody has it open any more, the loop device is gone.
 #[derive(Debug)]
 pub(super) struct OpenFiles {
     count: AtomicUsize,
-    last_close_is_end: AtomicBool,
     ended: EndedSender,
 }
 
 impl OpenFiles {
     pub(super) fn new(ended: EndedSender) -> Self {
-        Self { count: AtomicUsize::new(0), last_close_is_end: AtomicBool::new(false), ended }
+        Self { count: AtomicUsize::new(0), ended }
     }
 
-    pub(super) fn set_last_close_is_end(&self, is_end: bool) {
-        self.last_close_is_end.store(is_end, Ordering::SeqCst);
-        self.notice_end();
+    /// Tells of it, should nobody have the file open.
+    pub(super) fn notice_end(&self) {
+        if self.count.load(Ordering::SeqCst) == 0 {
+            self.ended.send(Ended::Disconnected);
+        }
     }
 
     fn open(&self) {
@@ -63,12 +64,6 @@ impl OpenFiles {
     fn close(&self) {
         self.count.fetch_sub(1, Ordering::SeqCst);
         self.notice_end();
-    }
-
-    fn notice_end(&self) {
-        if self.last_close_is_end.load(Ordering::SeqCst) && self.count.load(Ordering::SeqCst) == 0 {
-            self.ended.send(Ended::Disconnected);
-        }
     }
 }
 
@@ -373,13 +368,13 @@ mod tests {
     #[test]
     fn the_last_close_is_an_end_only_when_nobody_asked_for_it() {
         let (sender, signal) = ended_signal();
-        let files = OpenFiles::new(sender);
+        let files = OpenFiles::new(sender.clone());
         files.open();
         files.close();
         assert_eq!(signal.get(), None);
+        sender.set_armed(true);
         files.open();
         files.open();
-        files.set_last_close_is_end(true);
         files.close();
         assert_eq!(signal.get(), None);
         files.close();
