@@ -3,29 +3,55 @@
 //! Each sector is one data unit. Its tweak is the sector's [`Lba512`] as a 16-byte little-endian number, encrypted with
 //! the second key; block `j` of the sector is masked with `tweak · α^j` in GF(2¹²⁸) before and after AES with the first
 //! key.
+//!
+//! Nothing here allocates after [`Xts::new`], and no time depends on a key or on data.
 
+mod cpu;
 mod portable;
+mod run;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+use std::fmt;
+
+use cipher::inout::InOutBuf;
 
 use crate::key::VolumeKey;
 use crate::sector::{Lba512, SectorSize};
+use run::Run;
+
+pub use cpu::{CpuPath, UnavailableCpuPath, UnknownCpuPath};
 
 /// A volume key, expanded and ready: AES-256-XTS or AES-128-XTS by the key's length. Round keys are wiped on drop.
-pub struct Xts(portable::Xts);
+pub struct Xts {
+    keys: Keys,
+    path: CpuPath,
+    key_bits: usize,
+}
 
 impl Xts {
-    /// Expands the key.
+    /// Expands the key, for the widest path that this CPU has.
     pub fn new(key: &VolumeKey) -> Self {
-        Self(portable::Xts::new(key))
+        Self::from_bytes(key.expose(), CpuPath::best()).unwrap_or_else(|_| unreachable!("the best path is available"))
     }
 
-    /// Encrypts `data`, a run of whole sectors, in place. Its first sector lies at `first`; the IV counts 512-byte units,
-    /// and wraps at 2⁶⁴.
+    /// Expands the key, for a path of the caller's choice: to test or to measure it.
+    ///
+    /// # Errors
+    /// [`UnavailableCpuPath`] when this CPU has it not.
+    pub fn with_path(key: &VolumeKey, path: CpuPath) -> Result<Self, UnavailableCpuPath> {
+        Self::from_bytes(key.expose(), path)
+    }
+
+    /// Encrypts `data`, a run of whole sectors at any address, in place. Its first sector lies at `first`; the IV counts
+    /// 512-byte units, and wraps at 2⁶⁴.
     ///
     /// # Panics
     /// When `data` is not a whole number of sectors.
     pub fn encrypt(&self, sector_size: SectorSize, first: Lba512, data: &mut [u8]) {
-        assert!(data.len().is_multiple_of(sector_size.bytes()), "a run of whole sectors");
-        self.0.encrypt(sector_size, first, data);
+        self.run(Direction::Encrypt, Run::new(sector_size, first.into(), data.into()));
     }
 
     /// Decrypts `data`; the inverse of [`Xts::encrypt`].
@@ -33,7 +59,86 @@ impl Xts {
     /// # Panics
     /// When `data` is not a whole number of sectors.
     pub fn decrypt(&self, sector_size: SectorSize, first: Lba512, data: &mut [u8]) {
-        assert!(data.len().is_multiple_of(sector_size.bytes()), "a run of whole sectors");
-        self.0.decrypt(sector_size, first, data);
+        self.run(Direction::Decrypt, Run::new(sector_size, first.into(), data.into()));
     }
+
+    /// Encrypts `plaintext` into `ciphertext`, for callers that would have to copy otherwise: the plaintext is not
+    /// theirs to change, or the ciphertext belongs elsewhere.
+    ///
+    /// # Panics
+    /// When the lengths differ or are not a whole number of sectors.
+    pub fn encrypt_to(&self, sector_size: SectorSize, first: Lba512, plaintext: &[u8], ciphertext: &mut [u8]) {
+        self.run(Direction::Encrypt, Run::new(sector_size, first.into(), pair(plaintext, ciphertext)));
+    }
+
+    /// Decrypts `ciphertext` into `plaintext`; the inverse of [`Xts::encrypt_to`].
+    ///
+    /// # Panics
+    /// When the lengths differ or are not a whole number of sectors.
+    pub fn decrypt_to(&self, sector_size: SectorSize, first: Lba512, ciphertext: &[u8], plaintext: &mut [u8]) {
+        self.run(Direction::Decrypt, Run::new(sector_size, first.into(), pair(ciphertext, plaintext)));
+    }
+
+    /// The length of the volume key in bits, both halves counted: 512 or 256.
+    pub fn key_bits(&self) -> usize {
+        self.key_bits
+    }
+
+    /// The path in use.
+    pub fn path(&self) -> CpuPath {
+        self.path
+    }
+
+    /// Expands the bytes of an XTS key. [`VolumeKey`] has checked them; a test vector may have equal halves.
+    fn from_bytes(key: &[u8], path: CpuPath) -> Result<Self, UnavailableCpuPath> {
+        let keys = Keys::new(key, path).ok_or(UnavailableCpuPath(path))?;
+        Ok(Self { keys, path, key_bits: key.len() * 8 })
+    }
+
+    fn run(&self, direction: Direction, run: Run<'_, '_>) {
+        match &self.keys {
+            #[cfg(target_arch = "x86_64")]
+            Keys::X86(cpu, keys) => x86_64::crypt(*cpu, direction, keys, run),
+            Keys::Portable(keys) => keys.crypt(direction, run),
+        }
+    }
+}
+
+impl fmt::Debug for Xts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Xts({} bits, {})", self.key_bits, self.path)
+    }
+}
+
+/// Round keys in the form that a path uses.
+enum Keys {
+    #[cfg(target_arch = "x86_64")]
+    X86(x86_64::Cpu, x86_64::Keys),
+    Portable(portable::Keys),
+}
+
+impl Keys {
+    /// `None` when this CPU does not have the path.
+    fn new(key: &[u8], path: CpuPath) -> Option<Self> {
+        let (data, tweak) = key.split_at(key.len() / 2);
+        if path == CpuPath::Portable {
+            return Some(Self::Portable(portable::Keys::new(data, tweak)));
+        }
+        #[cfg(target_arch = "x86_64")]
+        return x86_64::Cpu::new(path).map(|cpu| Self::X86(cpu, x86_64::Keys::new(cpu, data, tweak)));
+        #[cfg(not(target_arch = "x86_64"))]
+        None
+    }
+}
+
+/// Which of the two the data half of the key does; the tweak half always encrypts.
+#[derive(Clone, Copy, Debug)]
+enum Direction {
+    Encrypt,
+    Decrypt,
+}
+
+fn pair<'i, 'o>(from: &'i [u8], to: &'o mut [u8]) -> InOutBuf<'i, 'o, u8> {
+    let lengths = (from.len(), to.len());
+    InOutBuf::new(from, to).unwrap_or_else(|_| panic!("{} bytes do not fit into {}", lengths.0, lengths.1))
 }
