@@ -19,7 +19,7 @@ const BOTH: u32 = NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES;
 const EINVAL: u32 = ErrorCode::Inval as u32;
 
 fn volume() -> Arc<Volume> {
-    Arc::new(encrypted(Arc::new(MemoryStore::zeroed(SIZE as usize)), SectorSize::B512))
+    Arc::new(encrypted(Arc::new(MemoryStore::zeroed(40 << 20)), SectorSize::B512))
 }
 
 /// A server of an export `disk` and a read-only export `fixed`.

@@ -29,6 +29,9 @@ pub enum SessionError {
     /// The requests went wrong.
     #[error(transparent)]
     Transmission(#[from] TransmissionError),
+    /// It was in the middle of a message, or did not read its replies, when the server had to end.
+    #[error("the client did not come to an end after the shutdown")]
+    Shutdown,
     /// The socket broke, or the client hung up in mid-message.
     #[error("the connection broke: {0}")]
     Io(#[from] std::io::Error),
