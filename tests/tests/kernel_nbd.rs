@@ -45,7 +45,6 @@ mkdir /tmp/mnt
 attach nbd /dev/nbd0 4
 test $device = /dev/nbd0
 test "$(cat /sys/block/nbd0/backend)" = attach-volume
-test "$(ls /sys/block/nbd0/mq | wc -l)" = 4
 mkfs.ext4 -q /dev/nbd0
 mount /dev/nbd0 /tmp/mnt
 seq 200000 > /tmp/mnt/ours
