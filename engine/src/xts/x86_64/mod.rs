@@ -10,6 +10,7 @@
 
 mod aesni;
 mod keys;
+mod limit;
 mod vaes256;
 mod vaes512;
 
