@@ -7,6 +7,8 @@ use engine::luks::luks1;
 use engine::store::{Access, Caching, FileStore};
 use serde_json::json;
 
+use super::tell;
+
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The disk or file.
@@ -23,11 +25,9 @@ pub(super) fn run(args: Args) -> Result<()> {
         FileStore::open(path, Access::ReadOnly, Caching::PageCache).with_context(|| path.display().to_string())?;
     let header = luks1::read_header(&disk).with_context(|| path.display().to_string())?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&as_json(&header))?);
-    } else {
-        print!("{}", header.display(&path.display().to_string()));
+        return tell(format_args!("{:#}\n", as_json(&header)));
     }
-    Ok(())
+    tell(header.display(&path.display().to_string()))
 }
 
 fn as_json(header: &luks1::Header) -> serde_json::Value {

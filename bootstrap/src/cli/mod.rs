@@ -58,6 +58,8 @@ pub fn run(cli: Cli) -> ExitCode {
     log_to_stderr(cli.verbose);
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads the output has seen enough, as in `nbdcrypt dump disk | head`.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("nbdcrypt: {}", in_one(&error));
             ExitCode::FAILURE
@@ -77,6 +79,22 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Serve(args) => serve::run(args),
         Command::Dump(args) => dump::run(args),
     }
+}
+
+/// Prints on standard output. Unlike `println!` it does not panic where nobody reads any more.
+fn tell(text: impl std::fmt::Display) -> Result<()> {
+    use std::io::Write;
+    let mut stdout = std::io::stdout().lock();
+    write!(stdout, "{text}").and_then(|()| stdout.flush()).map_err(|error| Unread(error).into())
+}
+
+/// Standard output could not be written to.
+#[derive(Debug, thiserror::Error)]
+#[error("standard output: {0}")]
+struct Unread(std::io::Error);
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Unread>().is_some_and(|unread| unread.0.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// An error with its causes, leaving out those that the one above quotes already.
