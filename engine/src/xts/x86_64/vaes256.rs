@@ -13,7 +13,7 @@ use std::hint::black_box;
 
 use cipher::inout::InOut;
 use zerocopy::IntoBytes;
-use zeroize::{Zeroize, optimization_barrier};
+use zeroize::Zeroize;
 
 use super::aesni::AesNi;
 use super::keys::{RoundKeys, Schedules, load as load_block};
