@@ -8,7 +8,8 @@ use core::arch::x86_64::{
     __m512i, _mm512_add_epi64, _mm512_aesdec_epi128, _mm512_aesdeclast_epi128, _mm512_aesenc_epi128,
     _mm512_aesenclast_epi128, _mm512_broadcast_i32x4, _mm512_bslli_epi128, _mm512_bsrli_epi128,
     _mm512_clmulepi64_epi128, _mm512_loadu_si512, _mm512_maskz_shuffle_epi32, _mm512_set_epi64, _mm512_set1_epi64,
-    _mm512_sllv_epi64, _mm512_srlv_epi64, _mm512_storeu_si512, _mm512_ternarylogic_epi64, _mm512_xor_si512,
+    _mm512_shuffle_epi8, _mm512_sllv_epi64, _mm512_srlv_epi64, _mm512_storeu_si512, _mm512_ternarylogic_epi64,
+    _mm512_xor_si512,
 };
 use std::hint::black_box;
 
@@ -18,7 +19,7 @@ use zeroize::{Zeroize, optimization_barrier};
 
 use super::aesni::AesNi;
 use super::keys::{RoundKeys, Schedules, load as load_block};
-use super::{PIECE_BLOCKS, POLYNOMIAL, Piece};
+use super::{AROUND_1, AROUND_2, AROUND_3, PIECE_BLOCKS, POLYNOMIAL, Piece, TOPS};
 use crate::xts::Direction;
 use crate::xts::run::{Run, UnitNumbers};
 
@@ -53,6 +54,10 @@ impl Vaes512 {
 /// Registers in a piece.
 const WIDTH: usize = 8;
 
+/// Vectors of masks that the others of a piece are made from, by moving whole bytes: vector `i + BASES · k` is vector `i` times
+/// α^8k.
+const BASES: usize = 2;
+
 /// Sectors whose tweaks are encrypted together: as many as one piece has blocks.
 const TWEAKS: usize = 4 * WIDTH;
 
@@ -79,9 +84,13 @@ fn crypt<const N: usize, const DECRYPT: bool>(data_keys: &RoundKeys<N>, tweak_ke
     let (mut current, mut following) = (&mut even, &mut odd);
     refill(&mut tweaks, tweak_keys, &mut numbers, sectors);
     let first = broadcast(&tweaks.0[0]);
-    for i in 0..WIDTH {
-        let vector = start(i, first, current);
-        current.set(i, vector);
+    for group in 0..BASES {
+        let base = start(group, first);
+        let around = tops_around(base);
+        current.set(group, base);
+        current.set(group + BASES, times_alpha_8(base, around));
+        current.set(group + 2 * BASES, times_alpha_16(base, around));
+        current.set(group + 3 * BASES, times_alpha_24(base, around));
     }
     let mut ahead = 1;
     let mut left = pieces_per_sector;
@@ -180,17 +189,27 @@ fn crypt_piece<const N: usize, const DECRYPT: bool, const START: bool>(
     for i in 0..WIDTH {
         data[i] = xor3(load(&from[i]), masks.get(i), key);
     }
-    // Unrolled by hand, for the constants in `start`.
+    let mut put = |i: usize, mask: __m512i| {
+        following.set(i, mask);
+        // Holds the mask's work here.
+        optimization_barrier(following);
+    };
+    // Unrolled by hand: the compiler would leave this a loop with branches.
     macro_rules! rounds_and_masks {
-        ($($i:literal)*) => {$(
-            round(&mut data, $i + 1);
-            let mask = if START { start($i, next, following) } else { times_alpha_bytes::<4, 12>(masks.get($i)) };
-            following.set($i, mask);
-            // Holds the mask's work here.
-            optimization_barrier(following);
+        ($($group:literal)*) => {$(
+            round(&mut data, 4 * $group + 1);
+            let base = if START { start($group, next) } else { times_alpha_32(masks.get($group)) };
+            put($group, base);
+            round(&mut data, 4 * $group + 2);
+            let around = tops_around(base);
+            put($group + BASES, times_alpha_8(base, around));
+            round(&mut data, 4 * $group + 3);
+            put($group + 2 * BASES, times_alpha_16(base, around));
+            round(&mut data, 4 * $group + 4);
+            put($group + 3 * BASES, times_alpha_24(base, around));
         )*};
     }
-    rounds_and_masks!(0 1 2 3 4 5 6 7);
+    rounds_and_masks!(0 1);
     for n in WIDTH + 1..N - 1 {
         round(&mut data, n);
     }
@@ -220,16 +239,13 @@ impl Masks {
     }
 }
 
-/// Vector `i` of a sector's first masks: `T · α^(4i + lane)`, from `T` in every lane or from the first two vectors.
+/// Vector `group` of a sector's first masks, from its tweak in every lane.
 #[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
 #[inline]
-fn start(i: usize, tweak: __m512i, before: &Masks) -> __m512i {
-    match i {
+fn start(group: usize, tweak: __m512i) -> __m512i {
+    match group {
         0 => times_alpha_by_lane(tweak, [0, 1, 2, 3]),
-        1 => times_alpha_by_lane(tweak, [4, 5, 6, 7]),
-        2 | 3 => times_alpha_bytes::<1, 15>(before.get(i - 2)),
-        4 | 5 => times_alpha_bytes::<2, 14>(before.get(i - 4)),
-        _ => times_alpha_bytes::<3, 13>(before.get(i - 6)),
+        _ => times_alpha_by_lane(tweak, [4, 5, 6, 7]),
     }
 }
 
@@ -248,12 +264,39 @@ fn times_alpha_by_lane(tweak: __m512i, n: [i64; 4]) -> __m512i {
     xor3(shifted, across, around)
 }
 
-/// `T · α^(8 LEFT)`, with `RIGHT = 16 - LEFT`: the bytes move up, and what leaves comes back through the polynomial.
+/// `T · α³²`: the bytes move up by four, and those that leave come back through the polynomial.
 #[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
 #[inline]
-fn times_alpha_bytes<const LEFT: i32, const RIGHT: i32>(tweak: __m512i) -> __m512i {
-    let around = _mm512_clmulepi64_epi128::<0x00>(_mm512_bsrli_epi128::<RIGHT>(tweak), _mm512_set1_epi64(POLYNOMIAL));
-    _mm512_xor_si512(_mm512_bslli_epi128::<LEFT>(tweak), around)
+fn times_alpha_32(tweak: __m512i) -> __m512i {
+    let around = _mm512_clmulepi64_epi128::<0x00>(_mm512_bsrli_epi128::<12>(tweak), _mm512_set1_epi64(POLYNOMIAL));
+    _mm512_xor_si512(_mm512_bslli_epi128::<4>(tweak), around)
+}
+
+/// What [`times_alpha_8`], [`times_alpha_16`] and [`times_alpha_24`] put below what they move up: one carry-less
+/// multiplication for the three, because it is the one instruction here that takes the AES units' place (Zen 4).
+#[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
+#[inline]
+fn tops_around(tweak: __m512i) -> __m512i {
+    let tops = _mm512_shuffle_epi8(tweak, broadcast(&TOPS));
+    _mm512_clmulepi64_epi128::<0x00>(tops, _mm512_set1_epi64(POLYNOMIAL))
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn times_alpha_8(tweak: __m512i, around: __m512i) -> __m512i {
+    _mm512_xor_si512(_mm512_bslli_epi128::<1>(tweak), _mm512_shuffle_epi8(around, broadcast(&AROUND_1)))
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn times_alpha_16(tweak: __m512i, around: __m512i) -> __m512i {
+    _mm512_xor_si512(_mm512_bslli_epi128::<2>(tweak), _mm512_shuffle_epi8(around, broadcast(&AROUND_2)))
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn times_alpha_24(tweak: __m512i, around: __m512i) -> __m512i {
+    _mm512_xor_si512(_mm512_bslli_epi128::<3>(tweak), _mm512_shuffle_epi8(around, broadcast(&AROUND_3)))
 }
 
 #[target_feature(enable = "avx512f")]
