@@ -2,5 +2,6 @@
 
 pub mod kernel;
 pub mod luks;
+pub mod nbd;
 pub mod nbdcrypt;
 pub mod recording;
