@@ -1,1 +1,4 @@
 //! What the tests share.
+
+pub mod http_double;
+pub mod moto;
