@@ -58,6 +58,7 @@ pub(super) async fn encrypt(
                 .encrypt()
                 .set_key_id(config.kms_key.clone())
                 .set_encryption_context(context(config))
+                // The SDK's copies of it are out of reach, and freed without being wiped.
                 .plaintext(Blob::new(secret));
             let encrypted = request.send().await.map_err(|error| failure(&error, session, &asked))?;
             let key = encrypted.key_id.unwrap_or_else(|| asked.key.clone());
@@ -127,7 +128,7 @@ fn meaning(answer: Answer, asked: &Asked) -> AwsKeyError {
     if let Some(error) = common(Service::Kms, &answer) {
         return error;
     }
-    let Answer { code, message, .. } = answer;
+    let Answer { status, code, message, .. } = answer;
     let Asked { object, key, context, region, action, .. } = asked;
     let (object, key, region) = (object.clone(), key.clone(), region.clone());
     match (code.as_str(), &asked.configured_key) {
@@ -138,6 +139,8 @@ fn meaning(answer: Answer, asked: &Asked) -> AwsKeyError {
         ("InvalidKeyUsageException", _) => AwsKeyError::KeyUsage { key, message },
         ("IncorrectKeyException", Some(_)) => AwsKeyError::OtherKey { object, key },
         ("InvalidCiphertextException", _) => AwsKeyError::Ciphertext { object, context: context.clone() },
+        // In no words of KMS's: something before it, as a firewall or an endpoint's policy.
+        (_, _) if matches!(status, 401 | 403) => AwsKeyError::KmsDenied { action, key, region, message },
         _ => AwsKeyError::Refused { service: Service::Kms, code, message },
     }
 }
