@@ -6,7 +6,7 @@ mod down;
 mod dump;
 mod format;
 mod plan;
-//mod provision;
+mod provision;
 mod serve;
 mod status;
 mod up;
@@ -37,6 +37,8 @@ pub struct Cli {
 enum Command {
     /// The whole job on this machine, with no cloud account, and cleaned up after.
     Demo(demo::Args),
+    /// Make the volume's secret: encrypt it with KMS, then store it in S3.
+    Provision(provision::Args),
     /// Unlock the volume, or format it if the disk is blank; attach, make a filesystem if there is none, and mount.
     Up(up::Args),
     /// Unmount, detach, and stop the server; the key is wiped.
@@ -71,6 +73,7 @@ fn dispatch(cli: Cli) -> Result<()> {
     let base = &cli.run_dir;
     match cli.command {
         Command::Demo(args) => demo::run(args),
+        Command::Provision(args) => provision::run(args),
         Command::Up(args) => up::run(args, base),
         Command::Down(args) => down::run(args, base),
         Command::Plan(args) => plan::run(args, base),
