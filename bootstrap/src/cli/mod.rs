@@ -116,17 +116,26 @@ fn in_one(error: &anyhow::Error) -> String {
 
 fn log_to_stderr(verbose: u8) {
     use tracing::level_filters::LevelFilter;
+    use tracing_subscriber::Layer;
+    use tracing_subscriber::filter::Targets;
+    use tracing_subscriber::layer::SubscriberExt;
+    use tracing_subscriber::util::SubscriberInitExt;
     let level = match verbose {
         0 => LevelFilter::WARN,
         1 => LevelFilter::INFO,
         2 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    tracing_subscriber::fmt()
-        .with_max_level(level)
+    // Other crates tell no more than warnings: what the SDK tells of its requests could hold what nobody may see.
+    let told = Targets::new()
+        .with_default(LevelFilter::WARN)
+        .with_target("bootstrap", level)
+        .with_target("nbd_server", level)
+        .with_target("engine", level);
+    let to_stderr = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
-        .without_time()
-        .init();
+        .without_time();
+    tracing_subscriber::registry().with(to_stderr.with_filter(told)).init();
 }
