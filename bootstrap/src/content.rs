@@ -57,7 +57,7 @@ pub fn refuse_unless_free(path: &Path, disk: &dyn BlockStore) -> Result<()> {
 pub fn refusal(path: &Path, content: &Content) -> anyhow::Error {
     let at = path.display();
     anyhow!(
-        "{at} is not blank: it holds {content}. Nothing was changed. If that may be destroyed, `nbdcrypt format --wipe {at}` \
-         does so; otherwise choose another device"
+        "{at} is not blank. On it was found: {content}. Nothing was changed. If that may be destroyed, `nbdcrypt format \
+         --wipe {at}` does so; otherwise choose another device"
     )
 }

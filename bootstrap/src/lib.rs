@@ -12,6 +12,7 @@ pub mod keys;
 pub mod mounts;
 pub mod process;
 pub mod programs;
+pub mod provision;
 pub mod run_dir;
 pub mod status;
 pub mod steps;

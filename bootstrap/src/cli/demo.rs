@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::tell;
 use crate::{process, system};
 
 /// What is written, and searched for.
@@ -25,38 +26,37 @@ pub(super) fn run(_args: Args) -> Result<()> {
     // In any case, and what it says counts only where nothing else went wrong.
     let cleared = stage.clear();
     result.and(cleared)?;
-    println!("\nDone. Nothing is left of it: no mount, no device, no process, no file.");
-    Ok(())
+    tell("\nDone. Nothing is left of it: no mount, no device, no process, no file.\n")
 }
 
 fn play(stage: &Stage) -> Result<()> {
     let text_file = stage.mountpoint().join("secret.txt");
 
-    println!("A configuration, a key, and a disk that is a file yet to be made:\n");
-    println!("{}", indented(&fs::read_to_string(stage.config())?));
+    tell(format_args!("A configuration, a key, and a disk that is a file yet to be made:\n\n"))?;
+    tell(format_args!("{}\n", indented(&fs::read_to_string(stage.config())?)))?;
 
-    println!("Up: made, formatted, attached, mkfs, mounted. Then a text is written.");
+    tell(format_args!("Up: made, formatted, attached, mkfs, mounted. Then a text is written.\n"))?;
     stage.nbdcrypt(&["up"])?;
     fs::write(&text_file, TEXT)?;
     // Out of the kernel's cache, down to the disk.
     fs::File::open(&text_file)?.sync_all()?;
     stage.nbdcrypt(&["status"])?;
 
-    println!("Is the text there to be found, by anyone who reads the raw bytes?");
+    tell(format_args!("Is the text there to be found, by anyone who reads the raw bytes?\n"))?;
     let device = stage.device()?;
     let through_the_device = count(&device)?;
     let in_the_file = count(&stage.disk())?;
-    println!("  {}, which decrypts: found {through_the_device} times", device.display());
-    println!("  {}, which lies on the disk: found {in_the_file} times\n", stage.disk().display());
+    tell(format_args!("  {}, which decrypts: found {through_the_device} times\n", device.display()))?;
+    tell(format_args!("  {}, which lies on the disk: found {in_the_file} times\n\n", stage.disk().display()))?;
     ensure!(through_the_device > 0, "the text is not even on the device: the search proves nothing");
     ensure!(in_the_file == 0, "the text lies on the disk in the clear");
 
-    println!("Down, and up again: the text is still there.");
+    tell(format_args!("Down, and up again: the text is still there.\n"))?;
     stage.nbdcrypt(&["down"])?;
     ensure!(!text_file.exists(), "the filesystem is still mounted");
     stage.nbdcrypt(&["up"])?;
     let back = fs::read_to_string(&text_file)?;
-    println!("  {}: {back}\n", text_file.display());
+    tell(format_args!("  {}: {back}\n\n", text_file.display()))?;
     ensure!(back == TEXT, "another text came back");
     stage.nbdcrypt(&["down"])
 }
@@ -100,9 +100,9 @@ impl Stage {
 
     /// Runs this program as a user would, and shows how.
     fn nbdcrypt(&self, command: &[&str]) -> Result<()> {
-        println!("  # nbdcrypt {} {}", command.join(" "), self.config().display());
+        tell(format_args!("  # nbdcrypt {} {}\n", command.join(" "), self.config().display()))?;
         let output = self.command(command).stderr(Stdio::inherit()).output()?;
-        println!("{}", indented(&String::from_utf8_lossy(&output.stdout)));
+        tell(format_args!("{}\n", indented(&String::from_utf8_lossy(&output.stdout))))?;
         ensure!(output.status.success(), "nbdcrypt {} failed", command.join(" "));
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::tell;
 use crate::config::Config;
 use crate::control::{self, Answer, Question};
 use crate::run_dir::RunDir;
@@ -38,16 +39,16 @@ pub(super) fn run(args: Args, base: &Path) -> Result<()> {
         };
     }
     match dir.state()? {
-        None => println!("{name} is not up"),
+        None => tell(format_args!("{name} is not up\n")),
         Some(state) => {
             let Some(claim) = dir.claim()? else { bail!("{name} is on its way up: try again") };
             let remains = state.attachment.as_ref();
             system::clear_up(state.mountpoint.as_deref(), remains)?;
             claim.remove()?;
-            println!("{name} is down: its server had died (process {}), and what it left is cleared up", state.pid);
+            let pid = state.pid;
+            tell(format_args!("{name} is down: its server had died (process {pid}), and what it left is cleared up\n"))
         }
     }
-    Ok(())
 }
 
 /// The volume that is meant: a configuration's, or one by its name.
@@ -66,6 +67,5 @@ fn await_end(name: &str, dir: &RunDir) -> Result<()> {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    println!("{name} is down");
-    Ok(())
+    tell(format_args!("{name} is down\n"))
 }

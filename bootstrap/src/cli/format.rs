@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use engine::luks::{self, luks1};
 use engine::store::{Access, BlockStore, Caching, FileStore};
 
+use super::tell;
 use crate::config::{self, KeyFile};
 use crate::keys::{FileKey, KeySource};
 use crate::{content, disk, process, system};
@@ -79,18 +80,17 @@ fn format(args: &Args, path: &Path, passphrase: &engine::key::Passphrase) -> Res
     let key = luks::new_volume_key(&mut random)?;
     let pending = luks1::begin(&disk, &options, passphrase, key, &mut random).with_context(name)?;
     let segment = pending.commit(&disk).with_context(name)?.segment;
-    print_made(path, &options, segment, &disk);
-    Ok(())
+    tell_made(path, &options, segment, &disk)
 }
 
-fn print_made(path: &Path, options: &luks1::Options, segment: luks::Segment, disk: &FileStore) {
-    println!(
-        "{}: LUKS1, AES-256-XTS (aes-xts-plain64, 512 bits), UUID {}, {} of {} bytes for data",
+fn tell_made(path: &Path, options: &luks1::Options, segment: luks::Segment, disk: &FileStore) -> Result<()> {
+    tell(format_args!(
+        "{}: LUKS1, AES-256-XTS (aes-xts-plain64, 512 bits), UUID {}, {} of {} bytes for data\n",
         path.display(),
         options.uuid,
         segment.len,
         disk.len()
-    );
+    ))
 }
 
 /// Where `--key-file` points to.

@@ -6,7 +6,7 @@ mod down;
 mod dump;
 mod format;
 mod plan;
-//mod provision;
+mod provision;
 mod serve;
 mod status;
 mod up;
@@ -37,6 +37,8 @@ pub struct Cli {
 enum Command {
     /// The whole job on this machine, with no cloud account, and cleaned up after.
     Demo(demo::Args),
+    /// Make the volume's secret: encrypt it with KMS, then store it in S3.
+    Provision(provision::Args),
     /// Unlock the volume, or format it if the disk is blank; attach, make a filesystem if there is none, and mount.
     Up(up::Args),
     /// Unmount, detach, and stop the server; the key is wiped.
@@ -58,6 +60,8 @@ pub fn run(cli: Cli) -> ExitCode {
     log_to_stderr(cli.verbose);
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads the output has seen enough, as in `nbdcrypt dump disk | head`.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("nbdcrypt: {}", in_one(&error));
             ExitCode::FAILURE
@@ -69,6 +73,7 @@ fn dispatch(cli: Cli) -> Result<()> {
     let base = &cli.run_dir;
     match cli.command {
         Command::Demo(args) => demo::run(args),
+        Command::Provision(args) => provision::run(args),
         Command::Up(args) => up::run(args, base),
         Command::Down(args) => down::run(args, base),
         Command::Plan(args) => plan::run(args, base),
@@ -77,6 +82,22 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Serve(args) => serve::run(args),
         Command::Dump(args) => dump::run(args),
     }
+}
+
+/// Prints on standard output. Unlike `println!` it does not panic where nobody reads any more.
+fn tell(text: impl std::fmt::Display) -> Result<()> {
+    use std::io::Write;
+    let mut stdout = std::io::stdout().lock();
+    write!(stdout, "{text}").and_then(|()| stdout.flush()).map_err(|error| Unread(error).into())
+}
+
+/// Standard output could not be written to.
+#[derive(Debug, thiserror::Error)]
+#[error("standard output: {0}")]
+struct Unread(std::io::Error);
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Unread>().is_some_and(|unread| unread.0.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// An error with its causes, leaving out those that the one above quotes already.
@@ -95,17 +116,26 @@ fn in_one(error: &anyhow::Error) -> String {
 
 fn log_to_stderr(verbose: u8) {
     use tracing::level_filters::LevelFilter;
+    use tracing_subscriber::Layer;
+    use tracing_subscriber::filter::Targets;
+    use tracing_subscriber::layer::SubscriberExt;
+    use tracing_subscriber::util::SubscriberInitExt;
     let level = match verbose {
         0 => LevelFilter::WARN,
         1 => LevelFilter::INFO,
         2 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    tracing_subscriber::fmt()
-        .with_max_level(level)
+    // Other crates tell no more than warnings: what the SDK tells of its requests could hold what nobody may see.
+    let told = Targets::new()
+        .with_default(LevelFilter::WARN)
+        .with_target("bootstrap", level)
+        .with_target("nbd_server", level)
+        .with_target("engine", level);
+    let to_stderr = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
-        .without_time()
-        .init();
+        .without_time();
+    tracing_subscriber::registry().with(to_stderr.with_filter(told)).init();
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use engine::store::Caching;
 
+use super::tell;
 use crate::attach;
 use crate::config::{Config, SYSFS};
 use crate::keys;
@@ -64,10 +65,10 @@ pub(super) fn run(args: Args, base: &Path) -> Result<()> {
                 serde_json::json!({ "step": step, "outlook": outlook, "does": does, "obstacle": why })
             })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&steps)?);
+        tell(format_args!("{}\n", serde_json::to_string_pretty(&steps)?))?;
     } else {
         for (step, outlook, does, _) in &rows {
-            println!("{step:<11} {outlook:<13} {does}");
+            tell(format_args!("{step:<11} {outlook:<13} {does}\n"))?;
         }
     }
     match obstacle {

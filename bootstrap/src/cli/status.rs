@@ -1,11 +1,13 @@
 //! `nbdcrypt status`: the volumes that are up.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use super::down::name_of;
+use super::tell;
 use crate::control::{self, Answer, Question};
 use crate::run_dir::{RunDir, State};
 use crate::status::{Condition, Status};
@@ -37,11 +39,12 @@ pub(super) fn run(args: Args, base: &Path) -> Result<()> {
         }
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&all)?);
-    } else {
-        all.iter().for_each(|status| print!("{status}"));
+        return tell(format_args!("{}\n", serde_json::to_string_pretty(&all)?));
     }
-    Ok(())
+    if all.is_empty() && std::io::stdout().is_terminal() {
+        return tell("no volume is up\n");
+    }
+    all.iter().try_for_each(tell)
 }
 
 fn of(name: &str, dir: &RunDir) -> Result<Option<Status>> {

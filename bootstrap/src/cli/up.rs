@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::background;
+use super::{background, tell};
 use crate::boot::{self, Progress};
 use crate::config::Config;
 use crate::process;
@@ -61,13 +61,9 @@ fn already_up(config: &Config, dir: &RunDir) -> Result<()> {
     let whole = config.filesystem.is_none() || state.mountpoint.is_some();
     match (device, whole, state.mountpoint) {
         (Some(device), true, Some(mountpoint)) => {
-            println!("{} is already up: {device} on {}", config.name, mountpoint.display());
-            Ok(())
+            tell(format_args!("{} is already up: {device} on {}\n", config.name, mountpoint.display()))
         }
-        (Some(device), true, None) => {
-            println!("{} is already up: {device}", config.name);
-            Ok(())
-        }
+        (Some(device), true, None) => tell(format_args!("{} is already up: {device}\n", config.name)),
         _ => bail!("{} is on its way up or down already (process {})", config.name, state.pid),
     }
 }
@@ -82,7 +78,10 @@ pub(super) fn show(progress: Progress<'_>) {
         Progress::Done(step) if stderr.is_terminal() => {
             let _ = writeln!(stderr, "  {step}");
         }
-        Progress::Up(text) => println!("{text}"),
+        Progress::Up(text) => {
+            // The volume is up all the same where nobody reads it.
+            let _ = tell(format_args!("{text}\n"));
+        }
         _ => {}
     }
 }

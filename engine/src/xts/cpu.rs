@@ -41,6 +41,20 @@ impl CpuPath {
         self == Self::Portable
     }
 
+    /// Does on registers alone, with no memory and no tweaks, as many AES rounds as AES-256 takes for about `bytes` bytes
+    /// of data, and returns for how many bytes it did. The time this takes bounds what the path can reach: no XTS is
+    /// faster. `None` for the portable path, whose registers are the `aes` crate's own affair, and for a path that this
+    /// CPU does not have.
+    pub fn aes256_rounds(self, bytes: usize) -> Option<usize> {
+        #[cfg(target_arch = "x86_64")]
+        return Some(super::x86_64::Cpu::new(self)?.aes256_rounds(bytes));
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            let _ = bytes;
+            None
+        }
+    }
+
     /// The name that [`CpuPath::from_str`] takes: `vaes512`, `vaes256`, `aesni` or `portable`.
     pub const fn name(self) -> &'static str {
         match self {

@@ -136,7 +136,12 @@ impl NbdAttachment {
     }
 
     fn disconnect(&mut self) -> Result<(), DetachError> {
-        if let Some(claim) = claim(&self.path, || is_ours(self.index, &self.identifier))? {
+        if self.sessions.all.is_finished() {
+            // Nobody is there to write to, as the signal told. Its last user may still be closing it.
+            if is_ours(self.index, &self.identifier) {
+                disconnect(self.index)?;
+            }
+        } else if let Some(claim) = claim(&self.path, || is_ours(self.index, &self.identifier))? {
             // While the claim lasts nobody else can mount it. What there was to write is written.
             disconnect(self.index)?;
             drop(claim);

@@ -1,13 +1,12 @@
 //! From what the SDK reports to what it means: network, service, or neither.
 
 use std::error::Error;
-use std::io;
+use std::{io, iter};
 
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 
 use super::error::{AwsKeyError, Service};
-use super::session::causes;
 
 /// A service's "no".
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -79,18 +78,32 @@ fn with_response(code: Option<&str>, message: Option<&str>, response: &HttpRespo
     }
 }
 
-/// TLS errors come as `InvalidData` inside the connection's I/O error; no network that comes up will mend them.
+/// An error and what caused it, each said once.
+pub(super) fn causes(error: &(dyn Error + 'static)) -> String {
+    chain(error).skip(1).fold(error.to_string(), |text, cause| {
+        let said = cause.to_string();
+        if text.contains(&said) { text } else { format!("{text}: {said}") }
+    })
+}
+
+/// Whether the network is to blame: something in the chain of causes is an I/O error, or a timeout.
+pub(super) fn is_io(error: &(dyn Error + 'static)) -> bool {
+    chain(error).any(|cause| cause.is::<io::Error>() || cause.to_string().contains("timeout"))
+}
+
+/// The error, its cause, the cause's cause, and so on.
+fn chain<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    iter::successors(Some(error), |cause| (*cause).source())
+}
+
+/// Whether TLS failed for reasons of its own, such as a certificate, and not because the connection broke meanwhile. The
+/// SDK knows, but keeps the type to itself: what can be seen of it is its text, and the I/O errors beneath.
 fn is_untrusted(error: &(dyn Error + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(cause) = next {
-        if cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::InvalidData)
-            || cause.to_string().contains("invalid peer certificate")
-        {
-            return true;
-        }
-        next = cause.source();
-    }
-    false
+    let broken = chain(error).filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|error| {
+        use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, TimedOut, UnexpectedEof};
+        matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | TimedOut | UnexpectedEof)
+    });
+    !broken && chain(error).any(|cause| cause.to_string().starts_with("TLS handshake failed"))
 }
 
 #[cfg(test)]

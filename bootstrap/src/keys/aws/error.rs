@@ -27,12 +27,15 @@ pub enum AwsKeyError {
     },
     /// The whole chain has no credentials. `tried` has a line for each link.
     #[error(
-        "no AWS credentials were found; give this instance a role (an instance profile), or set AWS_PROFILE or \
-         AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. {tried}"
+        "no AWS credentials were found{}; give this instance a role (an instance profile), or set AWS_PROFILE or \
+         AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. {tried}",
+        profile.as_ref().map(|name| format!(", nor has a profile `{name}` any")).unwrap_or_default()
     )]
     NoCredentials {
         /// What the SDK's chain says of each source.
         tried: String,
+        /// The profile that is asked for by name, if any.
+        profile: Option<String>,
         /// Whether the instance's metadata service may yet have some.
         transient: bool,
     },
@@ -55,10 +58,11 @@ pub enum AwsKeyError {
         /// What the system said.
         detail: String,
     },
-    /// Someone answered who is not trusted to be AWS.
+    /// Someone answered, but does not prove to be AWS.
     #[error(
-        "{service} at {endpoint} has no certificate that this machine trusts: {detail}; install the distribution's \
-         ca-certificates, look at the clock, or name the certificate authority's file in SSL_CERT_FILE"
+        "{service} at {endpoint} cannot be trusted: {detail}; is the endpoint the right one, does it speak TLS, is this \
+         machine's clock right, are the distribution's ca-certificates installed? A certificate authority of one's own \
+         is named in SSL_CERT_FILE"
     )]
     Untrusted {
         /// Which service.

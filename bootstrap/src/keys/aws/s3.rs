@@ -4,7 +4,7 @@ use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
 
-use super::answer::{Answer, answer, common};
+use super::answer::{Answer, answer, causes, common};
 use super::error::{AwsKeyError, MAX_CIPHERTEXT, Service};
 use super::retry::{Patience, retried};
 use super::session::{ATTEMPT, Session};
@@ -31,7 +31,7 @@ pub(super) async fn get(session: &Session, patience: Patience, object: &S3Object
                 let piece = piece.map_err(|error| AwsKeyError::Unreachable {
                     service: Service::S3,
                     endpoint: session.s3_endpoint.uri(),
-                    detail: super::session::causes(&error),
+                    detail: causes(&error),
                 })?;
                 if bytes.len() + piece.len() > MAX_CIPHERTEXT {
                     return Err(too_large());

@@ -18,6 +18,7 @@ use aws_sdk_s3::error::BoxError;
 use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 use aws_types::service_config::ServiceConfigKey;
 
+use super::answer::{causes, is_io};
 use super::error::AwsKeyError;
 use super::retry::{Patience, retried};
 use crate::config::{AwsKeyConfig, SYSFS};
@@ -47,7 +48,7 @@ impl Session {
         let overdue = || AwsKeyError::Credentials { detail: "no answer from their source".to_owned(), transient: true };
         let (sdk, credentials) = retried(patience, CREDENTIALS, overdue, async || {
             let sdk = load(config).await;
-            let credentials = credentials(&sdk).await?;
+            let credentials = credentials(config, &sdk).await?;
             if sdk.region().is_none() {
                 return Err(AwsKeyError::NoRegion { transient: is_ec2(Path::new(SYSFS)) });
             }
@@ -106,13 +107,15 @@ async fn load(config: &AwsKeyConfig) -> SdkConfig {
     loader.load().await
 }
 
-async fn credentials(sdk: &SdkConfig) -> Result<Credentials, AwsKeyError> {
+async fn credentials(config: &AwsKeyConfig, sdk: &SdkConfig) -> Result<Credentials, AwsKeyError> {
+    let profile = config.profile.clone().or_else(|| std::env::var("AWS_PROFILE").ok());
     let Some(provider) = sdk.credentials_provider() else {
-        return Err(AwsKeyError::NoCredentials { tried: String::new(), transient: false });
+        return Err(AwsKeyError::NoCredentials { tried: String::new(), profile, transient: false });
     };
     provider.provide_credentials().await.map_err(|error| match &error {
         CredentialsError::CredentialsNotLoaded(_) => AwsKeyError::NoCredentials {
             tried: error.source().map(causes).unwrap_or_default(),
+            profile,
             transient: is_ec2(Path::new(SYSFS)),
         },
         CredentialsError::ProviderTimedOut(_) => AwsKeyError::Credentials { detail: causes(&error), transient: true },
@@ -170,30 +173,4 @@ impl Intercept for Endpoint {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = uri[..end].to_owned();
         Ok(())
     }
-}
-
-/// An error and what caused it, each said once.
-pub(super) fn causes(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let said = cause.to_string();
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
-        }
-        next = cause.source();
-    }
-    text
-}
-
-/// Whether the network is to blame: something in the chain of causes is an I/O error, or a timeout.
-fn is_io(error: &(dyn Error + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(cause) = next {
-        if cause.is::<std::io::Error>() || cause.to_string().contains("timeout") {
-            return true;
-        }
-        next = cause.source();
-    }
-    false
 }

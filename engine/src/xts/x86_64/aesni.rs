@@ -47,12 +47,10 @@ const TWEAKS: usize = WIDTH;
 const STEPS: usize = size_of::<Piece>() / (WIDTH * BLOCK);
 
 /// Encrypted tweaks of the sectors ahead.
-#[derive(Zeroize)]
 #[repr(C, align(64))]
 struct Tweaks([u128; TWEAKS]);
 
 /// The tweaks of the blocks of one step, `T · α^j`.
-#[derive(Zeroize)]
 #[repr(C, align(64))]
 struct Masks([u128; WIDTH]);
 
@@ -95,8 +93,10 @@ fn crypt<const N: usize, const DECRYPT: bool>(data_keys: &RoundKeys<N>, tweak_ke
             mask = crypt_step::<N, DECRYPT>(data_keys, &mut piece, step, current, following, mask);
         }
     }
-    tweaks.zeroize();
-    masks.zeroize();
+    tweaks.0.as_mut_slice().zeroize();
+    for masks in &mut masks {
+        masks.0.as_mut_slice().zeroize();
+    }
 }
 
 /// Encrypts the tweaks of the next data units, at most [`TWEAKS`] and at least `wanted` if that is less.

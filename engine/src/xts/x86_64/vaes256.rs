@@ -58,12 +58,10 @@ const HALVES: usize = 2;
 const TWEAKS: usize = 2 * WIDTH;
 
 /// Encrypted tweaks of the sectors ahead.
-#[derive(Zeroize)]
 #[repr(C, align(64))]
 struct Tweaks([u128; TWEAKS]);
 
 /// The tweaks of one piece's blocks, `T · α^j`.
-#[derive(Zeroize)]
 #[repr(C, align(64))]
 struct Masks([u128; PIECE_BLOCKS]);
 
@@ -105,9 +103,9 @@ fn crypt<const N: usize, const DECRYPT: bool>(data_keys: &RoundKeys<N>, tweak_ke
         }
         (current, following) = (following, current);
     }
-    tweaks.zeroize();
-    even.zeroize();
-    odd.zeroize();
+    tweaks.0.as_mut_slice().zeroize();
+    even.0.as_mut_slice().zeroize();
+    odd.0.as_mut_slice().zeroize();
 }
 
 /// Encrypts the tweaks of the next data units, at most [`TWEAKS`] and at least `wanted` if that is less.
@@ -216,7 +214,7 @@ impl Masks {
     }
 }
 
-/// Vector `i` of a sector's first masks: `T · α^(2i + lane)`, from `T` in every lane or from the vectors before it.
+/// Vector `i` of a sector's first masks: `T · α^(2i + lane)`, from `T` in every lane or from the first four vectors.
 #[target_feature(enable = "avx2,vpclmulqdq")]
 #[inline]
 fn start(i: usize, tweak: __m256i, before: &Masks) -> __m256i {
@@ -226,7 +224,8 @@ fn start(i: usize, tweak: __m256i, before: &Masks) -> __m256i {
         2 => times_alpha_by_lane(tweak, [4, 5]),
         3 => times_alpha_by_lane(tweak, [6, 7]),
         4..=7 => times_alpha_bytes::<1, 15>(before.get(i - 4)),
-        _ => times_alpha_bytes::<2, 14>(before.get(i - 8)),
+        8..=11 => times_alpha_bytes::<2, 14>(before.get(i - 8)),
+        _ => times_alpha_bytes::<3, 13>(before.get(i - 12)),
     }
 }
 
