@@ -1,3 +1,10 @@
 //! `nbdcrypt`: dm-crypt without dm-crypt.
 
-fn main() {}
+use std::process::ExitCode;
+
+use bootstrap::cli::{self, Cli};
+use clap::Parser;
+
+fn main() -> ExitCode {
+    cli::run(Cli::parse())
+}

@@ -1,6 +1,38 @@
 //! The LUKS on-disk formats: header bytes to keys, and keys to header bytes.
+//!
+//! ```text
+//!   read ─► LockedVolume ─► unlock(passphrase) ─► UnlockedVolume { key, segment }
+//!
+//!   luks2::begin(passphrase, key) ─► PendingFormat { key, segment } ─► commit ─► a volume
+//!                                                                   └► abandon ─► a blank disk
+//! ```
+//!
+//! What is read is untrusted: a header is parsed once, into a type that cannot be wrong, and what it asks for is bounded
+//! by [`Limits`].
 
+mod af;
+mod error;
+mod format;
+mod hash;
+mod hex;
+pub mod kdf;
+mod keyslot;
+pub mod luks1;
+pub mod luks2;
+pub mod plain;
+
+use std::io;
+use std::num::NonZeroU32;
+
+use uuid::Uuid;
+
+pub use error::LuksError;
+pub use format::{PendingFormat, abandon_unfinished, is_unfinished};
+pub use hash::HashAlgorithm;
+
+use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{Lba512, SectorSize};
+use crate::store::BlockStore;
 
 /// Where a volume's data lies on its disk, and how it is encrypted there: what a LUKS header says beside the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,4 +45,167 @@ pub struct Segment {
     pub sector_size: SectorSize,
     /// The IV of the first sector.
     pub iv_start: Lba512,
+}
+
+/// Fills a buffer with bytes that nobody can guess: the operating system's, outside tests.
+pub type Random<'a> = &'a mut dyn FnMut(&mut [u8]) -> io::Result<()>;
+
+/// How much work a header may ask for. A header is untrusted, and one that asked for four billion iterations would keep a
+/// boot waiting for hours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// The most PBKDF2 iterations of one keyslot or digest. The default, 100 million, is ten seconds and more on today's
+    /// machines; cryptsetup's own choice, two seconds' worth, is a few million.
+    pub iterations: NonZeroU32,
+    /// The most memory that Argon2 may take, in KiB. The default, 4 GiB, is the most that cryptsetup ever makes.
+    pub argon2_memory: u32,
+    /// The most passes of Argon2 over its memory. The default is 100; cryptsetup makes 4 and a few more.
+    pub argon2_time: u32,
+    /// The most lanes of Argon2, each a thread. The default is 16; cryptsetup makes 4 at most.
+    pub argon2_lanes: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            iterations: NonZeroU32::MIN.saturating_add(99_999_999),
+            argon2_memory: 4 << 20,
+            argon2_time: 100,
+            argon2_lanes: 16,
+        }
+    }
+}
+
+impl Limits {
+    /// So many iterations, as `field` asks for them, if that is allowed.
+    fn iterations(&self, field: impl Fn() -> String, found: u32) -> Result<NonZeroU32, LuksError> {
+        let iterations = NonZeroU32::new(found).ok_or_else(|| LuksError::corrupt(field(), "0"))?;
+        if iterations > self.iterations {
+            return Err(LuksError::TooManyIterations { field: field(), found, limit: self.iterations.get() });
+        }
+        Ok(iterations)
+    }
+}
+
+/// A volume whose header has been read and found in order. No secret is in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LockedVolume {
+    /// A LUKS1 volume.
+    Luks1(Box<luks1::Locked>),
+    /// A LUKS2 volume.
+    Luks2(Box<luks2::Locked>),
+}
+
+/// A volume with its key.
+#[derive(Debug)]
+pub struct UnlockedVolume {
+    /// What encrypts the data.
+    pub key: VolumeKey,
+    /// Where the data lies.
+    pub segment: Segment,
+    /// The keyslot that opened, from 0.
+    pub keyslot: usize,
+}
+
+/// What a header says, with nothing secret in it. Its cipher may be one that nbdcrypt does not do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Dump {
+    /// The header of a LUKS1 volume.
+    Luks1(Box<luks1::Header>),
+    /// The header of a LUKS2 volume.
+    Luks2(Box<luks2::Header>),
+}
+
+/// Reads the header of the volume on `store`, to be shown.
+///
+/// # Errors
+/// [`LuksError`] when there is none, or it is corrupt.
+pub fn dump(store: &dyn BlockStore) -> Result<Dump, LuksError> {
+    match luks1::read_header(store) {
+        Err(LuksError::Version(2) | LuksError::NotLuks) => {
+            luks2::read_header(store).map(|header| Dump::Luks2(Box::new(header)))
+        }
+        header => header.map(|header| Dump::Luks1(Box::new(header))),
+    }
+}
+
+impl Dump {
+    /// The text that `cryptsetup luksDump` prints for the disk of that name, and the name of the encryption.
+    pub fn display(&self, disk: &str) -> String {
+        match self {
+            Self::Luks1(header) => header.display(disk).to_string(),
+            Self::Luks2(header) => header.display().to_string(),
+        }
+    }
+
+    /// What the encryption is called: AES-256-XTS, or AES-128-XTS where the key has 256 bits; `None` where nbdcrypt does
+    /// not do it.
+    pub fn encryption(&self) -> Option<&'static str> {
+        match self {
+            Self::Luks1(header) => header.encryption(),
+            Self::Luks2(header) => header.encryption(),
+        }
+    }
+}
+
+/// Reads the header of the volume on `store`.
+///
+/// # Errors
+/// [`LuksError`] when there is none, or it is corrupt, or asks for what nbdcrypt does not do or for too much work.
+pub fn read(store: &dyn BlockStore, limits: &Limits) -> Result<LockedVolume, LuksError> {
+    match luks1::read(store, limits) {
+        // Without its first header, it may still have its second.
+        Err(LuksError::Version(2) | LuksError::NotLuks) => {
+            luks2::read(store, limits).map(|volume| LockedVolume::Luks2(Box::new(volume)))
+        }
+        volume => volume.map(|volume| LockedVolume::Luks1(Box::new(volume))),
+    }
+}
+
+impl LockedVolume {
+    /// Tries the passphrase on the keyslots, in their order.
+    ///
+    /// # Errors
+    /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`] when it opens none, and
+    /// not all could be tried.
+    pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
+        match self {
+            Self::Luks1(volume) => volume.unlock(store, passphrase),
+            Self::Luks2(volume) => volume.unlock(store, passphrase),
+        }
+    }
+
+    /// Where the data lies.
+    pub fn segment(&self) -> Segment {
+        match self {
+            Self::Luks1(volume) => volume.segment(),
+            Self::Luks2(volume) => volume.segment(),
+        }
+    }
+
+    /// The UUID that the volume was given when it was formatted.
+    pub fn uuid(&self) -> Uuid {
+        match self {
+            Self::Luks1(volume) => volume.header().uuid,
+            Self::Luks2(volume) => volume.header().binary.uuid,
+        }
+    }
+
+    /// The length of the volume's key in bits, both halves counted: 512 is AES-256-XTS, 256 is AES-128-XTS.
+    pub fn key_bits(&self) -> usize {
+        match self {
+            Self::Luks1(volume) => volume.key_bits(),
+            Self::Luks2(volume) => volume.key_bits(),
+        }
+    }
+}
+
+/// A new key for AES-256-XTS.
+///
+/// # Errors
+/// What the source of randomness said.
+pub fn new_volume_key(random: Random<'_>) -> Result<VolumeKey, LuksError> {
+    let mut bytes = vec![0; VolumeKey::AES_256];
+    random(&mut bytes).map_err(LuksError::Random)?;
+    Ok(VolumeKey::new(bytes)?)
 }

@@ -3,12 +3,14 @@
 mod faulty;
 mod file;
 mod memory;
+mod unaligned;
 
 use std::io;
 
 pub use faulty::{FaultyStore, Operation};
 pub use file::{Access, Caching, FileStore};
 pub use memory::MemoryStore;
+pub use unaligned::{read_unaligned, write_zeros};
 
 /// A disk, or something that answers like one. Calls may come from many threads at once; what overlapping calls see of
 /// each other is the caller's affair.

@@ -236,12 +236,6 @@ impl Volume {
         }
     }
 
-    /// Whether [`Volume::write_zeroes`] can be faster than writing: never under a cipher, where zeros must be written
-    /// encrypted.
-    pub fn zeroes_fast(&self) -> bool {
-        !self.is_encrypted()
-    }
-
     /// Makes the range read as zeros. `may_discard` allows to give the space back where it then reads as zeros, which
     /// it does on a plaintext volume alone.
     ///
@@ -251,12 +245,8 @@ impl Volume {
         self.writable()?;
         self.locate(offset, len)?;
         let end = offset + len;
-        if may_discard && !self.is_encrypted() && self.is_aligned(offset, len) && len > 0 {
-            let _held = self.regions.share(offset, end);
-            match self.store.discard(self.layout.offset + offset, len) {
-                Err(error) if is_unsupported(&error) => {}
-                result => return Ok(result?),
-            }
+        if may_discard && self.punch(offset, len)? {
+            return Ok(());
         }
         let mut zeros = AlignedBuffer::zeroed(span(len.min(ZERO_CHUNK as u64))?);
         let mut at = offset;
@@ -267,6 +257,29 @@ impl Volume {
             at += chunk as u64;
         }
         Ok(())
+    }
+
+    /// Makes the range read as zeros if that takes less than writing them, and tells whether it did; else nothing is
+    /// changed. Under a cipher it never does: there, zeros must be written encrypted.
+    ///
+    /// # Errors
+    /// [`VolumeError`].
+    pub fn write_zeroes_fast(&self, offset: u64, len: u64) -> Result<bool, VolumeError> {
+        self.writable()?;
+        self.locate(offset, len)?;
+        self.punch(offset, len)
+    }
+
+    /// Gives back the space of a plaintext volume's whole blocks, which then read as zeros; whether that could be done.
+    fn punch(&self, offset: u64, len: u64) -> Result<bool, VolumeError> {
+        if self.is_encrypted() || !self.is_aligned(offset, len) || len == 0 {
+            return Ok(false);
+        }
+        let _held = self.regions.share(offset, offset + len);
+        match self.store.discard(self.layout.offset + offset, len) {
+            Err(error) if is_unsupported(&error) => Ok(false),
+            result => Ok(result.map(|()| true)?),
+        }
     }
 
     /// Writes a piece that lies within one block: reads the block, lays the piece into it, and writes it back while
@@ -328,4 +341,213 @@ fn span(len: u64) -> Result<usize, VolumeError> {
 
 fn is_unsupported(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::Unsupported
+}
+
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "test data is small")]
+mod tests {
+    use std::sync::Barrier;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::store::{FaultyStore, MemoryStore, Operation};
+
+    const DISK: usize = 64 * 1024;
+    const OFFSET: u64 = 8192;
+
+    /// Memory that takes only aligned requests, as a disk opened for direct I/O does.
+    struct Strict(MemoryStore, usize);
+
+    impl BlockStore for Strict {
+        fn len(&self) -> u64 {
+            self.0.len()
+        }
+        fn alignment(&self) -> usize {
+            self.1
+        }
+        fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+            assert!(offset.is_multiple_of(self.1 as u64) && data.len().is_multiple_of(self.1));
+            self.0.read_at(data, offset)
+        }
+        fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+            assert!(offset.is_multiple_of(self.1 as u64) && data.len().is_multiple_of(self.1));
+            self.0.write_at(data, offset)
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+            assert!((offset | len).is_multiple_of(self.1 as u64));
+            self.0.discard(offset, len)
+        }
+    }
+
+    fn key() -> VolumeKey {
+        VolumeKey::new((0..64).collect()).unwrap()
+    }
+
+    fn segment(sector_size: SectorSize) -> Segment {
+        Segment { offset: OFFSET, len: DISK as u64 - OFFSET, sector_size, iv_start: Lba512(0) }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Read(u64, usize),
+        Write(u64, usize, u8),
+        Zero(u64, usize),
+        Flush,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let end = DISK as u64 - OFFSET;
+        let place = (0..=end).prop_flat_map(move |at| (Just(at), 0..=usize::try_from((end - at).min(20_000)).unwrap()));
+        prop_oneof![
+            place.clone().prop_map(|(at, len)| Step::Read(at, len)),
+            (place.clone(), any::<u8>()).prop_map(|((at, len), fill)| Step::Write(at, len, fill)),
+            place.prop_map(|(at, len)| Step::Zero(at, len)),
+            Just(Step::Flush),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn a_volume_answers_as_a_plain_array_of_bytes_does(
+            steps in prop::collection::vec(step(), 1..40),
+            size in prop::sample::select(SectorSize::ALL.to_vec()),
+            alignment in prop::sample::select(vec![1usize, 512, 4096]),
+            encrypted: bool,
+        ) {
+            let store = Arc::new(Strict(MemoryStore::zeroed(DISK), alignment));
+            let cipher = encrypted.then(|| Xts::new(&key()));
+            let volume = Volume::new(store, segment(size), cipher).unwrap();
+            let mut model = vec![0; DISK - OFFSET as usize];
+            volume.write_zeroes(0, volume.len(), true).unwrap();
+            for step in steps {
+                match step {
+                    Step::Read(at, len) => {
+                        let mut data = vec![0; len];
+                        volume.read(at, &mut data).unwrap();
+                        prop_assert_eq!(&data[..], &model[at as usize..][..len]);
+                    }
+                    Step::Write(at, len, fill) => {
+                        let data: Vec<u8> = (0..len).map(|i| fill.wrapping_add(i as u8)).collect();
+                        model[at as usize..][..len].copy_from_slice(&data);
+                        volume.write(at, &mut data.clone()).unwrap();
+                    }
+                    Step::Zero(at, len) => {
+                        model[at as usize..][..len].fill(0);
+                        volume.write_zeroes(at, len as u64, true).unwrap();
+                    }
+                    Step::Flush => volume.flush().unwrap(),
+                }
+            }
+            let mut all = vec![0; model.len()];
+            volume.read(0, &mut all).unwrap();
+            prop_assert!(all == model);
+        }
+    }
+
+    #[test]
+    fn writers_of_one_sector_at_once_lose_nothing_of_each_other() {
+        let volume =
+            Volume::encrypted(Arc::new(MemoryStore::zeroed(DISK)), segment(SectorSize::B4096), &key()).unwrap();
+        let writers = 8;
+        let start = Barrier::new(writers);
+        std::thread::scope(|scope| {
+            for writer in 0..writers {
+                let (volume, start) = (&volume, &start);
+                scope.spawn(move || {
+                    start.wait();
+                    for _ in 0..200 {
+                        // Every other one writes whole blocks beside the sector that the rest share pieces of.
+                        if writer % 2 == 0 {
+                            volume.write(writer as u64 * 100, &mut [writer as u8 + 1; 100]).unwrap();
+                        } else {
+                            volume.write(4096 * writer as u64, &mut [writer as u8 + 1; 4096]).unwrap();
+                        }
+                    }
+                });
+            }
+        });
+        let mut all = vec![0; 4096 * 8];
+        volume.read(0, &mut all).unwrap();
+        for writer in 0..writers {
+            let (at, len) = if writer % 2 == 0 { (writer * 100, 100) } else { (4096 * writer, 4096) };
+            assert!(all[at..at + len].iter().all(|b| *b == writer as u8 + 1), "writer {writer}");
+        }
+    }
+
+    #[test]
+    fn a_whole_block_write_is_never_undone_by_a_neighbours_read_modify_write() {
+        let volume =
+            Volume::encrypted(Arc::new(MemoryStore::zeroed(DISK)), segment(SectorSize::B4096), &key()).unwrap();
+        for round in 0..200u8 {
+            volume.write(0, &mut [0; 4096]).unwrap();
+            let start = Barrier::new(2);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    start.wait();
+                    volume.write(0, &mut [1; 4096]).unwrap();
+                });
+                start.wait();
+                volume.write(10, &mut [2; 10]).unwrap();
+            });
+            let mut block = [0; 4096];
+            volume.read(0, &mut block).unwrap();
+            // In either order, the bytes that only the whole-block write covers are its own.
+            assert!(block[..10].iter().chain(&block[20..]).all(|b| *b == 1), "round {round}");
+        }
+    }
+
+    #[test]
+    fn nothing_of_the_plaintext_reaches_the_disk() {
+        let store = Arc::new(MemoryStore::zeroed(DISK));
+        let volume = Volume::encrypted(store.clone(), segment(SectorSize::B512), &key()).unwrap();
+        let text = b"the quick brown fox jumps over the lazy dog";
+        volume.write(1000, &mut text.to_vec()).unwrap();
+        assert!(!store.snapshot().windows(16).any(|window| window == &text[..16]));
+        assert!(store.snapshot()[..OFFSET as usize].iter().all(|b| *b == 0), "the header's room is untouched");
+    }
+
+    #[test]
+    fn discarding_keeps_the_blocks_that_are_covered_in_part() {
+        let volume = Volume::encrypted(Arc::new(MemoryStore::zeroed(DISK)), segment(SectorSize::B512), &key()).unwrap();
+        volume.write(0, &mut [7; 4096]).unwrap();
+        volume.discard(100, 1000).unwrap();
+        let mut data = [0; 4096];
+        volume.read(0, &mut data).unwrap();
+        assert!(data[..512].iter().all(|b| *b == 7) && data[1024..].iter().all(|b| *b == 7));
+        assert!(data[512..1024].iter().any(|b| *b != 7), "the whole block in it is gone");
+    }
+
+    #[test]
+    fn a_disk_error_is_the_callers_and_a_range_past_the_end_never_reaches_the_disk() {
+        let store = FaultyStore::new(MemoryStore::zeroed(DISK), |operation| match operation {
+            Operation::Read(..) => Some(io::ErrorKind::TimedOut),
+            Operation::Write(..) => panic!("out of range, yet written"),
+            _ => None,
+        });
+        let volume = Volume::encrypted(Arc::new(store), segment(SectorSize::B512), &key()).unwrap();
+        let error = volume.read(0, &mut [0; 512]).unwrap_err();
+        assert!(matches!(error, VolumeError::Store(error) if error.kind() == io::ErrorKind::TimedOut));
+        let end = volume.len();
+        assert!(matches!(volume.write(end - 1, &mut [0; 2]), Err(VolumeError::OutOfRange { .. })));
+        assert!(matches!(volume.write_zeroes(u64::MAX, 1, false), Err(VolumeError::OutOfRange { .. })));
+    }
+
+    #[test]
+    fn a_segment_that_does_not_fit_its_disk_is_no_volume() {
+        let open = |segment| Volume::encrypted(Arc::new(MemoryStore::zeroed(DISK)), segment, &key()).err();
+        let whole = segment(SectorSize::B4096);
+        assert_eq!(
+            open(Segment { len: whole.len + 4096, ..whole }),
+            Some(GeometryError::DiskTooSmall { needed: DISK as u64 + 4096, available: DISK as u64 })
+        );
+        assert_eq!(open(Segment { len: 0, ..whole }), Some(GeometryError::Empty));
+        assert!(matches!(open(Segment { offset: 512, len: 4096, ..whole }), Some(GeometryError::Misaligned { .. })));
+        assert!(matches!(open(Segment { offset: u64::MAX, ..whole }), Some(GeometryError::DiskTooSmall { .. })));
+    }
 }

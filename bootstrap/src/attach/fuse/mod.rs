@@ -1,0 +1,97 @@
+//! Without an nbd driver: the volume as one file in a FUSE mount of its own, and a loop device on that file.
+//!
+//! ```text
+//!   /dev/loopN ─► loop driver, direct I/O ─► MOUNT_DIR/volume ─► /dev/fuse ─► serving threads ─► Volume
+//! ```
+
+mod loop_device;
+mod mount;
+mod volume_file;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use engine::volume::Volume;
+
+use super::error::{AttachError, DetachError};
+use super::signal::EndedSignal;
+use super::{Method, Options, Remains};
+use loop_device::LoopDevice;
+use mount::FuseMount;
+
+/// A volume that is a loop device on a FUSE file. Fields are dropped in this order: the loop device lets go of the file
+/// before the mount goes.
+#[derive(Debug)]
+pub(super) struct FuseAttachment {
+    device: LoopDevice,
+    mount: FuseMount,
+    identifier: String,
+}
+
+pub(super) fn attach(volume: Arc<Volume>, options: &Options) -> Result<FuseAttachment, AttachError> {
+    let wished = match options.device.as_deref() {
+        Some(device) if LoopDevice::is_one(device) => Some(device),
+        None => None,
+        Some(_) if options.method == Method::Auto => None,
+        Some(device) => {
+            return Err(AttachError::WrongDevice {
+                device: device.to_owned(),
+                method: Method::Fuse,
+                expected: "a loop device such as /dev/loop0",
+            });
+        }
+    };
+    loop_device::ready()?;
+    let sector_size = volume.sector_size();
+    let read_only = options.read_only || volume.is_read_only();
+    let mount = FuseMount::new(volume, read_only, &options.mount_dir, &options.identifier)?;
+    let device = LoopDevice::attach(&mount.file(), wished, sector_size, read_only)?;
+    mount.watch(true);
+    Ok(FuseAttachment { device, mount, identifier: options.identifier.clone() })
+}
+
+/// Whether the path is that of a loop device.
+pub(super) fn is_loop_device(path: &Path) -> bool {
+    LoopDevice::is_one(path)
+}
+
+impl FuseAttachment {
+    pub(super) fn device(&self) -> &Path {
+        self.device.path()
+    }
+
+    pub(super) fn ended(&self) -> EndedSignal {
+        self.mount.ended()
+    }
+
+    pub(super) fn remains(&self) -> Remains {
+        Remains {
+            method: Method::Fuse,
+            device: self.device().to_owned(),
+            identifier: self.identifier.clone(),
+            mount_dir: Some(self.mount.dir().to_owned()),
+        }
+    }
+
+    pub(super) fn detach(&mut self) -> Result<(), DetachError> {
+        self.mount.watch(false);
+        if let Err(error) = self.device.detach() {
+            self.mount.watch(true);
+            return Err(error);
+        }
+        self.mount.unmount()
+    }
+}
+
+impl Drop for FuseAttachment {
+    fn drop(&mut self) {
+        self.mount.watch(false);
+    }
+}
+
+/// Takes away what a dead server left, unless it is somebody else's by now.
+pub(super) fn detach_stale(remains: &Remains) -> Result<(), DetachError> {
+    let Some(dir) = &remains.mount_dir else { return Ok(()) };
+    loop_device::detach_stale(&remains.device, dir)?;
+    mount::unmount_stale(dir)
+}

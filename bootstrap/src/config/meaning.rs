@@ -1,0 +1,271 @@
+//! From the configuration as it is written to what it means: values, defaults, and what goes together.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use engine::sector::SectorSize;
+use toml::Spanned;
+
+use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawSize, RawVolume};
+use super::value::{self, KeyFile, S3Object, VolumeName};
+use super::{
+    AttachConfig, AttachMethod, AwsKeyConfig, Config, Device, FilesystemConfig, KeyConfig, VolumeConfig, VolumeType,
+};
+
+/// What is wrong, and the bytes of the file that say so.
+pub(super) struct Wrong {
+    pub(super) span: Range<usize>,
+    pub(super) message: String,
+}
+
+type Meant<T> = Result<T, Wrong>;
+
+pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Meant<Config> {
+    let name = match (&raw.volume.name, name_from_file) {
+        (None, Some(name)) => name,
+        (Some(name), _) => self::name(name)?,
+        // The caller has told of it already; the empty span is the file's beginning.
+        (None, None) => return Err(Wrong { span: 0..0, message: "the volume has no name".to_owned() }),
+    };
+    Ok(Config {
+        name,
+        volume: volume(raw.volume)?,
+        key: key(raw.key)?,
+        attach: attach(&raw.attach)?,
+        filesystem: raw.filesystem.map(filesystem).transpose()?,
+    })
+}
+
+fn name(name: &Spanned<String>) -> Meant<VolumeName> {
+    VolumeName::new(name.get_ref()).ok_or_else(|| {
+        wrong(
+            name,
+            format!(
+                "`{}` is no volume name: 1 to {} of A-Z a-z 0-9 . _ -, beginning with a letter, a digit or _",
+                name.get_ref(),
+                VolumeName::MAX_LEN
+            ),
+        )
+    })
+}
+
+fn volume(raw: RawVolume) -> Meant<VolumeConfig> {
+    let device = device(&raw.devices)?;
+    if let (Device::InstanceStore, Some(size)) = (&device, &raw.size) {
+        return Err(wrong(size, "`size` is for a regular file; an instance-store disk is taken whole".to_owned()));
+    }
+    let kind = raw.kind.as_ref().map_or(Ok(VolumeType::Luks1), volume_type)?;
+    Ok(VolumeConfig {
+        device,
+        size: raw.size.as_ref().map(size).transpose()?,
+        kind,
+        sector_size: raw.sector_size.as_ref().map_or(Ok(SectorSize::B512), |size| sector_size(size, kind))?,
+    })
+}
+
+fn device(devices: &Spanned<Vec<Spanned<String>>>) -> Meant<Device> {
+    let [device, more @ ..] = devices.get_ref().as_slice() else {
+        return Err(wrong(devices, "name a disk or file, or \"instance-store\"".to_owned()));
+    };
+    if let Some(second) = more.first() {
+        return Err(wrong(second, "more than one device: striping is not there yet; name one".to_owned()));
+    }
+    if device.get_ref() == "instance-store" {
+        return Ok(Device::InstanceStore);
+    }
+    absolute(device).map(Device::Path)
+}
+
+fn size(size: &Spanned<RawSize>) -> Meant<u64> {
+    let bytes = match size.get_ref() {
+        RawSize::Bytes(bytes) => *bytes,
+        RawSize::Text(text) => value::parse_size(text).ok_or_else(|| {
+            wrong(size, format!("`{text}` is no size: digits and one of K, M, G, T (powers of 1024), as in \"2G\""))
+        })?,
+    };
+    // The largest sector: whatever type and sector size the volume gets, the file ends with a sector.
+    if bytes == 0 || !bytes.is_multiple_of(SectorSize::B4096.bytes_u64()) {
+        return Err(wrong(size, format!("a file of {bytes} bytes: the size must be a multiple of 4096, and not zero")));
+    }
+    Ok(bytes)
+}
+
+fn volume_type(kind: &Spanned<String>) -> Meant<VolumeType> {
+    match kind.get_ref().as_str() {
+        "luks1" => Ok(VolumeType::Luks1),
+        "plain" => Ok(VolumeType::Plain),
+        "luks2" => Err(wrong(kind, "luks2 is not there yet; use \"luks1\"".to_owned())),
+        other => Err(wrong(kind, format!("`{other}` is no volume type; there are luks1, plain"))),
+    }
+}
+
+fn sector_size(size: &Spanned<u64>, kind: VolumeType) -> Meant<SectorSize> {
+    let bytes = *size.get_ref();
+    match (SectorSize::from_bytes(bytes), kind) {
+        (None, _) => Err(wrong(size, format!("a sector has 512, 1024, 2048, 4096 bytes, not {bytes}"))),
+        (Some(sectors), VolumeType::Luks1) if sectors != SectorSize::B512 => {
+            Err(wrong(size, "LUKS1 has sectors of 512 bytes only; leave `sector-size` out".to_owned()))
+        }
+        (Some(sectors), _) => Ok(sectors),
+    }
+}
+
+fn key(raw: RawKey) -> Meant<KeyConfig> {
+    match raw.source.get_ref().as_str() {
+        "file" => file_key(&raw).map(KeyConfig::File),
+        "aws" => aws_key(raw).map(KeyConfig::Aws),
+        "ephemeral" => Err(wrong(&raw.source, "ephemeral keys are not there yet; use aws, file".to_owned())),
+        other => Err(wrong(&raw.source, format!("`{other}` is no key source; there are aws, file"))),
+    }
+}
+
+fn file_key(raw: &RawKey) -> Meant<KeyFile> {
+    // Every key of RawKey is named here or in `aws_key`: one that a source overlooked would be ignored in silence.
+    let RawKey {
+        source,
+        path,
+        object,
+        kms_key,
+        encryption_context,
+        region,
+        profile,
+        endpoint_url,
+        s3_endpoint_url,
+        kms_endpoint_url,
+        retry_for,
+    } = raw;
+    unused("file", "object", object.as_ref())?;
+    unused("file", "kms-key", kms_key.as_ref())?;
+    unused("file", "encryption-context", encryption_context.as_ref())?;
+    unused("file", "region", region.as_ref())?;
+    unused("file", "profile", profile.as_ref())?;
+    unused("file", "endpoint-url", endpoint_url.as_ref())?;
+    unused("file", "s3-endpoint-url", s3_endpoint_url.as_ref())?;
+    unused("file", "kms-endpoint-url", kms_endpoint_url.as_ref())?;
+    unused("file", "retry-for", retry_for.as_ref())?;
+    let Some(path) = path else {
+        return Err(wrong(source, "source = \"file\" needs `path = \"/the/key/file\"`".to_owned()));
+    };
+    if path.get_ref() == "-" { Ok(KeyFile::Stdin) } else { absolute(path).map(KeyFile::Path) }
+}
+
+fn aws_key(raw: RawKey) -> Meant<AwsKeyConfig> {
+    unused("aws", "path", raw.path.as_ref())?;
+    let Some(object) = &raw.object else {
+        return Err(wrong(&raw.source, "source = \"aws\" needs `object = \"s3://BUCKET/KEY\"`".to_owned()));
+    };
+    let endpoint = raw.endpoint_url.as_ref().map(endpoint).transpose()?;
+    let own = |url: Option<&Spanned<String>>| url.map(self::endpoint).transpose();
+    Ok(AwsKeyConfig {
+        object: S3Object::parse(object.get_ref())
+            .ok_or_else(|| wrong(object, format!("`{}` is no object; write s3://BUCKET/KEY", object.get_ref())))?,
+        kms_key: non_empty(raw.kms_key, "a KMS key's id, its ARN, or alias/NAME")?,
+        encryption_context: raw.encryption_context.map(Spanned::into_inner).unwrap_or_default(),
+        region: non_empty(raw.region, "a region such as eu-central-1")?,
+        profile: non_empty(raw.profile, "the name of a profile")?,
+        s3_endpoint_url: own(raw.s3_endpoint_url.as_ref())?.or_else(|| endpoint.clone()),
+        kms_endpoint_url: own(raw.kms_endpoint_url.as_ref())?.or(endpoint),
+        retry_for: raw.retry_for.as_ref().map_or(Ok(AwsKeyConfig::DEFAULT_RETRY_FOR), |text| {
+            value::parse_duration(text.get_ref()).ok_or_else(|| {
+                wrong(text, format!("`{}` is no duration; write \"90s\", \"2m\" or \"1h\"", text.get_ref()))
+            })
+        })?,
+    })
+}
+
+fn endpoint(url: &Spanned<String>) -> Meant<String> {
+    let text = url.get_ref();
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    if host.is_none_or(|host| host.is_empty() || host.starts_with('/') || host.contains(char::is_whitespace)) {
+        return Err(wrong(url, format!("`{text}` is no endpoint; write https://HOST or http://HOST")));
+    }
+    Ok(text.clone())
+}
+
+fn attach(raw: &RawAttach) -> Meant<AttachConfig> {
+    let method = match raw.method.as_ref().map(|method| (method, method.get_ref().as_str())) {
+        None | Some((_, "auto")) => AttachMethod::Auto,
+        Some((_, "nbd")) => AttachMethod::Nbd,
+        Some((_, "fuse")) => AttachMethod::Fuse,
+        Some((method, "ublk")) => {
+            return Err(wrong(method, "ublk is not there yet; use auto, nbd, fuse".to_owned()));
+        }
+        Some((method, other)) => {
+            return Err(wrong(method, format!("`{other}` is no way to attach; there are auto, nbd, fuse")));
+        }
+    };
+    if let (AttachMethod::Fuse, Some(device)) = (method, &raw.device) {
+        return Err(wrong(device, "`device` names an NBD device; method = \"fuse\" has none".to_owned()));
+    }
+    let nbd_device = raw.device.as_ref().map(|device| {
+        value::parse_nbd_device(device.get_ref())
+            .ok_or_else(|| wrong(device, format!("`{}` is no NBD device such as /dev/nbd0", device.get_ref())))
+    });
+    let connections = raw.connections.as_ref().map_or(Ok(AttachConfig::DEFAULT_CONNECTIONS), |connections| {
+        u8::try_from(*connections.get_ref())
+            .ok()
+            .filter(|count| (1..=AttachConfig::MAX_CONNECTIONS).contains(count))
+            .ok_or_else(|| {
+                let max = AttachConfig::MAX_CONNECTIONS;
+                wrong(connections, format!("{} connections: 1 to {max} are possible", connections.get_ref()))
+            })
+    })?;
+    Ok(AttachConfig { method, nbd_device: nbd_device.transpose()?, connections })
+}
+
+fn filesystem(raw: RawFilesystem) -> Meant<FilesystemConfig> {
+    let kind = match &raw.kind {
+        None => FilesystemConfig::DEFAULT_KIND.to_owned(),
+        // It becomes part of a program's name.
+        Some(kind)
+            if !kind.get_ref().is_empty()
+                && kind.get_ref().chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit()) =>
+        {
+            kind.get_ref().clone()
+        }
+        Some(kind) => {
+            return Err(wrong(kind, format!("`{}` is no filesystem such as ext4, xfs, btrfs", kind.get_ref())));
+        }
+    };
+    let mut options = Vec::new();
+    for option in raw.options.unwrap_or_default() {
+        if option.get_ref().is_empty() || option.get_ref().contains(|c: char| c == ',' || c.is_whitespace()) {
+            let message = format!("`{}` is not one mount option; write them as a list", option.get_ref());
+            return Err(wrong(&option, message));
+        }
+        options.push(option.into_inner());
+    }
+    Ok(FilesystemConfig {
+        kind,
+        mountpoint: absolute(&raw.mountpoint)?,
+        options,
+        mkfs_options: raw.mkfs_options.unwrap_or_default(),
+    })
+}
+
+/// The same path whatever directory the program starts in: at boot that is `/`, in an administrator's shell it is not.
+fn absolute(path: &Spanned<String>) -> Meant<PathBuf> {
+    let path_ref = Path::new(path.get_ref());
+    if !path_ref.is_absolute() || path.get_ref().contains('\0') {
+        return Err(wrong(path, format!("`{}` is no absolute path; begin it with /", path.get_ref())));
+    }
+    Ok(path_ref.to_owned())
+}
+
+fn non_empty(text: Option<Spanned<String>>, what: &str) -> Meant<Option<String>> {
+    match text {
+        Some(text) if text.get_ref().is_empty() => Err(wrong(&text, format!("empty: write {what}, or leave it out"))),
+        text => Ok(text.map(Spanned::into_inner)),
+    }
+}
+
+fn unused<T>(source: &str, key: &str, value: Option<&Spanned<T>>) -> Meant<()> {
+    match value {
+        Some(value) => Err(wrong(value, format!("`{key}` has no meaning with source = \"{source}\""))),
+        None => Ok(()),
+    }
+}
+
+fn wrong<T>(at: &Spanned<T>, message: String) -> Wrong {
+    Wrong { span: at.span(), message }
+}

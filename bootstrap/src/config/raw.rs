@@ -1,0 +1,101 @@
+//! The configuration as it is written: every key there is, and its TOML type. What the values mean, and which go
+//! together, is `meaning`'s affair.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error, Visitor};
+use toml::Spanned;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawConfig {
+    pub(super) volume: RawVolume,
+    pub(super) key: RawKey,
+    #[serde(default)]
+    pub(super) attach: RawAttach,
+    pub(super) filesystem: Option<RawFilesystem>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct RawVolume {
+    pub(super) name: Option<Spanned<String>>,
+    pub(super) devices: Spanned<Vec<Spanned<String>>>,
+    pub(super) size: Option<Spanned<RawSize>>,
+    #[serde(rename = "type")]
+    pub(super) kind: Option<Spanned<String>>,
+    pub(super) sector_size: Option<Spanned<u64>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct RawKey {
+    pub(super) source: Spanned<String>,
+    pub(super) path: Option<Spanned<String>>,
+    pub(super) object: Option<Spanned<String>>,
+    pub(super) kms_key: Option<Spanned<String>>,
+    pub(super) encryption_context: Option<Spanned<BTreeMap<String, String>>>,
+    pub(super) region: Option<Spanned<String>>,
+    pub(super) profile: Option<Spanned<String>>,
+    pub(super) endpoint_url: Option<Spanned<String>>,
+    pub(super) s3_endpoint_url: Option<Spanned<String>>,
+    pub(super) kms_endpoint_url: Option<Spanned<String>>,
+    pub(super) retry_for: Option<Spanned<String>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct RawAttach {
+    pub(super) method: Option<Spanned<String>>,
+    pub(super) device: Option<Spanned<String>>,
+    pub(super) connections: Option<Spanned<u64>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct RawFilesystem {
+    #[serde(rename = "type")]
+    pub(super) kind: Option<Spanned<String>>,
+    pub(super) mountpoint: Spanned<String>,
+    pub(super) options: Option<Vec<Spanned<String>>>,
+    pub(super) mkfs_options: Option<Vec<String>>,
+}
+
+/// `"2G"`, or a number of bytes.
+pub(super) enum RawSize {
+    Bytes(u64),
+    Text(String),
+}
+
+impl<'de> Deserialize<'de> for RawSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SizeVisitor;
+
+        impl Visitor<'_> for SizeVisitor {
+            type Value = RawSize;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a size such as \"2G\", or a number of bytes")
+            }
+
+            fn visit_i64<E: Error>(self, bytes: i64) -> Result<RawSize, E> {
+                u64::try_from(bytes)
+                    .map(RawSize::Bytes)
+                    .map_err(|_| E::invalid_value(serde::de::Unexpected::Signed(bytes), &self))
+            }
+
+            fn visit_u64<E: Error>(self, bytes: u64) -> Result<RawSize, E> {
+                Ok(RawSize::Bytes(bytes))
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<RawSize, E> {
+                Ok(RawSize::Text(text.to_owned()))
+            }
+        }
+
+        // Not `untagged`, whose error would say "data did not match any variant".
+        deserializer.deserialize_any(SizeVisitor)
+    }
+}

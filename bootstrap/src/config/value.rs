@@ -1,0 +1,195 @@
+//! The small languages inside the configuration's strings: sizes, durations, names, places in S3.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The name of a volume: what runtime files, the NBD export and `nbdcrypt down NAME` call it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VolumeName(String);
+
+impl VolumeName {
+    /// The longest name in bytes: with directory and suffix it has to fit a unix socket's path, 107 bytes in all.
+    pub const MAX_LEN: usize = 64;
+
+    /// The name, if it is one: 1 to 64 of `A-Z a-z 0-9 . _ -`, the first neither `.` nor `-`, so that it is a file
+    /// name, no hidden file and no option.
+    pub fn new(name: &str) -> Option<Self> {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        let valid = (1..=Self::MAX_LEN).contains(&name.len())
+            && name.chars().all(allowed)
+            && !name.starts_with('.')
+            && !name.starts_with('-');
+        valid.then(|| Self(name.to_owned()))
+    }
+
+    /// The name as it is written.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for VolumeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// An object in S3: `s3://bucket/key`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct S3Object {
+    /// The bucket's name or access point alias.
+    pub bucket: String,
+    /// The object's key, without a leading slash.
+    pub key: String,
+}
+
+impl S3Object {
+    /// Reads `s3://bucket/key`, as `aws s3 cp` does: the bucket is what stands before the first slash.
+    pub fn parse(uri: &str) -> Option<Self> {
+        let (bucket, key) = uri.strip_prefix("s3://")?.split_once('/')?;
+        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+        // S3 keys have 1 to 1024 bytes; a key that ends in a slash is a folder in consoles' eyes, never a secret.
+        let valid = (3..=255).contains(&bucket.len())
+            && bucket.chars().all(allowed)
+            && (1..=1024).contains(&key.len())
+            && !key.ends_with('/');
+        valid.then(|| Self { bucket: bucket.to_owned(), key: key.to_owned() })
+    }
+}
+
+impl fmt::Display for S3Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "s3://{}/{}", self.bucket, self.key)
+    }
+}
+
+/// Where key bytes come from: a file, or standard input where the path is `-`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyFile {
+    /// `-`.
+    Stdin,
+    /// A file's absolute path.
+    Path(PathBuf),
+}
+
+impl fmt::Display for KeyFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdin => f.write_str("standard input"),
+            Self::Path(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// Bytes from `2G`, `512M`, `64K`, `1T` (powers of 1024) or plain digits. `None` where it is none, or none of 64 bits.
+pub fn parse_size(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.char_indices().last()? {
+        (at, 'K') => (&text[..at], 10),
+        (at, 'M') => (&text[..at], 20),
+        (at, 'G') => (&text[..at], 30),
+        (at, 'T') => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    parse_digits(digits)?.checked_mul(1 << shift)
+}
+
+/// A duration from `90s`, `2m` or `1h`.
+pub(super) fn parse_duration(text: &str) -> Option<Duration> {
+    let (at, unit) = text.char_indices().last()?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        _ => return None,
+    };
+    parse_digits(&text[..at])?.checked_mul(seconds).map(Duration::from_secs)
+}
+
+/// The number of an NBD device: 7 from `/dev/nbd7`.
+pub(super) fn parse_nbd_device(path: &str) -> Option<u32> {
+    parse_digits(path.strip_prefix("/dev/nbd")?).and_then(|index| u32::try_from(index).ok())
+}
+
+/// Decimal digits and nothing else: `u64::from_str` would take a leading `+`.
+fn parse_digits(digits: &str) -> Option<u64> {
+    if digits.chars().all(|c| c.is_ascii_digit()) { digits.parse().ok() } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn sizes_are_binary_and_units_are_single_capital_letters() {
+        assert_eq!(parse_size("2G"), Some(2 << 30));
+        assert_eq!(parse_size("1T"), Some(1 << 40));
+        assert_eq!(parse_size("64K"), Some(65536));
+        assert_eq!(parse_size("1048576"), Some(1 << 20));
+        for wrong in ["", "G", "2 G", "2GB", "2g", "2.5G", "-1G", "+1G", "16777216T", "2GiB"] {
+            assert_eq!(parse_size(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn durations_need_a_unit() {
+        assert_eq!(parse_duration("90s"), Some(Duration::from_secs(90)));
+        assert_eq!(parse_duration("2m"), Some(Duration::from_secs(120)));
+        assert_eq!(parse_duration("1h"), Some(Duration::from_secs(3600)));
+        for wrong in ["", "s", "90", "1d", "-1s", "1.5s", "18446744073709551615h"] {
+            assert_eq!(parse_duration(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_volume_name_is_a_plain_file_name() {
+        for name in ["scratch", "a", "Data.2024_x-1"] {
+            assert_eq!(VolumeName::new(name).unwrap().as_str(), name);
+        }
+        for name in ["", ".", "..", ".hidden", "-o", "a/b", "a b", "ä", "a\0b", &"x".repeat(65)] {
+            assert_eq!(VolumeName::new(name), None, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn an_object_is_a_bucket_and_a_key() {
+        let object = S3Object::parse("s3://my-bucket/secrets/Luks Key").unwrap();
+        assert_eq!((object.bucket.as_str(), object.key.as_str()), ("my-bucket", "secrets/Luks Key"));
+        for wrong in
+            ["my-bucket/key", "s3://my-bucket", "s3://my-bucket/", "s3:///key", "S3://my-bucket/key", "s3://b/k/"]
+        {
+            assert_eq!(S3Object::parse(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn only_whole_nbd_devices_are_nbd_devices() {
+        assert_eq!(parse_nbd_device("/dev/nbd0"), Some(0));
+        assert_eq!(parse_nbd_device("/dev/nbd15"), Some(15));
+        for wrong in ["/dev/nbd", "/dev/nbd0p1", "nbd0", "/dev/sda", "/dev/nbd4294967296"] {
+            assert_eq!(parse_nbd_device(wrong), None, "{wrong}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_or_refused(text in ".{0,24}") {
+            let _ = parse_size(&text);
+            let _ = parse_duration(&text);
+            let _ = parse_nbd_device(&text);
+            if let Some(object) = S3Object::parse(&text) {
+                prop_assert_eq!(object.to_string(), text.clone());
+            }
+            if let Some(name) = VolumeName::new(&text) {
+                let path = std::path::Path::new("/x").join(name.as_str());
+                prop_assert_eq!(path.file_name().unwrap(), text.as_str());
+            }
+        }
+
+        #[test]
+        fn every_byte_count_reads_as_itself(bytes: u64) {
+            prop_assert_eq!(parse_size(&bytes.to_string()), Some(bytes));
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Why a volume could not be opened or made.
+
+use std::io;
+
+use crate::key::VolumeKeyError;
+
+/// Why a volume could not be opened or made: what was found, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum LuksError {
+    /// The disk does not begin as a LUKS volume does.
+    #[error("there is no LUKS header on it")]
+    NotLuks,
+    /// Formatting began here and did not end.
+    #[error("formatting it was begun and never finished, so it holds no volume; format it again")]
+    Unfinished,
+    /// A LUKS version that is not known here.
+    #[error("its header is of LUKS version {0}, which nbdcrypt does not read")]
+    Version(u16),
+    /// The header contradicts the specification.
+    #[error(
+        "its LUKS header is corrupt: {field} is {found}; restore the header from a backup, or try `cryptsetup repair`"
+    )]
+    Corrupt {
+        /// The field, as the specification names it.
+        field: String,
+        /// What stands there.
+        found: String,
+    },
+    /// The header is in order, but asks for something that nbdcrypt does not do.
+    #[error("it uses the {what} {found}, which nbdcrypt does not do ({supported}); open it with cryptsetup")]
+    Unsupported {
+        /// What kind of thing: cipher, hash.
+        what: &'static str,
+        /// Its name.
+        found: String,
+        /// What would be understood.
+        supported: &'static str,
+    },
+    /// The header asks for more work than is allowed.
+    #[error(
+        "its header asks for {found} iterations in {field}, more than the {limit} allowed; raise the limit if you trust it"
+    )]
+    TooManyIterations {
+        /// The field that asks.
+        field: String,
+        /// How many it asks for.
+        found: u32,
+        /// How many are allowed.
+        limit: u32,
+    },
+    /// The header asks for more memory, passes or lanes of Argon2 than is allowed.
+    #[error("its header asks for {field} of {found}, more than the {limit} allowed; raise the limit if you trust it")]
+    TooExpensive {
+        /// The field that asks.
+        field: String,
+        /// How much it asks for.
+        found: u32,
+        /// How much is allowed.
+        limit: u32,
+    },
+    /// There is not so much memory as Argon2 needs.
+    #[error("keyslot {keyslot} needs {kib} KiB of memory to open, which are not to be had")]
+    OutOfMemory {
+        /// The keyslot, from 0.
+        keyslot: usize,
+        /// The memory in KiB.
+        kib: u32,
+    },
+    /// The header stands apart from the data.
+    #[error("it is a detached header: the data is on another disk, which nbdcrypt does not do yet")]
+    Detached,
+    /// The passphrase opens none of the keyslots, all of which were tried.
+    #[error("the passphrase is wrong: it opens none of the volume's keyslots")]
+    WrongPassphrase,
+    /// No keyslot is in use: the key was erased.
+    #[error("no keyslot is in use: the volume's key was erased, and its data is gone for good")]
+    NoKeyslot,
+    /// A keyslot's key material was overwritten, and no whole keyslot opens.
+    #[error(
+        "keyslot {keyslot} is damaged (sector {sector} of the disk is no key material), and the passphrase opens no other; restore the header from a backup"
+    )]
+    DamagedKeyslot {
+        /// The first damaged keyslot, from 0.
+        keyslot: usize,
+        /// The 512-byte sector of the disk that was overwritten.
+        sector: u64,
+    },
+    /// The key that the volume was made with is no key for AES-XTS.
+    #[error(transparent)]
+    Key(#[from] VolumeKeyError),
+    /// The disk ends before the data begins.
+    #[error("the disk has {available} bytes, and the volume needs at least {needed}")]
+    TooSmall {
+        /// Bytes there should be.
+        needed: u64,
+        /// Bytes there are.
+        available: u64,
+    },
+    /// No randomness was to be had.
+    #[error("no random bytes to be had: {0}")]
+    Random(#[source] io::Error),
+    /// What the disk said.
+    #[error(transparent)]
+    Store(#[from] io::Error),
+}
+
+impl LuksError {
+    pub(super) fn corrupt(field: impl Into<String>, found: impl Into<String>) -> Self {
+        Self::Corrupt { field: field.into(), found: found.into() }
+    }
+}

@@ -1,0 +1,161 @@
+//! From a passphrase to a keyslot's key: PBKDF2 (RFC 8018, section 5.2) with HMAC, and Argon2 (RFC 9106).
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use argon2::{Algorithm, Argon2, Block, Params, Version};
+use zeroize::{Zeroize, Zeroizing};
+
+use super::hash::{HashAlgorithm, with_hash};
+
+/// The fewest iterations that cryptsetup makes a keyslot or a digest with.
+pub const MIN_ITERATIONS: NonZeroU32 = NonZeroU32::new(1000).unwrap();
+
+/// `DK = PBKDF2-HMAC-hash(password, salt, iterations, len)`.
+pub fn pbkdf2(
+    hash: HashAlgorithm,
+    password: &[u8],
+    salt: &[u8],
+    iterations: NonZeroU32,
+    len: usize,
+) -> Zeroizing<Vec<u8>> {
+    let mut key = Zeroizing::new(vec![0; len]);
+    with_hash!(hash, H => pbkdf2::pbkdf2_hmac::<H>(password, salt, iterations.get(), &mut key));
+    key
+}
+
+/// What Argon2 shall cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Argon2Cost {
+    /// Passes over the memory.
+    pub time: u32,
+    /// Memory in KiB.
+    pub memory: u32,
+    /// Lanes, each computed by a thread of its own.
+    pub lanes: u32,
+}
+
+/// Why [`argon2`] gave no key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Argon2Error {
+    /// There is not so much memory, or there are no threads to be had.
+    OutOfMemory,
+    /// A cost, or the length of the salt, that Argon2 does not allow.
+    Parameters,
+}
+
+/// `Argon2i(id)(password, salt, cost, len)`, version 1.3, with threads that end before it returns.
+///
+/// # Errors
+/// [`Argon2Error`]; a lack of memory is found before any work is done.
+pub fn argon2(
+    is_id: bool,
+    password: &[u8],
+    salt: &[u8],
+    cost: Argon2Cost,
+    len: usize,
+) -> Result<Zeroizing<Vec<u8>>, Argon2Error> {
+    let algorithm = if is_id { Algorithm::Argon2id } else { Algorithm::Argon2i };
+    let params = Params::new(cost.memory, cost.time, cost.lanes, Some(len)).map_err(|_| Argon2Error::Parameters)?;
+    let mut memory: Vec<Block> = Vec::new();
+    memory.try_reserve_exact(params.block_count()).map_err(|_| Argon2Error::OutOfMemory)?;
+    let mut key = Zeroizing::new(vec![0; len]);
+    let compute = || {
+        memory.resize(params.block_count(), Block::new());
+        let result = Argon2::new(algorithm, Version::V0x13, params).hash_password_into_with_memory(
+            password,
+            salt,
+            &mut key,
+            &mut memory,
+        );
+        memory.zeroize();
+        result.map_err(|_| Argon2Error::Parameters)
+    };
+    if cost.lanes == 1 {
+        compute()?;
+    } else {
+        // A pool of its own: a thread that stayed behind would be in the way of whoever forks later.
+        let threads = usize::try_from(cost.lanes).unwrap_or(usize::MAX);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.map_err(|_| Argon2Error::OutOfMemory)?.install(compute)?;
+    }
+    Ok(key)
+}
+
+/// How many iterations of [`pbkdf2`] for a key of `len` bytes take about `target` on this machine, and never fewer than
+/// [`MIN_ITERATIONS`]. The `clock` tells the time since any fixed moment; it must not go backwards.
+///
+/// Takes about a tenth of `target`, or a little more than that where `target` is very short.
+pub fn calibrate(hash: HashAlgorithm, len: usize, target: Duration, clock: &mut dyn FnMut() -> Duration) -> NonZeroU32 {
+    scale_to(target, &mut |iterations| {
+        let start = clock();
+        pbkdf2(hash, b"calibration", &[0; 32], iterations, len);
+        clock().saturating_sub(start)
+    })
+}
+
+/// What Argon2id may cost to take about `target` on this machine with so many lanes: at most `max_memory` KiB, and more
+/// passes where that is too quick. Like cryptsetup's, it has at least 4 passes and 32 MiB.
+///
+/// # Errors
+/// [`Argon2Error`] when even the trial, over 64 MiB, is not to be had.
+pub fn calibrate_argon2id(
+    target: Duration,
+    max_memory: u32,
+    lanes: u32,
+    clock: &mut dyn FnMut() -> Duration,
+) -> Result<Argon2Cost, Argon2Error> {
+    const MIN_TIME: u32 = 4;
+    const MIN_MEMORY: u32 = 32 << 10;
+    let trial = Argon2Cost { time: MIN_TIME, memory: max_memory.clamp(MIN_MEMORY, 64 << 10), lanes };
+    let start = clock();
+    argon2(true, b"calibration", &[0; 32], trial, 64)?;
+    let took = clock().saturating_sub(start).as_nanos().max(1);
+    let affordable = |cost: u32| u32::try_from(u128::from(cost) * target.as_nanos() / took).unwrap_or(u32::MAX);
+    let memory = affordable(trial.memory).clamp(MIN_MEMORY, max_memory.max(MIN_MEMORY));
+    // The trial's work, in passes over a KiB, scaled to the target, over this memory.
+    let work = affordable(trial.time.saturating_mul(trial.memory));
+    Ok(Argon2Cost { time: (work / memory).max(MIN_TIME), memory, lanes })
+}
+
+/// The number of iterations that take `target`, given what `run` says so many took: doubles the trial until it has
+/// taken long enough to be measured well, and scales from there.
+fn scale_to(target: Duration, run: &mut dyn FnMut(NonZeroU32) -> Duration) -> NonZeroU32 {
+    let enough = (target / 20).clamp(Duration::from_millis(5), Duration::from_millis(250));
+    let mut trial = MIN_ITERATIONS;
+    loop {
+        let took = run(trial);
+        if took >= enough || trial.leading_zeros() == 0 {
+            let scaled = u128::from(trial.get()) * target.as_nanos() / took.as_nanos().max(1);
+            let scaled = u32::try_from(scaled).unwrap_or(u32::MAX);
+            return NonZeroU32::new(scaled).unwrap_or(MIN_ITERATIONS).max(MIN_ITERATIONS);
+        }
+        trial = trial.saturating_mul(NonZeroU32::MIN.saturating_add(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pbkdf2_is_that_of_rfc_6070_and_rfc_7914() {
+        let key = pbkdf2(HashAlgorithm::Sha1, b"password", b"salt", NonZeroU32::new(4096).unwrap(), 20);
+        assert_eq!(key[..8], [0x4b, 0x00, 0x79, 0x01, 0xb7, 0x65, 0x48, 0x9a]);
+        // RFC 7914, section 11.
+        let key = pbkdf2(HashAlgorithm::Sha256, b"passwd", b"salt", NonZeroU32::MIN, 64);
+        assert_eq!(key[..8], [0x55, 0xac, 0x04, 0x6e, 0x56, 0xe3, 0x08, 0x9f]);
+        assert_eq!(key[60..], [0xd3, 0xa1, 0x97, 0x83]);
+    }
+
+    #[test]
+    fn iterations_are_scaled_to_the_time_asked_for() {
+        // A machine that does a million iterations a second.
+        let mut run = |iterations: NonZeroU32| Duration::from_micros(u64::from(iterations.get()));
+        assert_eq!(scale_to(Duration::from_secs(2), &mut run).get(), 2_000_000);
+        assert_eq!(scale_to(Duration::ZERO, &mut run), MIN_ITERATIONS);
+        // A clock that stands still, and one that crawls.
+        assert_eq!(scale_to(Duration::from_secs(1), &mut |_| Duration::ZERO).get(), u32::MAX);
+        assert_eq!(scale_to(Duration::from_secs(1), &mut |_| Duration::from_secs(3600)), MIN_ITERATIONS);
+    }
+}

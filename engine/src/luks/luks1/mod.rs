@@ -1,0 +1,153 @@
+//! LUKS1, after the on-disk format specification, version 1.2.3.
+//!
+//! A header of 592 bytes, eight keyslots of split and encrypted key, then the data, in sectors of 512 bytes whose IV counts
+//! from 0 at the first of them.
+
+mod dump;
+mod format;
+mod header;
+
+use std::num::NonZeroU32;
+
+use subtle::ConstantTimeEq;
+use zeroize::Zeroizing;
+
+pub use format::{Options, begin};
+pub use header::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, SALT_LEN};
+
+use super::hash::HashAlgorithm;
+use super::{Limits, LuksError, Segment, UnlockedVolume, is_unfinished, kdf, keyslot};
+use crate::key::{Passphrase, VolumeKey};
+use crate::sector::{LBA_UNIT, Lba512, SectorSize};
+use crate::store::{BlockStore, read_unaligned};
+
+/// A LUKS1 volume that nbdcrypt can open, given a passphrase.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Locked {
+    header: Header,
+    hash: HashAlgorithm,
+    key_len: usize,
+    digest_iterations: NonZeroU32,
+    segment: Segment,
+}
+
+/// Reads the header, whatever cipher it names: enough to show it.
+///
+/// # Errors
+/// [`LuksError`] when there is none, or it is corrupt.
+pub fn read_header(store: &dyn BlockStore) -> Result<Header, LuksError> {
+    let mut bytes = [0; 1024];
+    if store.len() < bytes.len() as u64 {
+        return Err(LuksError::NotLuks);
+    }
+    read_unaligned(store, &mut bytes, 0)?;
+    if is_unfinished(&bytes) {
+        return Err(LuksError::Unfinished);
+    }
+    Header::parse(&bytes)
+}
+
+/// Reads the header of a volume that shall be opened.
+///
+/// # Errors
+/// [`LuksError`] when there is none, or it is corrupt, or asks for what nbdcrypt does not do or for too much work.
+pub fn read(store: &dyn BlockStore, limits: &Limits) -> Result<Locked, LuksError> {
+    Locked::new(read_header(store)?, store.len(), limits)
+}
+
+impl Locked {
+    /// The volume that `header` describes, on a disk of `disk_len` bytes.
+    ///
+    /// # Errors
+    /// [`LuksError`] when it asks for what nbdcrypt does not do or for too much work, or the disk is too small for it.
+    pub fn new(header: Header, disk_len: u64, limits: &Limits) -> Result<Self, LuksError> {
+        let key_len = keyslot::key_len(&header.cipher(), header.key_bytes)?;
+        let hash = HashAlgorithm::from_name(&header.hash_spec).ok_or_else(|| LuksError::Unsupported {
+            what: "hash",
+            found: header.hash_spec.clone(),
+            supported: HashAlgorithm::SUPPORTED,
+        })?;
+        let digest_iterations = limits.iterations(|| "mk-digest-iter".to_owned(), header.digest_iterations)?;
+        for (index, slot) in header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
+            limits.iterations(|| format!("iterations of keyslot {index}"), slot.iterations)?;
+        }
+        if header.payload_offset == 0 {
+            return Err(LuksError::Detached);
+        }
+        let offset = header.payload_offset_bytes();
+        let len = disk_len.saturating_sub(offset) / LBA_UNIT * LBA_UNIT;
+        if len == 0 {
+            return Err(LuksError::TooSmall { needed: offset + LBA_UNIT, available: disk_len });
+        }
+        let segment = Segment { offset, len, sector_size: SectorSize::B512, iv_start: Lba512(0) };
+        Ok(Self { header, hash, key_len, digest_iterations, segment })
+    }
+
+    /// Tries the passphrase on the keyslots, in their order.
+    ///
+    /// # Errors
+    /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`] when it opens none, and
+    /// not all could be tried.
+    pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
+        let mut refusal = LuksError::NoKeyslot;
+        for (keyslot, slot) in self.header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
+            let mut material = Zeroizing::new(vec![0; keyslot::material_len(self.key_len)]);
+            read_unaligned(store, &mut material, u64::from(slot.material_offset) * LBA_UNIT)?;
+            if let Some(sector) = keyslot::damaged_sector(&material) {
+                let sector = u64::from(slot.material_offset) + sector as u64;
+                refusal = match refusal {
+                    earlier @ LuksError::DamagedKeyslot { .. } => earlier,
+                    _ => LuksError::DamagedKeyslot { keyslot, sector },
+                };
+                continue;
+            }
+            if let Some(key) = self.try_keyslot(slot, &mut material, passphrase)? {
+                return Ok(UnlockedVolume { key, segment: self.segment, keyslot });
+            }
+            if let LuksError::NoKeyslot = refusal {
+                refusal = LuksError::WrongPassphrase;
+            }
+        }
+        Err(refusal)
+    }
+
+    /// The header.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Where the data lies.
+    pub fn segment(&self) -> Segment {
+        self.segment
+    }
+
+    /// The length of the volume key in bits, both halves counted.
+    pub fn key_bits(&self) -> usize {
+        self.key_len * 8
+    }
+
+    fn try_keyslot(
+        &self,
+        slot: &Keyslot,
+        material: &mut [u8],
+        passphrase: &Passphrase,
+    ) -> Result<Option<VolumeKey>, LuksError> {
+        let Some(iterations) = NonZeroU32::new(slot.iterations) else {
+            return Ok(None);
+        };
+        let slot_key = kdf::pbkdf2(self.hash, passphrase.expose(), &slot.salt, iterations, self.key_len);
+        let mut candidate = keyslot::unseal(self.hash, slot_key, self.key_len, material)?;
+        let digest = digest_of(self.hash, &candidate, &self.header.digest_salt, self.digest_iterations);
+        if !bool::from(digest.ct_eq(&self.header.digest)) {
+            return Ok(None);
+        }
+        Ok(Some(VolumeKey::new(std::mem::take(&mut *candidate))?))
+    }
+}
+
+/// `mk-digest = PBKDF2(volume key, mk-digest-salt, mk-digest-iter, LUKS_DIGESTSIZE)`.
+fn digest_of(hash: HashAlgorithm, key: &[u8], salt: &[u8], iterations: NonZeroU32) -> [u8; DIGEST_LEN] {
+    let mut digest = [0; DIGEST_LEN];
+    digest.copy_from_slice(&kdf::pbkdf2(hash, key, salt, iterations, DIGEST_LEN));
+    digest
+}

@@ -1,0 +1,98 @@
+//! Reading and writing small pieces of a disk that takes only whole blocks.
+
+use std::io;
+
+use super::BlockStore;
+use crate::buffer::AlignedBuffer;
+
+/// Fills `data` from any `offset`, aligned or not.
+///
+/// # Errors
+/// What the disk said; `UnexpectedEof` past its end.
+pub fn read_unaligned(store: &dyn BlockStore, data: &mut [u8], offset: u64) -> io::Result<()> {
+    let alignment = store.alignment() as u64;
+    let len = data.len() as u64;
+    if (offset | len).is_multiple_of(alignment) {
+        return store.read_at(data, offset);
+    }
+    let end = offset.checked_add(len).filter(|end| *end <= store.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+    let start = offset - offset % alignment;
+    let mut blocks = AlignedBuffer::zeroed(index(end.next_multiple_of(alignment) - start)?);
+    store.read_at(&mut blocks, start)?;
+    let skip = index(offset - start)?;
+    data.copy_from_slice(&blocks[skip..skip + data.len()]);
+    Ok(())
+}
+
+/// Writes zeros over `len` bytes from `offset`, both multiples of the disk's alignment.
+///
+/// # Errors
+/// What the disk said.
+pub fn write_zeros(store: &dyn BlockStore, offset: u64, len: u64) -> io::Result<()> {
+    const CHUNK: u64 = 1 << 20;
+    let zeros = AlignedBuffer::zeroed(index(len.min(CHUNK))?);
+    let mut written = 0;
+    while written < len {
+        let piece = index((len - written).min(CHUNK))?;
+        store.write_at(&zeros[..piece], offset + written)?;
+        written += piece as u64;
+    }
+    Ok(())
+}
+
+fn index(len: u64) -> io::Result<usize> {
+    usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::MemoryStore;
+
+    /// A memory store that refuses what direct I/O refuses.
+    struct Blocks(MemoryStore);
+
+    impl BlockStore for Blocks {
+        fn len(&self) -> u64 {
+            self.0.len()
+        }
+
+        fn alignment(&self) -> usize {
+            4096
+        }
+
+        fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+            assert!((offset | data.len() as u64).is_multiple_of(4096));
+            self.0.read_at(data, offset)
+        }
+
+        fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+            assert!((offset | data.len() as u64).is_multiple_of(4096));
+            self.0.write_at(data, offset)
+        }
+
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn discard(&self, _offset: u64, _len: u64) -> io::Result<()> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    #[test]
+    fn any_piece_of_a_disk_of_blocks_is_read() {
+        let bytes: Vec<u8> = (0..16384u32).map(|n| (n % 251).to_le_bytes()[0]).collect();
+        let store = Blocks(MemoryStore::from(bytes.clone()));
+        for (offset, len) in [(0usize, 0usize), (0, 1), (4095, 2), (4096, 4096), (1, 16383), (16383, 1)] {
+            let mut data = vec![0; len];
+            read_unaligned(&store, &mut data, offset as u64).unwrap();
+            assert_eq!(data, bytes[offset..offset + len]);
+        }
+        let error = read_unaligned(&store, &mut [0; 2], 16383).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert!(read_unaligned(&store, &mut [0; 2], u64::MAX).is_err());
+        write_zeros(&store, 4096, 8192).unwrap();
+        assert!(store.0.snapshot()[4096..12288].iter().all(|b| *b == 0));
+    }
+}

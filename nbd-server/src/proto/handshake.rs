@@ -1,0 +1,363 @@
+//! The handshake: fixed newstyle negotiation, from the first word to the choice of an export.
+//!
+//! ```text
+//!   S: NBDMAGIC IHAVEOPT flags                 Handshake::greeting
+//!   C: flags                                   ExpectClientFlags
+//!   C: IHAVEOPT option length                  ExpectOption      ◄─┐
+//!   C: data                                    ExpectOptionData    │  or SkipOptionData
+//!   S: replies                                                   ──┘  until GO or EXPORT_NAME
+//! ```
+
+use super::MAX_PAYLOAD;
+use super::option::{ExportQuery, OptionError, OptionRequest};
+use super::reader::{Reader, Truncated};
+use super::wire::*;
+
+/// The longest option data that is taken in, in bytes: a name and some thousand information requests.
+const MAX_OPTION_DATA: usize = 16 * 1024;
+/// Longer data is skipped up to so many bytes; a client that announces more is cut off.
+const MAX_SKIPPED_DATA: usize = 1 << 20;
+/// How much of skipped data is asked for at a time, in bytes.
+const SKIP_CHUNK: usize = 4096;
+/// Options in one handshake. nbdinfo and qemu send about ten; a client that sends more than this never gets done.
+const MAX_OPTIONS: u32 = 128;
+
+/// What the handshake tells a client of an export.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportInfo {
+    /// The name clients ask for; the empty name asks for the default export, the first of the list if none is so named.
+    pub name: String,
+    /// A line for people; empty for none.
+    pub description: String,
+    /// The size in bytes.
+    pub size: u64,
+    /// Whether writes, trims and zeroes are refused.
+    pub read_only: bool,
+    /// The block size, in bytes, from which on aligned requests are served without reading first: a power of two, at
+    /// least 512.
+    pub preferred_block: u32,
+}
+
+impl ExportInfo {
+    /// The transmission flags: what can be asked of the export.
+    pub fn transmission_flags(&self) -> u16 {
+        let always = NBD_FLAG_HAS_FLAGS
+            | NBD_FLAG_SEND_FLUSH
+            | NBD_FLAG_SEND_FUA
+            | NBD_FLAG_CAN_MULTI_CONN
+            | NBD_FLAG_SEND_CACHE;
+        let writing = NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
+        always | if self.read_only { NBD_FLAG_READ_ONLY } else { writing }
+    }
+}
+
+/// What the handshake settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Negotiated {
+    /// Which of the exports was chosen: its place in the list that the handshake was given.
+    pub export: usize,
+}
+
+/// Why a client is cut off in the middle of the handshake. The document lets a server do so where "mandatory
+/// conditions" are broken, and has it do so where no error can be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum HandshakeError {
+    /// Client flags that nobody defined, or that the server did not offer.
+    #[error("the client set unknown flags: {0:#010x}")]
+    ClientFlags(u32),
+    /// An option that does not begin with `IHAVEOPT`.
+    #[error("the client sent {0:#018x} where an option begins with IHAVEOPT")]
+    Magic(u64),
+    /// `NBD_OPT_EXPORT_NAME` for an export that is not there; that option has no way to say so.
+    #[error("the client asked by NBD_OPT_EXPORT_NAME for an export that does not exist")]
+    NoSuchExport,
+    /// Option data longer than anything sensible.
+    #[error("the client announced an option of {0} bytes")]
+    OptionTooLong(u32),
+    /// Haggling without end.
+    #[error("the client sent more than {MAX_OPTIONS} options")]
+    TooManyOptions,
+    /// The session handed over another number of bytes than was asked for.
+    #[error("the session handed over {found} bytes where the handshake wanted {wanted}")]
+    WrongLength {
+        /// What [`Handshake::wanted`] had said.
+        wanted: usize,
+        /// What came.
+        found: usize,
+    },
+}
+
+impl From<Truncated> for HandshakeError {
+    fn from(_: Truncated) -> Self {
+        Self::WrongLength { wanted: 1, found: 0 }
+    }
+}
+
+/// A handshake that waits for the client. It knows how many bytes come next and is consumed by the step they make.
+#[derive(Debug)]
+pub struct Handshake {
+    expect: Expect,
+    client: Client,
+    shutting_down: bool,
+}
+
+/// What comes after a step.
+#[derive(Debug)]
+pub enum Next {
+    /// More haggling.
+    Continue(Handshake),
+    /// An export was chosen; what the client sends from now on are requests.
+    Transmission(Negotiated),
+    /// The client took its leave. Send what there is to send and close.
+    Aborted,
+}
+
+/// What was learned of the client so far.
+#[derive(Debug, Clone, Copy, Default)]
+struct Client {
+    no_zeroes: bool,
+    options: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Expect {
+    ClientFlags,
+    Option,
+    OptionData { option: u32, len: usize },
+    SkipOptionData { option: u32, left: usize },
+}
+
+impl Handshake {
+    /// Begins a handshake: what the server says first is added to `out`.
+    pub fn greeting(out: &mut Vec<u8>) -> Self {
+        out.extend(NBDMAGIC.to_be_bytes());
+        out.extend(IHAVEOPT.to_be_bytes());
+        out.extend((NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES).to_be_bytes());
+        Self { expect: Expect::ClientFlags, client: Client::default(), shutting_down: false }
+    }
+
+    /// How many bytes the next step takes: at least one, at most some thousands.
+    pub fn wanted(&self) -> usize {
+        match self.expect {
+            Expect::ClientFlags => 4,
+            Expect::Option => 16,
+            Expect::OptionData { len, .. } => len,
+            Expect::SkipOptionData { left, .. } => left.min(SKIP_CHUNK),
+        }
+    }
+
+    /// Answers every further option but `NBD_OPT_ABORT` with `NBD_REP_ERR_SHUTDOWN`.
+    pub fn shut_down(&mut self) {
+        self.shutting_down = true;
+    }
+
+    /// Takes the next [`Handshake::wanted`] bytes from the client. What is to be sent is added to `out`, and must be sent
+    /// whatever comes back, an error included.
+    ///
+    /// # Errors
+    /// [`HandshakeError`]: close the connection.
+    pub fn handle(self, bytes: &[u8], exports: &[ExportInfo], out: &mut Vec<u8>) -> Result<Next, HandshakeError> {
+        if bytes.len() != self.wanted() {
+            return Err(HandshakeError::WrongLength { wanted: self.wanted(), found: bytes.len() });
+        }
+        match self.expect {
+            Expect::ClientFlags => self.client_flags(bytes),
+            Expect::Option => self.option_header(bytes, exports, out),
+            Expect::OptionData { option, .. } => self.option(option, bytes, exports, out),
+            Expect::SkipOptionData { option, left } => {
+                let left = left - bytes.len();
+                if left > 0 {
+                    return Ok(self.then(Expect::SkipOptionData { option, left }));
+                }
+                self.refuse_unread(option, out)
+            }
+        }
+    }
+
+    fn client_flags(mut self, bytes: &[u8]) -> Result<Next, HandshakeError> {
+        let flags = Reader::new(bytes).u32()?;
+        if flags & !(NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES) != 0 {
+            return Err(HandshakeError::ClientFlags(flags));
+        }
+        self.client.no_zeroes = flags & NBD_FLAG_C_NO_ZEROES != 0;
+        Ok(self.then(Expect::Option))
+    }
+
+    fn option_header(
+        mut self,
+        bytes: &[u8],
+        exports: &[ExportInfo],
+        out: &mut Vec<u8>,
+    ) -> Result<Next, HandshakeError> {
+        let mut reader = Reader::new(bytes);
+        let magic = reader.u64()?;
+        if magic != IHAVEOPT {
+            return Err(HandshakeError::Magic(magic));
+        }
+        let (option, announced) = (reader.u32()?, reader.u32()?);
+        self.client.options += 1;
+        if self.client.options > MAX_OPTIONS {
+            return Err(HandshakeError::TooManyOptions);
+        }
+        let len = usize::try_from(announced).map_err(|_| HandshakeError::OptionTooLong(announced))?;
+        match len {
+            0 => self.option(option, &[], exports, out),
+            // No data is held for options whose data means nothing here.
+            1..=MAX_OPTION_DATA if OptionRequest::is_known(option) => Ok(self.then(Expect::OptionData { option, len })),
+            1..=MAX_SKIPPED_DATA if option != NBD_OPT_EXPORT_NAME => {
+                Ok(self.then(Expect::SkipOptionData { option, left: len }))
+            }
+            _ => Err(HandshakeError::OptionTooLong(announced)),
+        }
+    }
+
+    fn option(
+        self,
+        option: u32,
+        data: &[u8],
+        exports: &[ExportInfo],
+        out: &mut Vec<u8>,
+    ) -> Result<Next, HandshakeError> {
+        let mut replies = Replies { option, out };
+        let request = match OptionRequest::parse(option, data) {
+            Ok(OptionRequest::Abort) => {
+                replies.ack();
+                return Ok(Next::Aborted);
+            }
+            // No error can be told in reply to this one.
+            Ok(OptionRequest::ExportName(_)) | Err(_) if option == NBD_OPT_EXPORT_NAME && self.shutting_down => {
+                return Err(HandshakeError::NoSuchExport);
+            }
+            _ if self.shutting_down => {
+                replies.error(NBD_REP_ERR_SHUTDOWN, "the server is shutting down");
+                return Ok(self.then(Expect::Option));
+            }
+            Err(_) if option == NBD_OPT_EXPORT_NAME => return Err(HandshakeError::NoSuchExport),
+            Err(OptionError::Unknown) => return self.refuse_unread(option, out),
+            Err(OptionError::Invalid(why)) => {
+                replies.error(NBD_REP_ERR_INVALID, why);
+                return Ok(self.then(Expect::Option));
+            }
+            Err(OptionError::TooBig(why)) => {
+                replies.error(NBD_REP_ERR_TOO_BIG, why);
+                return Ok(self.then(Expect::Option));
+            }
+            Ok(request) => request,
+        };
+        match request {
+            OptionRequest::ExportName(name) => {
+                let export = find(exports, name).ok_or(HandshakeError::NoSuchExport)?;
+                let info = &exports[export];
+                out.extend(info.size.to_be_bytes());
+                out.extend(info.transmission_flags().to_be_bytes());
+                if !self.client.no_zeroes {
+                    out.extend([0; 124]);
+                }
+                Ok(Next::Transmission(Negotiated { export }))
+            }
+            OptionRequest::Abort => Ok(Next::Aborted),
+            OptionRequest::List => {
+                for export in exports {
+                    replies.server(export);
+                }
+                replies.ack();
+                Ok(self.then(Expect::Option))
+            }
+            OptionRequest::Info(query) => {
+                replies.export(&query, exports);
+                Ok(self.then(Expect::Option))
+            }
+            OptionRequest::Go(query) => match replies.export(&query, exports) {
+                Some(export) => Ok(Next::Transmission(Negotiated { export })),
+                None => Ok(self.then(Expect::Option)),
+            },
+        }
+    }
+
+    /// Answers an option whose data was not looked at.
+    fn refuse_unread(self, option: u32, out: &mut Vec<u8>) -> Result<Next, HandshakeError> {
+        let mut replies = Replies { option, out };
+        match option {
+            NBD_OPT_ABORT => {
+                replies.ack();
+                return Ok(Next::Aborted);
+            }
+            _ if self.shutting_down => replies.error(NBD_REP_ERR_SHUTDOWN, "the server is shutting down"),
+            NBD_OPT_LIST => replies.error(NBD_REP_ERR_INVALID, "NBD_OPT_LIST carries no data"),
+            _ if OptionRequest::is_known(option) => {
+                replies.error(NBD_REP_ERR_TOO_BIG, "the option's data is too long");
+            }
+            _ => replies.error(NBD_REP_ERR_UNSUP, "this server does not know the option"),
+        }
+        Ok(self.then(Expect::Option))
+    }
+
+    fn then(mut self, expect: Expect) -> Next {
+        self.expect = expect;
+        Next::Continue(self)
+    }
+}
+
+/// The place of the export of that name; the empty name stands for the first export where none is so named.
+fn find(exports: &[ExportInfo], name: &str) -> Option<usize> {
+    exports.iter().position(|export| export.name == name).or((name.is_empty() && !exports.is_empty()).then_some(0))
+}
+
+/// Writes the replies to one option.
+struct Replies<'a> {
+    option: u32,
+    out: &'a mut Vec<u8>,
+}
+
+impl Replies<'_> {
+    fn ack(&mut self) {
+        self.reply(NBD_REP_ACK, &[]);
+    }
+
+    fn error(&mut self, code: u32, message: &str) {
+        self.reply(code, &[message.as_bytes()]);
+    }
+
+    fn server(&mut self, export: &ExportInfo) {
+        // The catalogue's names are at most MAX_STRING long.
+        let len = u32::try_from(export.name.len()).unwrap_or(u32::MAX).to_be_bytes();
+        self.reply(NBD_REP_SERVER, &[&len, export.name.as_bytes(), export.description.as_bytes()]);
+    }
+
+    /// Answers `NBD_OPT_INFO` or `NBD_OPT_GO`; gives the export's place if there is one.
+    fn export(&mut self, query: &ExportQuery<'_>, exports: &[ExportInfo]) -> Option<usize> {
+        let Some(place) = find(exports, query.name) else {
+            self.error(NBD_REP_ERR_UNKNOWN, "there is no export of that name");
+            return None;
+        };
+        let export = &exports[place];
+        let info = |kind: u16| kind.to_be_bytes();
+        let flags = export.transmission_flags().to_be_bytes();
+        self.reply(NBD_REP_INFO, &[&info(NBD_INFO_EXPORT), &export.size.to_be_bytes(), &flags]);
+        if query.asks_for(NBD_INFO_NAME) {
+            self.reply(NBD_REP_INFO, &[&info(NBD_INFO_NAME), export.name.as_bytes()]);
+        }
+        if query.asks_for(NBD_INFO_DESCRIPTION) && !export.description.is_empty() {
+            self.reply(NBD_REP_INFO, &[&info(NBD_INFO_DESCRIPTION), export.description.as_bytes()]);
+        }
+        if query.asks_for(NBD_INFO_BLOCK_SIZE) {
+            let (minimum, preferred) = (1u32.to_be_bytes(), export.preferred_block.to_be_bytes());
+            let sizes: [&[u8]; 4] = [&info(NBD_INFO_BLOCK_SIZE), &minimum, &preferred, &MAX_PAYLOAD.to_be_bytes()];
+            self.reply(NBD_REP_INFO, &sizes);
+        }
+        self.ack();
+        Some(place)
+    }
+
+    fn reply(&mut self, kind: u32, data: &[&[u8]]) {
+        let len: usize = data.iter().map(|piece| piece.len()).sum();
+        self.out.extend(NBD_REP_MAGIC.to_be_bytes());
+        self.out.extend(self.option.to_be_bytes());
+        self.out.extend(kind.to_be_bytes());
+        // At most two strings of MAX_STRING and a few words.
+        self.out.extend(u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes());
+        for piece in data {
+            self.out.extend(*piece);
+        }
+    }
+}

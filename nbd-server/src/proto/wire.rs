@@ -1,0 +1,112 @@
+//! The numbers of the protocol, under the names that the document gives them.
+
+/// `NBDMAGIC`, the first thing a server says.
+pub const NBDMAGIC: u64 = 0x4e42_444d_4147_4943;
+/// `IHAVEOPT`: the server's second word, and the first of every option.
+pub const IHAVEOPT: u64 = 0x4948_4156_454f_5054;
+/// First word of every reply to an option.
+pub const NBD_REP_MAGIC: u64 = 0x0003_e889_0455_65a9;
+
+/// Handshake flag: the server speaks fixed newstyle.
+pub const NBD_FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
+/// Handshake flag: the server can leave out the zeroes after `NBD_OPT_EXPORT_NAME`.
+pub const NBD_FLAG_NO_ZEROES: u16 = 1 << 1;
+/// Client flag: the client speaks fixed newstyle.
+pub const NBD_FLAG_C_FIXED_NEWSTYLE: u32 = 1 << 0;
+/// Client flag: the client does not want the zeroes.
+pub const NBD_FLAG_C_NO_ZEROES: u32 = 1 << 1;
+
+/// Transmission flag: always set.
+pub const NBD_FLAG_HAS_FLAGS: u16 = 1 << 0;
+/// Transmission flag: writes are refused.
+pub const NBD_FLAG_READ_ONLY: u16 = 1 << 1;
+/// Transmission flag: `NBD_CMD_FLUSH` is served.
+pub const NBD_FLAG_SEND_FLUSH: u16 = 1 << 2;
+/// Transmission flag: `NBD_CMD_FLAG_FUA` is served.
+pub const NBD_FLAG_SEND_FUA: u16 = 1 << 3;
+/// Transmission flag: `NBD_CMD_TRIM` is served.
+pub const NBD_FLAG_SEND_TRIM: u16 = 1 << 5;
+/// Transmission flag: `NBD_CMD_WRITE_ZEROES` is served.
+pub const NBD_FLAG_SEND_WRITE_ZEROES: u16 = 1 << 6;
+/// Transmission flag: a flush on one connection covers what was answered on all.
+pub const NBD_FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
+/// Transmission flag: `NBD_CMD_CACHE` is served.
+pub const NBD_FLAG_SEND_CACHE: u16 = 1 << 10;
+/// Transmission flag: `NBD_CMD_FLAG_FAST_ZERO` is served.
+pub const NBD_FLAG_SEND_FAST_ZERO: u16 = 1 << 11;
+
+/// Option: choose an export and enter transmission, with no way to hear of an error.
+pub const NBD_OPT_EXPORT_NAME: u32 = 1;
+/// Option: end the session.
+pub const NBD_OPT_ABORT: u32 = 2;
+/// Option: name the exports.
+pub const NBD_OPT_LIST: u32 = 3;
+/// Option: go on under TLS.
+pub const NBD_OPT_STARTTLS: u32 = 5;
+/// Option: tell of an export.
+pub const NBD_OPT_INFO: u32 = 6;
+/// Option: tell of an export and enter transmission.
+pub const NBD_OPT_GO: u32 = 7;
+/// Option: use structured replies.
+pub const NBD_OPT_STRUCTURED_REPLY: u32 = 8;
+
+/// Option reply: done.
+pub const NBD_REP_ACK: u32 = 1;
+/// Option reply: one export of the list.
+pub const NBD_REP_SERVER: u32 = 2;
+/// Option reply: one thing about an export.
+pub const NBD_REP_INFO: u32 = 3;
+/// Option error: the server does not know the option.
+pub const NBD_REP_ERR_UNSUP: u32 = (1 << 31) + 1;
+/// Option error: the option is malformed.
+pub const NBD_REP_ERR_INVALID: u32 = (1 << 31) + 3;
+/// Option error: there is no such export.
+pub const NBD_REP_ERR_UNKNOWN: u32 = (1 << 31) + 6;
+/// Option error: the server is shutting down.
+pub const NBD_REP_ERR_SHUTDOWN: u32 = (1 << 31) + 7;
+/// Option error: the request is too large to process.
+pub const NBD_REP_ERR_TOO_BIG: u32 = (1 << 31) + 9;
+
+/// Information: size and transmission flags.
+pub const NBD_INFO_EXPORT: u16 = 0;
+/// Information: the canonical name.
+pub const NBD_INFO_NAME: u16 = 1;
+/// Information: a line for people.
+pub const NBD_INFO_DESCRIPTION: u16 = 2;
+/// Information: minimum and preferred block size, maximum payload size.
+pub const NBD_INFO_BLOCK_SIZE: u16 = 3;
+
+/// First word of a request.
+pub const NBD_REQUEST_MAGIC: u32 = 0x2560_9513;
+/// First word of a simple reply.
+pub const NBD_SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+
+/// Bytes of a request's header.
+pub const REQUEST_LEN: usize = 28;
+/// Bytes of a simple reply's header.
+pub const SIMPLE_REPLY_LEN: usize = 16;
+
+/// Command: read.
+pub const NBD_CMD_READ: u16 = 0;
+/// Command: write.
+pub const NBD_CMD_WRITE: u16 = 1;
+/// Command: disconnect.
+pub const NBD_CMD_DISC: u16 = 2;
+/// Command: make what was written durable.
+pub const NBD_CMD_FLUSH: u16 = 3;
+/// Command: the range is no longer needed.
+pub const NBD_CMD_TRIM: u16 = 4;
+/// Command: the range will be wanted soon.
+pub const NBD_CMD_CACHE: u16 = 5;
+/// Command: make the range read as zeroes.
+pub const NBD_CMD_WRITE_ZEROES: u16 = 6;
+
+/// Command flag: answer when the data is durable.
+pub const NBD_CMD_FLAG_FUA: u16 = 1 << 0;
+/// Command flag: zero without making a hole.
+pub const NBD_CMD_FLAG_NO_HOLE: u16 = 1 << 1;
+/// Command flag: zero only where that is faster than writing.
+pub const NBD_CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
+
+/// A string ("Conventions") is at most so many bytes long.
+pub const MAX_STRING: usize = 4096;

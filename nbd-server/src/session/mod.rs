@@ -1,0 +1,104 @@
+//! Sessions move bytes between a socket, the protocol and a volume. What all of them share is here: how a command is
+//! carried out, and what bounds a connection's memory.
+
+mod buffers;
+pub(crate) mod tokio;
+pub(crate) mod workers;
+
+use engine::volume::{Volume, VolumeError};
+
+use crate::export::Export;
+use crate::proto::{Command, ErrorCode, HandshakeError, MAX_PAYLOAD, TransmissionError};
+
+/// Payload bytes of one connection's requests that are held at once: received and not yet answered, or answered and not
+/// yet sent. A client that has more under way, or does not read its replies, waits. The largest request fits.
+pub const MAX_BYTES_IN_FLIGHT: usize = MAX_PAYLOAD as usize;
+
+/// Requests of one connection that are under way at once.
+pub const MAX_REQUESTS_IN_FLIGHT: usize = 512;
+
+/// Why a session ended before its client took its leave.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The handshake went wrong.
+    #[error(transparent)]
+    Handshake(#[from] HandshakeError),
+    /// The handshake took too long.
+    #[error("the client did not finish the handshake in time")]
+    HandshakeTimeout,
+    /// The requests went wrong.
+    #[error(transparent)]
+    Transmission(#[from] TransmissionError),
+    /// It was in the middle of a message, or did not read its replies, when the server had to end.
+    #[error("the client did not come to an end after the shutdown")]
+    Shutdown,
+    /// The socket broke, or the client hung up in mid-message.
+    #[error("the connection broke: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// Carries out a command; blocks for as long as the disk takes. `payload` is as long as [`Command::payload_len`] says:
+/// a write is encrypted in it, a read fills it.
+pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) -> Result<(), ErrorCode> {
+    let statistics = export.statistics();
+    let volume = export.volume();
+    statistics.answered();
+    let outcome = match *command {
+        Command::Read(range) => volume.read(range.offset, payload).map(|()| statistics.read(range.len)),
+        Command::Write { range, fua } => {
+            let written = volume.write(range.offset, payload).map(|()| statistics.written(range.len));
+            durable(volume, written, fua)
+        }
+        Command::Flush => volume.flush(),
+        Command::Trim { range, fua } => durable(volume, volume.discard(range.offset, range.len), fua),
+        Command::WriteZeroes { range, fua, may_punch, fast: true } => {
+            let zeroed = match may_punch {
+                true => volume.write_zeroes_fast(range.offset, range.len),
+                // To provide the space in full is to write.
+                false => Ok(false),
+            };
+            if let Ok(false) = zeroed {
+                statistics.failed();
+                return Err(ErrorCode::NotSup);
+            }
+            durable(volume, zeroed.map(drop), fua)
+        }
+        Command::WriteZeroes { range, fua, may_punch, fast: false } => {
+            durable(volume, volume.write_zeroes(range.offset, range.len, may_punch), fua)
+        }
+        // A hint; what caches there are fill as they are read.
+        Command::Cache(_) => Ok(()),
+    };
+    outcome.map_err(|error| {
+        if statistics.failed() {
+            tracing::warn!(export = export.info().name, %error, ?command, "a request failed");
+        } else {
+            tracing::debug!(export = export.info().name, %error, ?command, "a request failed");
+        }
+        error_code(&error)
+    })
+}
+
+/// Forced unit access: what was done is durable before it is answered.
+fn durable(volume: &Volume, outcome: Result<(), VolumeError>, fua: bool) -> Result<(), VolumeError> {
+    match outcome {
+        Ok(()) if fua => volume.flush(),
+        outcome => outcome,
+    }
+}
+
+/// What a client is told of a volume's error ("Error values").
+fn error_code(error: &VolumeError) -> ErrorCode {
+    use std::io::ErrorKind;
+    match error {
+        VolumeError::OutOfRange { .. } => ErrorCode::Inval,
+        VolumeError::ReadOnly => ErrorCode::Perm,
+        VolumeError::Store(error) => match error.kind() {
+            // ENOSPC, EDQUOT, EFBIG
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => ErrorCode::NoSpc,
+            ErrorKind::OutOfMemory => ErrorCode::NoMem,
+            ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied => ErrorCode::Perm,
+            _ => ErrorCode::Io,
+        },
+    }
+}

@@ -1,0 +1,602 @@
+//! The session for any stream that tokio can read and write: unix and TCP sockets, a socketpair whose other end the
+//! kernel has, TLS.
+//!
+//! Two halves run in one task. The receiving half parses requests out of what arrived and hands them to the workers,
+//! as many at a time as came together; the sending half collects what the workers finished and sends all of it with
+//! one call. Between them stands a budget: a request takes its payload's size from it and gives it back when its reply
+//! is sent, so a client that does not read its replies is no longer read from.
+
+use std::future::{Future, poll_fn};
+use std::io::{self, IoSlice};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
+use std::time::Duration;
+
+use ::tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use ::tokio::sync::{Notify, Semaphore};
+use ::tokio::time::{Instant, timeout, timeout_at};
+
+use super::buffers::{Buffer, Buffers};
+use super::workers::{self, Workers};
+use super::{MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, perform};
+use crate::export::{Export, Exports};
+use crate::proto::handshake::Next;
+use crate::proto::{Command, ErrorCode, ExpectRequest, Handshake, Received, Reply, Request};
+use crate::shutdown::Shutdown;
+
+/// Bytes that are received at once where requests are small.
+const INTAKE: usize = 64 * 1024;
+/// A payload of which so much has not arrived yet is received straight into its buffer.
+const DIRECT: usize = 16 * 1024;
+/// The budget's unit, in bytes, and the least that a request takes of it.
+const UNIT: usize = MAX_BYTES_IN_FLIGHT / MAX_REQUESTS_IN_FLIGHT;
+/// Replies sent with one call: header and payload of each are one slice.
+const SLICES: usize = 64;
+/// Requests of at most so many bytes may be carried out by the session itself.
+const SMALL: u64 = 32 * 1024;
+/// How long a connection without requests keeps its large buffers.
+const IDLE: Duration = Duration::from_secs(1);
+/// After the shutdown, a client that sends nothing for so long has nothing more to say...
+const QUIET: Duration = Duration::from_millis(100);
+/// ...and one that goes on for so long does not listen.
+const DEAF: Duration = Duration::from_secs(2);
+/// After the shutdown, a client that neither finishes what it began to send nor takes its replies is cut off.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// Takes a client through the handshake: which export it chose, or `None` when it took its leave.
+///
+/// # Errors
+/// [`SessionError`]; the connection is of no more use.
+pub(crate) async fn handshake<S>(
+    stream: &mut S,
+    exports: &Exports,
+    limit: Duration,
+    shutdown: &mut Shutdown,
+) -> Result<Option<Export>, SessionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let deadline = Instant::now() + limit;
+    match timeout_at(deadline, haggle(stream, exports, shutdown)).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(SessionError::HandshakeTimeout),
+    }
+}
+
+async fn haggle<S>(stream: &mut S, exports: &Exports, shutdown: &mut Shutdown) -> Result<Option<Export>, SessionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut out = Vec::new();
+    let mut bytes = Vec::new();
+    let mut handshake = Handshake::greeting(&mut out);
+    loop {
+        send(stream, &mut out).await?;
+        // Exactly as much as belongs to the handshake: what follows may be the business of another layer.
+        bytes.resize(handshake.wanted(), 0);
+        ::tokio::select! {
+            biased;
+            read = stream.read_exact(&mut bytes) => read?,
+            // The client is between two messages, or too slow to be waited for.
+            () = shutdown.requested() => return Ok(None),
+        };
+        match handshake.handle(&bytes, exports.infos(), &mut out) {
+            Ok(Next::Continue(next)) => handshake = next,
+            Ok(Next::Transmission(negotiated)) => {
+                send(stream, &mut out).await?;
+                return Ok(exports.all().get(negotiated.export).cloned());
+            }
+            Ok(Next::Aborted) => {
+                // The client may be gone already; the document tells us to bear with it.
+                let _ = send(stream, &mut out).await;
+                return Ok(None);
+            }
+            Err(error) => {
+                let _ = send(stream, &mut out).await;
+                return Err(error.into());
+            }
+        }
+    }
+}
+
+async fn send<S: AsyncWrite + Unpin>(stream: &mut S, out: &mut Vec<u8>) -> io::Result<()> {
+    stream.write_all(out).await?;
+    out.clear();
+    stream.flush().await
+}
+
+/// Serves requests until the client takes its leave, breaks the protocol, or is told of the shutdown. Returns when every
+/// request that was taken on is carried out.
+///
+/// # Errors
+/// [`SessionError`]; all is done that was to be done.
+pub(crate) async fn transmission<S>(
+    stream: S,
+    export: &Export,
+    workers: &Workers<Task>,
+    shutdown: Shutdown,
+) -> Result<(), SessionError>
+where
+    S: AsyncRead + AsyncWrite,
+{
+    let _connected = export.statistics().connected();
+    let connection = Arc::new(Connection {
+        export: export.clone(),
+        budget: Semaphore::new(MAX_REQUESTS_IN_FLIGHT),
+        buffers: Mutex::new(Buffers::new(MAX_BYTES_IN_FLIGHT)),
+        done: Mutex::new(Vec::new()),
+        finished: Notify::new(),
+        in_flight: AtomicUsize::new(0),
+        received_all: AtomicBool::new(false),
+        pace: Pace::new(),
+    });
+    let (reader, writer) = ::tokio::io::split(stream);
+    let told = shutdown.clone();
+    let mut receiving = pin!(connection.receive(reader, workers, shutdown));
+    let mut sending = pin!(connection.send(writer));
+    let conversation = async {
+        ::tokio::select! {
+            // What was carried out while receiving is then sent.
+            biased;
+            received = &mut receiving => {
+                connection.received_all.store(true, Ordering::Release);
+                connection.finished.notify_one();
+                let sent = sending.await;
+                received.and(sent.map_err(SessionError::from))
+            }
+            // Nothing can be said to this client any more.
+            sent = &mut sending => sent.map_err(SessionError::from),
+        }
+    };
+    let outcome = ::tokio::select! {
+        biased;
+        outcome = conversation => outcome,
+        () = too_late(told) => Err(SessionError::Shutdown),
+    };
+    connection.settled().await;
+    outcome
+}
+
+/// Returns when a client that was told of the shutdown has had its time.
+async fn too_late(mut shutdown: Shutdown) {
+    shutdown.requested().await;
+    ::tokio::time::sleep(LAST_WORDS).await;
+}
+
+/// A request on its way: what a worker carries out.
+pub(crate) struct Task {
+    request: Request,
+    place: Place,
+}
+
+impl workers::Job for Task {
+    fn run(self) {
+        let Self { request, mut place } = self;
+        let connection = Arc::clone(&place.connection);
+        let bytes = place.payload.as_mut().map_or(&mut [][..], |buffer| &mut buffer.bytes);
+        let begun = Instant::now();
+        // A fault in what carries it out must not leave the client, and the filesystem on top of it, waiting.
+        let outcome = catch_unwind(AssertUnwindSafe(|| perform(&connection.export, request.command(), bytes)));
+        connection.pace.took(begun.elapsed());
+        let reply = request.finish(outcome.unwrap_or(Err(ErrorCode::Io)));
+        connection.finish(Finished { reply, place });
+    }
+}
+
+impl Task {
+    /// Whether it takes but a moment where nothing blocks.
+    fn is_small(&self) -> bool {
+        match self.request.command() {
+            Command::Read(range) | Command::Write { range, fua: false } => range.len <= SMALL,
+            Command::Cache(_) => true,
+            _ => false,
+        }
+    }
+}
+
+/// Whether the disk answers at once, as memory and the page cache do, or makes its callers wait.
+struct Pace(AtomicU32);
+
+impl Pace {
+    /// A small request that takes longer has waited for something.
+    const MOMENT: Duration = Duration::from_micros(100);
+    /// So many requests in turn must have been quick to believe that the next one will be.
+    const TRIAL: u32 = 64;
+
+    fn new() -> Self {
+        Self(AtomicU32::new(Self::TRIAL))
+    }
+
+    fn is_fast(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == 0
+    }
+
+    fn took(&self, time: Duration) {
+        let trial = self.0.load(Ordering::Relaxed);
+        if time > Self::MOMENT {
+            self.0.store(Self::TRIAL, Ordering::Relaxed);
+        } else if trial > 0 {
+            self.0.store(trial - 1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A request that is answered, but for the sending.
+struct Finished {
+    reply: Reply,
+    place: Place,
+}
+
+/// What a request takes of its connection, given back when its reply is sent or nobody waits for it any more.
+struct Place {
+    connection: Arc<Connection>,
+    payload: Option<Buffer>,
+    cost: u32,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(buffer) = self.payload.take() {
+            self.connection.buffers().give_back(buffer);
+        }
+        self.connection.in_flight.fetch_sub(1, Ordering::AcqRel);
+        self.connection.budget.add_permits(self.cost as usize);
+    }
+}
+
+/// What both halves and the workers share.
+pub(crate) struct Connection {
+    export: Export,
+    budget: Semaphore,
+    buffers: Mutex<Buffers>,
+    done: Mutex<Vec<Finished>>,
+    /// Something was put into `done`, or nothing more will be received.
+    finished: Notify,
+    /// Requests taken on whose replies are not sent.
+    in_flight: AtomicUsize,
+    received_all: AtomicBool,
+    pace: Pace,
+}
+
+impl Connection {
+    async fn receive(
+        self: &Arc<Self>,
+        mut reader: impl AsyncRead + Unpin,
+        workers: &Workers<Task>,
+        mut shutdown: Shutdown,
+    ) -> Result<(), SessionError> {
+        let mut intake = Intake::new();
+        let mut batch = Vec::new();
+        let mut expect = ExpectRequest::new(self.export.info());
+        let mut deaf_at = None;
+        loop {
+            while intake.len() < expect.header_len() {
+                self.submit(workers, &mut batch).await;
+                let more = self.more(&mut intake, &mut reader, &mut shutdown, &mut deaf_at).await?;
+                if deaf_at.is_some() {
+                    expect.shut_down();
+                }
+                match more {
+                    More::Bytes | More::Shutdown => {}
+                    More::End if intake.len() == 0 => return Ok(()),
+                    More::End => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                    More::Enough => return Ok(()),
+                }
+            }
+            let header = intake.take(expect.header_len());
+            expect = match expect.handle(header) {
+                Ok(Received::Request(request, next)) => {
+                    let place = self.admit(request.command().payload_len(), workers, &mut batch).await;
+                    batch.push(Task { request, place });
+                    next
+                }
+                Ok(Received::Payload(expect)) => {
+                    let mut place = self.admit(expect.len(), workers, &mut batch).await;
+                    if let Some(buffer) = &mut place.payload {
+                        let bytes = &mut buffer.bytes;
+                        let mut at = intake.move_to(bytes);
+                        while at < bytes.len() {
+                            self.submit(workers, &mut batch).await;
+                            at += intake.receive(&mut reader, &mut bytes[at..]).await?;
+                        }
+                    }
+                    let (request, next) = expect.received();
+                    batch.push(Task { request, place });
+                    next
+                }
+                Ok(Received::Refused(reply, next)) => {
+                    self.refuse(reply, workers, &mut batch).await;
+                    next
+                }
+                Ok(Received::Skip(reply, mut skip)) => {
+                    self.refuse(reply, workers, &mut batch).await;
+                    loop {
+                        let discarded = intake.discard(skip.left());
+                        match skip.skipped(discarded) {
+                            Ok(next) => break next,
+                            Err(more) => skip = more,
+                        }
+                        self.submit(workers, &mut batch).await;
+                        if intake.fill(&mut reader).await? == 0 {
+                            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+                        }
+                    }
+                }
+                Ok(Received::Disconnect) => {
+                    self.submit(workers, &mut batch).await;
+                    return Ok(());
+                }
+                Err(error) => {
+                    self.submit(workers, &mut batch).await;
+                    return Err(error.into());
+                }
+            }
+        }
+    }
+
+    /// Waits for more of the client, or for the shutdown.
+    async fn more(
+        &self,
+        intake: &mut Intake,
+        reader: &mut (impl AsyncRead + Unpin),
+        shutdown: &mut Shutdown,
+        deaf_at: &mut Option<Instant>,
+    ) -> Result<More, SessionError> {
+        if let Some(deaf_at) = *deaf_at {
+            let until = deaf_at.min(Instant::now() + QUIET);
+            return match timeout_at(until, intake.fill(reader)).await {
+                Ok(read) => Ok(More::after(read?)),
+                Err(_) => Ok(More::Enough),
+            };
+        }
+        ::tokio::select! {
+            biased;
+            read = self.fill(intake, reader) => Ok(More::after(read?)),
+            () = shutdown.requested() => {
+                *deaf_at = Some(Instant::now() + DEAF);
+                Ok(More::Shutdown)
+            }
+        }
+    }
+
+    async fn fill(&self, intake: &mut Intake, reader: &mut (impl AsyncRead + Unpin)) -> io::Result<usize> {
+        if self.in_flight.load(Ordering::Relaxed) == 0 && self.buffers().is_large() {
+            match timeout(IDLE, intake.fill(reader)).await {
+                Ok(read) => return read,
+                Err(_) => self.buffers().shrink(),
+            }
+        }
+        intake.fill(reader).await
+    }
+
+    /// Waits until there is room for a request with so much payload, and gives it a buffer.
+    async fn admit(self: &Arc<Self>, len: usize, workers: &Workers<Task>, batch: &mut Vec<Task>) -> Place {
+        let cost = cost(len);
+        let permit = match self.budget.try_acquire_many(cost) {
+            Ok(permit) => Some(permit),
+            Err(_) => {
+                // What is to be waited for may be in the batch.
+                self.submit(workers, batch).await;
+                // The semaphore is never closed.
+                self.budget.acquire_many(cost).await.ok()
+            }
+        };
+        // Given back with the place.
+        permit.into_iter().for_each(|permit| permit.forget());
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let payload = (len > 0).then(|| self.buffers().take(len));
+        Place { connection: Arc::clone(self), payload, cost }
+    }
+
+    /// Sends a reply that needs nobody's work.
+    async fn refuse(self: &Arc<Self>, reply: Reply, workers: &Workers<Task>, batch: &mut Vec<Task>) {
+        self.export.statistics().answered();
+        self.export.statistics().failed();
+        let place = self.admit(0, workers, batch).await;
+        self.finish(Finished { reply, place });
+    }
+
+    /// Has the batch carried out: here, where that takes no longer than waking a worker would, or by the workers.
+    async fn submit(&self, workers: &Workers<Task>, batch: &mut Vec<Task>) {
+        if batch.is_empty() {
+            return;
+        }
+        if !self.pace.is_fast() || batch.iter().any(|task| !task.is_small()) {
+            workers.submit(batch.drain(..));
+            return;
+        }
+        batch.drain(..).for_each(workers::Job::run);
+        // Lets the sending half have its turn.
+        yield_once().await;
+    }
+
+    fn finish(&self, finished: Finished) {
+        let mut done = lock(&self.done);
+        let first = done.is_empty();
+        done.push(finished);
+        drop(done);
+        if first {
+            self.finished.notify_one();
+        }
+    }
+
+    async fn send(&self, mut writer: impl AsyncWrite + Unpin) -> io::Result<()> {
+        let mut replies = Vec::new();
+        let mut headers = Vec::new();
+        loop {
+            std::mem::swap(&mut *lock(&self.done), &mut replies);
+            if replies.is_empty() {
+                if self.received_all.load(Ordering::Acquire) && self.in_flight.load(Ordering::Acquire) == 0 {
+                    writer.shutdown().await?;
+                    return Ok(());
+                }
+                self.finished.notified().await;
+                continue;
+            }
+            for group in replies.chunks(SLICES / 2) {
+                headers.clear();
+                send_group(&mut writer, group, &mut headers).await?;
+            }
+            replies.clear();
+        }
+    }
+
+    /// Waits for the workers to finish what they have of this connection, whose replies nobody wants any more.
+    async fn settled(&self) {
+        loop {
+            let done = std::mem::take(&mut *lock(&self.done));
+            drop(done);
+            if self.in_flight.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            self.finished.notified().await;
+        }
+    }
+
+    fn buffers(&self) -> MutexGuard<'_, Buffers> {
+        lock(&self.buffers)
+    }
+}
+
+/// What came of waiting for more.
+enum More {
+    Bytes,
+    Shutdown,
+    /// The client hung up.
+    End,
+    /// The client was given time after the shutdown.
+    Enough,
+}
+
+impl More {
+    fn after(read: usize) -> Self {
+        if read == 0 { Self::End } else { Self::Bytes }
+    }
+}
+
+/// Bytes that arrived and are not yet looked at.
+struct Intake {
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Intake {
+    fn new() -> Self {
+        Self { bytes: vec![0; INTAKE], start: 0, end: 0 }
+    }
+
+    fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// Receives what there is room for; zero at the end of the stream. Cancellation safe.
+    async fn fill(&mut self, reader: &mut (impl AsyncRead + Unpin)) -> io::Result<usize> {
+        if self.start > 0 {
+            self.bytes.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        let count = reader.read(&mut self.bytes[self.end..]).await?;
+        self.end += count;
+        Ok(count)
+    }
+
+    /// The next bytes, which must be there.
+    fn take(&mut self, len: usize) -> &[u8] {
+        let start = self.start;
+        self.start += len;
+        &self.bytes[start..start + len]
+    }
+
+    /// Drops up to so many bytes; how many there were.
+    fn discard(&mut self, limit: usize) -> usize {
+        let count = limit.min(self.len());
+        self.start += count;
+        count
+    }
+
+    /// Copies what is there to the front of `payload`; how much there was. The price of receiving many small requests
+    /// at once; of a large payload this is the smaller part.
+    fn move_to(&mut self, payload: &mut [u8]) -> usize {
+        let count = payload.len().min(self.len());
+        payload[..count].copy_from_slice(self.take(count));
+        count
+    }
+
+    /// Receives at least one byte of a payload of which nothing is here yet.
+    async fn receive(&mut self, reader: &mut (impl AsyncRead + Unpin), payload: &mut [u8]) -> io::Result<usize> {
+        let count = if payload.len() >= DIRECT {
+            reader.read(payload).await?
+        } else {
+            self.fill(reader).await?;
+            self.move_to(payload)
+        };
+        if count == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(count) }
+    }
+}
+
+/// What a request with so much payload takes of the budget.
+fn cost(len: usize) -> u32 {
+    let units = Buffer::capacity(len).div_ceil(UNIT).min(MAX_REQUESTS_IN_FLIGHT);
+    u32::try_from(units).unwrap_or(u32::MAX)
+}
+
+/// Sends up to `SLICES / 2` replies with as few calls as the socket allows.
+async fn send_group(
+    writer: &mut (impl AsyncWrite + Unpin),
+    replies: &[Finished],
+    headers: &mut Vec<u8>,
+) -> io::Result<()> {
+    // Where each reply's header ends.
+    let mut ends = [0; SLICES / 2];
+    for (Finished { reply, .. }, end) in replies.iter().zip(&mut ends) {
+        reply.encode(headers);
+        *end = headers.len();
+    }
+    let mut slices = [IoSlice::new(&[]); SLICES];
+    let (mut count, mut start) = (0, 0);
+    for (Finished { reply, place }, end) in replies.iter().zip(ends) {
+        let Some(payload) = place.payload.as_ref().filter(|_| reply.payload_len() > 0) else { continue };
+        // Headers without payload go along with the next one.
+        slices[count] = IoSlice::new(&headers[start..end]);
+        slices[count + 1] = IoSlice::new(&payload.bytes[..reply.payload_len()]);
+        count += 2;
+        start = end;
+    }
+    if start < headers.len() {
+        slices[count] = IoSlice::new(&headers[start..]);
+        count += 1;
+    }
+    write_all_vectored(writer, &mut slices[..count]).await?;
+    writer.flush().await
+}
+
+async fn write_all_vectored(writer: &mut (impl AsyncWrite + Unpin), mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+    while !slices.is_empty() {
+        match writer.write_vectored(slices).await? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            count => IoSlice::advance_slices(&mut slices, count),
+        }
+    }
+    Ok(())
+}
+
+/// Lets the task's other half run, once.
+fn yield_once() -> impl Future<Output = ()> {
+    let mut yielded = false;
+    poll_fn(move |context| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
