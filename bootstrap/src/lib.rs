@@ -2,5 +2,18 @@
 //! that touches the machine around the two computing cores.
 
 pub mod attach;
+pub mod boot;
+pub mod cli;
 pub mod config;
+pub mod content;
+pub mod control;
+pub mod disk;
 pub mod keys;
+pub mod mounts;
+pub mod process;
+pub mod programs;
+pub mod provision;
+pub mod run_dir;
+pub mod status;
+pub mod steps;
+pub mod system;

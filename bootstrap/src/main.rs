@@ -1,6 +1,10 @@
 //! `nbdcrypt`: dm-crypt without dm-crypt.
 
-// The binary is a thin shell around the library `bootstrap`.
-use bootstrap as _;
+use std::process::ExitCode;
 
-fn main() {}
+use bootstrap::cli::{self, Cli};
+use clap::Parser;
+
+fn main() -> ExitCode {
+    cli::run(Cli::parse())
+}

@@ -1,4 +1,9 @@
 //! What the tests share.
 
+pub mod http_double;
 pub mod kernel;
 pub mod luks;
+pub mod moto;
+pub mod nbd;
+pub mod nbdcrypt;
+pub mod recording;

@@ -1,8 +1,8 @@
 //! LUKS1 both ways: what cryptsetup makes, the engine opens, and cryptsetup takes what the engine makes.
 
 use engine::key::VolumeKey;
-use engine::luks::{HashAlgorithm, LuksError};
-use harness::luks::{PASSPHRASE, UUID, Workbench, format_luks1, key, open, run, try_run, unlock};
+use engine::luks::{self, HashAlgorithm, LuksError};
+use harness::luks::{PASSPHRASE, UUID, Workbench, format_luks1, key, open, run, store, try_run, unlock};
 
 const MIB: u64 = 1 << 20;
 
@@ -74,4 +74,33 @@ fn any_keyslot_opens_and_a_wrong_passphrase_is_called_that() {
     assert_eq!(unlock(&disk, PASSPHRASE).unwrap().keyslot, 0);
     assert_eq!(unlock(&disk, b"another").unwrap().keyslot, 6);
     assert!(matches!(unlock(&disk, b"another "), Err(LuksError::WrongPassphrase)));
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn a_dump_is_what_cryptsetup_prints_and_names_the_encryption() {
+    let bench = Workbench::new();
+    for (key_bits, encryption) in [("256", "AES-128-XTS"), ("512", "AES-256-XTS")] {
+        let disk = bench.disk("disk", 16 * MIB);
+        cryptsetup_format(&bench, "disk", &["--key-size", key_bits]);
+        let disk = disk.to_str().unwrap();
+        let ours = luks::dump(store(disk.as_ref()).as_ref()).unwrap();
+        assert_eq!(ours.encryption(), Some(encryption));
+        let ours = ours.display(disk).to_string();
+        let (own, shared): (Vec<&str>, Vec<&str>) = ours.lines().partition(|line| line.starts_with("Encryption:"));
+        assert_eq!(own, [format!("Encryption:    \t{encryption}")]);
+        assert_eq!(shared, run("cryptsetup", ["luksDump", disk]).lines().collect::<Vec<_>>());
+    }
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn a_hash_that_we_do_not_do_is_refused_by_name_and_still_shown() {
+    let bench = Workbench::new();
+    let disk = bench.disk("disk", 16 * MIB);
+    cryptsetup_format(&bench, "disk", &["--hash", "whirlpool"]);
+    let error = unlock(&disk, PASSPHRASE).unwrap_err();
+    assert!(matches!(error, LuksError::Unsupported { .. }) && error.to_string().contains("hash whirlpool"), "{error}");
+    let dump = luks::dump(store(&disk).as_ref()).unwrap().display("it").to_string();
+    assert!(dump.contains("Hash spec:     \twhirlpool\n"), "{dump}");
 }

@@ -83,7 +83,7 @@ impl fmt::Display for KeyFile {
 }
 
 /// Bytes from `2G`, `512M`, `64K`, `1T` (powers of 1024) or plain digits. `None` where it is none, or none of 64 bits.
-pub(super) fn parse_size(text: &str) -> Option<u64> {
+pub fn parse_size(text: &str) -> Option<u64> {
     let (digits, shift) = match text.char_indices().last()? {
         (at, 'K') => (&text[..at], 10),
         (at, 'M') => (&text[..at], 20),

@@ -1,9 +1,13 @@
 //! Where a volume's secret comes from.
 
+mod aws;
 mod file;
 
 use engine::key::Passphrase;
 
+use crate::config::KeyConfig;
+
+pub use aws::{AwsKey, AwsKeyError, Context, MAX_CIPHERTEXT, Service, Stored};
 pub use file::{FileKey, FileKeyError, MAX_KEY_FILE};
 
 /// Something that knows the secret that opens a volume's keyslot.
@@ -30,4 +34,15 @@ pub enum KeyError {
     /// From a file or standard input.
     #[error(transparent)]
     File(#[from] FileKeyError),
+    /// From S3 and KMS.
+    #[error(transparent)]
+    Aws(#[from] AwsKeyError),
+}
+
+/// The source that a configuration asks for. Nothing is read yet.
+pub fn source(config: &KeyConfig) -> Box<dyn KeySource> {
+    match config {
+        KeyConfig::File(file) => Box::new(FileKey::new(file.clone())),
+        KeyConfig::Aws(aws) => Box::new(AwsKey::new(aws.clone())),
+    }
 }

@@ -97,8 +97,7 @@ impl PendingFormat {
     /// # Errors
     /// What the disk said. It then carries the marker or a whole volume, as far as it can be trusted at all.
     pub fn commit(self, store: &dyn BlockStore) -> Result<UnlockedVolume, LuksError> {
-        // What the caller wrote first, then all but sector 0, then sector 0, which alone decides.
-        store.flush()?;
+        // All but sector 0, and what the caller wrote, are flushed before sector 0, which alone decides.
         let mut head = AlignedBuffer::zeroed(self.head.0.len());
         head.copy_from_slice(&self.head.0);
         put_marker(&mut head);

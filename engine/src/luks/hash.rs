@@ -13,6 +13,12 @@ pub enum HashAlgorithm {
     Sha256,
     /// SHA-512, 64 bytes.
     Sha512,
+    /// SHA-224, 28 bytes.
+    Sha224,
+    /// SHA-384, 48 bytes.
+    Sha384,
+    /// RIPEMD-160, 20 bytes: plain mode's default before cryptsetup 2.7, and in some old LUKS1 volumes.
+    Ripemd160,
 }
 
 /// Evaluates an expression with a type name standing for the RustCrypto type of a [`HashAlgorithm`].
@@ -31,6 +37,18 @@ macro_rules! with_hash {
                 type $hash = sha2::Sha512;
                 $body
             }
+            $crate::luks::hash::HashAlgorithm::Sha224 => {
+                type $hash = sha2::Sha224;
+                $body
+            }
+            $crate::luks::hash::HashAlgorithm::Sha384 => {
+                type $hash = sha2::Sha384;
+                $body
+            }
+            $crate::luks::hash::HashAlgorithm::Ripemd160 => {
+                type $hash = ripemd::Ripemd160;
+                $body
+            }
         }
     };
 }
@@ -38,7 +56,7 @@ pub(in crate::luks) use with_hash;
 
 impl HashAlgorithm {
     /// Every hash there is.
-    pub const ALL: [Self; 3] = [Self::Sha1, Self::Sha256, Self::Sha512];
+    pub const ALL: [Self; 6] = [Self::Sha1, Self::Sha224, Self::Sha256, Self::Sha384, Self::Sha512, Self::Ripemd160];
 
     /// The hash of that name, in either case, as cryptsetup reads it.
     pub fn from_name(name: &str) -> Option<Self> {
@@ -51,6 +69,9 @@ impl HashAlgorithm {
             Self::Sha1 => "sha1",
             Self::Sha256 => "sha256",
             Self::Sha512 => "sha512",
+            Self::Sha224 => "sha224",
+            Self::Sha384 => "sha384",
+            Self::Ripemd160 => "ripemd160",
         }
     }
 
@@ -96,5 +117,8 @@ mod tests {
         let mut digest = [0; 4];
         HashAlgorithm::Sha512.digest_into(&[b"abc"], &mut digest);
         assert_eq!(digest, [0xdd, 0xaf, 0x35, 0xa1]);
+        // The authors' own test vector.
+        HashAlgorithm::Ripemd160.digest_into(&[b"abc"], &mut digest);
+        assert_eq!(digest, [0x8e, 0xb2, 0x08, 0xf7]);
     }
 }

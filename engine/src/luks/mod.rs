@@ -19,6 +19,7 @@ mod keyslot;
 pub mod luks1;
 pub mod plain;
 
+use std::fmt;
 use std::io;
 use std::num::NonZeroU32;
 
@@ -79,6 +80,38 @@ pub struct UnlockedVolume {
     pub segment: Segment,
     /// The keyslot that opened, from 0.
     pub keyslot: usize,
+}
+
+/// What a header says, with nothing secret in it. Its cipher may be one that nbdcrypt does not do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Dump {
+    /// The header of a LUKS1 volume.
+    Luks1(luks1::Header),
+}
+
+/// Reads the header of the volume on `store`, to be shown.
+///
+/// # Errors
+/// [`LuksError`] when there is none, or it is corrupt.
+pub fn dump(store: &dyn BlockStore) -> Result<Dump, LuksError> {
+    luks1::read_header(store).map(Dump::Luks1)
+}
+
+impl Dump {
+    /// The text that `cryptsetup luksDump` prints for the disk of that name, and the name of the encryption.
+    pub fn display(&self, disk: &str) -> impl fmt::Display {
+        match self {
+            Self::Luks1(header) => header.display(disk),
+        }
+    }
+
+    /// What the encryption is called: AES-256-XTS, or AES-128-XTS where the key has 256 bits; `None` where nbdcrypt does
+    /// not do it.
+    pub fn encryption(&self) -> Option<&'static str> {
+        match self {
+            Self::Luks1(header) => header.encryption(),
+        }
+    }
 }
 
 /// Reads the header of the volume on `store`.

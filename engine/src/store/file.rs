@@ -5,10 +5,13 @@ use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::{AtFlags, FallocateFlags, OFlags, StatxFlags};
 
 use super::BlockStore;
 use crate::buffer::{AlignedBuffer, DIRECT_ALIGNMENT};
+
+/// No disk has smaller blocks, in bytes.
+const SMALLEST_BLOCK: usize = 512;
 
 /// What the file is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +74,7 @@ impl FileStore {
         let alignment = match (direct, kind.is_block_device()) {
             (false, _) => 1,
             (true, true) => rustix::fs::ioctl_blksszget(&file)? as usize,
-            (true, false) => DIRECT_ALIGNMENT,
+            (true, false) => direct_alignment(&file)?,
         };
         // Direct I/O cannot reach a last piece that is shorter than a block.
         if len % alignment as u64 != 0 {
@@ -88,6 +91,15 @@ impl FileStore {
     fn is_reachable(&self, data: &[u8]) -> bool {
         self.alignment == 1 || data.as_ptr().addr().is_multiple_of(self.alignment)
     }
+}
+
+/// The alignment that direct I/O on a regular file needs, as the filesystem tells it (statx(2), `STATX_DIOALIGN`, Linux
+/// 6.1); one that all accept where it doesn't.
+fn direct_alignment(file: &File) -> io::Result<usize> {
+    let told = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)?;
+    let alignment = told.stx_dio_offset_align.max(told.stx_dio_mem_align) as usize;
+    let is_told = told.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && alignment.is_power_of_two();
+    Ok(if is_told { alignment.clamp(SMALLEST_BLOCK, DIRECT_ALIGNMENT) } else { DIRECT_ALIGNMENT })
 }
 
 impl BlockStore for FileStore {

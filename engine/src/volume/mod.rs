@@ -236,12 +236,6 @@ impl Volume {
         }
     }
 
-    /// Whether [`Volume::write_zeroes`] can be faster than writing: never under a cipher, where zeros must be written
-    /// encrypted.
-    pub fn zeroes_fast(&self) -> bool {
-        !self.is_encrypted()
-    }
-
     /// Makes the range read as zeros. `may_discard` allows to give the space back where it then reads as zeros, which
     /// it does on a plaintext volume alone.
     ///
@@ -251,12 +245,8 @@ impl Volume {
         self.writable()?;
         self.locate(offset, len)?;
         let end = offset + len;
-        if may_discard && !self.is_encrypted() && self.is_aligned(offset, len) && len > 0 {
-            let _held = self.regions.share(offset, end);
-            match self.store.discard(self.layout.offset + offset, len) {
-                Err(error) if is_unsupported(&error) => {}
-                result => return Ok(result?),
-            }
+        if may_discard && self.punch(offset, len)? {
+            return Ok(());
         }
         let mut zeros = AlignedBuffer::zeroed(span(len.min(ZERO_CHUNK as u64))?);
         let mut at = offset;
@@ -267,6 +257,29 @@ impl Volume {
             at += chunk as u64;
         }
         Ok(())
+    }
+
+    /// Makes the range read as zeros if that takes less than writing them, and tells whether it did; else nothing is
+    /// changed. Under a cipher it never does: there, zeros must be written encrypted.
+    ///
+    /// # Errors
+    /// [`VolumeError`].
+    pub fn write_zeroes_fast(&self, offset: u64, len: u64) -> Result<bool, VolumeError> {
+        self.writable()?;
+        self.locate(offset, len)?;
+        self.punch(offset, len)
+    }
+
+    /// Gives back the space of a plaintext volume's whole blocks, which then read as zeros; whether that could be done.
+    fn punch(&self, offset: u64, len: u64) -> Result<bool, VolumeError> {
+        if self.is_encrypted() || !self.is_aligned(offset, len) || len == 0 {
+            return Ok(false);
+        }
+        let _held = self.regions.share(offset, offset + len);
+        match self.store.discard(self.layout.offset + offset, len) {
+            Err(error) if is_unsupported(&error) => Ok(false),
+            result => Ok(result.map(|()| true)?),
+        }
     }
 
     /// Writes a piece that lies within one block: reads the block, lays the piece into it, and writes it back while

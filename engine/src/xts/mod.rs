@@ -6,10 +6,13 @@
 //!
 //! Nothing here allocates after [`Xts::new`], and no time depends on a key or on data.
 
+mod cpu;
 mod portable;
 mod run;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 use std::fmt;
 
@@ -19,16 +22,27 @@ use crate::key::VolumeKey;
 use crate::sector::{Lba512, SectorSize};
 use run::Run;
 
+pub use cpu::{CpuPath, UnavailableCpuPath, UnknownCpuPath};
+
 /// A volume key, expanded and ready: AES-256-XTS or AES-128-XTS by the key's length. Round keys are wiped on drop.
 pub struct Xts {
-    keys: portable::Keys,
+    keys: Keys,
+    path: CpuPath,
     key_bits: usize,
 }
 
 impl Xts {
-    /// Expands the key.
+    /// Expands the key, for the widest path that this CPU has.
     pub fn new(key: &VolumeKey) -> Self {
-        Self::from_bytes(key.expose())
+        Self::from_bytes(key.expose(), CpuPath::best()).unwrap_or_else(|_| unreachable!("the best path is available"))
+    }
+
+    /// Expands the key, for a path of the caller's choice: to test or to measure it.
+    ///
+    /// # Errors
+    /// [`UnavailableCpuPath`] when this CPU has it not.
+    pub fn with_path(key: &VolumeKey, path: CpuPath) -> Result<Self, UnavailableCpuPath> {
+        Self::from_bytes(key.expose(), path)
     }
 
     /// Encrypts `data`, a run of whole sectors at any address, in place. Its first sector lies at `first`; the IV counts
@@ -70,23 +84,50 @@ impl Xts {
         self.key_bits
     }
 
+    /// The path in use.
+    pub fn path(&self) -> CpuPath {
+        self.path
+    }
+
     /// Expands the bytes of an XTS key. [`VolumeKey`] has checked them; a test vector may have equal halves.
-    fn from_bytes(key: &[u8]) -> Self {
-        let (data, tweak) = key.split_at(key.len() / 2);
-        Self { keys: portable::Keys::new(data, tweak), key_bits: key.len() * 8 }
+    fn from_bytes(key: &[u8], path: CpuPath) -> Result<Self, UnavailableCpuPath> {
+        let keys = Keys::new(key, path).ok_or(UnavailableCpuPath(path))?;
+        Ok(Self { keys, path, key_bits: key.len() * 8 })
     }
 
     fn run(&self, direction: Direction, run: Run<'_, '_>) {
-        match direction {
-            Direction::Encrypt => self.keys.encrypt(run),
-            Direction::Decrypt => self.keys.decrypt(run),
+        match &self.keys {
+            #[cfg(target_arch = "x86_64")]
+            Keys::X86(cpu, keys) => x86_64::crypt(*cpu, direction, keys, run),
+            Keys::Portable(keys) => keys.crypt(direction, run),
         }
     }
 }
 
 impl fmt::Debug for Xts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Xts({} bits)", self.key_bits())
+        write!(f, "Xts({} bits, {})", self.key_bits, self.path)
+    }
+}
+
+/// Round keys in the form that a path uses.
+enum Keys {
+    #[cfg(target_arch = "x86_64")]
+    X86(x86_64::Cpu, x86_64::Keys),
+    Portable(portable::Keys),
+}
+
+impl Keys {
+    /// `None` when this CPU does not have the path.
+    fn new(key: &[u8], path: CpuPath) -> Option<Self> {
+        let (data, tweak) = key.split_at(key.len() / 2);
+        if path == CpuPath::Portable {
+            return Some(Self::Portable(portable::Keys::new(data, tweak)));
+        }
+        #[cfg(target_arch = "x86_64")]
+        return x86_64::Cpu::new(path).map(|cpu| Self::X86(cpu, x86_64::Keys::new(cpu, data, tweak)));
+        #[cfg(not(target_arch = "x86_64"))]
+        None
     }
 }
 

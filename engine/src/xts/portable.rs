@@ -7,6 +7,7 @@ use cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use zerocopy::IntoBytes;
 use zeroize::{Zeroize, Zeroizing};
 
+use super::Direction;
 use super::run::{BLOCK, Run};
 
 /// Blocks that go through the cipher in one call: the most that any of the `aes` crate's implementations takes at once.
@@ -34,17 +35,12 @@ impl Keys {
         }
     }
 
-    pub(super) fn encrypt(&self, run: Run<'_, '_>) {
-        match self {
-            Self::Aes256 { data, tweak } => crypt(&**tweak, run, |blocks| data.encrypt_blocks(blocks)),
-            Self::Aes128 { data, tweak } => crypt(&**tweak, run, |blocks| data.encrypt_blocks(blocks)),
-        }
-    }
-
-    pub(super) fn decrypt(&self, run: Run<'_, '_>) {
-        match self {
-            Self::Aes256 { data, tweak } => crypt(&**tweak, run, |blocks| data.decrypt_blocks(blocks)),
-            Self::Aes128 { data, tweak } => crypt(&**tweak, run, |blocks| data.decrypt_blocks(blocks)),
+    pub(super) fn crypt(&self, direction: Direction, run: Run<'_, '_>) {
+        match (self, direction) {
+            (Self::Aes256 { data, tweak }, Direction::Encrypt) => crypt(&**tweak, run, |b| data.encrypt_blocks(b)),
+            (Self::Aes256 { data, tweak }, Direction::Decrypt) => crypt(&**tweak, run, |b| data.decrypt_blocks(b)),
+            (Self::Aes128 { data, tweak }, Direction::Encrypt) => crypt(&**tweak, run, |b| data.encrypt_blocks(b)),
+            (Self::Aes128 { data, tweak }, Direction::Decrypt) => crypt(&**tweak, run, |b| data.decrypt_blocks(b)),
         }
     }
 }

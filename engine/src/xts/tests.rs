@@ -7,13 +7,13 @@ use proptest::prelude::*;
 use xts_mode::Xts128;
 
 use super::run::Run;
-use super::{Direction, Xts};
+use super::{CpuPath, Direction, Xts};
 use crate::key::VolumeKey;
 use crate::sector::{Lba512, SectorSize};
 
-/// The paths to test, by name.
-fn paths(key: &[u8]) -> Vec<(&'static str, Xts)> {
-    vec![("portable", Xts::from_bytes(key))]
+/// The paths that this CPU has, each with the key.
+fn paths(key: &[u8]) -> impl Iterator<Item = (CpuPath, Xts)> {
+    CpuPath::available().map(|path| (path, Xts::from_bytes(key, path).unwrap()))
 }
 
 /// One case of a response file: an operation on one data unit of whole blocks.
@@ -246,6 +246,7 @@ fn buffers_of_different_lengths_are_refused() {
 fn a_cipher_prints_its_key_length_and_nothing_else() {
     for bytes in [64, 32] {
         let key = VolumeKey::new(noise(4, bytes)).unwrap();
-        assert_eq!(format!("{:?}", Xts::new(&key)), format!("Xts({} bits)", bytes * 8));
+        let xts = Xts::with_path(&key, CpuPath::Portable).unwrap();
+        assert_eq!(format!("{xts:?}"), format!("Xts({} bits, portable)", bytes * 8));
     }
 }

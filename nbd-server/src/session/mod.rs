@@ -29,6 +29,9 @@ pub enum SessionError {
     /// The requests went wrong.
     #[error(transparent)]
     Transmission(#[from] TransmissionError),
+    /// It was in the middle of a message, or did not read its replies, when the server had to end.
+    #[error("the client did not come to an end after the shutdown")]
+    Shutdown,
     /// The socket broke, or the client hung up in mid-message.
     #[error("the connection broke: {0}")]
     Io(#[from] std::io::Error),
@@ -48,12 +51,19 @@ pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) ->
         }
         Command::Flush => volume.flush(),
         Command::Trim { range, fua } => durable(volume, volume.discard(range.offset, range.len), fua),
-        // Zeros that must be written are no faster than a write.
-        Command::WriteZeroes { may_punch, fast: true, .. } if !(may_punch && volume.zeroes_fast()) => {
-            statistics.failed();
-            return Err(ErrorCode::NotSup);
+        Command::WriteZeroes { range, fua, may_punch, fast: true } => {
+            let zeroed = match may_punch {
+                true => volume.write_zeroes_fast(range.offset, range.len),
+                // To provide the space in full is to write.
+                false => Ok(false),
+            };
+            if let Ok(false) = zeroed {
+                statistics.failed();
+                return Err(ErrorCode::NotSup);
+            }
+            durable(volume, zeroed.map(drop), fua)
         }
-        Command::WriteZeroes { range, fua, may_punch, .. } => {
+        Command::WriteZeroes { range, fua, may_punch, fast: false } => {
             durable(volume, volume.write_zeroes(range.offset, range.len, may_punch), fua)
         }
         // A hint; what caches there are fill as they are read.

@@ -6,11 +6,13 @@
 //! one call. Between them stands a budget: a request takes its payload's size from it and gives it back when its reply
 //! is sent, so a client that does not read its replies is no longer read from.
 
+use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 use ::tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -22,7 +24,7 @@ use super::workers::{self, Workers};
 use super::{MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, perform};
 use crate::export::{Export, Exports};
 use crate::proto::handshake::Next;
-use crate::proto::{ErrorCode, ExpectRequest, Handshake, Received, Reply, Request};
+use crate::proto::{Command, ErrorCode, ExpectRequest, Handshake, Received, Reply, Request};
 use crate::shutdown::Shutdown;
 
 /// Bytes that are received at once where requests are small.
@@ -33,12 +35,16 @@ const DIRECT: usize = 16 * 1024;
 const UNIT: usize = MAX_BYTES_IN_FLIGHT / MAX_REQUESTS_IN_FLIGHT;
 /// Replies sent with one call: header and payload of each are one slice.
 const SLICES: usize = 64;
+/// Requests of at most so many bytes may be carried out by the session itself.
+const SMALL: u64 = 32 * 1024;
 /// How long a connection without requests keeps its large buffers.
 const IDLE: Duration = Duration::from_secs(1);
 /// After the shutdown, a client that sends nothing for so long has nothing more to say...
 const QUIET: Duration = Duration::from_millis(100);
 /// ...and one that goes on for so long does not listen.
 const DEAF: Duration = Duration::from_secs(2);
+/// After the shutdown, a client that neither finishes what it began to send nor takes its replies is cut off.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Takes a client through the handshake: which export it chose, or `None` when it took its leave.
 ///
@@ -125,46 +131,120 @@ where
         finished: Notify::new(),
         in_flight: AtomicUsize::new(0),
         received_all: AtomicBool::new(false),
+        pace: Pace::new(),
     });
     let (reader, writer) = ::tokio::io::split(stream);
+    let told = shutdown.clone();
     let mut receiving = pin!(connection.receive(reader, workers, shutdown));
     let mut sending = pin!(connection.send(writer));
-    let outcome = ::tokio::select! {
-        received = &mut receiving => {
-            connection.received_all.store(true, Ordering::Release);
-            connection.finished.notify_one();
-            let sent = sending.await;
-            received.and(sent.map_err(SessionError::from))
+    let conversation = async {
+        ::tokio::select! {
+            // What was carried out while receiving is then sent.
+            biased;
+            received = &mut receiving => {
+                connection.received_all.store(true, Ordering::Release);
+                connection.finished.notify_one();
+                let sent = sending.await;
+                received.and(sent.map_err(SessionError::from))
+            }
+            // Nothing can be said to this client any more.
+            sent = &mut sending => sent.map_err(SessionError::from),
         }
-        // Nothing can be said to this client any more.
-        sent = &mut sending => sent.map_err(SessionError::from),
+    };
+    let outcome = ::tokio::select! {
+        biased;
+        outcome = conversation => outcome,
+        () = too_late(told) => Err(SessionError::Shutdown),
     };
     connection.settled().await;
     outcome
 }
 
+/// Returns when a client that was told of the shutdown has had its time.
+async fn too_late(mut shutdown: Shutdown) {
+    shutdown.requested().await;
+    ::tokio::time::sleep(LAST_WORDS).await;
+}
+
 /// A request on its way: what a worker carries out.
 pub(crate) struct Task {
-    connection: Arc<Connection>,
     request: Request,
-    payload: Option<Buffer>,
+    place: Place,
 }
 
 impl workers::Job for Task {
     fn run(self) {
-        let Self { connection, request, mut payload } = self;
-        let bytes = payload.as_mut().map_or(&mut [][..], |buffer| &mut buffer.bytes);
+        let Self { request, mut place } = self;
+        let connection = Arc::clone(&place.connection);
+        let bytes = place.payload.as_mut().map_or(&mut [][..], |buffer| &mut buffer.bytes);
+        let begun = Instant::now();
         // A fault in what carries it out must not leave the client, and the filesystem on top of it, waiting.
         let outcome = catch_unwind(AssertUnwindSafe(|| perform(&connection.export, request.command(), bytes)));
+        connection.pace.took(begun.elapsed());
         let reply = request.finish(outcome.unwrap_or(Err(ErrorCode::Io)));
-        connection.finish(Finished { reply, payload });
+        connection.finish(Finished { reply, place });
+    }
+}
+
+impl Task {
+    /// Whether it takes but a moment where nothing blocks.
+    fn is_small(&self) -> bool {
+        match self.request.command() {
+            Command::Read(range) | Command::Write { range, fua: false } => range.len <= SMALL,
+            Command::Cache(_) => true,
+            _ => false,
+        }
+    }
+}
+
+/// Whether the disk answers at once, as memory and the page cache do, or makes its callers wait.
+struct Pace(AtomicU32);
+
+impl Pace {
+    /// A small request that takes longer has waited for something.
+    const MOMENT: Duration = Duration::from_micros(100);
+    /// So many requests in turn must have been quick to believe that the next one will be.
+    const TRIAL: u32 = 64;
+
+    fn new() -> Self {
+        Self(AtomicU32::new(Self::TRIAL))
+    }
+
+    fn is_fast(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == 0
+    }
+
+    fn took(&self, time: Duration) {
+        let trial = self.0.load(Ordering::Relaxed);
+        if time > Self::MOMENT {
+            self.0.store(Self::TRIAL, Ordering::Relaxed);
+        } else if trial > 0 {
+            self.0.store(trial - 1, Ordering::Relaxed);
+        }
     }
 }
 
 /// A request that is answered, but for the sending.
 struct Finished {
     reply: Reply,
+    place: Place,
+}
+
+/// What a request takes of its connection, given back when its reply is sent or nobody waits for it any more.
+struct Place {
+    connection: Arc<Connection>,
     payload: Option<Buffer>,
+    cost: u32,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(buffer) = self.payload.take() {
+            self.connection.buffers().give_back(buffer);
+        }
+        self.connection.in_flight.fetch_sub(1, Ordering::AcqRel);
+        self.connection.budget.add_permits(self.cost as usize);
+    }
 }
 
 /// What both halves and the workers share.
@@ -178,6 +258,7 @@ pub(crate) struct Connection {
     /// Requests taken on whose replies are not sent.
     in_flight: AtomicUsize,
     received_all: AtomicBool,
+    pace: Pace,
 }
 
 impl Connection {
@@ -193,7 +274,7 @@ impl Connection {
         let mut deaf_at = None;
         loop {
             while intake.len() < expect.header_len() {
-                self.submit(workers, &mut batch);
+                self.submit(workers, &mut batch).await;
                 let more = self.more(&mut intake, &mut reader, &mut shutdown, &mut deaf_at).await?;
                 if deaf_at.is_some() {
                     expect.shut_down();
@@ -208,22 +289,22 @@ impl Connection {
             let header = intake.take(expect.header_len());
             expect = match expect.handle(header) {
                 Ok(Received::Request(request, next)) => {
-                    let payload = self.admit(request.command().payload_len(), workers, &mut batch).await;
-                    batch.push(Task { connection: Arc::clone(self), request, payload });
+                    let place = self.admit(request.command().payload_len(), workers, &mut batch).await;
+                    batch.push(Task { request, place });
                     next
                 }
                 Ok(Received::Payload(expect)) => {
-                    let mut payload = self.admit(expect.len(), workers, &mut batch).await;
-                    if let Some(buffer) = &mut payload {
+                    let mut place = self.admit(expect.len(), workers, &mut batch).await;
+                    if let Some(buffer) = &mut place.payload {
                         let bytes = &mut buffer.bytes;
                         let mut at = intake.move_to(bytes);
                         while at < bytes.len() {
-                            self.submit(workers, &mut batch);
+                            self.submit(workers, &mut batch).await;
                             at += intake.receive(&mut reader, &mut bytes[at..]).await?;
                         }
                     }
                     let (request, next) = expect.received();
-                    batch.push(Task { connection: Arc::clone(self), request, payload });
+                    batch.push(Task { request, place });
                     next
                 }
                 Ok(Received::Refused(reply, next)) => {
@@ -238,18 +319,18 @@ impl Connection {
                             Ok(next) => break next,
                             Err(more) => skip = more,
                         }
-                        self.submit(workers, &mut batch);
+                        self.submit(workers, &mut batch).await;
                         if intake.fill(&mut reader).await? == 0 {
                             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
                         }
                     }
                 }
                 Ok(Received::Disconnect) => {
-                    self.submit(workers, &mut batch);
+                    self.submit(workers, &mut batch).await;
                     return Ok(());
                 }
                 Err(error) => {
-                    self.submit(workers, &mut batch);
+                    self.submit(workers, &mut batch).await;
                     return Err(error.into());
                 }
             }
@@ -292,35 +373,44 @@ impl Connection {
     }
 
     /// Waits until there is room for a request with so much payload, and gives it a buffer.
-    async fn admit(self: &Arc<Self>, len: usize, workers: &Workers<Task>, batch: &mut Vec<Task>) -> Option<Buffer> {
+    async fn admit(self: &Arc<Self>, len: usize, workers: &Workers<Task>, batch: &mut Vec<Task>) -> Place {
         let cost = cost(len);
         let permit = match self.budget.try_acquire_many(cost) {
             Ok(permit) => Some(permit),
             Err(_) => {
                 // What is to be waited for may be in the batch.
-                self.submit(workers, batch);
+                self.submit(workers, batch).await;
                 // The semaphore is never closed.
                 self.budget.acquire_many(cost).await.ok()
             }
         };
-        // Given back when the reply is sent.
+        // Given back with the place.
         permit.into_iter().for_each(|permit| permit.forget());
         self.in_flight.fetch_add(1, Ordering::Relaxed);
-        (len > 0).then(|| self.buffers().take(len))
+        let payload = (len > 0).then(|| self.buffers().take(len));
+        Place { connection: Arc::clone(self), payload, cost }
     }
 
     /// Sends a reply that needs nobody's work.
     async fn refuse(self: &Arc<Self>, reply: Reply, workers: &Workers<Task>, batch: &mut Vec<Task>) {
         self.export.statistics().answered();
         self.export.statistics().failed();
-        let payload = self.admit(0, workers, batch).await;
-        self.finish(Finished { reply, payload });
+        let place = self.admit(0, workers, batch).await;
+        self.finish(Finished { reply, place });
     }
 
-    fn submit(&self, workers: &Workers<Task>, batch: &mut Vec<Task>) {
-        if !batch.is_empty() {
-            workers.submit(batch.drain(..));
+    /// Has the batch carried out: here, where that takes no longer than waking a worker would, or by the workers.
+    async fn submit(&self, workers: &Workers<Task>, batch: &mut Vec<Task>) {
+        if batch.is_empty() {
+            return;
         }
+        if !self.pace.is_fast() || batch.iter().any(|task| !task.is_small()) {
+            workers.submit(batch.drain(..));
+            return;
+        }
+        batch.drain(..).for_each(workers::Job::run);
+        // Lets the sending half have its turn.
+        yield_once().await;
     }
 
     fn finish(&self, finished: Finished) {
@@ -350,29 +440,15 @@ impl Connection {
                 headers.clear();
                 send_group(&mut writer, group, &mut headers).await?;
             }
-            self.sent(replies.drain(..));
+            replies.clear();
         }
-    }
-
-    /// Gives back what the requests took.
-    fn sent(&self, replies: impl Iterator<Item = Finished>) {
-        let (mut count, mut units) = (0, 0);
-        let mut buffers = self.buffers();
-        for Finished { payload, .. } in replies {
-            count += 1;
-            units += payload.as_ref().map_or(1, |buffer| cost(buffer.bytes.len()) as usize);
-            payload.into_iter().for_each(|buffer| buffers.give_back(buffer));
-        }
-        drop(buffers);
-        self.in_flight.fetch_sub(count, Ordering::AcqRel);
-        self.budget.add_permits(units);
     }
 
     /// Waits for the workers to finish what they have of this connection, whose replies nobody wants any more.
     async fn settled(&self) {
         loop {
             let done = std::mem::take(&mut *lock(&self.done));
-            self.sent(done.into_iter());
+            drop(done);
             if self.in_flight.load(Ordering::Acquire) == 0 {
                 return;
             }
@@ -483,8 +559,8 @@ async fn send_group(
     }
     let mut slices = [IoSlice::new(&[]); SLICES];
     let (mut count, mut start) = (0, 0);
-    for (Finished { reply, payload }, end) in replies.iter().zip(ends) {
-        let Some(payload) = payload.as_ref().filter(|_| reply.payload_len() > 0) else { continue };
+    for (Finished { reply, place }, end) in replies.iter().zip(ends) {
+        let Some(payload) = place.payload.as_ref().filter(|_| reply.payload_len() > 0) else { continue };
         // Headers without payload go along with the next one.
         slices[count] = IoSlice::new(&headers[start..end]);
         slices[count + 1] = IoSlice::new(&payload.bytes[..reply.payload_len()]);
@@ -507,6 +583,18 @@ async fn write_all_vectored(writer: &mut (impl AsyncWrite + Unpin), mut slices: 
         }
     }
     Ok(())
+}
+
+/// Lets the task's other half run, once.
+fn yield_once() -> impl Future<Output = ()> {
+    let mut yielded = false;
+    poll_fn(move |context| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

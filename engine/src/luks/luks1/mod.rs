@@ -3,6 +3,7 @@
 //! A header of 592 bytes, eight keyslots of split and encrypted key, then the data, in sectors of 512 bytes whose IV counts
 //! from 0 at the first of them.
 
+mod dump;
 mod format;
 mod header;
 
@@ -74,7 +75,7 @@ impl Locked {
         let hash = HashAlgorithm::from_name(&header.hash_spec).ok_or_else(|| LuksError::Unsupported {
             what: "hash",
             found: header.hash_spec.clone(),
-            supported: "it does sha1, sha256 and sha512",
+            supported: "it does sha1, sha224, sha256, sha384, sha512 and ripemd160",
         })?;
         let bounded = |field: &dyn Fn() -> String, found: u32| {
             let iterations = NonZeroU32::new(found).ok_or_else(|| LuksError::corrupt(field(), "0"))?;

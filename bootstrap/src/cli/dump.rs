@@ -1,0 +1,64 @@
+//! `nbdcrypt dump`: a volume's header.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use engine::luks::luks1;
+use engine::store::{Access, Caching, FileStore};
+use serde_json::json;
+
+use super::tell;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The disk or file.
+    device: PathBuf,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: Args) -> Result<()> {
+    let path = &args.device;
+    // No lock: a header may be looked at while its volume is up.
+    let disk =
+        FileStore::open(path, Access::ReadOnly, Caching::PageCache).with_context(|| path.display().to_string())?;
+    let header = luks1::read_header(&disk).with_context(|| path.display().to_string())?;
+    if args.json {
+        return tell(format_args!("{:#}\n", as_json(&header)));
+    }
+    tell(header.display(&path.display().to_string()))
+}
+
+fn as_json(header: &luks1::Header) -> serde_json::Value {
+    let keyslots: Vec<_> = header
+        .keyslots
+        .iter()
+        .map(|slot| {
+            json!({
+                "enabled": slot.enabled,
+                "iterations": slot.iterations,
+                "salt": hex(&slot.salt),
+                "material-offset-sectors": slot.material_offset,
+                "stripes": slot.stripes,
+            })
+        })
+        .collect();
+    json!({
+        "version": 1,
+        "uuid": header.uuid.to_string(),
+        "cipher": format!("{}-{}", header.cipher_name, header.cipher_mode),
+        "hash": header.hash_spec,
+        "key-bits": header.key_bytes * 8,
+        "algorithm": header.encryption(),
+        "payload-offset-sectors": header.payload_offset,
+        "digest": hex(&header.digest),
+        "digest-salt": hex(&header.digest_salt),
+        "digest-iterations": header.digest_iterations,
+        "keyslots": keyslots,
+    })
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,129 @@
+//! The command line: what there is to type, and which file carries it out.
+
+mod background;
+mod demo;
+mod down;
+mod dump;
+mod format;
+mod plan;
+//mod provision;
+mod serve;
+mod status;
+mod up;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::run_dir;
+
+/// dm-crypt without dm-crypt: LUKS volumes encrypted in user space, served over NBD or FUSE, unlocked by AWS KMS.
+#[derive(Debug, Parser)]
+#[command(name = "nbdcrypt", version, max_term_width = 100)]
+pub struct Cli {
+    /// Where running volumes keep their state.
+    #[arg(long, global = true, value_name = "DIR", default_value = run_dir::DEFAULT_BASE, hide_default_value = true)]
+    run_dir: PathBuf,
+    /// Tell more on standard error; twice, even more.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The whole job on this machine, with no cloud account, and cleaned up after.
+    Demo(demo::Args),
+    /// Unlock the volume, or format it if the disk is blank; attach, make a filesystem if there is none, and mount.
+    Up(up::Args),
+    /// Unmount, detach, and stop the server; the key is wiped.
+    Down(down::Args),
+    /// What `up` would do, step by step, changing nothing.
+    Plan(plan::Args),
+    /// The volumes that are up, as `cryptsetup status` shows them, and more.
+    Status(status::Args),
+    /// Make a LUKS volume on a blank disk or a new file.
+    Format(format::Args),
+    /// Serve a volume to NBD clients, in the foreground.
+    Serve(serve::Args),
+    /// The header of a volume, as `cryptsetup luksDump` shows it.
+    Dump(dump::Args),
+}
+
+/// Carries out what was typed. Errors are told here, on standard error.
+pub fn run(cli: Cli) -> ExitCode {
+    log_to_stderr(cli.verbose);
+    match dispatch(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads the output has seen enough, as in `nbdcrypt dump disk | head`.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nbdcrypt: {}", in_one(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<()> {
+    let base = &cli.run_dir;
+    match cli.command {
+        Command::Demo(args) => demo::run(args),
+        Command::Up(args) => up::run(args, base),
+        Command::Down(args) => down::run(args, base),
+        Command::Plan(args) => plan::run(args, base),
+        Command::Status(args) => status::run(args, base),
+        Command::Format(args) => format::run(args),
+        Command::Serve(args) => serve::run(args),
+        Command::Dump(args) => dump::run(args),
+    }
+}
+
+/// Prints on standard output. Unlike `println!` it does not panic where nobody reads any more.
+fn tell(text: impl std::fmt::Display) -> Result<()> {
+    use std::io::Write;
+    let mut stdout = std::io::stdout().lock();
+    write!(stdout, "{text}").and_then(|()| stdout.flush()).map_err(|error| Unread(error).into())
+}
+
+/// Standard output could not be written to.
+#[derive(Debug, thiserror::Error)]
+#[error("standard output: {0}")]
+struct Unread(std::io::Error);
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Unread>().is_some_and(|unread| unread.0.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// An error with its causes, leaving out those that the one above quotes already.
+fn in_one(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
+fn log_to_stderr(verbose: u8) {
+    use tracing::level_filters::LevelFilter;
+    let level = match verbose {
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false)
+        .without_time()
+        .init();
+}

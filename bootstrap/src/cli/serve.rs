@@ -1,0 +1,168 @@
+//! `nbdcrypt serve`: a volume for NBD clients.
+
+use std::io::{IsTerminal, Write};
+use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use engine::luks::{self, Limits, plain};
+use engine::sector::SectorSize;
+use engine::store::{Access, BlockStore, Caching};
+use engine::volume::Volume;
+use nbd_server::{Export, Exports, Listener, Server, Settings, shutdown};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::format::key_file;
+use crate::keys::{FileKey, KeySource};
+use crate::{disk, process};
+
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("where").required(true))]
+pub(super) struct Args {
+    /// The disk or file that holds the ciphertext.
+    device: PathBuf,
+    /// The passphrase (with `--type plain`, the volume key): the file's bytes, all of them; `-` is standard input.
+    #[arg(long, value_name = "FILE")]
+    key_file: PathBuf,
+    /// Listen on a unix socket, which only this user may connect to.
+    #[arg(long, value_name = "PATH", group = "where")]
+    socket: Option<PathBuf>,
+    /// Listen on a TCP port, such as 127.0.0.1:10809. Whoever reaches it reads and writes the plaintext.
+    #[arg(long, value_name = "ADDR", group = "where")]
+    listen: Option<SocketAddr>,
+    /// What the disk holds.
+    #[arg(long = "type", value_enum, default_value_t = Type::Luks)]
+    kind: Type,
+    /// The encryption unit of a plain volume, in bytes: 512, 1024, 2048 or 4096.
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = sector_size)]
+    sector_size: SectorSize,
+    /// The length of a plain volume's key, in bits, both halves counted: 512 (AES-256) or 256 (AES-128).
+    #[arg(long, value_name = "BITS", default_value_t = 512, value_parser = key_size)]
+    key_size: usize,
+    /// The name that clients ask for.
+    #[arg(long, default_value = "")]
+    name: String,
+    /// Refuse writes.
+    #[arg(long)]
+    read_only: bool,
+    /// Let the kernel cache the ciphertext. Without it, `O_DIRECT` where the filesystem allows.
+    #[arg(long)]
+    page_cache: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Type {
+    /// A LUKS header says it.
+    Luks,
+    /// No header: all of the disk is data, and the key file is the volume key.
+    Plain,
+}
+
+pub(super) fn run(args: Args) -> Result<()> {
+    process::protect_secrets();
+    let volume = Arc::new(open(&args)?);
+    let mut export = Export::new(args.name.clone(), volume).described(args.device.display().to_string());
+    if args.read_only {
+        export = export.read_only();
+    }
+    let server = Server::new(Exports::new([export])?, Settings::default())?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(listen_and_serve(&args, &server));
+    if let Some(path) = &args.socket {
+        let _ = std::fs::remove_file(path);
+    }
+    result
+}
+
+fn open(args: &Args) -> Result<Volume> {
+    let path = &args.device;
+    let name = || path.display().to_string();
+    let access = if args.read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let caching = if args.page_cache { Caching::PageCache } else { Caching::Direct };
+    let passphrase = FileKey::new(key_file(&args.key_file)).passphrase()?;
+    let store: Arc<dyn BlockStore> = Arc::new(disk::open(path, access, caching)?);
+    let (key, segment) = match args.kind {
+        Type::Luks => {
+            let locked = luks::read(store.as_ref(), &Limits::default()).with_context(name)?;
+            let unlocked = locked.unlock(store.as_ref(), &passphrase).with_context(name)?;
+            (unlocked.key, unlocked.segment)
+        }
+        Type::Plain => {
+            let key = plain::key_from_file(&passphrase, args.key_size / 8).with_context(|| {
+                format!("{} holds no volume key of {} bits", args.key_file.display(), args.key_size)
+            })?;
+            let place = plain::Place { sector_size: args.sector_size, ..plain::Place::default() };
+            (key, plain::segment(&place, store.len()).with_context(name)?)
+        }
+    };
+    Volume::encrypted(store, segment, &key).with_context(name)
+}
+
+async fn listen_and_serve(args: &Args, server: &Server) -> Result<()> {
+    // Before the address is told: whoever reads it may end this process at once.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let (listener, address) = bind(args).await?;
+    let mut stdout = std::io::stdout();
+    writeln!(stdout, "{address}")?;
+    stdout.flush()?;
+    if stdout.is_terminal() {
+        eprintln!("serving {} until Ctrl-C", args.device.display());
+    }
+    let (trigger, stop) = shutdown();
+    tokio::pin! { let serving = server.run(listener, stop); }
+    tokio::select! {
+        result = &mut serving => return Ok(result?),
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    trigger.stop();
+    Ok(serving.await?)
+}
+
+/// The listener, and its address as an NBD URI (the NBD project's uri.md).
+async fn bind(args: &Args) -> Result<(Listener, String)> {
+    if let Some(path) = &args.socket {
+        let listener = bind_unix(path)?;
+        return Ok((listener.into(), format!("nbd+unix:///{}?socket={}", args.name, path.display())));
+    }
+    let Some(address) = args.listen else { bail!("neither --socket nor --listen") };
+    let listener = TcpListener::bind(address).await.with_context(|| format!("could not listen on {address}"))?;
+    let address = listener.local_addr()?;
+    if !address.ip().is_loopback() {
+        tracing::warn!("{address} can be reached from other machines, and whoever reaches it reads the plaintext");
+    }
+    Ok((listener.into(), format!("nbd://{address}/{}", args.name)))
+}
+
+fn bind_unix(path: &Path) -> Result<UnixListener> {
+    let name = || format!("could not listen on {}", path.display());
+    if std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) {
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            bail!("{} is another server's socket: choose another path", path.display());
+        }
+        // Left by one that died.
+        std::fs::remove_file(path).with_context(name)?;
+    }
+    // No one else may connect, from the first moment on.
+    let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let listener = UnixListener::bind(path);
+    rustix::process::umask(before);
+    listener.with_context(name)
+}
+
+fn key_size(text: &str) -> Result<usize, String> {
+    match text {
+        "512" => Ok(512),
+        "256" => Ok(256),
+        _ => Err("an AES-XTS key has 512 or 256 bits".to_owned()),
+    }
+}
+
+fn sector_size(text: &str) -> Result<SectorSize, String> {
+    let size = text.parse().ok().and_then(SectorSize::from_bytes);
+    size.ok_or_else(|| "a sector has 512, 1024, 2048 or 4096 bytes".to_owned())
+}

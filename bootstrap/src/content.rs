@@ -1,0 +1,63 @@
+//! What a disk or a volume holds already, so that nothing is ever made over it.
+
+use std::path::Path;
+
+use anyhow::{Result, anyhow};
+use engine::luks::Segment;
+use engine::signature::{self, Content, Kind, Signature};
+use engine::store::{BlockStore, read_unaligned};
+use engine::volume::Volume;
+
+/// Bytes at the start of the data that a volume of which nothing was ever written has as zeros on its disk.
+const BLANK: u64 = 1 << 20;
+
+/// What the plaintext of an open volume holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Plaintext {
+    /// These, by their signatures.
+    Holds(Vec<Signature>),
+    /// Something was written, but nothing that is known.
+    Unknown,
+    /// Nothing was ever written: the disk has zeros where its ciphertext would begin.
+    NeverWritten,
+}
+
+/// What the open volume holds.
+///
+/// # Errors
+/// What the disk said.
+pub fn of_plaintext(volume: &Volume, segment: Segment) -> Result<Plaintext> {
+    let found = signature::probe(volume)?;
+    if !found.is_empty() {
+        return Ok(Plaintext::Holds(found));
+    }
+    let mut start = vec![0; usize::try_from(BLANK.min(segment.len))?];
+    read_unaligned(volume.store().as_ref(), &mut start, segment.offset)?;
+    Ok(if start.iter().all(|byte| *byte == 0) { Plaintext::NeverWritten } else { Plaintext::Unknown })
+}
+
+/// Whether the disk is known as a LUKS volume, whatever else is on it.
+pub fn is_luks(content: &Content) -> bool {
+    matches!(content, Content::Known(found)
+        if found.iter().any(|mark| mark.kind == Kind::Encryption && mark.name.starts_with("LUKS")))
+}
+
+/// Fails unless a disk may be formatted: it is blank, or was begun by nbdcrypt and never finished.
+///
+/// # Errors
+/// What is on it, by name, and what to do.
+pub fn refuse_unless_free(path: &Path, disk: &dyn BlockStore) -> Result<()> {
+    match signature::examine(disk)? {
+        Content::Blank | Content::Unfinished => Ok(()),
+        content => Err(refusal(path, &content)),
+    }
+}
+
+/// The words for a disk that holds something.
+pub fn refusal(path: &Path, content: &Content) -> anyhow::Error {
+    let at = path.display();
+    anyhow!(
+        "{at} is not blank. On it was found: {content}. Nothing was changed. If that may be destroyed, `nbdcrypt format \
+         --wipe {at}` does so; otherwise choose another device"
+    )
+}

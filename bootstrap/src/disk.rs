@@ -1,0 +1,169 @@
+//! The disk that holds the ciphertext: found, made where it is a file, and opened for this process alone.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use engine::store::{Access, Caching, FileStore};
+use rustix::fs::FlockOperation;
+
+use crate::mounts;
+
+/// Why a disk cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// There is nothing of the name.
+    #[error("{} does not exist: check the name, or make it (for a file: `size = \"2G\"` under [volume], or `nbdcrypt format --size`)", .0.display())]
+    Missing(PathBuf),
+    /// Something else has it.
+    #[error("{} is in use: {by}", path.display())]
+    InUse {
+        /// The disk.
+        path: PathBuf,
+        /// Who has it and what to do.
+        by: String,
+    },
+    /// A directory, a socket, a character device.
+    #[error("{} is neither a block device nor a regular file", .0.display())]
+    WrongKind(PathBuf),
+    /// A new file was asked for, where there is something.
+    #[error("{} exists already", .0.display())]
+    Exists(PathBuf),
+    /// Permission is missing.
+    #[error("{}: permission denied; run as root, or as the owner of the file", .0.display())]
+    Denied(PathBuf),
+    /// Anything else that the system said.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The disk.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// Opens `path`, for this process alone where it is to be written: a block device exclusively, a file under a lock.
+///
+/// # Errors
+/// [`DiskError`].
+pub fn open(path: &Path, access: Access, caching: Caching) -> Result<FileStore, DiskError> {
+    let metadata = std::fs::metadata(path).map_err(|error| translate(path, error))?;
+    let kind = metadata.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(DiskError::WrongKind(path.to_owned()));
+    }
+    if kind.is_file()
+        && access == Access::ReadWrite
+        && let Some(device) = loop_device_on(path)
+    {
+        let by = format!("the loop device {device} is on it (losetup -d {device})");
+        return Err(DiskError::InUse { path: path.to_owned(), by });
+    }
+    let store = FileStore::open(path, access, caching).map_err(|error| match error.kind() {
+        io::ErrorKind::ResourceBusy => DiskError::InUse { path: path.to_owned(), by: user_of(metadata.rdev()) },
+        _ => translate(path, error),
+    })?;
+    let lock = match access {
+        Access::ReadOnly => FlockOperation::NonBlockingLockShared,
+        Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
+    };
+    match rustix::fs::flock(store.file(), lock) {
+        Ok(()) => Ok(store),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(DiskError::InUse {
+            path: path.to_owned(),
+            by: "another process holds a lock on it, such as another nbdcrypt (see `nbdcrypt status`)".to_owned(),
+        }),
+        Err(error) => Err(translate(path, error.into())),
+    }
+}
+
+/// Makes a sparse file of `size` bytes that its owner alone may read.
+///
+/// # Errors
+/// [`DiskError`]; no file is left then.
+pub fn make_file(path: &Path, size: u64) -> Result<(), DiskError> {
+    let file =
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => DiskError::Exists(path.to_owned()),
+            _ => DiskError::Io { path: path.to_owned(), source: error },
+        })?;
+    file.set_len(size).and_then(|()| file.sync_all()).map_err(|source| {
+        // It is ours, and empty.
+        let _ = std::fs::remove_file(path);
+        DiskError::Io { path: path.to_owned(), source }
+    })
+}
+
+fn translate(path: &Path, error: io::Error) -> DiskError {
+    match error.kind() {
+        io::ErrorKind::NotFound => DiskError::Missing(path.to_owned()),
+        io::ErrorKind::PermissionDenied => DiskError::Denied(path.to_owned()),
+        _ => DiskError::Io { path: path.to_owned(), source: error },
+    }
+}
+
+/// The loop device that has the file at `path` behind it.
+fn loop_device_on(path: &Path) -> Option<String> {
+    let path = path.canonicalize().ok()?;
+    std::fs::read_dir("/sys/block").ok()?.filter_map(Result::ok).find_map(|entry| {
+        let behind = std::fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
+        (Path::new(behind.trim_end_matches('\n')) == path)
+            .then(|| format!("/dev/{}", entry.file_name().to_string_lossy()))
+    })
+}
+
+/// Who has the block device of this number open exclusively, as far as the kernel tells.
+fn user_of(device: u64) -> String {
+    let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    if let Some(mount) = mounts::list().unwrap_or_default().into_iter().find(|mount| mount.device_number == number) {
+        let at = mount.mountpoint.display();
+        return format!("its {} filesystem is mounted on {at} (umount {at})", mount.filesystem);
+    }
+    let holders = PathBuf::from(format!("/sys/dev/block/{number}/holders"));
+    let mut names = std::fs::read_dir(holders).into_iter().flatten().filter_map(Result::ok);
+    match names.next() {
+        Some(holder) => format!("the device {} is built on it", holder.file_name().to_string_lossy()),
+        None => "the kernel or another program has it: a partition of it is mounted, it is swap, or part of a RAID \
+                 (see lsblk)"
+            .to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_file_is_sparse_private_and_never_replaces_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("secretfs");
+        make_file(&path, 1 << 30).unwrap();
+        let metadata = std::fs::metadata(&path).unwrap();
+        assert_eq!((metadata.len(), metadata.mode() & 0o777), (1 << 30, 0o600));
+        assert!(metadata.blocks() * 512 < 1 << 20);
+        assert!(matches!(make_file(&path, 1), Err(DiskError::Exists(_))));
+    }
+
+    #[test]
+    fn a_file_is_opened_for_writing_once_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("secretfs");
+        make_file(&path, 1 << 20).unwrap();
+        let first = open(&path, Access::ReadWrite, Caching::PageCache).unwrap();
+        assert!(matches!(open(&path, Access::ReadWrite, Caching::PageCache), Err(DiskError::InUse { .. })));
+        assert!(matches!(open(&path, Access::ReadOnly, Caching::PageCache), Err(DiskError::InUse { .. })));
+        drop(first);
+        let _reader = open(&path, Access::ReadOnly, Caching::PageCache).unwrap();
+        open(&path, Access::ReadOnly, Caching::PageCache).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_disk_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = |path: &Path| open(path, Access::ReadOnly, Caching::PageCache).err().unwrap();
+        assert!(matches!(open(folder.path()), DiskError::WrongKind(_)));
+        assert!(matches!(open(&folder.path().join("none")), DiskError::Missing(_)));
+        assert!(matches!(open(Path::new("/dev/null")), DiskError::WrongKind(_)));
+    }
+}

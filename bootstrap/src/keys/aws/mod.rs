@@ -1,0 +1,105 @@
+//! The secret as an object in S3 that KMS decrypts. The AWS SDK is named here and in no other module.
+
+mod answer;
+mod error;
+mod kms;
+mod retry;
+mod s3;
+mod session;
+
+use std::thread;
+
+use engine::key::Passphrase;
+
+use super::{KeyError, KeySource};
+use crate::config::AwsKeyConfig;
+pub use error::{AwsKeyError, Context, MAX_CIPHERTEXT, Service};
+use retry::Patience;
+use session::Session;
+
+/// An object in S3, and the key in KMS that opens it.
+#[derive(Clone, Debug)]
+pub struct AwsKey {
+    config: AwsKeyConfig,
+}
+
+/// A secret that was put into S3.
+#[derive(Debug)]
+pub struct Stored {
+    /// The ARN of the KMS key that it is encrypted under.
+    pub key_arn: String,
+    /// Whether it was read back and decrypted. Who may write a secret may not always be allowed to read it: then this
+    /// is AWS's refusal.
+    pub read_back: Result<(), AwsKeyError>,
+}
+
+impl AwsKey {
+    /// Nothing is asked yet.
+    pub fn new(config: AwsKeyConfig) -> Self {
+        Self { config }
+    }
+
+    /// Encrypts a secret by KMS, puts the ciphertext into S3, and reads it back. An object that exists is left alone
+    /// unless `replace` says otherwise. Blocks, as [`KeySource::passphrase`] does.
+    ///
+    /// # Errors
+    /// [`AwsKeyError`]. When the object was written nonetheless, it says so.
+    pub fn store(&self, secret: &Passphrase, replace: bool) -> Result<Stored, AwsKeyError> {
+        block_on(async || {
+            let patience = Patience::from_now(self.config.retry_for);
+            let session = Session::open(&self.config, patience).await?;
+            let (ciphertext, key_arn) = kms::encrypt(&session, patience, &self.config, secret.expose()).await?;
+            s3::put(&session, patience, &self.config.object, &ciphertext, replace).await?;
+            let read_back = match self.fetch(&session, patience).await {
+                Ok(found) if found.expose() == secret.expose() => Ok(()),
+                Ok(_) => return Err(AwsKeyError::NotAsWritten { object: self.config.object.clone() }),
+                Err(denied @ (AwsKeyError::S3Denied { .. } | AwsKeyError::KmsDenied { .. })) => Err(denied),
+                Err(error) => return Err(error),
+            };
+            Ok(Stored { key_arn, read_back })
+        })
+    }
+
+    async fn fetch(&self, session: &Session, patience: Patience) -> Result<Passphrase, AwsKeyError> {
+        let ciphertext = s3::get(session, patience, &self.config.object).await?;
+        let plaintext = kms::decrypt(session, patience, &self.config, &ciphertext).await?;
+        let password = Passphrase::new(kms::without_newlines(plaintext));
+        if password.expose().is_empty() {
+            return Err(AwsKeyError::EmptySecret { object: self.config.object.clone() });
+        }
+        Ok(password)
+    }
+}
+
+impl KeySource for AwsKey {
+    fn describe(&self) -> String {
+        format!("the password in {}, decrypted by KMS", self.config.object)
+    }
+
+    fn passphrase(&self) -> Result<Passphrase, KeyError> {
+        let fetched = block_on(async || {
+            let patience = Patience::from_now(self.config.retry_for);
+            let session = Session::open(&self.config, patience).await?;
+            self.fetch(&session, patience).await
+        });
+        Ok(fetched?)
+    }
+}
+
+/// Does the work on an event loop and a thread that live no longer than the call: see the blocking contract of
+/// [`KeySource`].
+fn block_on<T: Send>(work: impl AsyncFnOnce() -> Result<T, AwsKeyError> + Send) -> Result<T, AwsKeyError> {
+    let run = || {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(AwsKeyError::Runtime)?;
+        runtime.block_on(work())
+    };
+    // A runtime cannot be entered from within another's thread, and the caller may be on one.
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("aws".to_owned()).spawn_scoped(scope, run);
+        match thread.map_err(AwsKeyError::Runtime)?.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}

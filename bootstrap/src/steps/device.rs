@@ -1,0 +1,56 @@
+//! The volume as a block device of the kernel's.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+
+use super::{Boot, Step, Undo, need};
+use crate::config::AttachMethod;
+
+pub(super) struct Attach;
+
+impl Step for Attach {
+    fn name(&self) -> &'static str {
+        "device"
+    }
+
+    fn describe(&self, boot: &Boot<'_>) -> String {
+        let attach = &boot.config.attach;
+        let method = match attach.method {
+            AttachMethod::Auto => "by nbd where the kernel has it, else by FUSE and a loop device",
+            AttachMethod::Nbd => "by nbd",
+            AttachMethod::Fuse => "by FUSE and a loop device",
+        };
+        match attach.nbd_device {
+            Some(number) => format!("attach the volume {method}, as /dev/nbd{number} if by nbd"),
+            None => format!("attach the volume {method}, as the first free device"),
+        }
+    }
+
+    fn is_done(&self, _boot: &Boot<'_>) -> Result<Option<bool>> {
+        Ok(Some(false))
+    }
+
+    fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
+        let volume = Arc::clone(need(boot.volume.as_ref(), "the open volume")?);
+        boot.attached = Some(boot.outside.devices.attach(volume)?);
+        Ok(())
+    }
+
+    fn undo(&mut self, boot: &mut Boot<'_>, why: Undo) -> Result<()> {
+        let Some(attached) = boot.attached.take() else { return Ok(()) };
+        match (attached.detach(), why) {
+            (Ok(()), _) => Ok(()),
+            // Nothing on it is anybody's yet.
+            (Err((attached, error)), Undo::Failed) => {
+                drop(attached);
+                tracing::warn!("the device was detached by force: {error:#}");
+                Ok(())
+            }
+            (Err((attached, error)), Undo::Down) => {
+                boot.attached = Some(attached);
+                Err(error)
+            }
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! The header of a volume that was begun in this run: written now that its filesystem is whole, so that what is found
+//! after a crash is a whole volume or none.
+
+use anyhow::{Context, Result};
+
+use super::{Boot, Step, need};
+
+pub(super) struct CommitHeader;
+
+impl Step for CommitHeader {
+    fn name(&self) -> &'static str {
+        "header"
+    }
+
+    fn describe(&self, _boot: &Boot<'_>) -> String {
+        "write the header of a new volume, so that it counts".to_owned()
+    }
+
+    fn is_done(&self, _boot: &Boot<'_>) -> Result<Option<bool>> {
+        Ok(None)
+    }
+
+    fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
+        let Some(pending) = boot.pending.take() else { return Ok(()) };
+        let disk = need(boot.disk.as_ref(), "the open disk")?;
+        // mkfs has flushed the device; the commit flushes the disk before it writes.
+        pending.commit(disk.as_ref()).context("the new volume's header could not be written")?;
+        boot.header_committed = true;
+        Ok(())
+    }
+}

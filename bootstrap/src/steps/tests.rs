@@ -1,0 +1,392 @@
+//! The order of the steps, and what is left when any call to the system around fails.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+use engine::key::Passphrase;
+use engine::luks::{HashAlgorithm, luks1};
+use engine::signature::{self, Content};
+use engine::store::{BlockStore, MemoryStore};
+use engine::volume::Volume;
+
+use super::outside::{Attached, Devices, Disks, Filesystems, Keys, Outside};
+use super::*;
+use crate::attach::{EndedSignal, Method, Remains};
+use crate::config::FilesystemConfig;
+use crate::mounts::Mount;
+
+const DISK: &str = "/disk";
+const DISK_LEN: usize = 4 << 20;
+
+/// A system that does what it is asked in memory, writes down each call, and fails one of them if told to.
+#[derive(Default)]
+struct World {
+    calls: Vec<String>,
+    fail: Option<usize>,
+    disks: BTreeMap<PathBuf, Arc<MemoryStore>>,
+    folders: BTreeSet<PathBuf>,
+    attached: Option<Arc<Volume>>,
+    mounted: BTreeSet<PathBuf>,
+    busy: bool,
+    passphrase: Vec<u8>,
+}
+
+#[derive(Clone)]
+struct Fake(Rc<RefCell<World>>);
+
+impl Fake {
+    /// A machine with a blank disk.
+    fn new() -> Self {
+        let mut world = World { passphrase: b"secret".to_vec(), ..World::default() };
+        world.disks.insert(DISK.into(), Arc::new(MemoryStore::zeroed(DISK_LEN)));
+        Self(Rc::new(RefCell::new(world)))
+    }
+
+    /// A machine where the disk is to be a file, and is not there yet.
+    fn without_disk() -> Self {
+        let fake = Self::new();
+        fake.0.borrow_mut().disks.clear();
+        fake
+    }
+
+    fn call(&self, what: &str) -> Result<()> {
+        let mut world = self.0.borrow_mut();
+        world.calls.push(what.to_owned());
+        if world.fail == Some(world.calls.len() - 1) {
+            bail!("injected fault at {what}");
+        }
+        Ok(())
+    }
+
+    fn outside(&self) -> Outside<'_> {
+        Outside { keys: self, disks: self, devices: self, filesystems: self }
+    }
+
+    fn disk(&self) -> Arc<MemoryStore> {
+        Arc::clone(&self.0.borrow().disks[Path::new(DISK)])
+    }
+
+    fn content(&self) -> Content {
+        signature::examine(self.disk().as_ref() as &dyn BlockStore).unwrap()
+    }
+
+    /// Everything that can be left behind, but for what the disk holds.
+    fn leftovers(&self) -> (bool, Vec<PathBuf>, Vec<PathBuf>) {
+        let world = self.0.borrow();
+        (world.attached.is_some(), world.mounted.iter().cloned().collect(), world.folders.iter().cloned().collect())
+    }
+}
+
+impl Keys for Fake {
+    fn describe(&self) -> String {
+        "a fake".to_owned()
+    }
+
+    fn passphrase(&self) -> Result<Passphrase> {
+        self.call("fetch secret")?;
+        Ok(Passphrase::new(self.0.borrow().passphrase.clone()))
+    }
+
+    fn random(&self, bytes: &mut [u8]) -> std::io::Result<()> {
+        crate::system::random(bytes)
+    }
+
+    fn luks1_options(&self) -> Result<luks1::Options> {
+        self.call("calibrate")?;
+        let few = NonZeroU32::new(1000).unwrap();
+        let hash = HashAlgorithm::Sha256;
+        Ok(luks1::Options { hash, keyslot_iterations: few, digest_iterations: few, uuid: uuid::Uuid::max() })
+    }
+}
+
+impl Disks for Fake {
+    fn exists(&self, path: &Path) -> Result<bool> {
+        Ok(self.0.borrow().disks.contains_key(path) || self.0.borrow().folders.contains(path))
+    }
+
+    fn make(&self, path: &Path, size: u64) -> Result<()> {
+        self.call("make disk")?;
+        let disk = Arc::new(MemoryStore::zeroed(usize::try_from(size)?));
+        self.0.borrow_mut().disks.insert(path.to_owned(), disk);
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> Result<()> {
+        self.call("remove disk")?;
+        self.0.borrow_mut().disks.remove(path);
+        Ok(())
+    }
+
+    fn open(&self, path: &Path) -> Result<Arc<dyn BlockStore>> {
+        self.call("open disk")?;
+        match self.0.borrow().disks.get(path) {
+            Some(disk) => Ok(Arc::clone(disk) as Arc<dyn BlockStore>),
+            None => bail!("{} does not exist", path.display()),
+        }
+    }
+
+    fn look(&self, path: &Path) -> Result<Arc<dyn BlockStore>> {
+        self.open(path)
+    }
+}
+
+impl Devices for Fake {
+    fn attach(&self, volume: Arc<Volume>) -> Result<Box<dyn Attached>> {
+        self.call("attach")?;
+        self.0.borrow_mut().attached = Some(volume);
+        Ok(Box::new(FakeDevice(self.clone())))
+    }
+}
+
+struct FakeDevice(Fake);
+
+impl Attached for FakeDevice {
+    fn device(&self) -> &Path {
+        Path::new("/dev/fake")
+    }
+
+    fn remains(&self) -> Remains {
+        Remains { method: Method::Nbd, device: "/dev/fake".into(), identifier: "fake".to_owned(), mount_dir: None }
+    }
+
+    fn ended(&self) -> Option<EndedSignal> {
+        None
+    }
+
+    fn detach(self: Box<Self>) -> Result<(), (Box<dyn Attached>, anyhow::Error)> {
+        match self.0.call("detach") {
+            Ok(()) => Ok(()),
+            Err(error) => Err((self, error)),
+        }
+    }
+}
+
+impl Drop for FakeDevice {
+    fn drop(&mut self) {
+        self.0.0.borrow_mut().attached = None;
+    }
+}
+
+impl Filesystems for Fake {
+    fn mounted_on(&self, mountpoint: &Path) -> Result<Option<Mount>> {
+        let mounted = self.0.borrow().mounted.contains(mountpoint);
+        Ok(mounted.then(|| Mount {
+            mountpoint: mountpoint.to_owned(),
+            source: "/dev/other".into(),
+            filesystem: "xfs".to_owned(),
+            device_number: "1:1".to_owned(),
+        }))
+    }
+
+    fn make_folder(&self, path: &Path) -> Result<Vec<PathBuf>> {
+        self.call("make folder")?;
+        let new = self.0.borrow_mut().folders.insert(path.to_owned());
+        Ok(if new { vec![path.to_owned()] } else { Vec::new() })
+    }
+
+    fn remove_folder(&self, path: &Path) -> Result<()> {
+        self.call("remove folder")?;
+        self.0.borrow_mut().folders.remove(path);
+        Ok(())
+    }
+
+    fn make_filesystem(&self, _device: &Path, filesystem: &FilesystemConfig) -> Result<()> {
+        self.call("mkfs")?;
+        assert_eq!(filesystem.kind, "ext4");
+        // As much of a superblock as tells ext4 (kernel: fs/ext4/ext4.h): s_magic, has_journal, extents.
+        let mut superblock = [0; 1024];
+        superblock[0x38..0x3a].copy_from_slice(&0xef53u16.to_le_bytes());
+        superblock[0x5c..0x60].copy_from_slice(&0x4u32.to_le_bytes());
+        superblock[0x60..0x64].copy_from_slice(&0x40u32.to_le_bytes());
+        self.0.borrow().attached.as_ref().unwrap().write(1024, &mut superblock)?;
+        Ok(())
+    }
+
+    fn mount(&self, device: &Path, filesystem: &FilesystemConfig) -> Result<()> {
+        self.call("mount")?;
+        assert_eq!(device, Path::new("/dev/fake"));
+        self.0.borrow_mut().mounted.insert(filesystem.mountpoint.clone());
+        Ok(())
+    }
+
+    fn unmount(&self, mountpoint: &Path) -> Result<()> {
+        self.call("unmount")?;
+        if self.0.borrow().busy {
+            bail!("{} is in use by bash (1)", mountpoint.display());
+        }
+        self.0.borrow_mut().mounted.remove(mountpoint);
+        Ok(())
+    }
+}
+
+fn config() -> Config {
+    let text = format!(
+        "[volume]\ndevices = [\"{DISK}\"]\nsize = \"4M\"\n[key]\nsource = \"file\"\npath = \"/key\"\n\
+         [filesystem]\ntype = \"ext4\"\nmountpoint = \"/mnt\"\n"
+    );
+    Config::parse(&text, Path::new("test.toml")).unwrap()
+}
+
+/// Takes the steps of `up`, and hands the rest to `then`.
+fn up_and(fake: &Fake, then: impl FnOnce(&mut [Box<dyn Step>], &mut Boot<'_>)) -> Result<()> {
+    let config = config();
+    let mut boot = Boot::new(&config, DISK.into(), fake.outside());
+    let mut steps = all(&config);
+    up(&mut steps, &mut boot, &mut |_, _| Ok(()))?;
+    then(&mut steps, &mut boot);
+    Ok(())
+}
+
+fn up_and_down(fake: &Fake) -> Result<()> {
+    up_and(fake, |steps, boot| down(steps, boot, &mut |_, _| Ok(())).unwrap())
+}
+
+#[test]
+fn a_new_volume_counts_only_once_its_filesystem_is_made() {
+    let fake = Fake::without_disk();
+    up_and_down(&fake).unwrap();
+    let calls = std::mem::take(&mut fake.0.borrow_mut().calls);
+    assert_eq!(
+        calls,
+        [
+            "make folder",
+            "make disk",
+            "open disk",
+            "fetch secret",
+            "calibrate",
+            "attach",
+            "mkfs",
+            "mount",
+            "unmount",
+            "detach"
+        ]
+    );
+    assert!(crate::content::is_luks(&fake.content()));
+    assert_eq!(fake.leftovers(), (false, vec![], vec!["/mnt".into()]));
+}
+
+#[test]
+fn a_volume_that_is_there_is_opened_and_its_filesystem_kept() {
+    let fake = Fake::new();
+    up_and_down(&fake).unwrap();
+    let before = fake.disk().snapshot();
+    fake.0.borrow_mut().calls.clear();
+    up_and_down(&fake).unwrap();
+    assert!(!fake.0.borrow().calls.iter().any(|call| call == "mkfs" || call == "calibrate"));
+    assert_eq!(fake.disk().snapshot(), before);
+}
+
+#[test]
+fn whatever_fails_nothing_is_left() {
+    for makes_disk in [true, false] {
+        let fresh = || if makes_disk { Fake::without_disk() } else { Fake::new() };
+        let calls = {
+            let fake = fresh();
+            up_and(&fake, |_, _| ()).unwrap();
+            fake.0.borrow().calls.len()
+        };
+        assert!(calls >= 7, "every call to the outside is one to fail");
+        for fault in 0..calls {
+            let fake = fresh();
+            fake.0.borrow_mut().fail = Some(fault);
+            let error = up_and(&fake, |_, _| panic!("it went on")).unwrap_err();
+            let what = fake.0.borrow().calls[fault].clone();
+            assert!(format!("{error:#}").contains(&what), "{error:#}");
+            assert_eq!(fake.leftovers(), (false, vec![], vec![]), "after a fault at {what}");
+            match what.as_str() {
+                // The volume is whole by then, and stays.
+                "mount" => assert!(crate::content::is_luks(&fake.content())),
+                _ if makes_disk => assert!(fake.0.borrow().disks.is_empty(), "after a fault at {what}"),
+                _ => assert_eq!(fake.content(), Content::Blank, "after a fault at {what}"),
+            }
+            // And whatever it was, it works the next time.
+            fake.0.borrow_mut().fail = None;
+            up_and_down(&fake).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_process_that_dies_between_two_steps_leaves_a_volume_or_a_disk_that_may_be_formatted() {
+    let config = config();
+    for count in 0..all(&config).len() {
+        let fake = Fake::new();
+        let mut boot = Boot::new(&config, DISK.into(), fake.outside());
+        for step in &mut all(&config)[..count] {
+            step.run(&mut boot).unwrap();
+        }
+        // Killed: nothing is undone, and the kernel takes back what was the process's own.
+        drop(boot);
+        fake.0.borrow_mut().mounted.clear();
+        up_and_down(&fake).unwrap_or_else(|error| panic!("after {count} steps: {error:#}"));
+    }
+}
+
+#[test]
+fn nothing_is_made_over_what_a_disk_holds() {
+    let fake = Fake::new();
+    // The magic of an XFS filesystem.
+    fake.disk().write_at(b"XFSB\0\0\x10\0", 0).unwrap();
+    let before = fake.disk().snapshot();
+    let error = up_and(&fake, |_, _| ()).unwrap_err();
+    assert!(format!("{error:#}").contains("not blank"), "{error:#}");
+    assert_eq!(fake.disk().snapshot(), before);
+    assert_eq!(fake.leftovers(), (false, vec![], vec![]));
+}
+
+#[test]
+fn a_wrong_secret_is_refused_and_changes_nothing() {
+    let fake = Fake::new();
+    up_and_down(&fake).unwrap();
+    let before = fake.disk().snapshot();
+    fake.0.borrow_mut().passphrase = b"another".to_vec();
+    let error = up_and(&fake, |_, _| ()).unwrap_err();
+    assert!(format!("{error:#}").contains("passphrase is wrong"), "{error:#}");
+    assert_eq!(fake.disk().snapshot(), before);
+}
+
+#[test]
+fn a_mountpoint_that_is_taken_is_refused_before_anything_else_is_touched() {
+    let fake = Fake::new();
+    fake.0.borrow_mut().mounted.insert("/mnt".into());
+    let error = up_and(&fake, |_, _| ()).unwrap_err();
+    assert!(error.to_string().contains("/mnt is already a mountpoint"), "{error:#}");
+    assert_eq!(fake.0.borrow().calls, [""; 0]);
+}
+
+#[test]
+fn a_filesystem_in_use_keeps_the_volume_up() {
+    let fake = Fake::new();
+    up_and(&fake, |steps, boot| {
+        fake.0.borrow_mut().busy = true;
+        let error = down(steps, boot, &mut |_, _| Ok(())).unwrap_err();
+        assert!(format!("{error:#}").contains("bash (1)"), "{error:#}");
+        assert!(boot.is_mounted() && boot.attached().is_some());
+        fake.0.borrow_mut().busy = false;
+        down(steps, boot, &mut |_, _| Ok(())).unwrap();
+    })
+    .unwrap();
+    assert_eq!(fake.leftovers(), (false, vec![], vec!["/mnt".into()]));
+}
+
+#[test]
+fn a_filesystem_of_another_type_is_left_alone() {
+    let fake = Fake::new();
+    up_and(&fake, |_, boot| {
+        let mut nothing = [0; 4096];
+        let volume = boot.volume().unwrap();
+        volume.write(0, &mut nothing).unwrap();
+        volume.write(0, &mut b"XFSB\0\0\x10\0".to_vec()).unwrap();
+    })
+    .unwrap();
+    fake.0.borrow_mut().mounted.clear();
+    let before = fake.disk().snapshot();
+    let error = up_and(&fake, |_, _| ()).unwrap_err();
+    assert!(format!("{error:#}").contains("xfs filesystem, not ext4"), "{error:#}");
+    assert_eq!(fake.disk().snapshot(), before);
+}

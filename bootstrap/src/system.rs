@@ -1,0 +1,223 @@
+//! The real system behind the steps: disks, programs, the kernel's devices.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use engine::key::Passphrase;
+use engine::luks::{HashAlgorithm, kdf, luks1};
+use engine::store::{Access, BlockStore, Caching};
+use engine::volume::Volume;
+
+use crate::attach::{self, Attachment, Remains};
+use crate::config::FilesystemConfig;
+use crate::steps::outside::{Attached, Devices, Disks, Filesystems};
+use crate::{disk, mounts, programs};
+
+/// What a guess at a passphrase shall cost on this machine: cryptsetup's own default for PBKDF2.
+pub const UNLOCK_TIME: Duration = Duration::from_secs(2);
+
+/// Bytes from the operating system that nobody can guess.
+///
+/// # Errors
+/// What the system said.
+pub fn random(bytes: &mut [u8]) -> io::Result<()> {
+    getrandom::fill(bytes).map_err(io::Error::other)
+}
+
+/// How a new LUKS1 volume is made on this machine: sha256, and as many iterations as take `unlock_time`.
+///
+/// # Errors
+/// What the system said.
+pub fn luks1_options(unlock_time: Duration) -> Result<luks1::Options> {
+    let start = Instant::now();
+    let hash = HashAlgorithm::Sha256;
+    let iterations = kdf::calibrate(hash, engine::key::VolumeKey::AES_256, unlock_time, &mut || start.elapsed());
+    let mut uuid = [0; 16];
+    random(&mut uuid)?;
+    Ok(luks1::Options {
+        hash,
+        keyslot_iterations: iterations,
+        // There is nothing to guess in a random key.
+        digest_iterations: kdf::MIN_ITERATIONS,
+        uuid: uuid::Builder::from_random_bytes(uuid).into_uuid(),
+    })
+}
+
+/// Files and block devices.
+#[derive(Debug, Clone, Copy)]
+pub struct RealDisks {
+    /// Whether the page cache stands between.
+    pub caching: Caching,
+}
+
+impl Disks for RealDisks {
+    fn exists(&self, path: &Path) -> Result<bool> {
+        path.try_exists().with_context(|| path.display().to_string())
+    }
+
+    fn make(&self, path: &Path, size: u64) -> Result<()> {
+        Ok(disk::make_file(path, size)?)
+    }
+
+    fn remove(&self, path: &Path) -> Result<()> {
+        std::fs::remove_file(path).with_context(|| path.display().to_string())
+    }
+
+    fn open(&self, path: &Path) -> Result<Arc<dyn BlockStore>> {
+        Ok(Arc::new(disk::open(path, Access::ReadWrite, self.caching)?))
+    }
+
+    fn look(&self, path: &Path) -> Result<Arc<dyn BlockStore>> {
+        Ok(Arc::new(disk::open(path, Access::ReadOnly, Caching::PageCache)?))
+    }
+}
+
+/// The kernel's devices.
+#[derive(Debug, Clone)]
+pub struct RealDevices {
+    /// How to attach.
+    pub options: attach::Options,
+}
+
+impl Devices for RealDevices {
+    fn attach(&self, volume: Arc<Volume>) -> Result<Box<dyn Attached>> {
+        Ok(Box::new(attach::attach(volume, &self.options)?))
+    }
+}
+
+impl Attached for Attachment {
+    fn device(&self) -> &Path {
+        self.device()
+    }
+
+    fn remains(&self) -> Remains {
+        self.remains()
+    }
+
+    fn ended(&self) -> Option<attach::EndedSignal> {
+        Some(self.ended())
+    }
+
+    fn detach(self: Box<Self>) -> Result<(), (Box<dyn Attached>, anyhow::Error)> {
+        (*self).detach().map_err(|still| (still.attachment as Box<dyn Attached>, still.error.into()))
+    }
+}
+
+/// mkfs, mount and umount.
+#[derive(Debug, Clone, Copy)]
+pub struct RealFilesystems;
+
+impl Filesystems for RealFilesystems {
+    fn mounted_on(&self, mountpoint: &Path) -> Result<Option<mounts::Mount>> {
+        mounts::on(mountpoint).context("/proc/self/mountinfo")
+    }
+
+    fn make_folder(&self, path: &Path) -> Result<Vec<PathBuf>> {
+        let missing: Vec<PathBuf> =
+            path.ancestors().take_while(|folder| !folder.exists()).map(Path::to_owned).collect();
+        let mut made: Vec<PathBuf> = Vec::new();
+        for folder in missing.into_iter().rev() {
+            if let Err(error) = std::fs::create_dir(&folder) {
+                for folder in made.iter().rev() {
+                    self.remove_folder(folder)?;
+                }
+                return Err(error).with_context(|| format!("could not make the folder {}", folder.display()));
+            }
+            made.push(folder);
+        }
+        if !path.is_dir() {
+            bail!("{} is not a folder, so nothing can be mounted there", path.display());
+        }
+        Ok(made)
+    }
+
+    fn remove_folder(&self, path: &Path) -> Result<()> {
+        std::fs::remove_dir(path).with_context(|| path.display().to_string())
+    }
+
+    fn make_filesystem(&self, device: &Path, filesystem: &FilesystemConfig) -> Result<()> {
+        let mut args: Vec<&std::ffi::OsStr> = Vec::new();
+        if quiet_option(&filesystem.kind) {
+            args.push("-q".as_ref());
+        }
+        args.extend(filesystem.mkfs_options.iter().map(AsRef::<std::ffi::OsStr>::as_ref));
+        args.push(device.as_os_str());
+        programs::run(&format!("mkfs.{}", filesystem.kind), &args)?;
+        Ok(())
+    }
+
+    fn mount(&self, device: &Path, filesystem: &FilesystemConfig) -> Result<()> {
+        let options = filesystem.options.join(",");
+        let mut args: Vec<&std::ffi::OsStr> = vec!["-t".as_ref(), filesystem.kind.as_ref()];
+        if !options.is_empty() {
+            args.extend(["-o".as_ref(), options.as_ref() as &std::ffi::OsStr]);
+        }
+        args.extend([device.as_os_str(), filesystem.mountpoint.as_os_str()]);
+        programs::run("mount", &args)?;
+        Ok(())
+    }
+
+    fn unmount(&self, mountpoint: &Path) -> Result<()> {
+        let Err(error) = programs::run("umount", &[mountpoint.as_os_str()]) else { return Ok(()) };
+        let holders = mounts::holders(mountpoint);
+        if holders.is_empty() {
+            return Err(error.into());
+        }
+        bail!("{} is in use by {}: let them leave it, then try again", mountpoint.display(), holders.join(", "))
+    }
+}
+
+/// Whether this mkfs takes `-q`; the others are quiet enough.
+fn quiet_option(kind: &str) -> bool {
+    matches!(kind, "ext2" | "ext3" | "ext4" | "xfs" | "btrfs" | "f2fs")
+}
+
+/// Takes away what a server that died has left. Doing it twice does no harm.
+///
+/// # Errors
+/// What is still there, and why.
+pub fn clear_up(mountpoint: Option<&Path>, remains: Option<&Remains>) -> Result<()> {
+    if let (Some(mountpoint), Some(remains)) = (mountpoint, remains) {
+        // Only what is mounted from the dead server's device: someone may have mounted something else there since.
+        while mounts::on(mountpoint)?.is_some_and(|mount| mount.source == remains.device) {
+            // Its server is gone, so nothing can be written any more: whoever is in it is left with a dead filesystem
+            // until they leave.
+            if programs::run("umount", &[mountpoint.as_os_str()]).is_err() {
+                programs::run("umount", &["-l".as_ref(), mountpoint.as_os_str()])?;
+            }
+        }
+    }
+    if let Some(remains) = remains {
+        attach::detach_stale(remains)?;
+    }
+    Ok(())
+}
+
+/// Where the secret comes from, and what makes keys.
+pub struct RealKeys<'k> {
+    /// Where the secret comes from, for people.
+    pub described: String,
+    /// Gets it.
+    pub fetch: &'k dyn Fn() -> Result<Passphrase>,
+}
+
+impl crate::steps::outside::Keys for RealKeys<'_> {
+    fn describe(&self) -> String {
+        self.described.clone()
+    }
+
+    fn passphrase(&self) -> Result<Passphrase> {
+        (self.fetch)()
+    }
+
+    fn random(&self, bytes: &mut [u8]) -> io::Result<()> {
+        random(bytes)
+    }
+
+    fn luks1_options(&self) -> Result<luks1::Options> {
+        luks1_options(UNLOCK_TIME)
+    }
+}

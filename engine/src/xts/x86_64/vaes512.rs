@@ -1,0 +1,326 @@
+//! AES on 512-bit registers, four blocks each: Ice Lake, Zen 4 and later.
+//!
+//! Eight registers of data go through the rounds together, one [`Piece`]. The next piece's tweaks are made between the
+//! rounds, where the AES units leave the other ones idle, and kept in memory: in registers they would fit, but nothing
+//! then holds the compiler back from making them after the rounds, where they wait behind a full scheduler.
+
+use core::arch::x86_64::{
+    __m512i, _mm512_add_epi64, _mm512_aesdec_epi128, _mm512_aesdeclast_epi128, _mm512_aesenc_epi128,
+    _mm512_aesenclast_epi128, _mm512_broadcast_i32x4, _mm512_bslli_epi128, _mm512_bsrli_epi128,
+    _mm512_clmulepi64_epi128, _mm512_loadu_si512, _mm512_maskz_shuffle_epi32, _mm512_set_epi64, _mm512_set1_epi64,
+    _mm512_shuffle_epi8, _mm512_sllv_epi64, _mm512_srlv_epi64, _mm512_storeu_si512, _mm512_ternarylogic_epi64,
+    _mm512_xor_si512,
+};
+use std::hint::black_box;
+
+use cipher::inout::InOut;
+use zerocopy::IntoBytes;
+use zeroize::{Zeroize, optimization_barrier};
+
+use super::aesni::AesNi;
+use super::keys::{RoundKeys, Schedules, load as load_block};
+use super::{AROUND_1, AROUND_2, AROUND_3, PIECE_BLOCKS, POLYNOMIAL, Piece, TOPS};
+use crate::xts::Direction;
+use crate::xts::run::{Run, UnitNumbers};
+
+/// Proof that this CPU has AVX-512, VAES and VPCLMULQDQ, and that the operating system keeps their registers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Vaes512(AesNi);
+
+impl Vaes512 {
+    pub(crate) fn new() -> Option<Self> {
+        let there = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("vaes")
+            && is_x86_feature_detected!("vpclmulqdq");
+        AesNi::new().filter(|_| there).map(Self)
+    }
+
+    /// VAES is AES-NI on wider registers.
+    pub(super) fn aesni(self) -> AesNi {
+        self.0
+    }
+
+    pub(crate) fn crypt<const N: usize>(self, direction: Direction, keys: &Schedules<N>, run: Run<'_, '_>) {
+        match direction {
+            // SAFETY: a `Vaes512` exists only where the CPU has what `crypt` is compiled for.
+            Direction::Encrypt => unsafe { crypt::<N, false>(&keys.encrypt, &keys.tweak, run) },
+            // SAFETY: as above.
+            Direction::Decrypt => unsafe { crypt::<N, true>(&keys.decrypt, &keys.tweak, run) },
+        }
+    }
+}
+
+/// Registers in a piece.
+const WIDTH: usize = 8;
+
+/// Vectors of masks that the others of a piece are made from, by moving whole bytes: vector `i + BASES · k` is vector `i` times
+/// α^8k.
+const BASES: usize = 2;
+
+/// Sectors whose tweaks are encrypted together: as many as one piece has blocks.
+const TWEAKS: usize = 4 * WIDTH;
+
+/// Encrypted tweaks of the sectors ahead.
+#[repr(C, align(64))]
+struct Tweaks([u128; TWEAKS]);
+
+/// The masks of one piece's blocks, `T · α^j`.
+#[repr(C, align(64))]
+struct Masks([u128; PIECE_BLOCKS]);
+
+#[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
+fn crypt<const N: usize, const DECRYPT: bool>(data_keys: &RoundKeys<N>, tweak_keys: &RoundKeys<N>, run: Run<'_, '_>) {
+    let (sector_size, mut numbers, data) = run.into_parts();
+    let (pieces, _) = data.into_chunks();
+    let pieces_per_sector = sector_size.bytes() / size_of::<Piece>();
+    let mut sectors = pieces.len() / pieces_per_sector;
+    if sectors == 0 {
+        return;
+    }
+
+    let mut tweaks = Tweaks([0; TWEAKS]);
+    let (mut even, mut odd) = (Masks([0; PIECE_BLOCKS]), Masks([0; PIECE_BLOCKS]));
+    let (mut current, mut following) = (&mut even, &mut odd);
+    refill(&mut tweaks, tweak_keys, &mut numbers, sectors);
+    let first = broadcast(&tweaks.0[0]);
+    for group in 0..BASES {
+        let base = start(group, first);
+        let around = tops_around(base);
+        current.set(group, base);
+        current.set(group + BASES, times_alpha_8(base, around));
+        current.set(group + 2 * BASES, times_alpha_16(base, around));
+        current.set(group + 3 * BASES, times_alpha_24(base, around));
+    }
+    let mut ahead = 1;
+    let mut left = pieces_per_sector;
+    for piece in pieces {
+        left -= 1;
+        if left > 0 {
+            crypt_piece::<N, DECRYPT, false>(data_keys, piece, current, following, first);
+        } else {
+            left = pieces_per_sector;
+            sectors -= 1;
+            if ahead == TWEAKS {
+                refill(&mut tweaks, tweak_keys, &mut numbers, sectors);
+                ahead = 0;
+            }
+            let next = broadcast(&tweaks.0[ahead]);
+            ahead += 1;
+            crypt_piece::<N, DECRYPT, true>(data_keys, piece, current, following, next);
+        }
+        (current, following) = (following, current);
+    }
+    tweaks.0.as_mut_slice().zeroize();
+    even.0.as_mut_slice().zeroize();
+    odd.0.as_mut_slice().zeroize();
+}
+
+/// Encrypts the tweaks of the next data units, at most [`TWEAKS`] and at least `wanted` if that is less.
+#[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
+fn refill<const N: usize>(tweaks: &mut Tweaks, keys: &RoundKeys<N>, numbers: &mut UnitNumbers, wanted: usize) {
+    match wanted {
+        0 => {}
+        1..=4 => encrypt_numbers::<N, 1>(tweaks, keys, numbers),
+        5..=8 => encrypt_numbers::<N, 2>(tweaks, keys, numbers),
+        9..=16 => encrypt_numbers::<N, 4>(tweaks, keys, numbers),
+        _ => encrypt_numbers::<N, WIDTH>(tweaks, keys, numbers),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
+fn encrypt_numbers<const N: usize, const VECTORS: usize>(
+    tweaks: &mut Tweaks,
+    keys: &RoundKeys<N>,
+    numbers: &mut UnitNumbers,
+) {
+    let UnitNumbers { low, high, step } = *numbers;
+    let (low, high, step) = (low.cast_signed(), high.cast_signed(), step.cast_signed());
+    // Wrapping, as the IV does; the high halves stay.
+    let mut four = _mm512_add_epi64(
+        _mm512_set_epi64(high, low, high, low, high, low, high, low),
+        _mm512_set_epi64(0, 3 * step, 0, 2 * step, 0, step, 0, 0),
+    );
+    let stride = _mm512_set_epi64(0, 4 * step, 0, 4 * step, 0, 4 * step, 0, 4 * step);
+    let mut vectors = [four; VECTORS];
+    for vector in &mut vectors {
+        *vector = _mm512_xor_si512(four, broadcast(&keys.0[0]));
+        four = _mm512_add_epi64(four, stride);
+    }
+    for key in &keys.0[1..N - 1] {
+        let key = broadcast(key);
+        for vector in &mut vectors {
+            *vector = _mm512_aesenc_epi128(*vector, key);
+        }
+    }
+    let (to, _) = tweaks.0.as_mut_bytes().as_chunks_mut();
+    for (vector, to) in vectors.iter().zip(to) {
+        store(to, _mm512_aesenclast_epi128(*vector, broadcast(&keys.0[N - 1])));
+    }
+    for _ in 0..4 * VECTORS {
+        numbers.advance();
+    }
+}
+
+/// Encrypts or decrypts one piece, and makes the next one's masks: those of this one times α³², or, where `START` is set,
+/// those of a sector that begins with the tweak `next`.
+#[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
+#[inline]
+fn crypt_piece<const N: usize, const DECRYPT: bool, const START: bool>(
+    keys: &RoundKeys<N>,
+    mut piece: InOut<'_, '_, Piece>,
+    masks: &Masks,
+    following: &mut Masks,
+    next: __m512i,
+) {
+    // Opaque, so that the compiler does not load all round keys ahead of the loop: they would not fit into the
+    // registers, and be kept, unwiped, on the stack.
+    let keys = black_box(keys);
+    let round = |data: &mut [__m512i; WIDTH], n: usize| {
+        let key = broadcast(&keys.0[n]);
+        for vector in data {
+            *vector = if DECRYPT { _mm512_aesdec_epi128(*vector, key) } else { _mm512_aesenc_epi128(*vector, key) };
+        }
+    };
+
+    let (from, _) = piece.get_in().as_chunks();
+    let key = broadcast(&keys.0[0]);
+    let mut data = [key; WIDTH];
+    for i in 0..WIDTH {
+        data[i] = xor3(load(&from[i]), masks.get(i), key);
+    }
+    let mut put = |i: usize, mask: __m512i| {
+        following.set(i, mask);
+        // Holds the mask's work here.
+        optimization_barrier(following);
+    };
+    // Unrolled by hand: the compiler would leave this a loop with branches.
+    macro_rules! rounds_and_masks {
+        ($($group:literal)*) => {$(
+            round(&mut data, 4 * $group + 1);
+            let base = if START { start($group, next) } else { times_alpha_32(masks.get($group)) };
+            put($group, base);
+            round(&mut data, 4 * $group + 2);
+            let around = tops_around(base);
+            put($group + BASES, times_alpha_8(base, around));
+            round(&mut data, 4 * $group + 3);
+            put($group + 2 * BASES, times_alpha_16(base, around));
+            round(&mut data, 4 * $group + 4);
+            put($group + 3 * BASES, times_alpha_24(base, around));
+        )*};
+    }
+    rounds_and_masks!(0 1);
+    for n in WIDTH + 1..N - 1 {
+        round(&mut data, n);
+    }
+    let key = broadcast(&keys.0[N - 1]);
+    let (to, _) = piece.get_out().as_chunks_mut();
+    for i in 0..WIDTH {
+        let last = _mm512_xor_si512(masks.get(i), key);
+        let out =
+            if DECRYPT { _mm512_aesdeclast_epi128(data[i], last) } else { _mm512_aesenclast_epi128(data[i], last) };
+        store(&mut to[i], out);
+    }
+}
+
+impl Masks {
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn get(&self, i: usize) -> __m512i {
+        let (vectors, _) = self.0.as_bytes().as_chunks();
+        load(&vectors[i])
+    }
+
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn set(&mut self, i: usize, value: __m512i) {
+        let (vectors, _) = self.0.as_mut_bytes().as_chunks_mut();
+        store(&mut vectors[i], value);
+    }
+}
+
+/// Vector `group` of a sector's first masks, from its tweak in every lane.
+#[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
+#[inline]
+fn start(group: usize, tweak: __m512i) -> __m512i {
+    match group {
+        0 => times_alpha_by_lane(tweak, [0, 1, 2, 3]),
+        _ => times_alpha_by_lane(tweak, [4, 5, 6, 7]),
+    }
+}
+
+/// `T · α^n` in each lane with an `n` of its own, up to 7: 64-bit shifts, with the bits that leave a half put where they
+/// belong.
+#[target_feature(enable = "avx512f,vpclmulqdq")]
+#[inline]
+fn times_alpha_by_lane(tweak: __m512i, n: [i64; 4]) -> __m512i {
+    let [a, b, c, d] = n;
+    let shifted = _mm512_sllv_epi64(tweak, _mm512_set_epi64(d, d, c, c, b, b, a, a));
+    let back = _mm512_set_epi64(64 - d, 64 - d, 64 - c, 64 - c, 64 - b, 64 - b, 64 - a, 64 - a);
+    let carried = _mm512_srlv_epi64(tweak, back);
+    // From the low half into the high one, and from the high one around through the polynomial.
+    let across = _mm512_maskz_shuffle_epi32::<0b01_00_11_10>(0b1100_1100_1100_1100, carried);
+    let around = _mm512_clmulepi64_epi128::<0x01>(carried, _mm512_set1_epi64(POLYNOMIAL));
+    xor3(shifted, across, around)
+}
+
+/// `T · α³²`: the bytes move up by four, and those that leave come back through the polynomial.
+#[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
+#[inline]
+fn times_alpha_32(tweak: __m512i) -> __m512i {
+    let around = _mm512_clmulepi64_epi128::<0x00>(_mm512_bsrli_epi128::<12>(tweak), _mm512_set1_epi64(POLYNOMIAL));
+    _mm512_xor_si512(_mm512_bslli_epi128::<4>(tweak), around)
+}
+
+/// What [`times_alpha_8`], [`times_alpha_16`] and [`times_alpha_24`] put below what they move up: one carry-less
+/// multiplication for the three, because it is the one instruction here that takes the AES units' place (Zen 4).
+#[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
+#[inline]
+fn tops_around(tweak: __m512i) -> __m512i {
+    let tops = _mm512_shuffle_epi8(tweak, broadcast(&TOPS));
+    _mm512_clmulepi64_epi128::<0x00>(tops, _mm512_set1_epi64(POLYNOMIAL))
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn times_alpha_8(tweak: __m512i, around: __m512i) -> __m512i {
+    _mm512_xor_si512(_mm512_bslli_epi128::<1>(tweak), _mm512_shuffle_epi8(around, broadcast(&AROUND_1)))
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn times_alpha_16(tweak: __m512i, around: __m512i) -> __m512i {
+    _mm512_xor_si512(_mm512_bslli_epi128::<2>(tweak), _mm512_shuffle_epi8(around, broadcast(&AROUND_2)))
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn times_alpha_24(tweak: __m512i, around: __m512i) -> __m512i {
+    _mm512_xor_si512(_mm512_bslli_epi128::<3>(tweak), _mm512_shuffle_epi8(around, broadcast(&AROUND_3)))
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn xor3(a: __m512i, b: __m512i, c: __m512i) -> __m512i {
+    _mm512_ternarylogic_epi64::<0x96>(a, b, c)
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn broadcast(block: &u128) -> __m512i {
+    _mm512_broadcast_i32x4(load_block(block))
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn load(from: &[u8; 64]) -> __m512i {
+    // SAFETY: 64 readable bytes, of any alignment.
+    unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn store(to: &mut [u8; 64], value: __m512i) {
+    // SAFETY: 64 writable bytes, of any alignment.
+    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), value) }
+}

@@ -1,0 +1,16 @@
+//! Any bytes as a LUKS1 header: refused, or read, shown, written the same again, and tried with a passphrase.
+#![no_main]
+
+use engine::key::Passphrase;
+use engine::luks::luks1::{Header, Locked};
+use engine::luks::{Limits, dump};
+use engine::store::MemoryStore;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let Ok(header) = Header::parse(bytes) else { return };
+    assert_eq!(Header::parse(&header.to_bytes()).ok().as_ref(), Some(&header));
+    let store = MemoryStore::from(bytes.to_vec());
+    let _ = dump(&store).map(|dump| dump.display("it").to_string());
+    let limits = Limits { iterations: std::num::NonZeroU32::MIN };
+    let _ = Locked::new(header, u64::MAX, &limits).map(|locked| locked.unlock(&store, &Passphrase::new(Vec::new())));
+});

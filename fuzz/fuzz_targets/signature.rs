@@ -1,0 +1,9 @@
+//! Any bytes as a disk: probed without a panic.
+#![no_main]
+
+use engine::store::{BlockStore, MemoryStore};
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let disk = MemoryStore::from(bytes.to_vec());
+    let _ = engine::signature::examine(&disk as &dyn BlockStore).expect("memory never fails");
+});

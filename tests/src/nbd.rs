@@ -1,0 +1,335 @@
+//! A server in the test's own process, and a raw client that says exactly what a test has it say.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use engine::key::VolumeKey;
+use engine::luks::Segment;
+use engine::sector::{Lba512, SectorSize};
+use engine::store::BlockStore;
+use engine::volume::Volume;
+use nbd_server::proto::wire::*;
+use nbd_server::{Export, Exports, Server, Settings, Trigger};
+use tempfile::TempDir;
+
+/// No answer takes so long; a test that waits for more than this has failed.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A server on a unix socket in a directory of its own. It is gone when this is dropped.
+pub struct TestServer {
+    server: Server,
+    directory: TempDir,
+    trigger: Option<Trigger>,
+    thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl TestServer {
+    /// Serves the exports with the usual settings.
+    pub fn start(exports: impl IntoIterator<Item = Export>) -> Self {
+        Self::with_settings(exports, Settings { workers: 4, ..Settings::default() })
+    }
+
+    /// Serves one volume as the default export.
+    pub fn of(volume: Volume) -> Self {
+        Self::start([Export::new("", Arc::new(volume))])
+    }
+
+    /// Serves the exports.
+    ///
+    /// # Panics
+    /// When the server does not start, as do all helpers here where a test cannot go on.
+    pub fn with_settings(exports: impl IntoIterator<Item = Export>, settings: Settings) -> Self {
+        let directory = tempfile::tempdir().expect("a directory for the socket");
+        let exports = Exports::new(exports).expect("exports that stand side by side");
+        let server = Server::new(exports, settings).expect("threads");
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        let runtime = runtime.expect("a runtime");
+        // Bound before the thread starts: clients need not wait for it.
+        let listener = {
+            let _entered = runtime.enter();
+            tokio::net::UnixListener::bind(directory.path().join("nbd.sock")).expect("a socket")
+        };
+        let (trigger, shutdown) = nbd_server::shutdown();
+        let thread = {
+            let server = server.clone();
+            std::thread::spawn(move || runtime.block_on(server.run(listener, shutdown)))
+        };
+        Self { server, directory, trigger: Some(trigger), thread: Some(thread) }
+    }
+
+    /// The socket's path.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("nbd.sock")
+    }
+
+    /// The address of the export of that name, as NBD clients take it.
+    pub fn uri(&self, export: &str) -> String {
+        format!("nbd+unix:///{export}?socket={}", self.socket().display())
+    }
+
+    /// A directory that goes with the server.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The server itself.
+    pub fn server(&self) -> &Server {
+        &self.server
+    }
+
+    /// A connection to which the server has said nothing yet.
+    pub fn connect(&self) -> RawClient<UnixStream> {
+        RawClient::new(connect(&self.socket()))
+    }
+
+    /// A connection in transmission with the default export.
+    pub fn client(&self) -> RawClient<UnixStream> {
+        let mut client = self.connect();
+        client.enter("");
+        client
+    }
+
+    /// Tells the server to stop; does not wait.
+    pub fn stop(&self) {
+        self.trigger.iter().for_each(Trigger::stop);
+    }
+
+    /// Waits for the server to end.
+    pub fn join(mut self) -> io::Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        drop(self.trigger.take());
+        self.thread.take().map_or(Ok(()), |thread| thread.join().expect("the server does not panic"))
+    }
+}
+
+impl Drop for TestServer {
+    fn drop(&mut self) {
+        let _ = self.end();
+    }
+}
+
+/// A volume of all of `store`, encrypted with a key of no secrecy.
+pub fn encrypted(store: Arc<dyn BlockStore>, sector_size: SectorSize) -> Volume {
+    let segment = Segment { offset: 0, len: store.len(), sector_size, iv_start: Lba512(0) };
+    let key = VolumeKey::new((0..64).collect()).expect("64 bytes that differ");
+    Volume::encrypted(store, segment, &key).expect("a segment that fits")
+}
+
+/// What the server replied to an option.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OptionReply {
+    /// The option it replies to.
+    pub option: u32,
+    /// The reply type.
+    pub kind: u32,
+    /// Its data.
+    pub data: Vec<u8>,
+}
+
+/// What the server replied to a request, without payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SimpleReply {
+    /// The request's cookie.
+    pub cookie: u64,
+    /// The error, or 0.
+    pub error: u32,
+}
+
+/// A client that sends what it is told to, right or wrong.
+pub struct RawClient<S> {
+    /// The connection.
+    pub stream: S,
+    cookie: u64,
+}
+
+impl<S: Read + Write> RawClient<S> {
+    /// A client at the very beginning.
+    pub fn new(stream: S) -> Self {
+        Self { stream, cookie: 0 }
+    }
+
+    /// Sends bytes.
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).expect("the server takes what it is sent");
+    }
+
+    /// Receives so many bytes.
+    pub fn receive(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.stream.read_exact(&mut bytes).expect("the server answers");
+        bytes
+    }
+
+    /// Receives until the server hangs up.
+    pub fn receive_rest(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        match self.stream.read_to_end(&mut bytes) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
+            Err(error) => panic!("the server did not hang up: {error}"),
+        }
+        bytes
+    }
+
+    /// Whether the server hung up without another word.
+    pub fn is_closed(&mut self) -> bool {
+        self.receive_rest().is_empty()
+    }
+
+    /// Receives the server's first words; gives the handshake flags.
+    pub fn greeting(&mut self) -> u16 {
+        let bytes = self.receive(18);
+        assert_eq!(bytes[..8], NBDMAGIC.to_be_bytes());
+        assert_eq!(bytes[8..16], IHAVEOPT.to_be_bytes());
+        be16(&bytes[16..])
+    }
+
+    /// Goes through the greeting with these client flags.
+    pub fn haggle(&mut self, flags: u32) -> &mut Self {
+        self.greeting();
+        self.send(&flags.to_be_bytes());
+        self
+    }
+
+    /// Goes through a handshake with `NBD_OPT_GO`.
+    pub fn enter(&mut self, export: &str) {
+        self.haggle(NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES);
+        let replies = self.option(NBD_OPT_GO, &query(export, &[]));
+        assert_eq!(replies.last().map(|reply| reply.kind), Some(NBD_REP_ACK), "{replies:?}");
+    }
+
+    /// Sends an option.
+    pub fn send_option(&mut self, option: u32, data: &[u8]) {
+        self.send(&option_bytes(option, data));
+    }
+
+    /// Sends an option and receives its replies, to the last.
+    pub fn option(&mut self, option: u32, data: &[u8]) -> Vec<OptionReply> {
+        self.send_option(option, data);
+        let mut replies = Vec::new();
+        loop {
+            let reply = self.option_reply();
+            let last = reply.kind == NBD_REP_ACK || reply.kind >= 1 << 31;
+            replies.push(reply);
+            if last {
+                return replies;
+            }
+        }
+    }
+
+    /// Receives one reply to an option.
+    pub fn option_reply(&mut self) -> OptionReply {
+        let header = self.receive(20);
+        assert_eq!(header[..8], NBD_REP_MAGIC.to_be_bytes());
+        let data = self.receive(be32(&header[16..]) as usize);
+        OptionReply { option: be32(&header[8..]), kind: be32(&header[12..]), data }
+    }
+
+    /// Sends a request's header; gives its cookie.
+    pub fn send_request(&mut self, flags: u16, kind: u16, offset: u64, len: u32) -> u64 {
+        self.cookie += 0x0101_0101_0101;
+        let cookie = self.cookie;
+        self.send(&request_bytes(flags, kind, cookie, offset, len));
+        cookie
+    }
+
+    /// Receives a simple reply's header.
+    pub fn reply(&mut self) -> SimpleReply {
+        let header = self.receive(SIMPLE_REPLY_LEN);
+        assert_eq!(be32(&header), NBD_SIMPLE_REPLY_MAGIC);
+        SimpleReply { error: be32(&header[4..]), cookie: be64(&header[8..]) }
+    }
+
+    /// Sends a request without payload in either direction; gives the error.
+    pub fn request(&mut self, flags: u16, kind: u16, offset: u64, len: u32) -> u32 {
+        let cookie = self.send_request(flags, kind, offset, len);
+        let reply = self.reply();
+        assert_eq!(reply.cookie, cookie);
+        reply.error
+    }
+
+    /// Reads.
+    ///
+    /// # Errors
+    /// What the server replied.
+    pub fn read(&mut self, offset: u64, len: u32) -> Result<Vec<u8>, u32> {
+        match self.request(0, NBD_CMD_READ, offset, len) {
+            0 => Ok(self.receive(len as usize)),
+            error => Err(error),
+        }
+    }
+
+    /// Writes; gives the error.
+    pub fn write(&mut self, flags: u16, offset: u64, data: &[u8]) -> u32 {
+        let len = u32::try_from(data.len()).expect("a payload's length has 32 bits");
+        let cookie = self.send_request(flags, NBD_CMD_WRITE, offset, len);
+        self.send(data);
+        let reply = self.reply();
+        assert_eq!(reply.cookie, cookie);
+        reply.error
+    }
+
+    /// Flushes; gives the error.
+    pub fn flush(&mut self) -> u32 {
+        self.request(0, NBD_CMD_FLUSH, 0, 0)
+    }
+}
+
+/// A unix socket's connection that does not wait for ever.
+pub fn connect(socket: &Path) -> UnixStream {
+    let stream = UnixStream::connect(socket).expect("the server listens");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
+    stream
+}
+
+/// The data of `NBD_OPT_INFO` and `NBD_OPT_GO`.
+pub fn query(export: &str, infos: &[u16]) -> Vec<u8> {
+    let mut data = u32::try_from(export.len()).expect("a name's length has 32 bits").to_be_bytes().to_vec();
+    data.extend(export.as_bytes());
+    data.extend(u16::try_from(infos.len()).expect("few questions").to_be_bytes());
+    data.extend(infos.iter().flat_map(|info| info.to_be_bytes()));
+    data
+}
+
+/// An option with its header.
+pub fn option_bytes(option: u32, data: &[u8]) -> Vec<u8> {
+    let mut bytes = IHAVEOPT.to_be_bytes().to_vec();
+    bytes.extend(option.to_be_bytes());
+    bytes.extend(u32::try_from(data.len()).expect("an option's length has 32 bits").to_be_bytes());
+    bytes.extend(data);
+    bytes
+}
+
+/// A request's header.
+pub fn request_bytes(flags: u16, kind: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    let mut bytes = NBD_REQUEST_MAGIC.to_be_bytes().to_vec();
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(len.to_be_bytes());
+    bytes
+}
+
+/// The 16-bit number at the front.
+pub fn be16(bytes: &[u8]) -> u16 {
+    u16::from_be_bytes(*bytes.first_chunk().expect("two bytes"))
+}
+
+/// The 32-bit number at the front.
+pub fn be32(bytes: &[u8]) -> u32 {
+    u32::from_be_bytes(*bytes.first_chunk().expect("four bytes"))
+}
+
+/// The 64-bit number at the front.
+pub fn be64(bytes: &[u8]) -> u64 {
+    u64::from_be_bytes(*bytes.first_chunk().expect("eight bytes"))
+}

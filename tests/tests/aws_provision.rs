@@ -1,0 +1,137 @@
+//! `nbdcrypt provision` against S3 and KMS as moto plays them: what it makes, the original shell steps open.
+
+use std::path::PathBuf;
+use std::process::Output;
+use std::sync::LazyLock;
+
+use harness::moto::{Client, Moto};
+use serde_json::json;
+
+static MOTO: LazyLock<Moto> = LazyLock::new(Moto::start);
+
+fn account(name: &str) -> (Client, PathBuf) {
+    account_on(&MOTO, name)
+}
+
+fn account_on(moto: &Moto, name: &str) -> (Client, PathBuf) {
+    let client = moto.client();
+    moto.make_key(&format!("alias/{name}"));
+    moto.make_bucket(&format!("test-{name}"));
+    let config = client.file(
+        "test.toml",
+        format!(
+            "[volume]\ndevices = [\"/dev/null\"]\n[key]\nsource = \"aws\"\nobject = \"s3://test-{name}/key\"\n\
+             kms-key = \"alias/{name}\"\nencryption-context = {{ volume = \"scratch\" }}\nretry-for = \"2s\"\n"
+        ),
+    );
+    (client, config)
+}
+
+fn run(client: &Client, arguments: &[&str], config: &PathBuf) -> Output {
+    let (command, more) = arguments.split_first().unwrap();
+    client.command(env!("CARGO_BIN_EXE_aws-key")).arg(command).arg(config).args(more).output().unwrap()
+}
+
+#[track_caller]
+fn refused(output: &Output, words: &[&str]) {
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    for word in words {
+        assert!(error.contains(word), "`{word}` in: {error}");
+    }
+}
+
+/// The boot script's steps.
+fn by_shell(client: &Client, name: &str) -> String {
+    client.shell(&format!(
+        "aws s3 cp s3://test-{name}/key LuksInternalStorageKey > /dev/null\n\
+         password=$(aws kms decrypt --ciphertext-blob fileb://LuksInternalStorageKey \
+         --encryption-context volume=scratch --query Plaintext --output text | base64 --decode)\n\
+         printf %s \"$password\""
+    ))
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
+fn the_shell_steps_open_what_provision_makes() {
+    let (client, config) = account("shell");
+    let made = run(&client, &["provision"], &config);
+    let said = String::from_utf8_lossy(&made.stdout).into_owned();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    assert!(said.starts_with("s3://test-shell/key arn:aws:kms:") && said.contains("read back"), "{said}");
+    let secret = by_shell(&client, "shell");
+    assert_eq!(secret.len(), 64);
+    assert_eq!(run(&client, &["passphrase"], &config).stdout, secret.as_bytes());
+    assert!(!said.contains(&secret), "never printed");
+    // The context is bound to it.
+    let without = client.try_shell("aws kms decrypt --ciphertext-blob fileb://LuksInternalStorageKey");
+    assert!(!without.status.success());
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
+fn an_object_that_exists_is_left_alone_until_it_is_to_be_replaced() {
+    let (client, config) = account("exists");
+    client.shell("printf precious > precious; aws s3 cp precious s3://test-exists/key");
+    refused(&run(&client, &["provision"], &config), &["s3://test-exists/key exists", "--replace"]);
+    assert_eq!(client.shell("aws s3 cp s3://test-exists/key -"), "precious");
+    assert!(run(&client, &["provision", "--replace"], &config).status.success());
+    let first = by_shell(&client, "exists");
+    assert!(run(&client, &["provision", "--replace"], &config).status.success());
+    assert_ne!(by_shell(&client, "exists"), first, "a new secret each time");
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
+fn of_many_at_once_one_provisions() {
+    let (client, config) = account("race");
+    let outputs: Vec<Output> = std::thread::scope(|scope| {
+        let runs: Vec<_> = (0..6).map(|_| scope.spawn(|| run(&client, &["provision"], &config))).collect();
+        runs.into_iter().map(|run| run.join().unwrap()).collect()
+    });
+    assert_eq!(outputs.iter().filter(|output| output.status.success()).count(), 1);
+    for output in outputs.iter().filter(|output| !output.status.success()) {
+        refused(output, &["s3://test-race/key exists"]);
+    }
+    assert_eq!(by_shell(&client, "race").len(), 64);
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
+fn a_missing_key_or_bucket_says_how_to_make_one_and_leaves_nothing() {
+    let (client, config) = account("lacking");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let no_key = client.file("no-key.toml", text.replace("alias/lacking", "alias/nobody"));
+    refused(&run(&client, &["provision"], &no_key), &["no key alias/nobody", "aws kms create-key"]);
+    assert_eq!(client.shell("aws s3 ls s3://test-lacking"), "");
+    let no_bucket = client.file("no-bucket.toml", text.replace("test-lacking", "test-nowhere"));
+    refused(&run(&client, &["provision"], &no_bucket), &["no bucket `test-nowhere`", "aws s3 mb s3://test-nowhere"]);
+    client.shell(
+        "aws kms disable-key --key-id $(aws kms describe-key --key-id alias/lacking --query KeyMetadata.KeyId --output text)",
+    );
+    refused(&run(&client, &["provision"], &config), &["alias/lacking is disabled"]);
+    assert_eq!(client.shell("aws s3 ls s3://test-lacking"), "");
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
+fn who_may_write_and_not_read_provisions_all_the_same() {
+    let moto = Moto::start();
+    let (_administrator, config) = account_on(&moto, "writer");
+    let writer = moto.make_user();
+    moto.permit_only(&json!(["kms:Encrypt"]));
+    refused(
+        &run(&writer, &["provision"], &config),
+        &["S3 denies access", "s3:PutObject on arn:aws:s3:::test-writer/key"],
+    );
+    moto.permit_only(&json!(["s3:PutObject"]));
+    refused(&run(&writer, &["provision"], &config), &["KMS denies access", "kms:Encrypt on alias/writer"]);
+    moto.permit_only(&json!(["kms:Encrypt", "s3:PutObject"]));
+    let made = run(&writer, &["provision"], &config);
+    let said = String::from_utf8_lossy(&made.stdout).into_owned();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    assert!(said.contains("not read back: S3 denies access"), "{said}");
+    refused(&run(&writer, &["provision"], &config), &["exists"]);
+    moto.permit_only(&json!(["s3:GetObject", "kms:Decrypt"]));
+    assert_eq!(run(&writer, &["passphrase"], &config).stdout.len(), 64);
+}

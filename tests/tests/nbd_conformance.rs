@@ -1,0 +1,670 @@
+//! What the NBD protocol document says a server MUST and SHOULD do, a test a sentence, over a socket. Quotations are the
+//! document's, <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use engine::sector::SectorSize;
+use engine::store::{FaultyStore, MemoryStore, Operation};
+use engine::volume::Volume;
+use harness::nbd::{RawClient, TestServer, be16, be32, be64, encrypted, option_bytes, query, request_bytes};
+use nbd_server::Export;
+use nbd_server::proto::wire::*;
+use nbd_server::proto::{ErrorCode, MAX_PAYLOAD};
+
+const SIZE: u64 = 40 << 20;
+const FIXED: u32 = NBD_FLAG_C_FIXED_NEWSTYLE;
+const BOTH: u32 = NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES;
+const EINVAL: u32 = ErrorCode::Inval as u32;
+
+fn volume() -> Arc<Volume> {
+    Arc::new(encrypted(Arc::new(MemoryStore::zeroed(40 << 20)), SectorSize::B512))
+}
+
+/// A server of an export `disk` and a read-only export `fixed`.
+fn server() -> TestServer {
+    TestServer::start([
+        Export::new("disk", volume()).described("the disk of the tests"),
+        Export::new("fixed", volume()).read_only(),
+    ])
+}
+
+fn haggling(server: &TestServer) -> RawClient<UnixStream> {
+    let mut client = server.connect();
+    client.haggle(BOTH);
+    client
+}
+
+fn infos(client: &mut RawClient<UnixStream>, option: u32, name: &str, asked: &[u16]) -> Vec<(u16, Vec<u8>)> {
+    let mut replies = client.option(option, &query(name, asked));
+    assert_eq!(replies.pop().unwrap().kind, NBD_REP_ACK);
+    assert!(replies.iter().all(|reply| reply.kind == NBD_REP_INFO && reply.option == option));
+    replies.into_iter().map(|reply| (be16(&reply.data), reply.data[2..].to_vec())).collect()
+}
+
+mod handshake {
+    use super::*;
+
+    #[test]
+    fn fixed_newstyle_must_be_set_and_no_flag_that_is_not_defined() {
+        // "NBD_FLAG_FIXED_NEWSTYLE; MUST be set by servers that support the fixed newstyle protocol ... The server MUST
+        // NOT set any other flags"
+        let flags = server().connect().greeting();
+        assert_eq!(flags, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
+    }
+
+    #[test]
+    fn an_unknown_client_flag_must_close_the_connection() {
+        // "the server MUST drop the TCP connection if the client sets an unknown flag"
+        let server = server();
+        for flag in 2..32 {
+            let mut client = server.connect();
+            client.haggle(FIXED | 1 << flag);
+            assert!(client.is_closed(), "bit {flag}");
+        }
+    }
+
+    #[test]
+    fn an_option_without_its_magic_closes_the_connection() {
+        let server = server();
+        let mut client = haggling(&server);
+        client.send(&[0x55; 16]);
+        assert!(client.is_closed());
+    }
+
+    #[test]
+    fn export_name_is_answered_with_size_flags_and_124_zeroes() {
+        let server = server();
+        let mut client = server.connect();
+        client.haggle(FIXED);
+        client.send_option(NBD_OPT_EXPORT_NAME, b"disk");
+        let reply = client.receive(134);
+        assert_eq!(be64(&reply), SIZE);
+        assert_ne!(be16(&reply[8..]) & NBD_FLAG_HAS_FLAGS, 0);
+        assert!(reply[10..].iter().all(|byte| *byte == 0));
+        assert_eq!(client.flush(), 0, "in transmission");
+    }
+
+    #[test]
+    fn the_zeroes_must_not_be_sent_when_the_client_does_not_want_them() {
+        // "the server MUST NOT send the 124 bytes of zero"
+        let server = server();
+        let mut client = server.connect();
+        client.haggle(BOTH);
+        client.send_option(NBD_OPT_EXPORT_NAME, b"disk");
+        assert_eq!(be64(&client.receive(10)), SIZE);
+        assert_eq!(client.flush(), 0, "the next bytes are a reply");
+    }
+
+    #[test]
+    fn export_name_of_an_unknown_export_must_terminate_the_session() {
+        // "If the chosen export does not exist ..., the server MUST terminate the session."
+        let server = server();
+        let mut client = haggling(&server);
+        client.send_option(NBD_OPT_EXPORT_NAME, b"nowhere");
+        assert!(client.is_closed());
+    }
+
+    #[test]
+    fn the_empty_name_is_the_default_export() {
+        // "A special, "empty", name ... is reserved for a "default" export"
+        let server = server();
+        let mut client = haggling(&server);
+        let told = infos(&mut client, NBD_OPT_INFO, "", &[NBD_INFO_NAME]);
+        assert!(told.contains(&(NBD_INFO_NAME, b"disk".to_vec())));
+    }
+
+    #[test]
+    fn abort_must_be_acknowledged_whatever_data_it_carries() {
+        // "The server MUST reply with NBD_REP_ACK ... a server SHOULD ignore any data sent by the client"
+        let server = server();
+        for data in [vec![], vec![1], vec![9; 100_000]] {
+            let mut client = haggling(&server);
+            let replies = client.option(NBD_OPT_ABORT, &data);
+            assert_eq!(replies.iter().map(|reply| reply.kind).collect::<Vec<_>>(), [NBD_REP_ACK]);
+            assert!(client.is_closed());
+        }
+    }
+
+    #[test]
+    fn list_names_each_export_and_is_then_acknowledged() {
+        let server = server();
+        let mut replies = haggling(&server).option(NBD_OPT_LIST, &[]);
+        assert_eq!(replies.pop().unwrap().kind, NBD_REP_ACK);
+        let names: Vec<_> = replies
+            .iter()
+            .map(|reply| {
+                assert_eq!((reply.kind, reply.option), (NBD_REP_SERVER, NBD_OPT_LIST));
+                // "MUST be no larger than the reply packet header length - 4"
+                let (name, description) = reply.data[4..].split_at(be32(&reply.data) as usize);
+                (name.to_vec(), description.to_vec())
+            })
+            .collect();
+        assert_eq!(names, [(b"disk".to_vec(), b"the disk of the tests".to_vec()), (b"fixed".to_vec(), vec![])]);
+    }
+
+    #[test]
+    fn list_with_data_is_invalid() {
+        // "the server SHOULD reject a request that includes data with NBD_REP_ERR_INVALID"
+        let server = server();
+        for data in [vec![0], vec![0; 50_000]] {
+            let mut client = haggling(&server);
+            assert_eq!(client.option(NBD_OPT_LIST, &data)[0].kind, NBD_REP_ERR_INVALID);
+            assert_eq!(client.option(NBD_OPT_LIST, &[]).len(), 3, "the haggling goes on");
+        }
+    }
+
+    #[test]
+    fn an_unknown_option_is_unsupported_and_its_data_is_skipped() {
+        // "The presence of the option length in every option allows the server to skip any options ... that it does not
+        // understand."
+        let server = server();
+        let mut client = haggling(&server);
+        for (option, len) in [(4, 0), (0x1234, 1), (u32::MAX, 300_000), (77, 16 * 1024 + 1)] {
+            let replies = client.option(option, &vec![0xee; len]);
+            assert_eq!(replies.len(), 1);
+            assert_eq!((replies[0].option, replies[0].kind), (option, NBD_REP_ERR_UNSUP));
+        }
+        client.option(NBD_OPT_GO, &query("disk", &[]));
+        assert_eq!(client.flush(), 0);
+    }
+
+    #[test]
+    fn starttls_must_be_refused_without_demanding_tls() {
+        // "If the server receives NBD_OPT_STARTTLS it MUST respond with NBD_REP_ERR_POLICY ... NBD_REP_ERR_UNSUP ... The
+        // server MUST NOT respond to any option request with NBD_REP_ERR_TLS_REQD."
+        let server = server();
+        let replies = haggling(&server).option(NBD_OPT_STARTTLS, &[]);
+        assert_eq!(replies[0].kind, NBD_REP_ERR_UNSUP);
+    }
+
+    #[test]
+    fn info_and_go_must_tell_of_size_and_flags_before_they_acknowledge() {
+        // "The server MUST send an NBD_INFO_EXPORT information type at some point before sending an NBD_REP_ACK ...
+        // length MUST be 12"
+        let server = server();
+        for option in [NBD_OPT_INFO, NBD_OPT_GO] {
+            let mut client = haggling(&server);
+            let told = infos(&mut client, option, "disk", &[]);
+            let export = &told.iter().find(|(kind, _)| *kind == NBD_INFO_EXPORT).unwrap().1;
+            assert_eq!(export.len(), 10);
+            assert_eq!(be64(export), SIZE);
+        }
+    }
+
+    #[test]
+    fn information_requests_that_are_not_understood_must_be_ignored() {
+        // "The server MUST ignore any information requests it does not understand."
+        let server = server();
+        let mut client = haggling(&server);
+        let told = infos(&mut client, NBD_OPT_GO, "disk", &[999, NBD_INFO_DESCRIPTION, 0xffff]);
+        assert!(told.contains(&(NBD_INFO_DESCRIPTION, b"the disk of the tests".to_vec())));
+        assert!(told.iter().all(|(kind, _)| *kind <= NBD_INFO_BLOCK_SIZE));
+    }
+
+    #[test]
+    fn go_must_tell_the_same_as_info_did() {
+        // "the server MUST reply with the same set of information"
+        let server = server();
+        let mut client = haggling(&server);
+        let asked = [NBD_INFO_BLOCK_SIZE, NBD_INFO_NAME, NBD_INFO_DESCRIPTION];
+        let info = infos(&mut client, NBD_OPT_INFO, "disk", &asked);
+        assert_eq!(infos(&mut client, NBD_OPT_GO, "disk", &asked), info);
+    }
+
+    #[test]
+    fn after_go_no_zeroes_must_follow_whatever_the_client_flags_were() {
+        // "The server MUST NOT send any zero padding bytes after the NBD_REP_ACK data, whether or not the client
+        // negotiated the NBD_FLAG_C_NO_ZEROES flag."
+        let server = server();
+        for flags in [FIXED, BOTH] {
+            let mut client = server.connect();
+            client.haggle(flags);
+            client.option(NBD_OPT_GO, &query("disk", &[]));
+            assert_eq!(client.flush(), 0, "the next bytes are a reply");
+        }
+    }
+
+    #[test]
+    fn go_to_an_unknown_export_is_an_error_and_the_haggling_goes_on() {
+        // "NBD_REP_ERR_UNKNOWN: The chosen export does not exist ... the server SHOULD NOT send NBD_REP_INFO replies."
+        let server = server();
+        let mut client = haggling(&server);
+        for option in [NBD_OPT_INFO, NBD_OPT_GO] {
+            let replies = client.option(option, &query("nowhere", &[NBD_INFO_BLOCK_SIZE]));
+            assert_eq!(replies.iter().map(|reply| reply.kind).collect::<Vec<_>>(), [NBD_REP_ERR_UNKNOWN]);
+        }
+        infos(&mut client, NBD_OPT_GO, "disk", &[]);
+        assert_eq!(client.flush(), 0);
+    }
+
+    #[test]
+    fn a_name_that_reaches_past_its_option_is_invalid() {
+        // "32 bits, length of name (unsigned); MUST be no larger than the option data length - 6"
+        let server = server();
+        let mut client = haggling(&server);
+        let mut data = query("disk", &[]);
+        for len in [5u32, 6, 4096, u32::MAX] {
+            data[..4].copy_from_slice(&len.to_be_bytes());
+            assert_eq!(client.option(NBD_OPT_GO, &data)[0].kind, NBD_REP_ERR_INVALID, "{len}");
+        }
+        for len in 0..10 {
+            assert_eq!(client.option(NBD_OPT_INFO, &query("disk", &[])[..len])[0].kind, NBD_REP_ERR_INVALID);
+        }
+    }
+
+    #[test]
+    fn a_string_must_be_no_longer_than_4096_bytes_and_have_no_nul() {
+        // "MUST NOT contain NUL characters ... and MUST be no longer than 4096 bytes"
+        let server = server();
+        let mut client = haggling(&server);
+        assert_eq!(client.option(NBD_OPT_GO, &query("di\0sk", &[]))[0].kind, NBD_REP_ERR_INVALID);
+        assert_eq!(client.option(NBD_OPT_GO, &query(&"x".repeat(4096), &[]))[0].kind, NBD_REP_ERR_UNKNOWN);
+        assert_eq!(client.option(NBD_OPT_GO, &query(&"x".repeat(4097), &[]))[0].kind, NBD_REP_ERR_TOO_BIG);
+        assert_eq!(client.option(NBD_OPT_GO, &query(&"x".repeat(60_000), &[]))[0].kind, NBD_REP_ERR_TOO_BIG);
+    }
+
+    #[test]
+    fn block_sizes_must_be_powers_of_two_in_order() {
+        // "this value MUST be a power of 2, MUST NOT be larger than 2^16"; "MUST be a power of 2 at least as large as the
+        // maximum of the minimum block size and 2^9"; "MUST be at least as large as the preferred block size, and SHOULD
+        // be at least 2^20"
+        let server = server();
+        let told = infos(&mut haggling(&server), NBD_OPT_INFO, "disk", &[NBD_INFO_BLOCK_SIZE]);
+        let sizes = &told.iter().find(|(kind, _)| *kind == NBD_INFO_BLOCK_SIZE).unwrap().1;
+        assert_eq!(sizes.len(), 12);
+        let (minimum, preferred, maximum) = (be32(sizes), be32(&sizes[4..]), be32(&sizes[8..]));
+        assert!(minimum.is_power_of_two() && minimum <= 1 << 16);
+        assert!(preferred.is_power_of_two() && preferred >= minimum.max(512));
+        assert!(maximum >= preferred && maximum >= 1 << 20);
+    }
+
+    #[test]
+    fn transmission_flags_must_be_those_of_what_is_served() {
+        // "NBD_FLAG_HAS_FLAGS: MUST always be 1"; "MUST leave this flag [SEND_DF] clear if structured replies have not
+        // been negotiated"; SEND_FAST_ZERO "MUST [be] 0 if NBD_FLAG_SEND_WRITE_ZEROES is not set"
+        let server = server();
+        let mut client = haggling(&server);
+        let mut flags = |name| be16(&infos(&mut client, NBD_OPT_INFO, name, &[])[0].1[8..]);
+        let (disk, fixed) = (flags("disk"), flags("fixed"));
+        for flags in [disk, fixed] {
+            assert_ne!(flags & NBD_FLAG_HAS_FLAGS, 0);
+            assert_eq!(flags & (1 << 7), 0, "SEND_DF");
+            assert!(flags & NBD_FLAG_SEND_FAST_ZERO == 0 || flags & NBD_FLAG_SEND_WRITE_ZEROES != 0);
+        }
+        assert_eq!((disk & NBD_FLAG_READ_ONLY, fixed & NBD_FLAG_READ_ONLY), (0, NBD_FLAG_READ_ONLY));
+    }
+
+    #[test]
+    fn a_client_that_haggles_without_end_is_cut_off() {
+        // "if a server believes a client's behaviour constitutes a denial of service, it MAY initiate a hard disconnect"
+        let server = server();
+        let mut client = haggling(&server);
+        for _ in 0..128 {
+            assert_eq!(client.option(NBD_OPT_LIST, &[]).len(), 3);
+        }
+        client.send_option(NBD_OPT_LIST, &[]);
+        assert!(client.is_closed());
+    }
+
+    #[test]
+    fn a_client_that_announces_gigabytes_of_option_is_cut_off() {
+        let server = server();
+        let mut client = haggling(&server);
+        let mut header = option_bytes(0x77, &[]);
+        header[12..].copy_from_slice(&u32::MAX.to_be_bytes());
+        client.send(&header);
+        assert!(client.is_closed());
+    }
+
+    #[test]
+    fn a_client_that_comes_without_fixed_newstyle_is_served_all_the_same() {
+        // "Servers MAY choose to honour fixed newstyle from clients that didn't set this bit"
+        let server = server();
+        let mut client = server.connect();
+        client.haggle(0);
+        client.send_option(NBD_OPT_EXPORT_NAME, b"disk");
+        client.receive(134);
+        assert_eq!(client.flush(), 0);
+    }
+}
+
+mod transmission {
+    use super::*;
+
+    fn client(server: &TestServer, export: &str) -> RawClient<UnixStream> {
+        let mut client = server.connect();
+        client.enter(export);
+        client
+    }
+
+    #[test]
+    fn a_reply_must_carry_its_requests_cookie() {
+        // "the server MUST use the same value for cookie as was sent by the client"
+        let server = server();
+        let mut client = client(&server, "disk");
+        for cookie in [0, 1, u64::MAX, 0x0123_4567_89ab_cdef] {
+            client.send(&request_bytes(0, NBD_CMD_FLUSH, cookie, 0, 0));
+            assert_eq!(client.reply().cookie, cookie);
+        }
+    }
+
+    #[test]
+    fn without_negotiation_every_reply_must_be_simple() {
+        // "without client negotiation, the server MUST use only simple replies"
+        let server = server();
+        let mut client = client(&server, "disk");
+        assert_eq!(client.write(0, 0, b"plain"), 0);
+        assert_eq!(client.read(0, 5), Ok(b"plain".to_vec()));
+        assert_eq!(client.read(SIZE, 5), Err(EINVAL), "an error must have no payload");
+        assert_eq!(client.flush(), 0);
+    }
+
+    #[test]
+    fn many_requests_at_once_are_each_answered_once() {
+        // "Replies need not be sent in the same order as requests"
+        let server = server();
+        let mut client = client(&server, "disk");
+        for block in 0..100u64 {
+            assert_eq!(client.write(0, block * 4096, &[u8::try_from(block).unwrap(); 4096]), 0);
+        }
+        let requests: Vec<u8> =
+            (0..100u64).flat_map(|block| request_bytes(0, NBD_CMD_READ, block, block * 4096, 4096)).collect();
+        client.send(&requests);
+        let mut seen = [false; 100];
+        for _ in 0..100 {
+            let reply = client.reply();
+            assert_eq!(reply.error, 0);
+            let block = usize::try_from(reply.cookie).unwrap();
+            assert!(!std::mem::replace(&mut seen[block], true), "answered twice");
+            let expected = u8::try_from(block).unwrap();
+            assert!(client.receive(4096).iter().all(|byte| *byte == expected));
+        }
+    }
+
+    #[test]
+    fn writes_to_a_read_only_export_must_fail() {
+        // "If this flag is set, the server MUST error subsequent write operations"; "SHOULD return NBD_EPERM"
+        let server = server();
+        let mut client = client(&server, "fixed");
+        let perm = ErrorCode::Perm.code();
+        assert_eq!(client.write(0, 0, &[1; 512]), perm);
+        assert_eq!(client.request(0, NBD_CMD_TRIM, 0, 512), perm);
+        assert_eq!(client.request(0, NBD_CMD_WRITE_ZEROES, 0, 512), perm);
+        assert!(client.read(0, 512).is_ok());
+        assert_eq!(client.flush(), 0);
+    }
+
+    #[test]
+    fn a_write_past_the_end_has_no_space_and_the_rest_is_invalid_there() {
+        // "The server SHOULD return NBD_ENOSPC if it receives a write request including one or more sectors beyond the
+        // size of the device ... NBD_EINVAL if it receives a read or trim request"
+        let server = server();
+        let mut client = client(&server, "disk");
+        let nospc = ErrorCode::NoSpc.code();
+        for (offset, len) in [(SIZE - 511, 512), (SIZE, 1), (u64::MAX, 1), (u64::MAX - 511, 512), (1 << 63, 4096)] {
+            assert_eq!(client.write(0, offset, &vec![0; len as usize]), nospc);
+            assert_eq!(client.request(0, NBD_CMD_WRITE_ZEROES, offset, len), nospc);
+            assert_eq!(client.read(offset, len), Err(EINVAL));
+            assert_eq!(client.request(0, NBD_CMD_TRIM, offset, len), EINVAL);
+            assert_eq!(client.request(0, NBD_CMD_CACHE, offset, len), EINVAL);
+        }
+        assert_eq!(client.write(0, SIZE - 512, &[1; 512]), 0, "the last sector");
+    }
+
+    #[test]
+    fn unknown_commands_and_flags_are_invalid() {
+        // "The server SHOULD return NBD_EINVAL if it receives an unknown command ... an unknown command flag ... a flag
+        // not explicitly documented as applicable to the given request."
+        let server = server();
+        let mut client = client(&server, "disk");
+        for command in [7, 8, 9, 255, u16::MAX] {
+            assert_eq!(client.request(0, command, 0, 512), EINVAL, "command {command}");
+        }
+        for flag in 1..16u16 {
+            for command in [NBD_CMD_READ, NBD_CMD_FLUSH, NBD_CMD_TRIM, NBD_CMD_CACHE, NBD_CMD_WRITE_ZEROES] {
+                let len = if command == NBD_CMD_FLUSH { 0 } else { 512 };
+                let known = command == NBD_CMD_WRITE_ZEROES && [1, 4].contains(&flag);
+                if !known {
+                    assert_eq!(client.request(1 << flag, command, 0, len), EINVAL, "command {command} bit {flag}");
+                }
+            }
+            assert_eq!(client.write(1 << flag, 0, &[0; 512]), EINVAL, "bit {flag}: the payload is consumed");
+        }
+        assert_eq!(client.flush(), 0);
+    }
+
+    #[test]
+    fn fua_must_be_accepted_with_every_command() {
+        // "the server MUST accept all commands with this bit set (even by ignoring the bit)"
+        let server = server();
+        let mut client = client(&server, "disk");
+        let fua = NBD_CMD_FLAG_FUA;
+        assert_eq!(client.write(fua, 0, &[1; 512]), 0);
+        for command in [NBD_CMD_TRIM, NBD_CMD_CACHE, NBD_CMD_WRITE_ZEROES] {
+            assert_eq!(client.request(fua, command, 0, 512), 0);
+        }
+        assert_eq!(client.request(fua, NBD_CMD_FLUSH, 0, 0), 0);
+        assert_eq!(client.request(fua, NBD_CMD_READ, 0, 512), 0);
+        client.receive(512);
+    }
+
+    #[test]
+    fn the_offset_and_length_of_a_flush_must_be_zero() {
+        // "For a flush request, length and offset are reserved, and MUST be set to all-zero."
+        let server = server();
+        let mut client = client(&server, "disk");
+        assert_eq!(client.request(0, NBD_CMD_FLUSH, 512, 0), EINVAL);
+        assert_eq!(client.request(0, NBD_CMD_FLUSH, 0, 512), EINVAL);
+    }
+
+    #[test]
+    fn requests_of_no_length_do_not_disconnect() {
+        // "the behavior of a server on such a request is unspecified although the server SHOULD NOT disconnect"
+        let server = server();
+        let mut client = client(&server, "disk");
+        client.request(0, NBD_CMD_READ, 0, 0);
+        client.write(0, 0, &[]);
+        for command in [NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES, NBD_CMD_CACHE] {
+            client.request(0, command, SIZE, 0);
+        }
+        assert_eq!(client.flush(), 0);
+    }
+
+    #[test]
+    fn a_payload_of_32_mebibytes_is_served_and_one_longer_is_refused() {
+        // "any payload not exceeding 2^25 (33,554,432) bytes SHOULD NOT be considered a denial of service attack"
+        let server = server();
+        let mut client = client(&server, "disk");
+        let data: Vec<u8> = (0..MAX_PAYLOAD).map(|n| (n / 512).to_le_bytes()[0]).collect();
+        assert_eq!(client.write(0, 4096, &data), 0);
+        assert!(client.read(4096, MAX_PAYLOAD) == Ok(data));
+        assert_eq!(client.read(0, MAX_PAYLOAD + 1), Err(EINVAL));
+        assert_eq!(client.write(0, 0, &vec![7; MAX_PAYLOAD as usize + 1]), EINVAL);
+        assert_ne!(client.read(0, 512), Ok(vec![7; 512]), "nothing was written, and the connection lives");
+    }
+
+    #[test]
+    fn a_payload_of_gigabytes_is_cut_off() {
+        let server = server();
+        let mut client = client(&server, "disk");
+        client.send_request(0, NBD_CMD_WRITE, 0, u32::MAX);
+        assert!(client.is_closed());
+    }
+
+    #[test]
+    fn a_request_without_its_magic_is_cut_off() {
+        let server = server();
+        let mut client = client(&server, "disk");
+        client.send(&[0x25; REQUEST_LEN]);
+        assert!(client.is_closed());
+    }
+
+    #[test]
+    fn trims_and_zeroes_may_be_longer_than_a_payload() {
+        // "the client MAY request an effect length larger than the maximum payload size; the server SHOULD NOT disconnect"
+        let server = server();
+        let mut client = client(&server, "disk");
+        let all = u32::try_from(SIZE).unwrap();
+        assert_eq!(client.write(0, SIZE - 512, &[1; 512]), 0);
+        assert_eq!(client.request(0, NBD_CMD_WRITE_ZEROES, 0, all), 0);
+        assert_eq!(client.read(SIZE - 512, 512), Ok(vec![0; 512]));
+        assert_eq!(client.request(0, NBD_CMD_TRIM, 0, all), 0);
+    }
+
+    #[test]
+    fn zeroes_must_read_back_as_zeroes() {
+        // "it MUST ensure that the data reads back as zero"; NO_HOLE "MUST [be] support[ed]"
+        let server = server();
+        let mut client = client(&server, "disk");
+        for flags in [0, NBD_CMD_FLAG_NO_HOLE, NBD_CMD_FLAG_FUA] {
+            assert_eq!(client.write(0, 0, &[0xff; 8192]), 0);
+            assert_eq!(client.request(flags, NBD_CMD_WRITE_ZEROES, 1000, 5000), 0);
+            let mut expected = vec![0xff; 8192];
+            expected[1000..6000].fill(0);
+            assert_eq!(client.read(0, 8192), Ok(expected), "flags {flags}");
+        }
+    }
+
+    #[test]
+    fn fast_zeroes_must_fail_quickly_where_they_are_not_fast() {
+        // "MUST fail quickly with NBD_ENOTSUP unless the request can be serviced in less time than a corresponding
+        // NBD_CMD_WRITE, and SHOULD NOT alter the contents"; without the flag "the server MUST NOT fail with NBD_ENOTSUP"
+        let server = server();
+        let mut client = client(&server, "disk");
+        assert_eq!(client.write(0, 0, &[0xff; 4096]), 0);
+        let fast = NBD_CMD_FLAG_FAST_ZERO;
+        for flags in [fast, fast | NBD_CMD_FLAG_NO_HOLE, fast | NBD_CMD_FLAG_FUA] {
+            assert_eq!(client.request(flags, NBD_CMD_WRITE_ZEROES, 0, 4096), ErrorCode::NotSup.code());
+        }
+        assert_eq!(client.read(0, 4096), Ok(vec![0xff; 4096]));
+        assert_eq!(client.request(0, NBD_CMD_WRITE_ZEROES, 0, 4096), 0);
+    }
+
+    #[test]
+    fn fast_zeroes_succeed_where_they_are_fast() {
+        let store = Arc::new(MemoryStore::from(vec![0xff; 1 << 20]));
+        let server = TestServer::of(Volume::plaintext(store, SectorSize::B512).unwrap());
+        let mut client = server.client();
+        assert_eq!(client.request(NBD_CMD_FLAG_FAST_ZERO, NBD_CMD_WRITE_ZEROES, 512, 1024), 0);
+        let mut expected = vec![0xff; 2048];
+        expected[512..1536].fill(0);
+        assert_eq!(client.read(0, 2048), Ok(expected));
+        // Zeros within a sector must be written, and a full provision is one that is written.
+        let not_fast = ErrorCode::NotSup.code();
+        assert_eq!(client.request(NBD_CMD_FLAG_FAST_ZERO, NBD_CMD_WRITE_ZEROES, 100, 1024), not_fast);
+        let no_hole = NBD_CMD_FLAG_FAST_ZERO | NBD_CMD_FLAG_NO_HOLE;
+        assert_eq!(client.request(no_hole, NBD_CMD_WRITE_ZEROES, 0, 1024), not_fast);
+    }
+
+    #[test]
+    fn a_disconnect_must_be_preceded_by_the_answers_that_are_due_and_has_none_itself() {
+        // "The server MUST handle all outstanding requests ... and close the TCP session ... There is no reply to an
+        // NBD_CMD_DISC."
+        let server = server();
+        let mut client = client(&server, "disk");
+        let mut bytes = Vec::new();
+        for cookie in 0..50 {
+            bytes.extend(request_bytes(0, NBD_CMD_WRITE, cookie, cookie * 512, 512));
+            bytes.extend([3; 512]);
+        }
+        bytes.extend(request_bytes(0, NBD_CMD_DISC, 999, 0, 0));
+        client.send(&bytes);
+        let mut cookies: Vec<u64> = (0..50).map(|_| client.reply().cookie).collect();
+        cookies.sort_unstable();
+        assert!(cookies.into_iter().eq(0..50));
+        assert!(client.is_closed());
+        let mut other = self::client(&server, "disk");
+        assert_eq!(other.read(0, 50 * 512), Ok(vec![3; 50 * 512]));
+    }
+
+    #[test]
+    fn caching_has_no_effect_on_what_is_read() {
+        // "there MUST NOT be any difference in semantics compared to if the client had not used this command"
+        let server = server();
+        let mut client = client(&server, "disk");
+        assert_eq!(client.write(0, 5000, b"cached"), 0);
+        assert_eq!(client.request(0, NBD_CMD_CACHE, 0, 1 << 20), 0);
+        assert_eq!(client.read(5000, 6), Ok(b"cached".to_vec()));
+    }
+}
+
+mod durability {
+    use super::*;
+
+    type Log = Arc<Mutex<Vec<Operation>>>;
+
+    /// A server whose disk notes what reaches it; writes and flushes fail when told to.
+    fn server(fail: impl Fn(Operation) -> Option<io::ErrorKind> + Send + Sync + 'static) -> (TestServer, Log) {
+        let log = Log::default();
+        let noted = Arc::clone(&log);
+        let store = FaultyStore::new(MemoryStore::zeroed(1 << 20), move |operation| {
+            noted.lock().unwrap().push(operation);
+            fail(operation)
+        });
+        (TestServer::of(encrypted(Arc::new(store), SectorSize::B512)), log)
+    }
+
+    fn flushed_after_last_write(log: &Log) -> bool {
+        let log = log.lock().unwrap();
+        let last = |wanted: fn(&Operation) -> bool| log.iter().rposition(wanted);
+        last(|operation| *operation == Operation::Flush)
+            > last(|operation| matches!(operation, Operation::Write(..) | Operation::Discard(..)))
+    }
+
+    #[test]
+    fn a_flush_must_follow_what_was_answered_before_it() {
+        // "The server MUST NOT send a successful reply header for this request before all write requests for which a reply
+        // has already been sent to the client have reached permanent storage"
+        let (server, log) = server(|_| None);
+        let mut client = server.client();
+        assert_eq!(client.write(0, 0, &[1; 4096]), 0);
+        assert!(!flushed_after_last_write(&log), "a plain write is not flushed");
+        assert_eq!(client.flush(), 0);
+        assert!(flushed_after_last_write(&log));
+    }
+
+    #[test]
+    fn a_flush_must_cover_what_other_connections_were_answered() {
+        // "the effects of NBD_CMD_FLUSH and NBD_CMD_FLAG_FUA MUST be visible across all connections"
+        let (server, log) = server(|_| None);
+        let (mut one, mut other) = (server.client(), server.client());
+        assert_eq!(one.write(0, 0, &[1; 4096]), 0);
+        assert_eq!(other.flush(), 0);
+        assert!(flushed_after_last_write(&log));
+        assert_eq!(other.read(0, 4096), Ok(vec![1; 4096]));
+    }
+
+    #[test]
+    fn fua_must_be_answered_after_the_data_is_durable() {
+        // "A server MUST NOT reply to a command that has NBD_CMD_FLAG_FUA set ... until the data (if any) written by that
+        // command is persisted to non-volatile storage."
+        let (server, log) = server(|_| None);
+        let mut client = server.client();
+        assert_eq!(client.write(NBD_CMD_FLAG_FUA, 100, &[1; 5000]), 0);
+        assert!(flushed_after_last_write(&log));
+        for command in [NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES] {
+            assert_eq!(client.request(NBD_CMD_FLAG_FUA, command, 0, 4096), 0);
+            assert!(flushed_after_last_write(&log));
+        }
+    }
+
+    #[test]
+    fn a_flush_that_fails_must_say_so() {
+        let (server, _) = server(|operation| (operation == Operation::Flush).then_some(io::ErrorKind::Other));
+        let mut client = server.client();
+        assert_eq!(client.flush(), ErrorCode::Io.code());
+        assert_eq!(client.write(NBD_CMD_FLAG_FUA, 0, &[1; 512]), ErrorCode::Io.code());
+        assert_eq!(client.write(0, 0, &[1; 512]), 0);
+    }
+
+    #[test]
+    fn a_full_disk_is_no_space() {
+        // "It also SHOULD map the EDQUOT and EFBIG errors to NBD_ENOSPC."
+        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded, io::ErrorKind::FileTooLarge] {
+            let (server, _) = server(move |operation| matches!(operation, Operation::Write(..)).then_some(kind));
+            assert_eq!(server.client().write(0, 0, &[1; 512]), ErrorCode::NoSpc.code(), "{kind}");
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Is it a block device? Random requests, aligned and not, over several connections, against a `Vec<u8>`.
+
+use std::sync::Arc;
+
+use engine::sector::SectorSize;
+use engine::store::{Access, BlockStore, Caching, FileStore, MemoryStore};
+use harness::nbd::{RawClient, TestServer, encrypted};
+use nbd_server::proto::wire::*;
+use proptest::prelude::*;
+
+const SIZE: usize = 256 * 1024;
+
+#[derive(Debug, Clone)]
+enum Step {
+    Read { at: usize, len: usize },
+    Write { at: usize, len: usize, byte: u8, fua: bool },
+    Zero { at: usize, len: usize, no_hole: bool },
+    Flush,
+}
+
+fn range() -> impl Strategy<Value = (usize, usize)> {
+    let anywhere = (0..SIZE, 0..40_000usize);
+    let aligned = (0..SIZE / 4096, 0..16usize).prop_map(|(block, blocks)| (block * 4096, blocks * 4096));
+    let near_a_boundary = (1..SIZE / 512, 0..40usize, 1..600usize).prop_map(|(n, back, len)| (n * 512 - back, len));
+    prop_oneof![anywhere, aligned, near_a_boundary].prop_map(|(at, len)| (at, len.min(SIZE - at)))
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => range().prop_map(|(at, len)| Step::Read { at, len }),
+        4 => (range(), any::<u8>(), any::<bool>())
+            .prop_map(|((at, len), byte, fua)| Step::Write { at, len, byte, fua }),
+        1 => (range(), any::<bool>()).prop_map(|((at, len), no_hole)| Step::Zero { at, len, no_hole }),
+        1 => Just(Step::Flush),
+    ]
+}
+
+/// Bytes that differ from place to place, so that a displaced piece shows.
+fn pattern(at: usize, len: usize, byte: u8) -> Vec<u8> {
+    (at..at + len).map(|place| byte ^ (place % 251).to_le_bytes()[0]).collect()
+}
+
+fn int(len: usize) -> u32 {
+    u32::try_from(len).unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn it_reads_what_was_written(
+        steps in prop::collection::vec((step(), 0..3usize), 1..60),
+        sector_size in prop::sample::select(SectorSize::ALL.to_vec()),
+        start in any::<u8>(),
+    ) {
+        let volume = encrypted(Arc::new(MemoryStore::zeroed(SIZE)), sector_size);
+        let mut model = pattern(0, SIZE, start);
+        volume.write(0, &mut model.clone()).unwrap();
+        let server = TestServer::of(volume);
+        let mut clients: Vec<_> = (0..3).map(|_| server.client()).collect();
+        for (step, client) in steps {
+            let client = &mut clients[client];
+            match step {
+                Step::Read { at, len } => prop_assert!(client.read(at as u64, int(len)).unwrap() == model[at..at + len]),
+                Step::Write { at, len, byte, fua } => {
+                    let data = pattern(at, len, byte);
+                    let flags = if fua { NBD_CMD_FLAG_FUA } else { 0 };
+                    prop_assert_eq!(client.write(flags, at as u64, &data), 0);
+                    model[at..at + len].copy_from_slice(&data);
+                }
+                Step::Zero { at, len, no_hole } => {
+                    let flags = if no_hole { NBD_CMD_FLAG_NO_HOLE } else { 0 };
+                    prop_assert_eq!(client.request(flags, NBD_CMD_WRITE_ZEROES, at as u64, int(len)), 0);
+                    model[at..at + len].fill(0);
+                }
+                Step::Flush => prop_assert_eq!(client.flush(), 0),
+            }
+        }
+        for client in &mut clients {
+            prop_assert!(client.read(0, int(SIZE)).unwrap() == model);
+        }
+    }
+}
+
+/// Clients own every `CLIENTS`th piece of a length that no sector size divides, so that each sector has several owners,
+/// and write all of theirs at once, many requests in flight. Whatever the order, every piece is there in the end.
+fn owners_of_interleaved_pieces_lose_nothing(store: Arc<dyn BlockStore>, sector_size: SectorSize) {
+    const CLIENTS: usize = 4;
+    const PIECE: usize = 601;
+    let server = TestServer::of(encrypted(store, sector_size));
+    let pieces = SIZE / PIECE;
+    std::thread::scope(|scope| {
+        for owner in 0..CLIENTS {
+            let mut client = server.client();
+            scope.spawn(move || {
+                for round in 0..3u8 {
+                    let mine: Vec<usize> = (owner..pieces).step_by(CLIENTS).collect();
+                    for group in mine.chunks(16) {
+                        for piece in group {
+                            client.send_request(0, NBD_CMD_WRITE, (piece * PIECE) as u64, int(PIECE));
+                            client.send(&pattern(piece * PIECE, PIECE, round));
+                        }
+                        for _ in group {
+                            assert_eq!(client.reply().error, 0);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let written = pieces * PIECE;
+    assert!(server.client().read(0, int(written)).unwrap() == pattern(0, written, 2));
+}
+
+#[test]
+fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_memory() {
+    for sector_size in SectorSize::ALL {
+        owners_of_interleaved_pieces_lose_nothing(Arc::new(MemoryStore::zeroed(SIZE)), sector_size);
+    }
+}
+
+#[test]
+fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_a_file() {
+    for caching in [Caching::Direct, Caching::PageCache] {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(SIZE as u64).unwrap();
+        let store = Arc::new(FileStore::open(file.path(), Access::ReadWrite, caching).unwrap());
+        owners_of_interleaved_pieces_lose_nothing(store, SectorSize::B4096);
+    }
+}
+
+#[test]
+fn two_unaligned_writes_at_once_to_one_sector_lose_neither() {
+    let server = TestServer::of(encrypted(Arc::new(MemoryStore::zeroed(SIZE)), SectorSize::B4096));
+    let (mut one, mut other) = (server.client(), server.client());
+    let send = |client: &mut RawClient<_>, at: u64, byte: u8| {
+        client.send_request(0, NBD_CMD_WRITE, at, 100);
+        client.send(&[byte; 100]);
+    };
+    for round in 0..200u8 {
+        send(&mut one, 1000, round);
+        send(&mut other, 1100, !round);
+        assert_eq!((one.reply().error, other.reply().error), (0, 0));
+        let expected = [[round; 100], [!round; 100]].concat();
+        assert_eq!(one.read(1000, 200), Ok(expected));
+    }
+}

@@ -1,0 +1,374 @@
+//! Whatever clients do, others on the same server notice nothing, and memory stays within its bound.
+
+use std::io::{self, ErrorKind, Write};
+use std::net::{Shutdown as Direction, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use engine::sector::SectorSize;
+use engine::store::{FaultyStore, MemoryStore, Operation};
+use engine::volume::Volume;
+use harness::nbd::{RawClient, TestServer, encrypted, request_bytes};
+use nbd_server::proto::ErrorCode;
+use nbd_server::proto::wire::*;
+use nbd_server::{Export, Exports, Server, Settings};
+
+const SIZE: usize = 8 << 20;
+
+fn volume() -> Volume {
+    encrypted(Arc::new(MemoryStore::zeroed(SIZE)), SectorSize::B512)
+}
+
+/// That a client is served: what the others must still be able to say.
+fn is_served(server: &TestServer) -> bool {
+    let mut client = server.client();
+    client.write(0, 777, b"still here") == 0 && client.read(777, 10) == Ok(b"still here".to_vec())
+}
+
+/// A gate that disk operations wait at while it is shut.
+#[derive(Default)]
+struct Gate {
+    shut: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn pass(&self) {
+        let shut = self.shut.lock().unwrap();
+        drop(self.opened.wait_while(shut, |shut| *shut).unwrap());
+    }
+
+    fn set(&self, shut: bool) {
+        *self.shut.lock().unwrap() = shut;
+        self.opened.notify_all();
+    }
+}
+
+/// A volume whose writes wait at the gate.
+fn gated(gate: &Arc<Gate>) -> Volume {
+    let gate = Arc::clone(gate);
+    let store = FaultyStore::new(MemoryStore::zeroed(SIZE), move |operation| {
+        if matches!(operation, Operation::Write(..)) {
+            gate.pass();
+        }
+        None
+    });
+    encrypted(Arc::new(store), SectorSize::B512)
+}
+
+#[test]
+fn a_disk_error_becomes_eio_and_the_connection_lives_on() {
+    let broken = Arc::new(AtomicBool::new(false));
+    let store = {
+        let broken = Arc::clone(&broken);
+        FaultyStore::new(MemoryStore::zeroed(SIZE), move |_| broken.load(Ordering::SeqCst).then_some(ErrorKind::Other))
+    };
+    let server = TestServer::of(encrypted(Arc::new(store), SectorSize::B512));
+    let mut client = server.client();
+    assert_eq!(client.write(0, 0, &[5; 8192]), 0);
+    broken.store(true, Ordering::SeqCst);
+    let io = ErrorCode::Io.code();
+    assert_eq!(client.read(0, 8192), Err(io));
+    assert_eq!(client.write(0, 100, &[6; 5000]), io);
+    assert_eq!(client.request(0, NBD_CMD_TRIM, 0, 4096), io);
+    assert_eq!(client.request(0, NBD_CMD_WRITE_ZEROES, 0, 4096), io);
+    assert_eq!(client.flush(), io);
+    broken.store(false, Ordering::SeqCst);
+    assert_eq!(client.read(0, 8192), Ok(vec![5; 8192]));
+    assert_eq!(server.server().exports().all()[0].statistics().snapshot().errors, 5);
+}
+
+#[test]
+fn a_fault_in_the_server_becomes_eio_and_the_connection_lives_on() {
+    let store = FaultyStore::new(MemoryStore::zeroed(SIZE), |operation| {
+        assert!(!matches!(operation, Operation::Write(0, _)), "a bug, as it were");
+        None
+    });
+    let server = TestServer::of(Volume::plaintext(Arc::new(store), SectorSize::B512).unwrap());
+    let mut client = server.client();
+    assert_eq!(client.write(0, 0, &[5; 512]), ErrorCode::Io.code());
+    assert_eq!(client.write(0, 512, &[5; 512]), 0);
+    assert_eq!(client.read(512, 512), Ok(vec![5; 512]));
+}
+
+#[test]
+fn two_hundred_clients_are_served_at_once() {
+    let server = TestServer::of(volume());
+    let mut clients: Vec<_> = (0..200).map(|_| server.client()).collect();
+    for (number, client) in clients.iter_mut().enumerate() {
+        client.send_request(0, NBD_CMD_WRITE, number as u64 * 1000, 1000);
+        client.send(&vec![u8::try_from(number).unwrap(); 1000]);
+    }
+    for client in &mut clients {
+        assert_eq!(client.reply().error, 0);
+    }
+    for (number, client) in clients.iter_mut().enumerate() {
+        let expected = vec![u8::try_from(number).unwrap(); 1000];
+        assert_eq!(client.read(number as u64 * 1000, 1000), Ok(expected));
+    }
+    let statistics = server.server().exports().all()[0].statistics().snapshot();
+    assert_eq!((statistics.connections, statistics.connections_total), (200, 200));
+    assert_eq!((statistics.requests, statistics.bytes_read, statistics.bytes_written), (400, 200_000, 200_000));
+}
+
+#[test]
+fn ten_thousand_clients_are_served_in_turn() {
+    let server = TestServer::of(volume());
+    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = descriptors();
+    for number in 0..10_000 {
+        match number % 4 {
+            // Some come and go, some stop half-way, some are served.
+            0 => drop(server.connect()),
+            1 => drop(server.connect().haggle(NBD_FLAG_C_FIXED_NEWSTYLE).send_option(NBD_OPT_LIST, &[])),
+            2 => assert_eq!(server.client().read(0, 16).map(|bytes| bytes.len()), Ok(16)),
+            _ => {
+                let mut client = server.client();
+                client.send_request(0, NBD_CMD_DISC, 0, 0);
+                assert!(client.is_closed());
+            }
+        }
+    }
+    assert!(is_served(&server));
+    server.join().unwrap();
+    assert!(descriptors() <= before + 20, "descriptors are given back");
+}
+
+#[test]
+fn more_clients_than_allowed_wait_for_their_turn() {
+    let settings = Settings { max_connections: 2, workers: 2, ..Settings::default() };
+    let server = TestServer::with_settings([Export::new("", Arc::new(volume()))], settings);
+    let (first, mut second) = (server.client(), server.client());
+    let mut third = server.connect();
+    third.stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    let error = io::Read::read(&mut third.stream, &mut [0]).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
+    third.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    drop(first);
+    third.enter("");
+    assert_eq!((second.flush(), third.flush()), (0, 0));
+}
+
+#[test]
+fn a_slow_handshake_is_dropped() {
+    let settings = Settings { handshake_timeout: Duration::from_millis(200), workers: 2, ..Settings::default() };
+    let server = TestServer::with_settings([Export::new("", Arc::new(volume()))], settings);
+    let mut silent = server.connect();
+    silent.greeting();
+    let mut dribbling = server.connect();
+    dribbling.haggle(NBD_FLAG_C_FIXED_NEWSTYLE);
+    dribbling.send(&IHAVEOPT.to_be_bytes());
+    assert!(silent.is_closed());
+    assert!(dribbling.is_closed());
+    // In transmission there is no hurry.
+    let mut idle = server.client();
+    std::thread::sleep(Duration::from_millis(400));
+    assert_eq!(idle.flush(), 0);
+}
+
+#[test]
+fn a_disconnect_in_mid_message_hurts_nobody() {
+    let server = TestServer::of(volume());
+    let mut half_a_header = server.client();
+    half_a_header.send(&request_bytes(0, NBD_CMD_WRITE, 1, 0, 4096)[..11]);
+    let mut half_a_payload = server.client();
+    half_a_payload.send_request(0, NBD_CMD_WRITE, 0, 1 << 20);
+    half_a_payload.send(&[0xee; 300_000]);
+    let mut half_a_refused_payload = server.client();
+    half_a_refused_payload.send_request(0, NBD_CMD_WRITE, u64::MAX, 1 << 20);
+    half_a_refused_payload.send(&[0xee; 300_000]);
+    assert_eq!(half_a_refused_payload.reply().error, ErrorCode::NoSpc.code());
+    for mut client in [half_a_header, half_a_payload, half_a_refused_payload] {
+        client.stream.shutdown(Direction::Write).unwrap();
+        assert!(client.is_closed());
+    }
+    assert!(is_served(&server));
+    assert_ne!(server.client().read(0, 16), Ok(vec![0xee; 16]), "half a write is no write");
+}
+
+#[test]
+fn half_a_message_and_silence_hurts_nobody() {
+    let server = TestServer::of(volume());
+    let mut quiet: Vec<_> = (0..20).map(|_| server.client()).collect();
+    for (cut, client) in quiet.iter_mut().enumerate() {
+        client.send(&request_bytes(0, NBD_CMD_READ, 1, 0, 4096)[..cut]);
+    }
+    assert!(is_served(&server));
+    // And what was begun can be finished.
+    for (cut, client) in quiet.iter_mut().enumerate() {
+        client.send(&request_bytes(0, NBD_CMD_READ, 1, 0, 4096)[cut..]);
+        assert_eq!(client.reply().error, 0);
+        client.receive(4096);
+    }
+}
+
+#[test]
+fn a_client_that_never_reads_its_replies_is_no_longer_read_from_and_hurts_nobody() {
+    let server = TestServer::of(volume());
+    let mut deaf = server.client();
+    deaf.stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+    let requests: Vec<u8> = (0..2000).flat_map(|cookie| request_bytes(0, NBD_CMD_READ, cookie, 0, 1 << 20)).collect();
+    let before = resident();
+    // Two thousand megabytes are asked for. Most requests stay in the sockets, and the writing stops when those are full.
+    let mut sent = 0;
+    while sent < 20 {
+        match deaf.stream.write_all(&requests) {
+            Ok(()) => sent += 1,
+            Err(error) => {
+                assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
+                break;
+            }
+        }
+    }
+    assert!(is_served(&server));
+    let served = server.server().exports().all()[0].statistics().snapshot().bytes_read;
+    assert!(served < 128 << 20, "{served} bytes were read for a client that takes none");
+    assert!(resident() < before + (256 << 20), "{} bytes more", resident() - before);
+    // When it reads at last, it gets what it asked for.
+    for _ in 0..100 {
+        assert_eq!(deaf.reply().error, 0);
+        deaf.receive(1 << 20);
+    }
+}
+
+#[test]
+fn a_flood_of_requests_to_a_stuck_disk_takes_bounded_memory() {
+    let gate = Arc::new(Gate::default());
+    let server = TestServer::of(gated(&gate));
+    gate.set(true);
+    let before = resident();
+    let mut flooding = server.client();
+    flooding.stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+    let mut bytes = request_bytes(0, NBD_CMD_WRITE, 7, 4096, 1 << 20);
+    bytes.resize(bytes.len() + (1 << 20), 0xaa);
+    let stopped = (0..512).any(|_| flooding.stream.write_all(&bytes).is_err());
+    assert!(stopped, "half a gigabyte was taken in while nothing was written");
+    assert!(resident() < before + (256 << 20));
+    gate.set(false);
+    assert!(is_served(&server));
+}
+
+#[test]
+fn garbage_of_every_length_is_cut_off_and_hurts_nobody() {
+    let server = TestServer::of(volume());
+    let garbage: Vec<u8> = (0..100_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24).to_le_bytes()[0]).collect();
+    for len in [1, 4, 15, 16, 17, 27, 28, 29, 1000, 100_000] {
+        for mut client in [server.connect(), server.client()] {
+            // The server may hang up before all is sent.
+            let _ = client.stream.write_all(&garbage[..len]);
+            let _ = client.stream.shutdown(Direction::Write);
+            client.receive_rest();
+        }
+    }
+    assert!(is_served(&server));
+}
+
+#[test]
+fn a_shutdown_answers_what_is_under_way_and_refuses_the_rest() {
+    let gate = Arc::new(Gate::default());
+    let server = TestServer::of(gated(&gate));
+    let mut client = server.client();
+    gate.set(true);
+    let cookie = client.send_request(0, NBD_CMD_WRITE, 0, 4096);
+    client.send(&[9; 4096]);
+    // The answer to a read shows that the write before it was taken on.
+    assert!(client.read(0, 512).is_ok());
+    server.stop();
+    let refused = loop {
+        match client.read(0, 512) {
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(refused, ErrorCode::Shutdown.code());
+    gate.set(false);
+    let reply = client.reply();
+    assert_eq!((reply.cookie, reply.error), (cookie, 0));
+    assert!(client.is_closed());
+    let volume = Arc::clone(server.server().exports().all()[0].volume());
+    server.join().unwrap();
+    let mut back = [0; 4096];
+    volume.read(0, &mut back).unwrap();
+    assert_eq!(back, [9; 4096]);
+}
+
+#[test]
+fn a_shutdown_flushes_and_takes_the_socket_away_from_newcomers() {
+    let flushed = Arc::new(AtomicBool::new(false));
+    let store = {
+        let flushed = Arc::clone(&flushed);
+        FaultyStore::new(MemoryStore::zeroed(SIZE), move |operation| {
+            flushed.fetch_or(operation == Operation::Flush, Ordering::SeqCst);
+            None
+        })
+    };
+    let server = TestServer::of(encrypted(Arc::new(store), SectorSize::B512));
+    let mut idle = server.client();
+    let mut haggling = server.connect();
+    haggling.greeting();
+    let keep = server.server().clone();
+    let socket = server.socket();
+    server.stop();
+    assert!(idle.is_closed() && haggling.is_closed(), "clients with nothing under way are let go");
+    assert!(!socket.exists() || UnixStream::connect(&socket).is_err());
+    server.join().unwrap();
+    assert!(flushed.load(Ordering::SeqCst));
+    drop(keep);
+}
+
+#[test]
+fn a_shutdown_does_not_wait_for_a_client_that_stopped_in_mid_payload() {
+    let server = TestServer::of(volume());
+    let mut client = server.client();
+    client.send_request(0, NBD_CMD_WRITE, 0, 1 << 20);
+    client.send(&[1; 100_000]);
+    server.stop();
+    assert!(client.is_closed());
+    server.join().unwrap();
+}
+
+#[test]
+fn tcp_clients_are_served() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+    let address = listener.local_addr().unwrap();
+    let exports = Exports::new([Export::new("", Arc::new(volume()))]).unwrap();
+    let server = Server::new(exports, Settings { workers: 2, ..Settings::default() }).unwrap();
+    let (trigger, shutdown) = nbd_server::shutdown();
+    let running = runtime.spawn(async move { server.run(listener, shutdown).await });
+    let mut client = RawClient::new(TcpStream::connect(address).unwrap());
+    client.enter("");
+    assert_eq!(client.write(0, 12345, &[8; 1 << 20]), 0);
+    assert_eq!(client.read(12345, 1 << 20), Ok(vec![8; 1 << 20]));
+    trigger.stop();
+    runtime.block_on(running).unwrap().unwrap();
+}
+
+#[test]
+fn a_socketpair_is_served_without_a_handshake() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let export = Export::new("", Arc::new(volume()));
+    let exports = Exports::new([export.clone()]).unwrap();
+    let server = Server::new(exports, Settings { workers: 2, ..Settings::default() }).unwrap();
+    let (theirs, ours) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let (_trigger, shutdown) = nbd_server::shutdown();
+    let running = runtime.spawn(async move {
+        let stream = tokio::net::UnixStream::from_std(ours).unwrap();
+        server.serve_transmission(stream, &export, shutdown).await
+    });
+    let mut kernel = RawClient::new(theirs);
+    assert_eq!(kernel.write(0, 512, &[4; 1024]), 0);
+    assert_eq!(kernel.read(0, 2048).map(|bytes| bytes[512..1536].to_vec()), Ok(vec![4; 1024]));
+    kernel.send_request(0, NBD_CMD_DISC, 0, 0);
+    assert!(kernel.is_closed());
+    runtime.block_on(running).unwrap().unwrap();
+}
+
+/// This process's resident memory in bytes.
+fn resident() -> usize {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}

@@ -1,0 +1,335 @@
+//! `nbdcrypt format` and `nbdcrypt serve` beside the programs that people use today: each reads what the other wrote.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use harness::nbdcrypt::{binary, told};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+const DISK: u64 = 16 << 20;
+const DATA: usize = 14 << 20;
+
+struct Folder(TempDir);
+
+impl Folder {
+    /// A folder with a key file, and plaintext to be written.
+    fn new() -> Self {
+        let folder = Self(tempfile::tempdir().unwrap());
+        fs::write(folder.path("key"), "ThisIs-a-SecretPassword").unwrap();
+        fs::set_permissions(folder.path("key"), fs::Permissions::from_mode(0o600)).unwrap();
+        // No two sectors alike, the first and the last told by name.
+        let mut data: Vec<u8> =
+            (0..DATA / 8).flat_map(|n| (n as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes()).collect();
+        data[..16].copy_from_slice(b"the first sector");
+        data[DATA - 15..].copy_from_slice(b"the last sector");
+        fs::write(folder.path("data"), data).unwrap();
+        folder
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).to_str().unwrap().to_owned()
+    }
+
+    /// Runs a program in the folder; it must succeed.
+    #[track_caller]
+    fn run(&self, program: &str, args: &[&str]) -> String {
+        let output = self.try_run(program, args);
+        assert!(output.status.success(), "{program} {args:?}: {}", told(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn try_run(&self, program: &str, args: &[&str]) -> Output {
+        let program = if program == "nbdcrypt" { binary() } else { Path::new(program) };
+        Command::new(program)
+            .args(args)
+            .current_dir(self.0.path())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap_or_else(|error| panic!("{}: {error}", program.display()))
+    }
+
+    /// A volume of ours.
+    #[track_caller]
+    fn format(&self) {
+        let said = self.run(
+            "nbdcrypt",
+            &["format", "--key-file", "key", "--size", "16M", "--pbkdf-force-iterations", "1000", "disk"],
+        );
+        assert!(said.contains("AES-256-XTS"), "{said}");
+    }
+
+    /// A volume of cryptsetup's.
+    #[track_caller]
+    fn luks_format(&self, key_bits: &str, hash: &str) {
+        File::create(self.path("disk")).unwrap().set_len(DISK).unwrap();
+        self.run(
+            "cryptsetup",
+            &[
+                "luksFormat",
+                "--batch-mode",
+                "--type",
+                "luks1",
+                "--cipher",
+                "aes-xts-plain64",
+                "--key-size",
+                key_bits,
+                "--hash",
+                hash,
+                "--pbkdf-force-iterations",
+                "1000",
+                "--key-file",
+                "key",
+                "disk",
+            ],
+        );
+    }
+
+    #[track_caller]
+    fn serve(&self, more: &[&str]) -> Server {
+        let mut args = vec!["serve", "--key-file", "key", "--socket", "socket", "disk"];
+        args.extend(more);
+        let mut child = Command::new(binary())
+            .args(args)
+            .current_dir(self.0.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut address = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut address).unwrap();
+        assert_eq!(address.trim(), "nbd+unix:///?socket=socket", "the server did not come up");
+        Server(child)
+    }
+}
+
+/// A running `nbdcrypt serve`.
+struct Server(Child);
+
+impl Server {
+    /// Ends it as a service manager would, and waits.
+    #[track_caller]
+    fn stop(mut self) {
+        kill_process(Pid::from_child(&self.0), Signal::TERM).unwrap();
+        assert!(self.0.wait().unwrap().success());
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Only one that a failed test left behind.
+        if let Ok(None) = self.0.try_wait() {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+}
+
+const URI: &str = "nbd+unix:///?socket=socket";
+
+#[track_caller]
+fn assert_same(folder: &Folder, name: &str) {
+    let (expected, got) = (fs::read(folder.path("data")).unwrap(), fs::read(folder.path(name)).unwrap());
+    assert_eq!(got.len(), expected.len(), "{name}");
+    let differs = expected.iter().zip(&got).position(|(a, b)| a != b);
+    assert_eq!(differs, None, "{name} differs from what was written");
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup, qemu-img, nbdkit and nbdcopy: run `make test`")]
+fn what_we_format_and_serve_others_read_without_us() {
+    let folder = Folder::new();
+    folder.format();
+    let server = folder.serve(&[]);
+    folder.run("nbdcopy", &["--connections=4", "data", URI]);
+    folder.run("nbdcopy", &["--connections=4", URI, "ours"]);
+    server.stop();
+    assert_same(&folder, "ours");
+    assert!(!folder.path("socket").exists());
+
+    folder.run("cryptsetup", &["isLuks", "--type", "luks1", "disk"]);
+    folder.run("cryptsetup", &["open", "--test-passphrase", "--key-file", "key", "disk"]);
+    let secret = format!("secret,id=key,file={}", folder.text("key"));
+    let image = format!("driver=luks,key-secret=key,file.filename={}", folder.text("disk"));
+    folder.run("qemu-img", &["convert", "--object", &secret, "--image-opts", &image, "-O", "raw", "qemu"]);
+    assert_same(&folder, "qemu");
+    folder.run(
+        "nbdkit",
+        &[
+            "--filter=luks",
+            "file",
+            "disk",
+            &format!("passphrase=+{}", folder.text("key")),
+            "--run",
+            "nbdcopy \"$uri\" nbdkit",
+        ],
+    );
+    assert_same(&folder, "nbdkit");
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup, nbdkit, qemu-img and nbdcopy: run `make test`")]
+fn what_cryptsetup_formats_and_others_write_we_read() {
+    for (key_bits, hash) in [("512", "sha256"), ("256", "sha1"), ("512", "sha512")] {
+        let folder = Folder::new();
+        folder.luks_format(key_bits, hash);
+        // Written by nbdkit, read by us.
+        folder.run(
+            "nbdkit",
+            &[
+                "--filter=luks",
+                "file",
+                "disk",
+                &format!("passphrase=+{}", folder.text("key")),
+                "--run",
+                "nbdcopy data \"$uri\"",
+            ],
+        );
+        let server = folder.serve(&["--read-only"]);
+        folder.run("nbdcopy", &[URI, "ours"]);
+        assert_same(&folder, "ours");
+        // And it is read-only, for all who ask.
+        assert!(folder.run("nbdinfo", &[URI]).contains("is_read_only: true"));
+        assert!(!folder.try_run("nbdcopy", &["data", URI]).status.success());
+        server.stop();
+    }
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs qemu-img and nbdcopy: run `make test`")]
+fn what_qemu_formats_and_writes_we_read() {
+    let folder = Folder::new();
+    let secret = format!("secret,id=key,file={}", folder.text("key"));
+    folder.run(
+        "qemu-img",
+        &["convert", "--object", &secret, "-O", "luks", "-o", "key-secret=key,iter-time=10", "data", "disk"],
+    );
+    let server = folder.serve(&["--page-cache"]);
+    folder.run("nbdcopy", &[URI, "ours"]);
+    assert_same(&folder, "ours");
+    server.stop();
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs fio: run `make test`")]
+fn fio_verifies_what_it_wrote_through_the_program() {
+    let folder = Folder::new();
+    folder.format();
+    let server = folder.serve(&[]);
+    folder.run(
+        "fio",
+        &[
+            "--name=verify",
+            "--ioengine=nbd",
+            "--uri=nbd+unix:///?socket=socket",
+            "--rw=randrw",
+            "--bsrange=512-65536",
+            "--bs_unaligned=1",
+            "--iodepth=32",
+            "--size=8m",
+            "--verify=crc32c",
+            "--verify_state_save=0",
+        ],
+    );
+    server.stop();
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup and nbdcopy: run `make test`")]
+fn what_was_flushed_is_there_after_the_server_is_killed() {
+    let folder = Folder::new();
+    folder.format();
+    let mut server = folder.serve(&[]);
+    folder.run("nbdcopy", &["--flush", "data", URI]);
+    server.0.kill().unwrap();
+    server.0.wait().unwrap();
+    // Its socket is still there, and no obstacle.
+    let server = folder.serve(&[]);
+    folder.run("nbdcopy", &[URI, "ours"]);
+    assert_same(&folder, "ours");
+    server.stop();
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs nbdinfo: run `make test`")]
+fn a_tcp_port_serves_as_a_socket_does() {
+    let folder = Folder::new();
+    folder.format();
+    let mut child = Command::new(binary())
+        .args(["serve", "--key-file", "key", "--listen", "127.0.0.1:0", "--name", "scratch", "disk"])
+        .current_dir(folder.0.path())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut address = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut address).unwrap();
+    let server = Server(child);
+    assert!(address.starts_with("nbd://127.0.0.1:") && address.trim().ends_with("/scratch"), "{address}");
+    assert_eq!(folder.run("nbdinfo", &["--size", address.trim()]).trim(), DATA.to_string());
+    server.stop();
+}
+
+#[test]
+fn format_and_serve_refuse_by_name_what_they_cannot_do() {
+    let folder = Folder::new();
+    let refused = |args: &[&str], words: &[&str]| {
+        let output = folder.try_run("nbdcrypt", args);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {}", told(&output));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        for word in words {
+            assert!(said.contains(word), "{args:?}: `{word}` is missing: {said}");
+        }
+        assert!(!said.contains("ThisIs-a-SecretPassword"));
+    };
+    refused(&["format", "--key-file", "key", "disk"], &["disk does not exist", "--size"]);
+    refused(&["format", "--key-file", "none", "--size", "16M", "disk"], &["none", "No such file"]);
+    refused(&["format", "--key-file", "key", "--size", "1M", "disk"], &["at least"]);
+    assert!(!folder.path("disk").exists(), "a file that could not be formatted is gone again");
+    refused(&["format", "--key-file", "key", "data"], &["not blank", "--wipe"]);
+    assert_same(&folder, "data");
+
+    folder.format();
+    let before = fs::read(folder.path("disk")).unwrap();
+    refused(&["format", "--key-file", "key", "disk"], &["not blank", "LUKS1"]);
+    fs::write(folder.path("other"), "another").unwrap();
+    refused(&["serve", "--key-file", "other", "--socket", "socket", "disk"], &["passphrase is wrong"]);
+    refused(&["serve", "--key-file", "key", "--socket", "socket", "data"], &["no LUKS header"]);
+    refused(&["serve", "--key-file", "key", "--socket", "socket", "--type", "plain", "disk"], &["512 bits"]);
+    refused(&["dump", "data"], &["no LUKS header"]);
+    assert_eq!(fs::read(folder.path("disk")).unwrap(), before);
+
+    let server = folder.serve(&[]);
+    refused(&["serve", "--key-file", "key", "--socket", "other-socket", "disk"], &["in use"]);
+    folder.run("nbdcrypt", &["dump", "disk"]);
+    server.stop();
+    // Wrong usage has an exit code of its own.
+    assert_eq!(folder.try_run("nbdcrypt", &["serve", "disk"]).status.code(), Some(2));
+    // Asked to, it destroys.
+    folder.run("nbdcrypt", &["format", "--wipe", "--key-file", "key", "--pbkdf-force-iterations", "1000", "disk"]);
+}
+
+#[test]
+fn the_help_names_every_command() {
+    let folder = Folder::new();
+    let help = folder.run("nbdcrypt", &["--help"]);
+    for command in ["demo", "provision", "up", "down", "plan", "status", "format", "serve", "dump"] {
+        assert!(help.lines().any(|line| line.trim_start().starts_with(command)), "{command} in {help}");
+    }
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE and mkfs.ext4: run `make test`")]
+fn the_demo_does_the_whole_job_and_leaves_nothing() {
+    let folder = Folder::new();
+    let output = Command::new(binary()).arg("demo").env("TMPDIR", folder.0.path()).output().unwrap();
+    assert!(output.status.success(), "{}", told(&output));
+    let left: Vec<_> = fs::read_dir(folder.0.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
