@@ -17,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::format::key_file;
 use crate::keys::{FileKey, KeySource};
-use crate::{disk, process};
+use crate::{cpu, disk, process};
 
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("where").required(true))]
@@ -98,7 +98,7 @@ fn open(args: &Args) -> Result<Volume> {
             (key, plain::segment(&place, store.len()).with_context(name)?)
         }
     };
-    Volume::encrypted(store, segment, &key).with_context(name)
+    Volume::with_cipher(store, segment, cpu::cipher(&key)?).with_context(name)
 }
 
 async fn listen_and_serve(args: &Args, server: &Server) -> Result<()> {
