@@ -20,7 +20,7 @@ setup-test:
 	@tests/setup test
 
 demo: setup-demo
-	cargo build --locked -p nbdcrypt
+	cargo build --locked --workspace --bin nbdcrypt
 	$(AS_ROOT) $(TARGET)/debug/nbdcrypt demo
 
 test: setup-test

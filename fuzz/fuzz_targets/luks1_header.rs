@@ -10,7 +10,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let Ok(header) = Header::parse(bytes) else { return };
     assert_eq!(Header::parse(&header.to_bytes()).ok().as_ref(), Some(&header));
     let store = MemoryStore::from(bytes.to_vec());
-    let _ = dump(&store).map(|dump| dump.display("it").to_string());
-    let limits = Limits { iterations: std::num::NonZeroU32::MIN };
+    let _ = dump(&store).map(|dump| dump.display("it"));
+    let limits = Limits { iterations: std::num::NonZeroU32::MIN, ..Limits::default() };
     let _ = Locked::new(header, u64::MAX, &limits).map(|locked| locked.unlock(&store, &Passphrase::new(Vec::new())));
 });

@@ -7,7 +7,9 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::{self, HashAlgorithm, Limits, LuksError, PendingFormat, UnlockedVolume, luks1};
+use engine::luks::luks2::KdfOptions;
+use engine::luks::{self, HashAlgorithm, Limits, LuksError, PendingFormat, UnlockedVolume, luks1, luks2};
+use engine::sector::SectorSize;
 use engine::store::{Access, BlockStore, Caching, FileStore};
 use engine::volume::Volume;
 use tempfile::TempDir;
@@ -105,7 +107,38 @@ pub fn begin_luks1(disk: &Path, hash: HashAlgorithm, key: VolumeKey) -> PendingF
     luks1::begin(store(disk).as_ref(), &quick_luks1(hash), &passphrase, key, &mut noise(1)).unwrap()
 }
 
-/// The UUID of what [`format_luks1`] makes.
+/// Begins to make a LUKS2 volume on `store` with the key `key`.
+pub fn begin_luks2(store: &dyn BlockStore, options: &luks2::Options, key: VolumeKey) -> PendingFormat {
+    luks2::begin(store, options, &Passphrase::new(PASSPHRASE.to_vec()), key, &mut noise(2)).unwrap()
+}
+
+/// Options for LUKS2 with as little work as cryptsetup allows.
+pub fn quick_luks2() -> luks2::Options {
+    luks2::Options {
+        kdf: quick_pbkdf2(HashAlgorithm::Sha256),
+        hash: HashAlgorithm::Sha256,
+        digest_iterations: NonZeroU32::new(1000).unwrap(),
+        sector_size: SectorSize::B4096,
+        label: String::new(),
+        uuid: UUID.parse().unwrap(),
+    }
+}
+
+/// PBKDF2 with as few iterations as cryptsetup allows.
+pub fn quick_pbkdf2(hash: HashAlgorithm) -> KdfOptions {
+    KdfOptions::Pbkdf2 { hash, iterations: NonZeroU32::new(1000).unwrap() }
+}
+
+/// The volume key as cryptsetup knows it.
+pub fn cryptsetup_key(bench: &Workbench, disk: &Path) -> Vec<u8> {
+    let out = bench.path("volume-key");
+    let _ = std::fs::remove_file(&out);
+    let arguments = ["luksDump", "-q", "--dump-volume-key", "--key-file=key", "--volume-key-file=volume-key"];
+    bench.run("cryptsetup", arguments.into_iter().chain([disk.to_str().unwrap()]));
+    std::fs::read(out).unwrap()
+}
+
+/// The UUID of every volume that is made here.
 pub const UUID: &str = "b0a5a5a5-0001-4002-8003-00000000c0de";
 
 /// Options with as few iterations as cryptsetup allows.
@@ -134,4 +167,10 @@ pub fn key(len: usize) -> VolumeKey {
     let mut bytes = vec![0; len];
     noise(len as u64)(&mut bytes).unwrap();
     VolumeKey::new(bytes).unwrap()
+}
+
+/// SHA-256: the checksum of a header that a test has changed.
+pub fn sha256(bytes: &[u8]) -> [u8; 32] {
+    use sha2::Digest;
+    sha2::Sha256::digest(bytes).into()
 }

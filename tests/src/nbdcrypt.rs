@@ -13,7 +13,9 @@ pub fn binary() -> &'static Path {
         let profile = test.ancestors().nth(2).expect("a target folder");
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
-        build.args(["build", "--quiet", "--package", "nbdcrypt", "--manifest-path"]);
+        // The whole workspace, though one program is wanted: so its dependencies have the features that the tests were
+        // built with, and are not built again.
+        build.args(["build", "--quiet", "--locked", "--workspace", "--bin", "nbdcrypt", "--manifest-path"]);
         build.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml"));
         if profile.ends_with("release") {
             build.arg("--release");

@@ -250,10 +250,12 @@ fn nothing_of_the_secret_is_logged_at_any_level() {
     let mut account = Account::new("logged");
     account.put_secret(&MOTO, PASSWORD, "");
     account.client.set("TRACE", "1");
+    // What makes the SDK log secrets too.
+    account.client.set("LOG_SENSITIVE_BODIES", "true");
     let output = unlock(&account.client, &account.config(""));
     assert_eq!(output.stdout, PASSWORD.as_bytes());
     let log = String::from_utf8_lossy(&output.stderr);
-    assert!(log.contains("TRACE"), "the log is there at all");
+    assert!(log.contains("TRACE") && log.contains("GetObject"), "the log is there at all");
     let base64 = account.client.shell("base64 -w0 plaintext");
     let hex = account.client.shell("od -An -tx1 -v plaintext | tr -d ' \\n'");
     let decimals = PASSWORD.bytes().map(|byte| byte.to_string()).collect::<Vec<_>>().join(", ");

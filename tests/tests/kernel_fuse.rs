@@ -153,7 +153,14 @@ fn many_requests_at_once_come_back_as_they_were_written() {
     let attachment = attach(in_memory(64 * MIB, SectorSize::B512), &place);
     let file = format!("--filename={}", attachment.device().display());
     let work = ["--name=verify", &file, "--rw=randwrite", "--bsrange=512-128k", "--blockalign=512", "--size=64M"];
-    let how = ["--iodepth=32", "--ioengine=libaio", "--direct=1", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0"];
+    let how = [
+        "--iodepth=32",
+        "--ioengine=libaio",
+        "--direct=1",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+    ];
     run("fio", &[work.as_slice(), how.as_slice()].concat());
     attachment.detach().unwrap();
     place.expect_nothing_left();

@@ -2,7 +2,9 @@
 
 use engine::key::VolumeKey;
 use engine::luks::{self, HashAlgorithm, LuksError};
-use harness::luks::{PASSPHRASE, UUID, Workbench, format_luks1, key, open, run, store, try_run, unlock};
+use harness::luks::{
+    PASSPHRASE, UUID, Workbench, cryptsetup_key, format_luks1, key, open, run, store, try_run, unlock,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -12,16 +14,6 @@ fn cryptsetup_format(bench: &Workbench, disk: &str, extra: &[&str]) {
     let (key_file, disk) = (key_file.to_str().unwrap(), disk.to_str().unwrap());
     let arguments = ["luksFormat", "-q", "--type", "luks1", "--pbkdf-force-iterations", "1000", "--key-file", key_file];
     run("cryptsetup", arguments.iter().chain(extra).chain(&[disk]));
-}
-
-/// The volume key as cryptsetup knows it.
-fn cryptsetup_key(bench: &Workbench, disk: &str) -> Vec<u8> {
-    let (key_file, disk, out) = (bench.key_file(), bench.path(disk), bench.path("volume-key"));
-    let _ = std::fs::remove_file(&out);
-    let arguments = ["luksDump", "-q", "--dump-volume-key", "--key-file", key_file.to_str().unwrap()];
-    let out_arguments = ["--volume-key-file", out.to_str().unwrap(), disk.to_str().unwrap()];
-    run("cryptsetup", arguments.iter().chain(&out_arguments));
-    std::fs::read(out).unwrap()
 }
 
 #[test]
@@ -34,7 +26,7 @@ fn what_cryptsetup_formats_opens_with_the_same_key() {
             cryptsetup_format(&bench, "disk", &["--key-size", &key_bits.to_string(), "--hash", hash.name()]);
             let unlocked = unlock(&disk, PASSPHRASE).unwrap();
             assert_eq!(unlocked.key.bits(), key_bits);
-            assert_eq!(unlocked.key.expose(), cryptsetup_key(&bench, "disk"), "{key_bits} bits, {hash}");
+            assert_eq!(unlocked.key.expose(), cryptsetup_key(&bench, disk.as_ref()), "{key_bits} bits, {hash}");
             assert_eq!(unlocked.segment.offset + unlocked.segment.len, 16 * MIB);
         }
     }
@@ -52,7 +44,7 @@ fn what_we_format_cryptsetup_takes() {
             run("cryptsetup", ["isLuks", "--type", "luks1", disk]);
             assert_eq!(run("cryptsetup", ["luksUUID", disk]).trim(), UUID);
             run("cryptsetup", ["open", "--test-passphrase", "--key-file", key_file.to_str().unwrap(), disk]);
-            assert_eq!(cryptsetup_key(&bench, "disk"), key(key_len).expose(), "{key_len} bytes, {hash}");
+            assert_eq!(cryptsetup_key(&bench, disk.as_ref()), key(key_len).expose(), "{key_len} bytes, {hash}");
             let dump = try_run("cryptsetup", ["luksDump", disk]);
             assert!(dump.status.success() && dump.stderr.is_empty(), "{dump:?}");
             assert_eq!(open(disk.as_ref()).len() % 512, 0);
@@ -86,7 +78,7 @@ fn a_dump_is_what_cryptsetup_prints_and_names_the_encryption() {
         let disk = disk.to_str().unwrap();
         let ours = luks::dump(store(disk.as_ref()).as_ref()).unwrap();
         assert_eq!(ours.encryption(), Some(encryption));
-        let ours = ours.display(disk).to_string();
+        let ours = ours.display(disk);
         let (own, shared): (Vec<&str>, Vec<&str>) = ours.lines().partition(|line| line.starts_with("Encryption:"));
         assert_eq!(own, [format!("Encryption:    \t{encryption}")]);
         assert_eq!(shared, run("cryptsetup", ["luksDump", disk]).lines().collect::<Vec<_>>());
@@ -101,6 +93,6 @@ fn a_hash_that_we_do_not_do_is_refused_by_name_and_still_shown() {
     cryptsetup_format(&bench, "disk", &["--hash", "whirlpool"]);
     let error = unlock(&disk, PASSPHRASE).unwrap_err();
     assert!(matches!(error, LuksError::Unsupported { .. }) && error.to_string().contains("hash whirlpool"), "{error}");
-    let dump = luks::dump(store(&disk).as_ref()).unwrap().display("it").to_string();
+    let dump = luks::dump(store(&disk).as_ref()).unwrap().display("it");
     assert!(dump.contains("Hash spec:     \twhirlpool\n"), "{dump}");
 }

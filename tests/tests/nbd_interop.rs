@@ -201,8 +201,11 @@ fn fio_verifies_what_it_wrote() {
         &["--rw=randtrim", "--bs=64k", "--iodepth=8"],
     ] {
         let always = ["--name=verify", "--ioengine=nbd", &uri, "--size=64M", "--io_size=48M", "--randseed=7"];
-        let verify: &[&str] =
-            if job[0].contains("trim") { &[] } else { &["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--do_verify=1"] };
+        let verify: &[&str] = if job[0].contains("trim") {
+            &[]
+        } else {
+            &["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--do_verify=1"]
+        };
         run("fio", &[&always[..], verify, job].concat());
     }
 }

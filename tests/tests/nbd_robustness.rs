@@ -122,7 +122,7 @@ fn ten_thousand_clients_are_served_in_turn() {
         match number % 4 {
             // Some come and go, some stop half-way, some are served.
             0 => drop(server.connect()),
-            1 => drop(server.connect().haggle(NBD_FLAG_C_FIXED_NEWSTYLE).send_option(NBD_OPT_LIST, &[])),
+            1 => server.connect().haggle(NBD_FLAG_C_FIXED_NEWSTYLE).send_option(NBD_OPT_LIST, &[]),
             2 => assert_eq!(server.client().read(0, 16).map(|bytes| bytes.len()), Ok(16)),
             _ => {
                 let mut client = server.client();

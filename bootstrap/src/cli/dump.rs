@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use engine::luks::luks1;
+use engine::luks::{self, Dump, luks1, luks2};
 use engine::store::{Access, Caching, FileStore};
 use serde_json::json;
 
@@ -23,14 +23,34 @@ pub(super) fn run(args: Args) -> Result<()> {
     // No lock: a header may be looked at while its volume is up.
     let disk =
         FileStore::open(path, Access::ReadOnly, Caching::PageCache).with_context(|| path.display().to_string())?;
-    let header = luks1::read_header(&disk).with_context(|| path.display().to_string())?;
+    let header = luks::dump(&disk).with_context(|| path.display().to_string())?;
     if args.json {
         return tell(format_args!("{:#}\n", as_json(&header)));
     }
     tell(header.display(&path.display().to_string()))
 }
 
-fn as_json(header: &luks1::Header) -> serde_json::Value {
+fn as_json(dump: &Dump) -> serde_json::Value {
+    match dump {
+        Dump::Luks1(header) => luks1_as_json(header),
+        Dump::Luks2(header) => luks2_as_json(header),
+    }
+}
+
+/// The binary header's fields, and the JSON area as it stands.
+fn luks2_as_json(header: &luks2::Header) -> serde_json::Value {
+    json!({
+        "version": 2,
+        "uuid": header.binary.uuid.to_string(),
+        "label": header.binary.label,
+        "subsystem": header.binary.subsystem,
+        "sequence-id": header.binary.sequence_id,
+        "algorithm": header.encryption(),
+        "metadata": header.metadata.json,
+    })
+}
+
+fn luks1_as_json(header: &luks1::Header) -> serde_json::Value {
     let keyslots: Vec<_> = header
         .keyslots
         .iter()

@@ -1,12 +1,13 @@
 //! The command line: what there is to type, and which file carries it out.
 
 mod background;
+mod bench;
 mod demo;
 mod down;
 mod dump;
 mod format;
 mod plan;
-//mod provision;
+mod provision;
 mod serve;
 mod status;
 mod up;
@@ -37,6 +38,8 @@ pub struct Cli {
 enum Command {
     /// The whole job on this machine, with no cloud account, and cleaned up after.
     Demo(demo::Args),
+    /// Make the volume's secret: encrypt it with KMS, then store it in S3.
+    Provision(provision::Args),
     /// Unlock the volume, or format it if the disk is blank; attach, make a filesystem if there is none, and mount.
     Up(up::Args),
     /// Unmount, detach, and stop the server; the key is wiped.
@@ -51,6 +54,8 @@ enum Command {
     Serve(serve::Args),
     /// The header of a volume, as `cryptsetup luksDump` shows it.
     Dump(dump::Args),
+    /// Throughput on this machine.
+    Bench(bench::Args),
 }
 
 /// Carries out what was typed. Errors are told here, on standard error.
@@ -71,6 +76,7 @@ fn dispatch(cli: Cli) -> Result<()> {
     let base = &cli.run_dir;
     match cli.command {
         Command::Demo(args) => demo::run(args),
+        Command::Provision(args) => provision::run(args),
         Command::Up(args) => up::run(args, base),
         Command::Down(args) => down::run(args, base),
         Command::Plan(args) => plan::run(args, base),
@@ -78,6 +84,7 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Format(args) => format::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Dump(args) => dump::run(args),
+        Command::Bench(args) => bench::run(args),
     }
 }
 
@@ -113,17 +120,26 @@ fn in_one(error: &anyhow::Error) -> String {
 
 fn log_to_stderr(verbose: u8) {
     use tracing::level_filters::LevelFilter;
+    use tracing_subscriber::Layer;
+    use tracing_subscriber::filter::Targets;
+    use tracing_subscriber::layer::SubscriberExt;
+    use tracing_subscriber::util::SubscriberInitExt;
     let level = match verbose {
         0 => LevelFilter::WARN,
         1 => LevelFilter::INFO,
         2 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    tracing_subscriber::fmt()
-        .with_max_level(level)
+    // Other crates tell no more than warnings: what the SDK tells of its requests could hold what nobody may see.
+    let told = Targets::new()
+        .with_default(LevelFilter::WARN)
+        .with_target("bootstrap", level)
+        .with_target("nbd_server", level)
+        .with_target("engine", level);
+    let to_stderr = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
-        .without_time()
-        .init();
+        .without_time();
+    tracing_subscriber::registry().with(to_stderr.with_filter(told)).init();
 }

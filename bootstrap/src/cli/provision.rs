@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use super::tell;
 use crate::config::Config;
 use crate::provision;
 
@@ -20,6 +21,8 @@ pub(super) fn run(args: Args) -> Result<()> {
     let config = Config::load(&args.config)?;
     crate::process::protect_secrets();
     let made = provision::provision(&config, args.replace)?;
-    println!("{made}");
-    Ok(())
+    if let Err(error) = &made.read_back {
+        tracing::warn!("the secret is stored, but could not be read back to be checked: {error}");
+    }
+    tell(format_args!("{}: a new secret, encrypted under {}\n", made.object, made.key_arn))
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use engine::key::VolumeKey;
-use engine::luks::{self, Limits, UnlockedVolume, luks1, plain};
+use engine::luks::{self, Limits, LockedVolume, UnlockedVolume, luks1, plain};
 use engine::signature::{self, Content};
 use engine::store::BlockStore;
 use engine::volume::Volume;
@@ -69,7 +69,10 @@ impl Step for Unlock {
                     let UnlockedVolume { key, segment, keyslot } =
                         locked.unlock(disk.as_ref(), &passphrase).with_context(name)?;
                     boot.facts.keyslot = Some(keyslot);
-                    boot.facts.kind = Some("LUKS1");
+                    boot.facts.kind = Some(match locked {
+                        LockedVolume::Luks1(_) => "LUKS1",
+                        LockedVolume::Luks2(_) => "LUKS2",
+                    });
                     (key, segment)
                 }
                 Content::Blank | Content::Unfinished => {

@@ -48,6 +48,24 @@ pub enum LuksError {
         /// How many are allowed.
         limit: u32,
     },
+    /// The header asks for more memory, passes or lanes of Argon2 than is allowed.
+    #[error("its header asks for {field} of {found}, more than the {limit} allowed; raise the limit if you trust it")]
+    TooExpensive {
+        /// The field that asks.
+        field: String,
+        /// How much it asks for.
+        found: u32,
+        /// How much is allowed.
+        limit: u32,
+    },
+    /// There is not so much memory as Argon2 needs.
+    #[error("keyslot {keyslot} needs {kib} KiB of memory to open, which are not to be had")]
+    OutOfMemory {
+        /// The keyslot, from 0.
+        keyslot: usize,
+        /// The memory in KiB.
+        kib: u32,
+    },
     /// The header stands apart from the data.
     #[error("it is a detached header: the data is on another disk, which nbdcrypt does not do yet")]
     Detached,

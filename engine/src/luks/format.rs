@@ -30,11 +30,16 @@ const HEAD: usize = 4096;
 const WIPED: u64 = 1 << 20;
 /// Where the secondary header of an old LUKS2 volume with metadata of the largest size is.
 const FARTHEST_LUKS2_HEADER: u64 = 4 << 20;
-/// Bytes from the start of the disk that [`PendingFormat::abandon`] makes blank.
-const ABANDONED: u64 = (2 << 20) + WIPED;
+/// Bytes from the start of the disk that [`PendingFormat::abandon`] makes blank: the longest header there is.
+const ABANDONED: u64 = (16 << 20) + WIPED;
 
 /// All that stands before the data of a finished volume, from the first byte of the disk on.
-pub(super) struct HeaderImage(pub(super) Vec<u8>);
+pub(super) struct HeaderImage {
+    /// The bytes.
+    pub(super) bytes: Vec<u8>,
+    /// Where a second header begins, which makes a volume just as the first one does.
+    pub(super) secondary: Option<usize>,
+}
 
 /// A volume that can be written to and does not exist yet.
 ///
@@ -48,15 +53,19 @@ pub(super) struct HeaderImage(pub(super) Vec<u8>);
 pub struct PendingFormat {
     key: VolumeKey,
     segment: Segment,
-    head: Head,
+    head: HeldBack,
+    secondary: Option<HeldBack>,
 }
 
-/// The first bytes of the disk, as they shall be.
-struct Head(AlignedBuffer);
+/// Bytes that are written last.
+struct HeldBack {
+    offset: u64,
+    bytes: AlignedBuffer,
+}
 
-impl std::fmt::Debug for Head {
+impl std::fmt::Debug for HeldBack {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} bytes", self.0.len())
+        write!(f, "{} bytes at {}", self.bytes.len(), self.offset)
     }
 }
 
@@ -98,14 +107,19 @@ impl PendingFormat {
     /// What the disk said. It then carries the marker or a whole volume, as far as it can be trusted at all.
     pub fn commit(self, store: &dyn BlockStore) -> Result<UnlockedVolume, LuksError> {
         // All but sector 0, and what the caller wrote, are flushed before sector 0, which alone decides.
-        let mut head = AlignedBuffer::zeroed(self.head.0.len());
-        head.copy_from_slice(&self.head.0);
-        put_marker(&mut head);
-        store.write_at(&head, 0)?;
+        let head = &self.head.bytes;
+        let mut marked = AlignedBuffer::zeroed(head.len());
+        marked.copy_from_slice(head);
+        put_marker(&mut marked);
+        store.write_at(&marked, 0)?;
         store.flush()?;
         // A disk of larger blocks writes the same bytes over the rest of the block: torn, they are right all the same.
-        store.write_at(&self.head.0[..SECTOR.max(store.alignment())], 0)?;
+        store.write_at(&head[..SECTOR.max(store.alignment())], 0)?;
         store.flush()?;
+        if let Some(HeldBack { offset, bytes }) = &self.secondary {
+            store.write_at(bytes, *offset)?;
+            store.flush()?;
+        }
         Ok(UnlockedVolume { key: self.key, segment: self.segment, keyslot: 0 })
     }
 
@@ -128,26 +142,35 @@ pub(super) fn begin_format(
     key: VolumeKey,
     segment: Segment,
 ) -> Result<PendingFormat, LuksError> {
-    let HeaderImage(image) = image;
+    let HeaderImage { mut bytes, secondary } = image;
     let unit = SECTOR.max(store.alignment());
     if segment.len == 0 {
         return Err(LuksError::TooSmall { needed: segment.offset + unit as u64, available: store.len() });
     }
-    let head_len = HEAD.max(unit);
-    if image.len() % head_len != 0 {
-        let text = format!("a header of {} bytes does not fit the disk's blocks of {unit} bytes", image.len());
+    let held_len = HEAD.max(unit);
+    if !(bytes.len() | secondary.unwrap_or(0)).is_multiple_of(held_len) {
+        let text = format!("a header of {} bytes does not fit the disk's blocks of {unit} bytes", bytes.len());
         return Err(io::Error::new(io::ErrorKind::Unsupported, text).into());
     }
-    let mut marked = AlignedBuffer::zeroed(head_len);
+    let head = hold_back(&mut bytes, 0, held_len);
+    let secondary = secondary.map(|offset| hold_back(&mut bytes, offset, held_len));
+    let mut marked = AlignedBuffer::zeroed(held_len);
     put_marker(&mut marked);
     store.write_at(&marked, 0)?;
     store.flush()?;
-    store.write_at(&image[head_len..], head_len as u64)?;
+    store.write_at(&bytes[held_len..], held_len as u64)?;
     wipe_signatures(store, segment)?;
     store.flush()?;
-    let mut head = AlignedBuffer::zeroed(head_len);
-    head.copy_from_slice(&image[..head_len]);
-    Ok(PendingFormat { key, segment, head: Head(head) })
+    Ok(PendingFormat { key, segment, head, secondary })
+}
+
+/// Takes `len` bytes out of the image and leaves zeros in their place.
+fn hold_back(image: &mut [u8], offset: usize, len: usize) -> HeldBack {
+    let place = &mut image[offset..offset + len];
+    let mut bytes = AlignedBuffer::zeroed(len);
+    bytes.copy_from_slice(place);
+    place.fill(0);
+    HeldBack { offset: offset as u64, bytes }
 }
 
 /// Zeros where a filesystem, a partition table, RAID or LUKS could have left something behind in the data's room.

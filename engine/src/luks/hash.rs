@@ -58,6 +58,9 @@ impl HashAlgorithm {
     /// Every hash there is.
     pub const ALL: [Self; 6] = [Self::Sha1, Self::Sha224, Self::Sha256, Self::Sha384, Self::Sha512, Self::Ripemd160];
 
+    /// Every hash, for an error about another one.
+    pub(in crate::luks) const SUPPORTED: &str = "it does sha1, sha224, sha256, sha384, sha512 and ripemd160";
+
     /// The hash of that name, in either case, as cryptsetup reads it.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|hash| hash.name().eq_ignore_ascii_case(name))

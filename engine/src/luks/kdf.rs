@@ -1,9 +1,10 @@
-//! From a passphrase to a keyslot's key: PBKDF2 (RFC 8018, section 5.2) with HMAC.
+//! From a passphrase to a keyslot's key: PBKDF2 (RFC 8018, section 5.2) with HMAC, and Argon2 (RFC 9106).
 
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use zeroize::Zeroizing;
+use argon2::{Algorithm, Argon2, Block, Params, Version};
+use zeroize::{Zeroize, Zeroizing};
 
 use super::hash::{HashAlgorithm, with_hash};
 
@@ -23,6 +24,64 @@ pub fn pbkdf2(
     key
 }
 
+/// What Argon2 shall cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Argon2Cost {
+    /// Passes over the memory.
+    pub time: u32,
+    /// Memory in KiB.
+    pub memory: u32,
+    /// Lanes, each computed by a thread of its own.
+    pub lanes: u32,
+}
+
+/// Why [`argon2`] gave no key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Argon2Error {
+    /// There is not so much memory, or there are no threads to be had.
+    OutOfMemory,
+    /// A cost, or the length of the salt, that Argon2 does not allow.
+    Parameters,
+}
+
+/// `Argon2i(id)(password, salt, cost, len)`, version 1.3, with threads that end before it returns.
+///
+/// # Errors
+/// [`Argon2Error`]; a lack of memory is found before any work is done.
+pub fn argon2(
+    is_id: bool,
+    password: &[u8],
+    salt: &[u8],
+    cost: Argon2Cost,
+    len: usize,
+) -> Result<Zeroizing<Vec<u8>>, Argon2Error> {
+    let algorithm = if is_id { Algorithm::Argon2id } else { Algorithm::Argon2i };
+    let params = Params::new(cost.memory, cost.time, cost.lanes, Some(len)).map_err(|_| Argon2Error::Parameters)?;
+    let mut memory: Vec<Block> = Vec::new();
+    memory.try_reserve_exact(params.block_count()).map_err(|_| Argon2Error::OutOfMemory)?;
+    let mut key = Zeroizing::new(vec![0; len]);
+    let compute = || {
+        memory.resize(params.block_count(), Block::new());
+        let result = Argon2::new(algorithm, Version::V0x13, params).hash_password_into_with_memory(
+            password,
+            salt,
+            &mut key,
+            &mut memory,
+        );
+        memory.zeroize();
+        result.map_err(|_| Argon2Error::Parameters)
+    };
+    if cost.lanes == 1 {
+        compute()?;
+    } else {
+        // A pool of its own: a thread that stayed behind would be in the way of whoever forks later.
+        let threads = usize::try_from(cost.lanes).unwrap_or(usize::MAX);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.map_err(|_| Argon2Error::OutOfMemory)?.install(compute)?;
+    }
+    Ok(key)
+}
+
 /// How many iterations of [`pbkdf2`] for a key of `len` bytes take about `target` on this machine, and never fewer than
 /// [`MIN_ITERATIONS`]. The `clock` tells the time since any fixed moment; it must not go backwards.
 ///
@@ -33,6 +92,30 @@ pub fn calibrate(hash: HashAlgorithm, len: usize, target: Duration, clock: &mut 
         pbkdf2(hash, b"calibration", &[0; 32], iterations, len);
         clock().saturating_sub(start)
     })
+}
+
+/// What Argon2id may cost to take about `target` on this machine with so many lanes: at most `max_memory` KiB, and more
+/// passes where that is too quick. Like cryptsetup's, it has at least 4 passes and 32 MiB.
+///
+/// # Errors
+/// [`Argon2Error`] when even the trial, over 64 MiB, is not to be had.
+pub fn calibrate_argon2id(
+    target: Duration,
+    max_memory: u32,
+    lanes: u32,
+    clock: &mut dyn FnMut() -> Duration,
+) -> Result<Argon2Cost, Argon2Error> {
+    const MIN_TIME: u32 = 4;
+    const MIN_MEMORY: u32 = 32 << 10;
+    let trial = Argon2Cost { time: MIN_TIME, memory: max_memory.clamp(MIN_MEMORY, 64 << 10), lanes };
+    let start = clock();
+    argon2(true, b"calibration", &[0; 32], trial, 64)?;
+    let took = clock().saturating_sub(start).as_nanos().max(1);
+    let affordable = |cost: u32| u32::try_from(u128::from(cost) * target.as_nanos() / took).unwrap_or(u32::MAX);
+    let memory = affordable(trial.memory).clamp(MIN_MEMORY, max_memory.max(MIN_MEMORY));
+    // The trial's work, in passes over a KiB, scaled to the target, over this memory.
+    let work = affordable(trial.time.saturating_mul(trial.memory));
+    Ok(Argon2Cost { time: (work / memory).max(MIN_TIME), memory, lanes })
 }
 
 /// The number of iterations that take `target`, given what `run` says so many took: doubles the trial until it has
@@ -63,6 +146,34 @@ mod tests {
         let key = pbkdf2(HashAlgorithm::Sha256, b"passwd", b"salt", NonZeroU32::MIN, 64);
         assert_eq!(key[..8], [0x55, 0xac, 0x04, 0x6e, 0x56, 0xe3, 0x08, 0x9f]);
         assert_eq!(key[60..], [0xd3, 0xa1, 0x97, 0x83]);
+    }
+
+    #[test]
+    fn argon2_is_the_reference_program_s() {
+        // echo -n password | argon2 somesalt -i|-id -t 3 -k 64 -p 4 -l 16 -r
+        let cost = Argon2Cost { time: 3, memory: 64, lanes: 4 };
+        let key = argon2(false, b"password", b"somesalt", cost, 16).unwrap();
+        assert_eq!(key[..8], [0x08, 0xe6, 0xb9, 0x7f, 0x72, 0x43, 0xd5, 0xd2]);
+        let key = argon2(true, b"password", b"somesalt", cost, 16).unwrap();
+        assert_eq!(key[..8], [0x77, 0x3c, 0xbd, 0xd5, 0x91, 0x64, 0x9d, 0xfd]);
+        let threads = Argon2Cost { lanes: 0, ..cost };
+        assert_eq!(argon2(true, b"password", b"somesalt", threads, 16), Err(Argon2Error::Parameters));
+        assert!(argon2(true, b"password", b"x", Argon2Cost { lanes: 1, ..cost }, 16).is_err(), "a salt of one byte");
+    }
+
+    #[test]
+    fn argon2_takes_as_much_memory_as_the_time_allows_and_then_more_passes() {
+        // A clock that says each trial took a tenth of a second.
+        let mut now = Duration::ZERO;
+        let mut clock = || {
+            now += Duration::from_millis(100);
+            now
+        };
+        let mut cost =
+            |millis, max_memory| calibrate_argon2id(Duration::from_millis(millis), max_memory, 1, &mut clock).unwrap();
+        assert_eq!(cost(1000, 4 << 20), Argon2Cost { time: 4, memory: 640 << 10, lanes: 1 });
+        assert_eq!(cost(1000, 64 << 10), Argon2Cost { time: 40, memory: 64 << 10, lanes: 1 });
+        assert_eq!(cost(1, 4 << 20), Argon2Cost { time: 4, memory: 32 << 10, lanes: 1 });
     }
 
     #[test]

@@ -4,9 +4,9 @@ use std::io;
 
 use zeroize::Zeroizing;
 
-use super::Random;
 use super::af;
 use super::hash::HashAlgorithm;
+use super::{LuksError, Random};
 use crate::key::{VolumeKey, VolumeKeyError};
 use crate::sector::{Lba512, SectorSize};
 use crate::xts::Xts;
@@ -17,6 +17,30 @@ pub(super) const STRIPES: usize = 4000;
 /// Bytes of key material that a key of `key_len` bytes takes, up to a whole sector.
 pub(super) fn material_len(key_len: usize) -> usize {
     (key_len * STRIPES).next_multiple_of(SectorSize::B512.bytes())
+}
+
+/// Every cipher, for an error about another one.
+pub(super) const SUPPORTED_CIPHERS: &str = "it does aes-xts-plain64 with 512 or 256 bits";
+
+/// The length in bytes of the key of a volume or a keyslot, if it is encrypted with what nbdcrypt does.
+///
+/// # Errors
+/// [`LuksError::Unsupported`], with the cipher's name.
+pub(super) fn key_len(cipher: &str, key_bytes: u32) -> Result<usize, LuksError> {
+    match (cipher, key_bytes) {
+        ("aes-xts-plain64", 32) => Ok(VolumeKey::AES_128),
+        ("aes-xts-plain64", 64) => Ok(VolumeKey::AES_256),
+        _ => Err(LuksError::Unsupported {
+            what: "cipher",
+            found: format!("{cipher} with a key of {} bits", u64::from(key_bytes) * 8),
+            supported: SUPPORTED_CIPHERS,
+        }),
+    }
+}
+
+/// What the encryption is called, where nbdcrypt does it.
+pub(super) fn encryption(cipher: &str, key_bytes: u32) -> Option<&'static str> {
+    key_len(cipher, key_bytes).ok().map(|len| if len == VolumeKey::AES_256 { "AES-256-XTS" } else { "AES-128-XTS" })
 }
 
 /// The key that `material` holds, if `slot_key` is the right one; else noise. `material` is decrypted where it stands.

@@ -3,7 +3,7 @@
 //! ```text
 //!   read ─► LockedVolume ─► unlock(passphrase) ─► UnlockedVolume { key, segment }
 //!
-//!   luks1::begin(passphrase, key) ─► PendingFormat { key, segment } ─► commit ─► a volume
+//!   luks2::begin(passphrase, key) ─► PendingFormat { key, segment } ─► commit ─► a volume
 //!                                                                   └► abandon ─► a blank disk
 //! ```
 //!
@@ -14,12 +14,13 @@ mod af;
 mod error;
 mod format;
 mod hash;
+mod hex;
 pub mod kdf;
 mod keyslot;
 pub mod luks1;
+pub mod luks2;
 pub mod plain;
 
-use std::fmt;
 use std::io;
 use std::num::NonZeroU32;
 
@@ -56,11 +57,33 @@ pub struct Limits {
     /// The most PBKDF2 iterations of one keyslot or digest. The default, 100 million, is ten seconds and more on today's
     /// machines; cryptsetup's own choice, two seconds' worth, is a few million.
     pub iterations: NonZeroU32,
+    /// The most memory that Argon2 may take, in KiB. The default, 4 GiB, is the most that cryptsetup ever makes.
+    pub argon2_memory: u32,
+    /// The most passes of Argon2 over its memory. The default is 100; cryptsetup makes 4 and a few more.
+    pub argon2_time: u32,
+    /// The most lanes of Argon2, each a thread. The default is 16; cryptsetup makes 4 at most.
+    pub argon2_lanes: u32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { iterations: NonZeroU32::MIN.saturating_add(99_999_999) }
+        Self {
+            iterations: NonZeroU32::MIN.saturating_add(99_999_999),
+            argon2_memory: 4 << 20,
+            argon2_time: 100,
+            argon2_lanes: 16,
+        }
+    }
+}
+
+impl Limits {
+    /// So many iterations, as `field` asks for them, if that is allowed.
+    fn iterations(&self, field: impl Fn() -> String, found: u32) -> Result<NonZeroU32, LuksError> {
+        let iterations = NonZeroU32::new(found).ok_or_else(|| LuksError::corrupt(field(), "0"))?;
+        if iterations > self.iterations {
+            return Err(LuksError::TooManyIterations { field: field(), found, limit: self.iterations.get() });
+        }
+        Ok(iterations)
     }
 }
 
@@ -68,7 +91,9 @@ impl Default for Limits {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LockedVolume {
     /// A LUKS1 volume.
-    Luks1(luks1::Locked),
+    Luks1(Box<luks1::Locked>),
+    /// A LUKS2 volume.
+    Luks2(Box<luks2::Locked>),
 }
 
 /// A volume with its key.
@@ -86,7 +111,9 @@ pub struct UnlockedVolume {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Dump {
     /// The header of a LUKS1 volume.
-    Luks1(luks1::Header),
+    Luks1(Box<luks1::Header>),
+    /// The header of a LUKS2 volume.
+    Luks2(Box<luks2::Header>),
 }
 
 /// Reads the header of the volume on `store`, to be shown.
@@ -94,14 +121,20 @@ pub enum Dump {
 /// # Errors
 /// [`LuksError`] when there is none, or it is corrupt.
 pub fn dump(store: &dyn BlockStore) -> Result<Dump, LuksError> {
-    luks1::read_header(store).map(Dump::Luks1)
+    match luks1::read_header(store) {
+        Err(LuksError::Version(2) | LuksError::NotLuks) => {
+            luks2::read_header(store).map(|header| Dump::Luks2(Box::new(header)))
+        }
+        header => header.map(|header| Dump::Luks1(Box::new(header))),
+    }
 }
 
 impl Dump {
     /// The text that `cryptsetup luksDump` prints for the disk of that name, and the name of the encryption.
-    pub fn display(&self, disk: &str) -> impl fmt::Display {
+    pub fn display(&self, disk: &str) -> String {
         match self {
-            Self::Luks1(header) => header.display(disk),
+            Self::Luks1(header) => header.display(disk).to_string(),
+            Self::Luks2(header) => header.display().to_string(),
         }
     }
 
@@ -110,6 +143,7 @@ impl Dump {
     pub fn encryption(&self) -> Option<&'static str> {
         match self {
             Self::Luks1(header) => header.encryption(),
+            Self::Luks2(header) => header.encryption(),
         }
     }
 }
@@ -119,7 +153,13 @@ impl Dump {
 /// # Errors
 /// [`LuksError`] when there is none, or it is corrupt, or asks for what nbdcrypt does not do or for too much work.
 pub fn read(store: &dyn BlockStore, limits: &Limits) -> Result<LockedVolume, LuksError> {
-    luks1::read(store, limits).map(LockedVolume::Luks1)
+    match luks1::read(store, limits) {
+        // Without its first header, it may still have its second.
+        Err(LuksError::Version(2) | LuksError::NotLuks) => {
+            luks2::read(store, limits).map(|volume| LockedVolume::Luks2(Box::new(volume)))
+        }
+        volume => volume.map(|volume| LockedVolume::Luks1(Box::new(volume))),
+    }
 }
 
 impl LockedVolume {
@@ -131,6 +171,7 @@ impl LockedVolume {
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         match self {
             Self::Luks1(volume) => volume.unlock(store, passphrase),
+            Self::Luks2(volume) => volume.unlock(store, passphrase),
         }
     }
 
@@ -138,6 +179,7 @@ impl LockedVolume {
     pub fn segment(&self) -> Segment {
         match self {
             Self::Luks1(volume) => volume.segment(),
+            Self::Luks2(volume) => volume.segment(),
         }
     }
 
@@ -145,6 +187,7 @@ impl LockedVolume {
     pub fn uuid(&self) -> Uuid {
         match self {
             Self::Luks1(volume) => volume.header().uuid,
+            Self::Luks2(volume) => volume.header().binary.uuid,
         }
     }
 
@@ -152,6 +195,7 @@ impl LockedVolume {
     pub fn key_bits(&self) -> usize {
         match self {
             Self::Luks1(volume) => volume.key_bits(),
+            Self::Luks2(volume) => volume.key_bits(),
         }
     }
 }

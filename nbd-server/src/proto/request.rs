@@ -48,6 +48,15 @@ pub enum Command {
 }
 
 impl Command {
+    /// The bytes it is about; none for a flush.
+    pub fn range(&self) -> Option<Range> {
+        match *self {
+            Self::Read(range) | Self::Cache(range) => Some(range),
+            Self::Write { range, .. } | Self::Trim { range, .. } | Self::WriteZeroes { range, .. } => Some(range),
+            Self::Flush => None,
+        }
+    }
+
     /// How many bytes of payload come with the request or its reply, which is how large a buffer it needs.
     pub fn payload_len(&self) -> usize {
         match self {

@@ -600,3 +600,95 @@ fn yield_once() -> impl Future<Output = ()> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use engine::sector::SectorSize;
+    use engine::store::MemoryStore;
+    use engine::volume::Volume;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::proto::transcript::GOOD_HANDSHAKE;
+    use crate::server::{Server, Settings};
+
+    fn request(kind: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+        let mut bytes = crate::proto::wire::NBD_REQUEST_MAGIC.to_be_bytes().to_vec();
+        bytes.extend(0u16.to_be_bytes());
+        bytes.extend(kind.to_be_bytes());
+        bytes.extend(cookie.to_be_bytes());
+        bytes.extend(offset.to_be_bytes());
+        bytes.extend(len.to_be_bytes());
+        bytes
+    }
+
+    /// Sends the pieces one by one over a stream that holds `capacity` bytes; what the server said, to the end.
+    async fn converse(server: &Server, pieces: Vec<Vec<u8>>, capacity: usize) -> Vec<u8> {
+        let (client, ours) = ::tokio::io::duplex(capacity);
+        let (_trigger, shutdown) = crate::shutdown();
+        let (mut reader, mut writer) = ::tokio::io::split(client);
+        let mut heard = Vec::new();
+        let (_, served, read) = ::tokio::join!(
+            async {
+                for piece in pieces {
+                    writer.write_all(&piece).await.unwrap();
+                    ::tokio::task::yield_now().await;
+                }
+            },
+            server.serve_stream(ours, shutdown),
+            reader.read_to_end(&mut heard),
+        );
+        served.unwrap();
+        read.unwrap();
+        heard
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn the_session_answers_the_same_however_the_stream_is_cut(
+            writes in prop::collection::vec((0..200_000u64, 0..30_000u32), 1..6),
+            cuts in prop::collection::vec(1..5000usize, 1..20),
+            capacity in prop::sample::select(vec![16, 100, 4096, 1 << 20]),
+        ) {
+            let volume = Volume::plaintext(Arc::new(MemoryStore::zeroed(256 * 1024)), SectorSize::B512).unwrap();
+            let exports = Exports::new([Export::new("", Arc::new(volume))]).unwrap();
+            // One worker: the replies come in the order of the requests.
+            let server = Server::new(exports, Settings { workers: 1, ..Settings::default() }).unwrap();
+            let mut model = vec![0; 256 * 1024];
+            let mut bytes = GOOD_HANDSHAKE.to_vec();
+            let mut expected = Vec::new();
+            for (cookie, (offset, len)) in (0u8..).zip(writes) {
+                let data = vec![cookie + 1; len as usize];
+                bytes.extend(request(1, u64::from(cookie), offset, len));
+                bytes.extend(&data);
+                let at = usize::try_from(offset).unwrap();
+                model[at..at + data.len()].copy_from_slice(&data);
+                expected.push(cookie);
+            }
+            bytes.extend(request(2, 0, 0, 0));
+            let mut rest = bytes.as_slice();
+            let mut pieces = Vec::new();
+            for cut in cuts.iter().cycle() {
+                if rest.is_empty() {
+                    break;
+                }
+                let (piece, more) = rest.split_at((*cut).min(rest.len()));
+                pieces.push(piece.to_vec());
+                rest = more;
+            }
+            let runtime = ::tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let heard = runtime.block_on(converse(&server, pieces, capacity));
+            let replies = &heard[heard.len() - expected.len() * 16..];
+            let mut cookies: Vec<u8> = replies.chunks(16).map(|reply| reply[15]).collect();
+            prop_assert!(replies.chunks(16).all(|reply| reply[4..8] == [0; 4]));
+            cookies.sort_unstable();
+            prop_assert_eq!(cookies, expected);
+            // Writes of one connection may overtake each other, so each place holds the last or an overlapping one.
+            let mut disk = vec![0; model.len()];
+            server.exports().all()[0].volume().read(0, &mut disk).unwrap();
+            prop_assert!(disk.iter().zip(&model).all(|(disk, model)| (*disk == 0) == (*model == 0)));
+        }
+    }
+}

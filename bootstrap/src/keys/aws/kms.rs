@@ -5,6 +5,8 @@ use std::mem;
 use aws_sdk_kms::primitives::Blob;
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use tracing::instrument::WithSubscriber;
+use tracing::subscriber::NoSubscriber;
 use zeroize::Zeroizing;
 
 use super::answer::{Answer, answer, common};
@@ -32,7 +34,7 @@ pub(super) async fn decrypt(
                 .ciphertext_blob(Blob::new(ciphertext))
                 .set_key_id(config.kms_key.clone())
                 .set_encryption_context(context(config));
-            let decrypted = request.send().await.map_err(|error| failure(&error, session, &asked))?;
+            let decrypted = silent(request.send()).await.map_err(|error| failure(&error, session, &asked))?;
             // Moved, not copied. What HTTP and TLS held of the answer is out of reach, and freed without being wiped.
             Ok(Zeroizing::new(decrypted.plaintext.map(Blob::into_inner).unwrap_or_default()))
         },
@@ -60,7 +62,7 @@ pub(super) async fn encrypt(
                 .set_encryption_context(context(config))
                 // The SDK's copies of it are out of reach, and freed without being wiped.
                 .plaintext(Blob::new(secret));
-            let encrypted = request.send().await.map_err(|error| failure(&error, session, &asked))?;
+            let encrypted = silent(request.send()).await.map_err(|error| failure(&error, session, &asked))?;
             let key = encrypted.key_id.unwrap_or_else(|| asked.key.clone());
             Ok((encrypted.ciphertext_blob.map(Blob::into_inner).unwrap_or_default(), key))
         },
@@ -77,6 +79,12 @@ pub(super) fn without_newlines(mut plaintext: Zeroizing<Vec<u8>>) -> Vec<u8> {
     let len = plaintext.iter().rposition(|&byte| byte != b'\n').map_or(0, |last| last + 1);
     plaintext.truncate(len);
     mem::take(&mut *plaintext)
+}
+
+/// Runs a request without the SDK's logging: at the level TRACE it prints bodies, and with LOG_SENSITIVE_BODIES in the
+/// environment those with secrets too.
+async fn silent<T>(request: impl Future<Output = T>) -> T {
+    request.with_subscriber(NoSubscriber::default()).await
 }
 
 /// What an error text has to name.

@@ -3,6 +3,8 @@
 use std::fmt;
 
 use super::Header;
+use crate::luks::hex::Hex;
+use crate::luks::keyslot;
 
 impl Header {
     /// The text that `cryptsetup luksDump` prints, and after the key's length one line more: what encryption that is. (A
@@ -13,11 +15,7 @@ impl Header {
 
     /// What the encryption is called, where nbdcrypt does it.
     pub fn encryption(&self) -> Option<&'static str> {
-        match (self.cipher_name.as_str(), self.cipher_mode.as_str(), self.key_bytes) {
-            ("aes", "xts-plain64", 64) => Some("AES-256-XTS"),
-            ("aes", "xts-plain64", 32) => Some("AES-128-XTS"),
-            _ => None,
-        }
+        keyslot::encryption(&self.cipher(), self.key_bytes)
     }
 }
 
@@ -57,14 +55,5 @@ impl fmt::Display for Display {
             writeln!(f, "\tAF stripes:            \t{}", slot.stripes)?;
         }
         Ok(())
-    }
-}
-
-/// Bytes in hexadecimal, a space after each.
-struct Hex<'a>(&'a [u8]);
-
-impl fmt::Display for Hex<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x} "))
     }
 }

@@ -46,7 +46,7 @@ pub fn begin(
     random: Random<'_>,
 ) -> Result<PendingFormat, LuksError> {
     let image = image(options, passphrase, &key, random)?;
-    let offset = image.0.len() as u64;
+    let offset = image.bytes.len() as u64;
     let unit = LBA_UNIT.max(store.alignment() as u64);
     let len = store.len().saturating_sub(offset) / unit * unit;
     let segment = Segment { offset, len, sector_size: SectorSize::B512, iv_start: Lba512(0) };
@@ -106,7 +106,7 @@ fn image(
     };
     let header = header.to_bytes();
     image[..header.len()].copy_from_slice(&header);
-    Ok(HeaderImage(image))
+    Ok(HeaderImage { bytes: image, secondary: None })
 }
 
 /// A number of the header's: all of them are of a few MiB.

@@ -167,6 +167,11 @@ impl Header {
         zerocopy::transmute!(raw)
     }
 
+    /// The cipher with its mode, as dm-crypt calls it.
+    pub fn cipher(&self) -> String {
+        format!("{}-{}", self.cipher_name, self.cipher_mode)
+    }
+
     /// Bytes from the start of the disk to the data.
     pub fn payload_offset_bytes(&self) -> u64 {
         u64::from(self.payload_offset) * LBA_UNIT

@@ -61,33 +61,15 @@ impl Locked {
     /// # Errors
     /// [`LuksError`] when it asks for what nbdcrypt does not do or for too much work, or the disk is too small for it.
     pub fn new(header: Header, disk_len: u64, limits: &Limits) -> Result<Self, LuksError> {
-        let key_len = match (header.cipher_name.as_str(), header.cipher_mode.as_str(), header.key_bytes) {
-            ("aes", "xts-plain64", 32) => VolumeKey::AES_128,
-            ("aes", "xts-plain64", 64) => VolumeKey::AES_256,
-            (name, mode, key_bytes) => {
-                return Err(LuksError::Unsupported {
-                    what: "cipher",
-                    found: format!("{name}-{mode} with a key of {} bits", u64::from(key_bytes) * 8),
-                    supported: "it does aes-xts-plain64 with 512 or 256 bits",
-                });
-            }
-        };
+        let key_len = keyslot::key_len(&header.cipher(), header.key_bytes)?;
         let hash = HashAlgorithm::from_name(&header.hash_spec).ok_or_else(|| LuksError::Unsupported {
             what: "hash",
             found: header.hash_spec.clone(),
-            supported: "it does sha1, sha224, sha256, sha384, sha512 and ripemd160",
+            supported: HashAlgorithm::SUPPORTED,
         })?;
-        let bounded = |field: &dyn Fn() -> String, found: u32| {
-            let iterations = NonZeroU32::new(found).ok_or_else(|| LuksError::corrupt(field(), "0"))?;
-            if iterations > limits.iterations {
-                let limit = limits.iterations.get();
-                return Err(LuksError::TooManyIterations { field: field(), found, limit });
-            }
-            Ok(iterations)
-        };
-        let digest_iterations = bounded(&|| "mk-digest-iter".to_owned(), header.digest_iterations)?;
+        let digest_iterations = limits.iterations(|| "mk-digest-iter".to_owned(), header.digest_iterations)?;
         for (index, slot) in header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
-            bounded(&|| format!("iterations of keyslot {index}"), slot.iterations)?;
+            limits.iterations(|| format!("iterations of keyslot {index}"), slot.iterations)?;
         }
         if header.payload_offset == 0 {
             return Err(LuksError::Detached);

@@ -102,7 +102,7 @@ const AROUND_2: u128 = bottom([4, 5, 6, ZERO]);
 const AROUND_3: u128 = bottom([0, 1, 2, 3]);
 
 const fn bottom(from: [u8; 4]) -> u128 {
-    u128::MAX / 0xff * (ZERO as u128) & !0xffff_ffff | u32::from_le_bytes(from) as u128
+    ((u128::MAX / 0xff * (ZERO as u128)) & !0xffff_ffff) | u32::from_le_bytes(from) as u128
 }
 
 /// The polynomial of GF(2¹²⁸) less its x¹²⁸: what a bit shifted out of a tweak is replaced by.

@@ -1,0 +1,12 @@
+//! Bytes as `cryptsetup luksDump` prints them.
+
+use std::fmt;
+
+/// Bytes in hexadecimal, a space after each.
+pub(super) struct Hex<'a>(pub(super) &'a [u8]);
+
+impl fmt::Display for Hex<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x} "))
+    }
+}

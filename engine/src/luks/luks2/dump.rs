@@ -1,0 +1,138 @@
+//! A header, printed as `cryptsetup luksDump` prints it.
+
+use std::fmt;
+
+use super::{Area, Digest, Header, Kdf, Keyslot};
+use crate::luks::hex::Hex;
+use crate::luks::keyslot;
+
+impl Header {
+    /// The text that `cryptsetup luksDump` prints, and after each segment's cipher one line more: what encryption that
+    /// is. (A key of 256 bits is AES-128-XTS, whatever people believe.)
+    pub fn display(&self) -> impl fmt::Display {
+        self
+    }
+
+    /// What the encryption is called, where nbdcrypt does it.
+    pub fn encryption(&self) -> Option<&'static str> {
+        self.metadata.segments.keys().find_map(|segment| self.encryption_of(*segment))
+    }
+
+    fn encryption_of(&self, segment: u32) -> Option<&'static str> {
+        let digest = self.metadata.digests.values().find(|digest| digest.segments.contains(&segment))?;
+        let keyslot = digest.keyslots.iter().find_map(|id| self.metadata.keyslots.get(id))?;
+        keyslot::encryption(&self.metadata.segments.get(&segment)?.encryption, keyslot.key_size)
+    }
+}
+
+impl fmt::Display for Header {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { binary, metadata } = self;
+        let or = |text: &str, other: &str| if text.is_empty() { other.to_owned() } else { text.to_owned() };
+        writeln!(f, "LUKS header information")?;
+        writeln!(f, "Version:       \t2")?;
+        writeln!(f, "Epoch:         \t{}", binary.sequence_id)?;
+        writeln!(f, "Metadata area: \t{} [bytes]", binary.header_size)?;
+        writeln!(f, "Keyslots area: \t{} [bytes]", metadata.config.keyslots_size)?;
+        writeln!(f, "UUID:          \t{}", binary.uuid.hyphenated())?;
+        writeln!(f, "Label:         \t{}", or(&binary.label, "(no label)"))?;
+        writeln!(f, "Subsystem:     \t{}", or(&binary.subsystem, "(no subsystem)"))?;
+        let words = |words: &[String]| words.iter().map(|word| format!("{word} ")).collect::<String>();
+        writeln!(f, "Flags:       \t{}", or(&words(&metadata.config.flags), "(no flags)"))?;
+        if !metadata.config.requirements.is_empty() {
+            writeln!(f, "Requirements:\t{}", words(&metadata.config.requirements))?;
+        }
+        writeln!(f, "\nData segments:")?;
+        for (id, segment) in &metadata.segments {
+            writeln!(f, "  {id}: {}", segment.kind)?;
+            writeln!(f, "\toffset: {} [bytes]", segment.offset)?;
+            match segment.size {
+                Some(size) => writeln!(f, "\tlength: {size} [bytes]")?,
+                None => writeln!(f, "\tlength: (whole device)")?,
+            }
+            if segment.kind == "crypt" {
+                writeln!(f, "\tcipher: {}", segment.encryption)?;
+                if let Some(encryption) = self.encryption_of(*id) {
+                    writeln!(f, "\tencryption: {encryption}")?;
+                }
+                writeln!(f, "\tsector: {} [bytes]", segment.sector_size)?;
+            }
+            if let Some(integrity) = &segment.integrity {
+                writeln!(f, "\tintegrity: {integrity}")?;
+            }
+            if !segment.flags.is_empty() {
+                writeln!(f, "\tflags : {}", segment.flags.join(", "))?;
+            }
+            writeln!(f)?;
+        }
+        writeln!(f, "Keyslots:")?;
+        for (id, slot) in &metadata.keyslots {
+            self.write_keyslot(f, *id, slot)?;
+        }
+        writeln!(f, "Tokens:")?;
+        for (id, token) in &metadata.tokens {
+            writeln!(f, "  {id}: {}", token.kind)?;
+            if token.kind == "luks2-keyring" {
+                let description = &metadata.json["tokens"][id.to_string()]["key_description"];
+                writeln!(f, "\tKey description: {}", description.as_str().unwrap_or_default().escape_debug())?;
+            }
+            for keyslot in &token.keyslots {
+                writeln!(f, "\tKeyslot:    {keyslot}")?;
+            }
+        }
+        writeln!(f, "Digests:")?;
+        metadata.digests.iter().try_for_each(|(id, digest)| write_digest(f, *id, digest))
+    }
+}
+
+impl Header {
+    fn write_keyslot(&self, f: &mut fmt::Formatter<'_>, id: u32, slot: &Keyslot) -> fmt::Result {
+        let Area { offset, size, encryption, key_size, .. } = &slot.area;
+        let digest = self.metadata.digests.iter().find(|(_, digest)| digest.keyslots.contains(&id));
+        writeln!(f, "  {id}: {}{}", slot.kind, if digest.is_none() { " (unbound)" } else { "" })?;
+        writeln!(f, "\tKey:        {} bits", u64::from(slot.key_size) * 8)?;
+        let priority = match slot.priority {
+            0 => "ignored",
+            2 => "preferred",
+            _ => "normal",
+        };
+        writeln!(f, "\tPriority:   {priority}")?;
+        if let Some((kdf, af)) = &slot.opening {
+            writeln!(f, "\tCipher:     {encryption}")?;
+            writeln!(f, "\tCipher key: {} bits", u64::from(*key_size) * 8)?;
+            match kdf {
+                Kdf::Pbkdf2 { hash, iterations, salt } => {
+                    writeln!(f, "\tPBKDF:      pbkdf2\n\tHash:       {hash}\n\tIterations: {iterations}")?;
+                    write_bytes(f, "Salt:   ", salt)?;
+                }
+                Kdf::Argon2 { is_id, time, memory, cpus, salt } => {
+                    writeln!(f, "\tPBKDF:      {}", if *is_id { "argon2id" } else { "argon2i" })?;
+                    writeln!(f, "\tTime cost:  {time}\n\tMemory:     {memory}\n\tThreads:    {cpus}")?;
+                    write_bytes(f, "Salt:   ", salt)?;
+                }
+                Kdf::Other(name) => writeln!(f, "\tPBKDF:      {name}")?,
+            }
+            writeln!(f, "\tAF stripes: {}\n\tAF hash:    {}", af.stripes, af.hash)?;
+        }
+        writeln!(f, "\tArea offset:{offset} [bytes]\n\tArea length:{size} [bytes]")?;
+        match digest {
+            Some((digest, _)) => writeln!(f, "\tDigest ID:  {digest}"),
+            None => Ok(()),
+        }
+    }
+}
+
+fn write_digest(f: &mut fmt::Formatter<'_>, id: u32, digest: &Digest) -> fmt::Result {
+    writeln!(f, "  {id}: {}", digest.kind)?;
+    writeln!(f, "\tHash:       {}\n\tIterations: {}", digest.hash, digest.iterations)?;
+    write_bytes(f, "Salt:   ", &digest.salt)?;
+    write_bytes(f, "Digest: ", &digest.digest)
+}
+
+/// Sixteen bytes a line, the lines below the first one indented.
+fn write_bytes(f: &mut fmt::Formatter<'_>, name: &str, bytes: &[u8]) -> fmt::Result {
+    for (index, line) in bytes.chunks(16).enumerate() {
+        writeln!(f, "\t{}    {}", if index == 0 { name } else { "        " }, Hex(line))?;
+    }
+    Ok(())
+}
