@@ -217,7 +217,8 @@ fn rounded(rate: f64) -> f64 {
 
 fn heading(machine: &Machine) -> String {
     let Machine { cpu, cores, version, best_path, .. } = machine;
-    format!("AES-256-XTS, GB/s, nbdcrypt {version}\n{cpu}, {cores} cores; `{best_path}` is used\n")
+    let caveat = if cfg!(debug_assertions) { " (a debug build: build with --release to measure)" } else { "" };
+    format!("AES-256-XTS, GB/s, nbdcrypt {version}{caveat}\n{cpu}, {cores} cores; `{best_path}` is used\n")
 }
 
 fn table_head(threads: usize) -> String {
