@@ -1,7 +1,7 @@
 //! The process behind a volume that is up: it takes the steps, serves until told to stop, and undoes them.
 //!
 //! One thread, the main one, owns the steps. Everything that may happen meanwhile (a signal, a question over the control
-//! socket, the end of the device) reaches it as an [`Event`].
+//! socket, the end of the device) reaches it as an event.
 
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};

@@ -11,7 +11,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -129,13 +129,28 @@ impl RunDir {
     /// # Errors
     /// What the system said.
     pub fn claim(&self) -> io::Result<Option<Claim>> {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.path)?;
-        let lock =
-            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(self.path.join("lock"))?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(Claim { dir: self.clone(), _lock: lock })),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-            Err(error) => Err(error.into()),
+        let path = self.path.join("lock");
+        loop {
+            match std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.path) {
+                // It was there, and went before it was looked at.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !self.path.is_file() => continue,
+                made => made?,
+            }
+            let lock = match OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path) {
+                // The server before has just removed the folder.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                lock => lock?,
+            };
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+            // A server that ends removes its lock while it holds it. Who opened it before that, and locked it after, has
+            // locked a file that nobody else will ever find.
+            if std::fs::metadata(&path).is_ok_and(|now| lock.metadata().is_ok_and(|held| now.ino() == held.ino())) {
+                return Ok(Some(Claim { dir: self.clone(), _lock: lock }));
+            }
         }
     }
 }
@@ -204,6 +219,25 @@ mod tests {
         claim.remove().unwrap();
         assert!(!dir.path().exists());
         assert_eq!(RunDir::list(base.path()).unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn however_many_come_and_go_at_once_one_at_a_time_has_the_claim() {
+        let base = tempfile::tempdir().unwrap();
+        let holders = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let Some(claim) = RunDir::new(base.path(), "scratch").claim().unwrap() else { continue };
+                        assert_eq!(holders.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
+                        claim.record(&State::default()).unwrap();
+                        holders.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                        claim.remove().unwrap();
+                    }
+                });
+            }
+        });
     }
 
     #[test]
