@@ -116,8 +116,6 @@ fn two_hundred_clients_are_served_at_once() {
 #[test]
 fn ten_thousand_clients_are_served_in_turn() {
     let server = TestServer::of(volume());
-    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
-    let before = descriptors();
     for number in 0..10_000 {
         match number % 4 {
             // Some come and go, some stop half-way, some are served.
@@ -132,8 +130,11 @@ fn ten_thousand_clients_are_served_in_turn() {
         }
     }
     assert!(is_served(&server));
+    let statistics = Arc::clone(server.server().exports().all()[0].statistics());
+    // Waits for all that serves a connection.
     server.join().unwrap();
-    assert!(descriptors() <= before + 20, "descriptors are given back");
+    let statistics = statistics.snapshot();
+    assert_eq!((statistics.connections, statistics.connections_total), (0, 5001));
 }
 
 #[test]
@@ -186,6 +187,24 @@ fn a_disconnect_in_mid_message_hurts_nobody() {
     }
     assert!(is_served(&server));
     assert_ne!(server.client().read(0, 16), Ok(vec![0xee; 16]), "half a write is no write");
+}
+
+#[test]
+fn a_client_that_vanishes_with_replies_due_and_a_payload_half_sent_is_forgotten() {
+    let server = TestServer::of(volume());
+    for _ in 0..20 {
+        let mut client = server.client();
+        for _ in 0..20 {
+            client.send_request(0, NBD_CMD_READ, 0, 1 << 20);
+        }
+        client.send_request(0, NBD_CMD_WRITE, 0, 1 << 20);
+        client.send(&[1; 100_000]);
+    }
+    let statistics = server.server().exports().all()[0].statistics();
+    while statistics.snapshot().connections > 0 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(is_served(&server));
 }
 
 #[test]

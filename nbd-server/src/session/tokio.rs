@@ -12,11 +12,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Poll;
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use ::tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use ::tokio::sync::{Notify, Semaphore};
+use ::tokio::sync::Semaphore;
 use ::tokio::time::{Instant, timeout, timeout_at};
 
 use super::buffers::{Buffer, Buffers};
@@ -127,37 +127,55 @@ where
         export: export.clone(),
         budget: Semaphore::new(MAX_REQUESTS_IN_FLIGHT),
         buffers: Mutex::new(Buffers::new(MAX_BYTES_IN_FLIGHT)),
-        done: Mutex::new(Vec::new()),
-        finished: Notify::new(),
+        outbox: Mutex::default(),
         in_flight: AtomicUsize::new(0),
         received_all: AtomicBool::new(false),
+        yielded: AtomicBool::new(false),
         pace: Pace::new(),
     });
-    let (reader, writer) = ::tokio::io::split(stream);
-    let told = shutdown.clone();
-    let mut receiving = pin!(connection.receive(reader, workers, shutdown));
-    let mut sending = pin!(connection.send(writer));
-    let conversation = async {
-        ::tokio::select! {
-            // What was carried out while receiving is then sent.
-            biased;
-            received = &mut receiving => {
-                connection.received_all.store(true, Ordering::Release);
-                connection.finished.notify_one();
-                let sent = sending.await;
-                received.and(sent.map_err(SessionError::from))
-            }
-            // Nothing can be said to this client any more.
-            sent = &mut sending => sent.map_err(SessionError::from),
-        }
-    };
+    // Either way the conversation is dropped here, and with it the request that was being received.
     let outcome = ::tokio::select! {
         biased;
-        outcome = conversation => outcome,
-        () = too_late(told) => Err(SessionError::Shutdown),
+        outcome = converse(stream, &connection, workers, shutdown.clone()) => outcome,
+        () = too_late(shutdown) => Err(SessionError::Shutdown),
     };
     connection.settled().await;
     outcome
+}
+
+/// Receives and sends until both are done, or one fails.
+async fn converse<S>(
+    stream: S,
+    connection: &Arc<Connection>,
+    workers: &Workers<Task>,
+    shutdown: Shutdown,
+) -> Result<(), SessionError>
+where
+    S: AsyncRead + AsyncWrite,
+{
+    let (reader, writer) = ::tokio::io::split(stream);
+    let mut receiving = pin!(connection.receive(reader, workers, shutdown));
+    let mut sending = pin!(connection.send(writer));
+    let mut received = None;
+    poll_fn(|context| {
+        loop {
+            if received.is_none()
+                && let Poll::Ready(outcome) = receiving.as_mut().poll(context)
+            {
+                received = Some(outcome);
+                connection.received_all.store(true, Ordering::Release);
+            }
+            if let Poll::Ready(sent) = sending.as_mut().poll(context) {
+                // When sending fails, nothing can be said to this client any more.
+                return Poll::Ready(received.take().unwrap_or(Ok(())).and(sent.map_err(SessionError::from)));
+            }
+            // A turn is taken here and not by way of the scheduler, which would wake another thread for it.
+            if !connection.yielded.swap(false, Ordering::Relaxed) {
+                return Poll::Pending;
+            }
+        }
+    })
+    .await
 }
 
 /// Returns when a client that was told of the shutdown has had its time.
@@ -174,19 +192,23 @@ pub(crate) struct Task {
 
 impl workers::Job for Task {
     fn run(self) {
-        let Self { request, mut place } = self;
-        let connection = Arc::clone(&place.connection);
-        let bytes = place.payload.as_mut().map_or(&mut [][..], |buffer| &mut buffer.bytes);
-        let begun = Instant::now();
-        // A fault in what carries it out must not leave the client, and the filesystem on top of it, waiting.
-        let outcome = catch_unwind(AssertUnwindSafe(|| perform(&connection.export, request.command(), bytes)));
-        connection.pace.took(begun.elapsed());
-        let reply = request.finish(outcome.unwrap_or(Err(ErrorCode::Io)));
-        connection.finish(Finished { reply, place });
+        let connection = Arc::clone(&self.place.connection);
+        connection.finish(self.carry_out(), true);
     }
 }
 
 impl Task {
+    /// Blocks for as long as the disk takes.
+    fn carry_out(self) -> Finished {
+        let Self { request, mut place } = self;
+        let bytes = place.payload.as_mut().map_or(&mut [][..], |buffer| &mut buffer.bytes);
+        let begun = Instant::now();
+        // A fault in what carries it out must not leave the client, and the filesystem on top of it, waiting.
+        let outcome = catch_unwind(AssertUnwindSafe(|| perform(&place.connection.export, request.command(), bytes)));
+        place.connection.pace.took(begun.elapsed());
+        Finished { reply: request.finish(outcome.unwrap_or(Err(ErrorCode::Io))), place }
+    }
+
     /// Whether it takes but a moment where nothing blocks.
     fn is_small(&self) -> bool {
         match self.request.command() {
@@ -230,6 +252,13 @@ struct Finished {
     place: Place,
 }
 
+/// What waits to be sent, and who waits for it.
+#[derive(Default)]
+struct Outbox {
+    finished: Vec<Finished>,
+    waiting: Option<Waker>,
+}
+
 /// What a request takes of its connection, given back when its reply is sent or nobody waits for it any more.
 struct Place {
     connection: Arc<Connection>,
@@ -252,12 +281,12 @@ pub(crate) struct Connection {
     export: Export,
     budget: Semaphore,
     buffers: Mutex<Buffers>,
-    done: Mutex<Vec<Finished>>,
-    /// Something was put into `done`, or nothing more will be received.
-    finished: Notify,
+    outbox: Mutex<Outbox>,
     /// Requests taken on whose replies are not sent.
     in_flight: AtomicUsize,
     received_all: AtomicBool,
+    /// The receiving half wants to go on when the sending half had its turn.
+    yielded: AtomicBool,
     pace: Pace,
 }
 
@@ -396,7 +425,8 @@ impl Connection {
         self.export.statistics().answered();
         self.export.statistics().failed();
         let place = self.admit(0, workers, batch).await;
-        self.finish(Finished { reply, place });
+        self.finish(Finished { reply, place }, false);
+        self.let_send().await;
     }
 
     /// Has the batch carried out: here, where that takes no longer than waking a worker would, or by the workers.
@@ -408,51 +438,69 @@ impl Connection {
             workers.submit(batch.drain(..));
             return;
         }
-        batch.drain(..).for_each(workers::Job::run);
-        // Lets the sending half have its turn.
-        yield_once().await;
+        batch.drain(..).for_each(|task| self.finish(task.carry_out(), false));
+        self.let_send().await;
     }
 
-    fn finish(&self, finished: Finished) {
-        let mut done = lock(&self.done);
-        let first = done.is_empty();
-        done.push(finished);
-        drop(done);
-        if first {
-            self.finished.notify_one();
-        }
+    /// Lets the sending half have its turn.
+    async fn let_send(&self) {
+        let mut begun = false;
+        poll_fn(|_| {
+            if std::mem::replace(&mut begun, true) {
+                return Poll::Ready(());
+            }
+            self.yielded.store(true, Ordering::Relaxed);
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Puts a reply into the outbox. The sending half is woken where it does not get its turn anyway: a wake from
+    /// within its own task would have the scheduler rouse another thread for nothing.
+    fn finish(&self, finished: Finished, wake: bool) {
+        let mut outbox = lock(&self.outbox);
+        outbox.finished.push(finished);
+        let waiting = if wake { outbox.waiting.take() } else { None };
+        drop(outbox);
+        waiting.into_iter().for_each(Waker::wake);
+    }
+
+    /// Waits for replies to send and takes all there are; `false` when there is none left to come.
+    async fn finished(&self, replies: &mut Vec<Finished>) -> bool {
+        poll_fn(|context| {
+            let mut outbox = lock(&self.outbox);
+            if !outbox.finished.is_empty() {
+                std::mem::swap(&mut outbox.finished, replies);
+                return Poll::Ready(true);
+            }
+            if self.received_all.load(Ordering::Acquire) && self.in_flight.load(Ordering::Acquire) == 0 {
+                return Poll::Ready(false);
+            }
+            outbox.waiting = Some(context.waker().clone());
+            Poll::Pending
+        })
+        .await
     }
 
     async fn send(&self, mut writer: impl AsyncWrite + Unpin) -> io::Result<()> {
         let mut replies = Vec::new();
         let mut headers = Vec::new();
-        loop {
-            std::mem::swap(&mut *lock(&self.done), &mut replies);
-            if replies.is_empty() {
-                if self.received_all.load(Ordering::Acquire) && self.in_flight.load(Ordering::Acquire) == 0 {
-                    writer.shutdown().await?;
-                    return Ok(());
-                }
-                self.finished.notified().await;
-                continue;
-            }
+        while self.finished(&mut replies).await {
             for group in replies.chunks(SLICES / 2) {
                 headers.clear();
                 send_group(&mut writer, group, &mut headers).await?;
             }
             replies.clear();
         }
+        writer.shutdown().await
     }
 
     /// Waits for the workers to finish what they have of this connection, whose replies nobody wants any more.
     async fn settled(&self) {
-        loop {
-            let done = std::mem::take(&mut *lock(&self.done));
-            drop(done);
-            if self.in_flight.load(Ordering::Acquire) == 0 {
-                return;
-            }
-            self.finished.notified().await;
+        self.received_all.store(true, Ordering::Release);
+        let mut unwanted = Vec::new();
+        while self.finished(&mut unwanted).await {
+            unwanted.clear();
         }
     }
 
@@ -583,18 +631,6 @@ async fn write_all_vectored(writer: &mut (impl AsyncWrite + Unpin), mut slices: 
         }
     }
     Ok(())
-}
-
-/// Lets the task's other half run, once.
-fn yield_once() -> impl Future<Output = ()> {
-    let mut yielded = false;
-    poll_fn(move |context| {
-        if std::mem::replace(&mut yielded, true) {
-            return Poll::Ready(());
-        }
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
