@@ -13,14 +13,19 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::attach::Remains;
+use crate::system;
 
 /// Where the volumes' folders are, unless told otherwise.
 pub const DEFAULT_BASE: &str = "/run/nbdcrypt";
+
+/// Longer than anyone holds a claim who only asks about it.
+const A_MOMENT: Duration = Duration::from_millis(200);
 
 /// A volume's folder.
 #[derive(Debug, Clone)]
@@ -42,6 +47,31 @@ pub struct State {
     pub attachment: Option<Remains>,
     /// Where the filesystem is mounted, once it is.
     pub mountpoint: Option<PathBuf>,
+    /// What there may be besides, of a step that had begun.
+    pub begun: Option<Begun>,
+}
+
+/// What a server was about to make, written down before it began.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Begun {
+    /// Whatever device it may have attached.
+    pub attachment: Remains,
+    /// Where it may have mounted that.
+    pub mountpoint: Option<PathBuf>,
+}
+
+impl State {
+    /// Takes away what a server that died has left, whether it could still write it down or not. Doing it twice does no
+    /// harm.
+    ///
+    /// # Errors
+    /// What is still there, and why.
+    pub fn clear_up(&self) -> anyhow::Result<()> {
+        let begun = self.begun.as_ref();
+        let mountpoint = self.mountpoint.as_deref().or_else(|| begun?.mountpoint.as_deref());
+        system::clear_up(mountpoint, self.attachment.as_ref().or_else(|| Some(&begun?.attachment)))
+    }
 }
 
 /// The server's claim on a volume's folder: one at a time, and gone with the process however it ends.
@@ -130,6 +160,7 @@ impl RunDir {
     /// What the system said.
     pub fn claim(&self) -> io::Result<Option<Claim>> {
         let path = self.path.join("lock");
+        let start = Instant::now();
         loop {
             match std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.path) {
                 // It was there, and went before it was looked at.
@@ -143,6 +174,11 @@ impl RunDir {
             };
             match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
+                // Whoever asks whether a server lives holds it for a moment.
+                Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < A_MOMENT => {
+                    std::thread::sleep(A_MOMENT / 20);
+                    continue;
+                }
                 Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
                 Err(error) => return Err(error.into()),
             }

@@ -73,7 +73,8 @@ pub fn run(cli: Cli) -> ExitCode {
 }
 
 fn dispatch(cli: Cli) -> Result<()> {
-    let base = &cli.run_dir;
+    // A server in the background is at home in another folder.
+    let base = &std::path::absolute(&cli.run_dir)?;
     match cli.command {
         Command::Demo(args) => demo::run(args),
         Command::Provision(args) => provision::run(args),

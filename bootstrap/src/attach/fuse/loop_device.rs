@@ -152,7 +152,7 @@ fn losetup(
 }
 
 /// Takes away every loop device on `file`.
-fn forget(file: &Path) {
+pub(super) fn forget(file: &Path) {
     let Ok(devices) = fs::read_dir("/sys/block") else { return };
     for device in devices.flatten() {
         let device = Path::new("/dev").join(device.file_name());

@@ -291,10 +291,31 @@ fn wait_until_gone(index: u32, identifier: &str) -> Result<(), DetachError> {
     Err(DetachError::Held { holders: holders_of(&device), device })
 }
 
-/// Whether the device is connected, and by this identifier as far as the kernel tells.
+/// Whether the device is connected, and by this identifier. Where the kernel tells none (before 5.14, or when it was
+/// connected by ioctl, as qemu-nbd does), it is ours if a thread of this process connected it, or one that is gone.
 fn is_ours(index: u32, identifier: &str) -> bool {
     let sys = sys_block(&path_of(index));
-    sys.join("pid").exists() && read(&sys.join("backend")).is_none_or(|told| told == identifier)
+    let Some(pid) = read(&sys.join("pid")) else { return false };
+    match read(&sys.join("backend")) {
+        Some(told) => told == identifier,
+        None => Path::new("/proc/self/task").join(&pid).exists() || !Path::new("/proc").join(&pid).exists(),
+    }
+}
+
+/// Clears away what a killed server left, where it could not write down which device that is.
+pub(super) fn detach_all_stale(identifier: &str) -> Result<(), DetachError> {
+    let Ok(devices) = std::fs::read_dir("/sys/block") else { return Ok(()) };
+    for device in devices.flatten() {
+        let path = Path::new("/dev").join(device.file_name());
+        // Only what says its name: another's device is not to be guessed at.
+        if let Some(index) = index_of(&path)
+            && read(&device.path().join("backend")).is_some_and(|told| told == identifier)
+        {
+            disconnect(index)?;
+            wait_until_gone(index, identifier)?;
+        }
+    }
+    Ok(())
 }
 
 /// What the kernel says about who connected the device; `None` when nobody did.
