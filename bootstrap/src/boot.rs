@@ -1,7 +1,7 @@
 //! The process behind a volume that is up: it takes the steps, serves until told to stop, and undoes them.
 //!
 //! One thread, the main one, owns the steps. Everything that may happen meanwhile (a signal, a question over the control
-//! socket, the end of the device) reaches it as an [`Event`].
+//! socket, the end of the device) reaches it as an event.
 
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -13,14 +13,14 @@ use anyhow::{Context, Result, anyhow, bail};
 use engine::key::Passphrase;
 use engine::store::Caching;
 
-use crate::attach::{self, Ended};
+use crate::attach::{self, Ended, Remains};
 use crate::config::{AttachMethod, Config, SYSFS};
 use crate::control::{self, Answer, Question};
 use crate::keys::{self, KeySource};
-use crate::run_dir::{Claim, State};
+use crate::run_dir::{Begun, Claim, State};
 use crate::status::{Condition, Status, VolumeFacts, algorithm};
 use crate::steps::{self, Boot, Outside, Step};
-use crate::system::{RealDevices, RealDisks, RealFilesystems, RealKeys, clear_up};
+use crate::system::{RealDevices, RealDisks, RealFilesystems, RealKeys};
 
 /// What may happen while a volume is up or coming up.
 #[derive(Debug)]
@@ -59,14 +59,33 @@ pub fn run(
     let dir = claim.dir().clone();
     if let Some(state) = dir.state()? {
         progress(Progress::ClearingUp)?;
-        let remains = state.attachment.as_ref();
-        clear_up(state.mountpoint.as_deref(), remains)
-            .context("could not clear up what a server that died had left")?;
+        state.clear_up().context("could not clear up what a server that died had left")?;
     }
-    let disk_path = config.volume.device.resolve(Path::new(SYSFS))?;
-    let mut state =
-        State { pid: std::process::id(), config: config_path.to_owned(), disk: disk_path.clone(), ..State::default() };
-    claim.record(&state)?;
+    let disk_path = match config.volume.device.resolve(Path::new(SYSFS)) {
+        Ok(path) => path,
+        Err(error) => {
+            claim.remove()?;
+            return Err(error.into());
+        }
+    };
+    let options = attach_options(config, dir.fuse());
+    let begun = Begun {
+        attachment: Remains {
+            method: attach::Method::Auto,
+            device: PathBuf::new(),
+            identifier: options.identifier.clone(),
+            mount_dir: Some(options.mount_dir.clone()),
+        },
+        mountpoint: config.filesystem.as_ref().map(|filesystem| filesystem.mountpoint.clone()),
+    };
+    let mut state = State {
+        pid: std::process::id(),
+        config: config_path.to_owned(),
+        disk: disk_path.clone(),
+        begun: Some(begun),
+        ..State::default()
+    };
+    claim.record(&state).with_context(|| dir.path().display().to_string())?;
 
     let (events, happened) = channel();
     let result = watch_signals(&events).and_then(|_runtime| {
@@ -74,7 +93,7 @@ pub fn run(
         let source: Arc<dyn KeySource> = keys::source(&config.key).into();
         let fetch = || await_secret(Arc::clone(&source), &events, &happened);
         let keys = RealKeys { described: source.describe(), fetch: &fetch };
-        let devices = RealDevices { options: attach_options(config, dir.fuse()) };
+        let devices = RealDevices { options };
         let outside = Outside {
             keys: &keys,
             disks: &RealDisks { caching: Caching::Direct },
@@ -90,19 +109,21 @@ pub fn run(
             refuse_interruption(&happened)
         });
         if let Err(error) = came_up {
-            record(&claim, &mut state, &boot)?;
+            note(&claim, &mut state, &boot);
             return Err(error);
         }
         watch_device(&boot, &events);
         if let Err(error) = progress(Progress::Up(&summary(config, &boot))) {
             // Nobody is left to be told: they think that it failed.
-            steps::down(&mut steps, &mut boot, &mut |_, _| Ok(()))?;
-            return Err(error);
+            match take_down(&mut state, &claim, &mut boot, &mut steps) {
+                Ok(()) => return Err(error),
+                Err(why) => tracing::error!("nobody is told that it is up, and it stays up: {why:#}"),
+            }
         }
         serve(config, &mut state, &claim, &mut boot, &mut steps, &happened)
     });
     // Kept where something could not be undone, for `down` to clear up.
-    if result.is_ok() || state.attachment.is_none() {
+    if result.is_ok() || (state.attachment.is_none() && state.mountpoint.is_none()) {
         claim.remove()?;
     }
     result
@@ -135,9 +156,8 @@ fn serve(
                 Err(error) => tracing::error!("told to stop, but still up: {error:#}"),
             },
             Event::Ended(ended) => {
-                let remains = state.attachment.as_ref();
-                clear_up(state.mountpoint.as_deref(), remains)?;
-                state.attachment = None;
+                state.clear_up().with_context(|| ended.to_string())?;
+                (state.attachment, state.mountpoint) = (None, None);
                 bail!("{ended}; what was written and not flushed is lost");
             }
             Event::Secret(_) => {}
@@ -159,6 +179,13 @@ fn record(claim: &Claim, state: &mut State, boot: &Boot<'_>) -> Result<()> {
         claim.record(state)?;
     }
     Ok(())
+}
+
+/// The same, where something else is to be told of.
+fn note(claim: &Claim, state: &mut State, boot: &Boot<'_>) {
+    if let Err(error) = record(claim, state, boot) {
+        tracing::error!("{}: {error:#}", claim.dir().path().display());
+    }
 }
 
 fn summary(config: &Config, boot: &Boot<'_>) -> String {

@@ -27,13 +27,24 @@ pub enum Plaintext {
 /// # Errors
 /// What the disk said.
 pub fn of_plaintext(volume: &Volume, segment: Segment) -> Result<Plaintext> {
-    let found = signature::probe(volume)?;
+    let disk = volume.store().as_ref();
+    let is_written = |from: u64, len: u64| -> Result<bool> {
+        let mut ciphertext = vec![0; usize::try_from(len)?];
+        read_unaligned(disk, &mut ciphertext, segment.offset + from)?;
+        Ok(ciphertext.iter().any(|byte| *byte != 0))
+    };
+    let mut found = Vec::new();
+    for mark in signature::probe(volume)? {
+        // What nobody wrote decrypts to noise, in which a magic number of two bytes turns up soon enough.
+        let sector = segment.sector_size.bytes_u64();
+        if is_written(mark.offset - mark.offset % sector, sector)? {
+            found.push(mark);
+        }
+    }
     if !found.is_empty() {
         return Ok(Plaintext::Holds(found));
     }
-    let mut start = vec![0; usize::try_from(BLANK.min(segment.len))?];
-    read_unaligned(volume.store().as_ref(), &mut start, segment.offset)?;
-    Ok(if start.iter().all(|byte| *byte == 0) { Plaintext::NeverWritten } else { Plaintext::Unknown })
+    Ok(if is_written(0, BLANK.min(segment.len))? { Plaintext::Unknown } else { Plaintext::NeverWritten })
 }
 
 /// Whether the disk is known as a LUKS volume, whatever else is on it.

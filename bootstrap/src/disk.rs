@@ -4,11 +4,15 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use engine::store::{Access, Caching, FileStore};
 use rustix::fs::FlockOperation;
 
 use crate::mounts;
+
+/// How long udev may look at a block device.
+const UDEV_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why a disk cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -68,7 +72,18 @@ pub fn open(path: &Path, access: Access, caching: Caching) -> Result<FileStore, 
         Access::ReadOnly => FlockOperation::NonBlockingLockShared,
         Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
     };
-    match rustix::fs::flock(store.file(), lock) {
+    // udev holds a lock on a block device for a moment whenever something about it has changed.
+    let patience = if kind.is_block_device() { UDEV_PATIENCE } else { Duration::ZERO };
+    let start = Instant::now();
+    let locked = loop {
+        match rustix::fs::flock(store.file(), lock) {
+            Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < patience => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => break result,
+        }
+    };
+    match locked {
         Ok(()) => Ok(store),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(DiskError::InUse {
             path: path.to_owned(),

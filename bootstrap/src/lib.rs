@@ -7,6 +7,7 @@ pub mod cli;
 pub mod config;
 pub mod content;
 pub mod control;
+pub mod cpu;
 pub mod disk;
 pub mod keys;
 pub mod mounts;

@@ -40,6 +40,8 @@ pub fn on(mountpoint: &Path) -> io::Result<Option<Mount>> {
 /// The processes that have files of the filesystem on `mountpoint` open, work in it, or run from it: `name (pid)`.
 /// Those that this process may not look into are left out.
 pub fn holders(mountpoint: &Path) -> Vec<String> {
+    let real = mountpoint.canonicalize();
+    let mountpoint = real.as_deref().unwrap_or(mountpoint);
     let Ok(processes) = std::fs::read_dir("/proc") else { return Vec::new() };
     processes
         .filter_map(Result::ok)

@@ -2,6 +2,7 @@
 //! filesystem while memory is short.
 
 use rustix::io::Errno;
+use rustix::mm::MlockAllFlags;
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
 
 /// Keeps key material out of core dumps, out of other processes' reach (ptrace, /proc/PID/mem) and out of swap.
@@ -17,8 +18,9 @@ pub fn protect_secrets() {
         tracing::warn!("core dumps could not be turned off: {error}");
     }
     // On fault: what is never touched, such as the stacks of idle threads, costs nothing.
-    let flags =
-        rustix::mm::MlockAllFlags::CURRENT | rustix::mm::MlockAllFlags::FUTURE | rustix::mm::MlockAllFlags::ONFAULT;
+    let now = MlockAllFlags::CURRENT | MlockAllFlags::ONFAULT;
+    // Where memory may be locked up to a limit only, locking all that is to come would make later allocations fail.
+    let flags = if may_lock_without_limit() { now | MlockAllFlags::FUTURE } else { now };
     match rustix::mm::mlockall(flags) {
         Ok(()) => {}
         Err(error @ (Errno::PERM | Errno::NOMEM)) => {
@@ -28,6 +30,16 @@ pub fn protect_secrets() {
         }
         Err(error) => tracing::warn!("memory is not locked, so a key could be swapped out: {error}"),
     }
+}
+
+/// Whether no `ulimit -l` holds for this process: it has none, or the capability CAP_IPC_LOCK (capabilities(7), number 14).
+fn may_lock_without_limit() -> bool {
+    if rustix::process::getrlimit(Resource::Memlock).current.is_none() {
+        return true;
+    }
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).is_some_and(|set| set & (1 << 14) != 0)
 }
 
 /// For a process that a mounted filesystem depends on: its own allocations must never wait for that filesystem to

@@ -11,16 +11,21 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::attach::Remains;
+use crate::system;
 
 /// Where the volumes' folders are, unless told otherwise.
 pub const DEFAULT_BASE: &str = "/run/nbdcrypt";
+
+/// Longer than anyone holds a claim who only asks about it.
+const A_MOMENT: Duration = Duration::from_millis(200);
 
 /// A volume's folder.
 #[derive(Debug, Clone)]
@@ -42,6 +47,31 @@ pub struct State {
     pub attachment: Option<Remains>,
     /// Where the filesystem is mounted, once it is.
     pub mountpoint: Option<PathBuf>,
+    /// What there may be besides, of a step that had begun.
+    pub begun: Option<Begun>,
+}
+
+/// What a server was about to make, written down before it began.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Begun {
+    /// Whatever device it may have attached.
+    pub attachment: Remains,
+    /// Where it may have mounted that.
+    pub mountpoint: Option<PathBuf>,
+}
+
+impl State {
+    /// Takes away what a server that died has left, whether it could still write it down or not. Doing it twice does no
+    /// harm.
+    ///
+    /// # Errors
+    /// What is still there, and why.
+    pub fn clear_up(&self) -> anyhow::Result<()> {
+        let begun = self.begun.as_ref();
+        let mountpoint = self.mountpoint.as_deref().or_else(|| begun?.mountpoint.as_deref());
+        system::clear_up(mountpoint, self.attachment.as_ref().or_else(|| Some(&begun?.attachment)))
+    }
 }
 
 /// The server's claim on a volume's folder: one at a time, and gone with the process however it ends.
@@ -129,13 +159,34 @@ impl RunDir {
     /// # Errors
     /// What the system said.
     pub fn claim(&self) -> io::Result<Option<Claim>> {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.path)?;
-        let lock =
-            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(self.path.join("lock"))?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(Claim { dir: self.clone(), _lock: lock })),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-            Err(error) => Err(error.into()),
+        let path = self.path.join("lock");
+        let start = Instant::now();
+        loop {
+            match std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.path) {
+                // It was there, and went before it was looked at.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !self.path.is_file() => continue,
+                made => made?,
+            }
+            let lock = match OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path) {
+                // The server before has just removed the folder.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                lock => lock?,
+            };
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                // Whoever asks whether a server lives holds it for a moment.
+                Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < A_MOMENT => {
+                    std::thread::sleep(A_MOMENT / 20);
+                    continue;
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+            // A server that ends removes its lock while it holds it. Who opened it before that, and locked it after, has
+            // locked a file that nobody else will ever find.
+            if std::fs::metadata(&path).is_ok_and(|now| lock.metadata().is_ok_and(|held| now.ino() == held.ino())) {
+                return Ok(Some(Claim { dir: self.clone(), _lock: lock }));
+            }
         }
     }
 }
@@ -204,6 +255,25 @@ mod tests {
         claim.remove().unwrap();
         assert!(!dir.path().exists());
         assert_eq!(RunDir::list(base.path()).unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn however_many_come_and_go_at_once_one_at_a_time_has_the_claim() {
+        let base = tempfile::tempdir().unwrap();
+        let holders = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let Some(claim) = RunDir::new(base.path(), "scratch").claim().unwrap() else { continue };
+                        assert_eq!(holders.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
+                        claim.record(&State::default()).unwrap();
+                        holders.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                        claim.remove().unwrap();
+                    }
+                });
+            }
+        });
     }
 
     #[test]

@@ -160,7 +160,16 @@ impl Filesystems for RealFilesystems {
         Ok(())
     }
 
-    fn unmount(&self, mountpoint: &Path) -> Result<()> {
+    fn unmount(&self, device: &Path, mountpoint: &Path) -> Result<()> {
+        match mounts::on(mountpoint)? {
+            Some(mount) if mount.source == device => {}
+            _ if mounts::list()?.iter().any(|mount| mount.source == device) => {
+                let at = mountpoint.display();
+                bail!("something else is mounted over {at}: unmount that first (umount {at})");
+            }
+            // Somebody was faster.
+            _ => return Ok(()),
+        }
         let Err(error) = programs::run("umount", &[mountpoint.as_os_str()]) else { return Ok(()) };
         let holders = mounts::holders(mountpoint);
         if holders.is_empty() {
@@ -180,20 +189,25 @@ fn quiet_option(kind: &str) -> bool {
 /// # Errors
 /// What is still there, and why.
 pub fn clear_up(mountpoint: Option<&Path>, remains: Option<&Remains>) -> Result<()> {
+    let mut holders = Vec::new();
     if let (Some(mountpoint), Some(remains)) = (mountpoint, remains) {
         // Only what is mounted from the dead server's device: someone may have mounted something else there since.
         while mounts::on(mountpoint)?.is_some_and(|mount| mount.source == remains.device) {
             // Its server is gone, so nothing can be written any more: whoever is in it is left with a dead filesystem
             // until they leave.
             if programs::run("umount", &[mountpoint.as_os_str()]).is_err() {
+                holders = mounts::holders(mountpoint);
                 programs::run("umount", &["-l".as_ref(), mountpoint.as_os_str()])?;
             }
         }
     }
-    if let Some(remains) = remains {
-        attach::detach_stale(remains)?;
+    let detached = remains.map_or(Ok(()), attach::detach_stale);
+    if holders.is_empty() {
+        return Ok(detached?);
     }
-    Ok(())
+    detached.with_context(|| {
+        format!("the dead filesystem is still held by {}: let them end, then try again", holders.join(", "))
+    })
 }
 
 /// Where the secret comes from, and what makes keys.

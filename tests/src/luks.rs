@@ -168,3 +168,9 @@ pub fn key(len: usize) -> VolumeKey {
     noise(len as u64)(&mut bytes).unwrap();
     VolumeKey::new(bytes).unwrap()
 }
+
+/// SHA-256: the checksum of a header that a test has changed.
+pub fn sha256(bytes: &[u8]) -> [u8; 32] {
+    use sha2::Digest;
+    sha2::Sha256::digest(bytes).into()
+}

@@ -110,8 +110,12 @@ fn the_engine_imports_downwards() {
     may_name("engine/src/layout", &[]);
     may_name("engine/src/xts", &["key", "sector", "xts"]);
     may_name("engine/src/store", &["buffer", "store"]);
-    may_name("engine/src/luks", &["buffer", "key", "sector", "store", "luks", "xts"]);
-    may_name("engine/src/volume", &["buffer", "key", "layout", "luks", "sector", "store", "volume", "xts"]);
+    may_name("engine/src/signature", &["store", "signature"]);
+    may_name("engine/src/luks", &["buffer", "key", "sector", "signature", "store", "luks", "xts"]);
+    may_name(
+        "engine/src/volume",
+        &["buffer", "key", "layout", "luks", "sector", "signature", "store", "volume", "xts"],
+    );
 }
 
 #[test]
@@ -144,6 +148,23 @@ fn aws_has_one_room() {
         &["engine", "nbd-server", "bootstrap"],
         &["aws_sdk", "aws_config", "aws_smithy"],
     );
+}
+
+#[test]
+fn every_library_has_its_reason_written_down() {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let manifest = fs::read_to_string(top.join("Cargo.toml")).unwrap();
+    let section = manifest.split("[workspace.dependencies]").nth(1).unwrap().split("\n[").next().unwrap();
+    let table = fs::read_to_string(top.join("ARCHITECTURE.md")).unwrap();
+    let named: Vec<&str> = table
+        .lines()
+        .filter_map(|line| line.strip_prefix("| ")?.split(" |").next())
+        .flat_map(|cell| cell.split(", "))
+        .collect();
+    let libraries = section.lines().filter(|line| !line.contains("path = "));
+    for library in libraries.filter_map(|line| line.split_once(" = ")).map(|(name, _)| name) {
+        assert!(named.contains(&library), "ARCHITECTURE.md, \"Libraries\", says nothing of {library}");
+    }
 }
 
 #[test]

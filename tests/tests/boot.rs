@@ -275,6 +275,30 @@ fn what_was_synced_survives_a_server_that_is_killed_and_up_clears_up_after_it() 
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE and mkfs.ext4: run `make test`")]
+fn a_filesystem_that_somebody_unmounted_already_is_taken_down_and_nothing_else_is() {
+    let machine = Machine::new();
+    machine.up();
+    let system = |program: &str, args: &[&str]| {
+        let output = Command::new(program).args(args).output().unwrap();
+        assert!(output.status.success(), "{}", told(&output));
+    };
+    let mountpoint = machine.path("mnt");
+    let mountpoint = mountpoint.to_str().unwrap();
+    // Something else over it: not to be touched, and said so.
+    system("mount", &["-t", "tmpfs", "none", mountpoint]);
+    let output = machine.on_config("down");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(told(&output).contains("something else is mounted over"), "{}", told(&output));
+    system("umount", &[mountpoint]);
+    assert!(machine.path("mnt/lost+found").exists());
+    // Unmounted by another's hand.
+    system("umount", &[mountpoint]);
+    machine.down();
+    machine.assert_nothing_left();
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE and mkfs.ext4: run `make test`")]
 fn in_the_foreground_it_is_up_until_it_is_told_to_stop() {
     let machine = Machine::new();
     let config = machine.path("scratch.toml");
@@ -379,7 +403,7 @@ fn bad_input_is_refused_by_name_and_changes_nothing() {
     full(b"LUKS\xba\xbe\0\x01aes\0");
     machine.refused("up", &["corrupt"]);
     full(b"LUKS\xba\xbe\0\x02aes\0");
-    machine.refused("up", &["version 2"]);
+    machine.refused("up", &["corrupt"]);
     fs::remove_file(machine.path("disk")).unwrap();
 
     machine.up();
@@ -425,4 +449,31 @@ fn the_mount_folder_may_hold_files_as_with_mount() {
     assert!(!machine.path("mnt/below").exists());
     machine.down();
     assert!(machine.path("mnt/below").exists());
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs to be root to become someone else: run `make test`")]
+fn who_is_not_root_is_told_so_and_may_format_and_dump_what_is_theirs() {
+    use std::os::unix::process::CommandExt;
+    let machine = Machine::new();
+    // Wherever this repository is, anyone may run a program in here.
+    fs::set_permissions(machine.folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    fs::set_permissions(machine.path("key"), fs::Permissions::from_mode(0o644)).unwrap();
+    fs::copy(binary(), machine.path("nbdcrypt")).unwrap();
+    let nobody = |args: &[&str]| {
+        let mut command = Command::new(machine.path("nbdcrypt"));
+        command.args(args).current_dir(machine.folder.path()).stdin(Stdio::null()).uid(65534).gid(65534);
+        command.output().unwrap()
+    };
+    for args in [&["up", "scratch.toml"][..], &["down", "scratch.toml"], &["demo"]] {
+        let output = nobody(args);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {}", told(&output));
+        assert!(told(&output).contains("only root may do"), "{}", told(&output));
+    }
+    let format = ["format", "--key-file", "key", "--size", "8M", "--pbkdf-force-iterations", "1000", "theirs"];
+    for args in [&format[..], &["dump", "theirs"]] {
+        let output = nobody(args);
+        assert!(output.status.success(), "{args:?}: {}", told(&output));
+    }
+    machine.assert_nothing_left();
 }

@@ -143,6 +143,14 @@ fn what_a_killed_server_leaves_can_be_cleared_away_and_an_end_by_others_is_notic
           detach
         done
 
+        # A mount that went with its namespace.
+        unshare -m "$attach_volume" "$disk" "$key" fuse > /tmp/device & server=$!
+        until read -r device < /tmp/device; do sleep 0.1; done
+        kill -9 $server
+        wait $server || true
+        "$attach_volume" --stale $device fuse
+        test "$(losetup -a)" = ""
+
         attach nbd any 2
         # Somebody else's, as far as the name tells: left alone.
         "$attach_volume" --stale $device nbd another-volume

@@ -305,14 +305,33 @@ fn format_and_serve_refuse_by_name_what_they_cannot_do() {
     refused(&["dump", "data"], &["no LUKS header"]);
     assert_eq!(fs::read(folder.path("disk")).unwrap(), before);
 
+    // What lies at the socket's path is nobody's to remove.
+    refused(&["serve", "--key-file", "key", "--socket", "data", "disk"], &["could not listen on data"]);
+    assert_same(&folder, "data");
     let server = folder.serve(&[]);
     refused(&["serve", "--key-file", "key", "--socket", "other-socket", "disk"], &["in use"]);
+    fs::copy(folder.path("disk"), folder.path("copy")).unwrap();
+    refused(&["serve", "--key-file", "key", "--socket", "socket", "copy"], &["another server's socket"]);
+    assert!(folder.path("socket").exists());
     folder.run("nbdcrypt", &["dump", "disk"]);
     server.stop();
     // Wrong usage has an exit code of its own.
     assert_eq!(folder.try_run("nbdcrypt", &["serve", "disk"]).status.code(), Some(2));
     // Asked to, it destroys.
     folder.run("nbdcrypt", &["format", "--wipe", "--key-file", "key", "--pbkdf-force-iterations", "1000", "disk"]);
+}
+
+#[test]
+fn a_volume_that_was_made_stays_even_if_nobody_can_be_told() {
+    let folder = Folder::new();
+    let made = Command::new(binary())
+        .args(["format", "--key-file", "key", "--size", "16M", "--pbkdf-force-iterations", "1000", "disk"])
+        .current_dir(folder.0.path())
+        .stdout(File::options().write(true).open("/dev/full").unwrap())
+        .output()
+        .unwrap();
+    assert_eq!(made.status.code(), Some(1), "{}", told(&made));
+    folder.run("nbdcrypt", &["dump", "disk"]);
 }
 
 #[test]

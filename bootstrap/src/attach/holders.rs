@@ -205,13 +205,15 @@ mod tests {
     #[test]
     fn a_process_that_has_a_file_open_is_found_by_name() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        assert_eq!(holders_of(file.path()), []);
         let mut child =
             std::process::Command::new("sleep").arg("60").stdin(fs::File::open(file.path()).unwrap()).spawn().unwrap();
         let holders = holders_of(file.path());
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(holders, [Holder::Process { pid: child.id(), name: "sleep".to_owned() }]);
+        // Others may be seen besides: a child that another test is just starting has this test's files for a moment.
+        let sleeping = Holder::Process { pid: child.id(), name: "sleep".to_owned() };
+        assert!(holders.contains(&sleeping), "{holders:?}");
+        assert!(!holders_of(file.path()).contains(&sleeping));
     }
 
     #[test]

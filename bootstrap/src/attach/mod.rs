@@ -168,7 +168,8 @@ impl Attachment {
     }
 }
 
-/// What an attachment leaves behind when its server is killed.
+/// What an attachment leaves behind when its server is killed. With [`Method::Auto`] and no device, it is what one may leave
+/// that had only begun.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Remains {
@@ -192,6 +193,6 @@ pub fn detach_stale(remains: &Remains) -> Result<(), DetachError> {
         Method::Nbd => nbd::detach_stale(remains),
         Method::Fuse => fuse::detach_stale(remains),
         // Written down before it was known: whatever there is.
-        Method::Auto => nbd::detach_stale(remains).and_then(|()| fuse::detach_stale(remains)),
+        Method::Auto => nbd::detach_all_stale(&remains.identifier).and_then(|()| fuse::detach_all_stale(remains)),
     }
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::tell;
 use crate::{process, system};
@@ -21,6 +22,10 @@ pub(super) fn run(_args: Args) -> Result<()> {
     if !process::is_root() {
         bail!("the demo mounts a filesystem, which only root may do: run it with sudo");
     }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let _inside = runtime.enter();
+    // From here on Ctrl-C ends what this process waits for, and not this process, which has to clear up.
+    let _signals = [signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?, signal(SignalKind::hangup())?];
     let stage = Stage::set()?;
     let result = play(&stage);
     // In any case, and what it says counts only where nothing else went wrong.

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail};
 use super::tell;
 use crate::config::Config;
 use crate::control::{self, Answer, Question};
+use crate::process;
 use crate::run_dir::RunDir;
-use crate::{process, system};
 
 /// How long unmounting may take: it writes out all that the kernel still holds.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -42,8 +42,7 @@ pub(super) fn run(args: Args, base: &Path) -> Result<()> {
         None => tell(format_args!("{name} is not up\n")),
         Some(state) => {
             let Some(claim) = dir.claim()? else { bail!("{name} is on its way up: try again") };
-            let remains = state.attachment.as_ref();
-            system::clear_up(state.mountpoint.as_deref(), remains)?;
+            state.clear_up()?;
             claim.remove()?;
             let pid = state.pid;
             tell(format_args!("{name} is down: its server had died (process {pid}), and what it left is cleared up\n"))

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use engine::luks::{self, luks1};
-use engine::store::{Access, BlockStore, Caching, FileStore};
+use engine::store::{Access, BlockStore, Caching};
 
 use super::tell;
 use crate::config::{self, KeyFile};
@@ -54,15 +54,20 @@ pub(super) fn run(args: Args) -> Result<()> {
         Some(_) => bail!("{} exists already, so it has a size: leave out --size", path.display()),
         None => false,
     };
-    let result = format(&args, path, &passphrase);
-    if result.is_err() && made {
-        // It is ours, and holds no volume.
-        std::fs::remove_file(path).with_context(|| path.display().to_string())?;
+    match format(&args, path, &passphrase) {
+        Ok(said) => tell(said),
+        Err(error) => {
+            if made {
+                // It is ours, and holds no volume.
+                std::fs::remove_file(path).with_context(|| path.display().to_string())?;
+            }
+            Err(error)
+        }
     }
-    result
 }
 
-fn format(args: &Args, path: &Path, passphrase: &engine::key::Passphrase) -> Result<()> {
+/// Makes the volume, and returns what there is to tell of it.
+fn format(args: &Args, path: &Path, passphrase: &engine::key::Passphrase) -> Result<String> {
     let disk = disk::open(path, Access::ReadWrite, Caching::PageCache)?;
     if !args.wipe {
         content::refuse_unless_free(path, &disk)?;
@@ -80,11 +85,7 @@ fn format(args: &Args, path: &Path, passphrase: &engine::key::Passphrase) -> Res
     let key = luks::new_volume_key(&mut random)?;
     let pending = luks1::begin(&disk, &options, passphrase, key, &mut random).with_context(name)?;
     let segment = pending.commit(&disk).with_context(name)?.segment;
-    tell_made(path, &options, segment, &disk)
-}
-
-fn tell_made(path: &Path, options: &luks1::Options, segment: luks::Segment, disk: &FileStore) -> Result<()> {
-    tell(format_args!(
+    Ok(format!(
         "{}: LUKS1, AES-256-XTS (aes-xts-plain64, 512 bits), UUID {}, {} of {} bytes for data\n",
         path.display(),
         options.uuid,

@@ -1,6 +1,7 @@
 //! The command line: what there is to type, and which file carries it out.
 
 mod background;
+mod bench;
 mod demo;
 mod down;
 mod dump;
@@ -53,6 +54,8 @@ enum Command {
     Serve(serve::Args),
     /// The header of a volume, as `cryptsetup luksDump` shows it.
     Dump(dump::Args),
+    /// Throughput on this machine.
+    Bench(bench::Args),
 }
 
 /// Carries out what was typed. Errors are told here, on standard error.
@@ -70,7 +73,8 @@ pub fn run(cli: Cli) -> ExitCode {
 }
 
 fn dispatch(cli: Cli) -> Result<()> {
-    let base = &cli.run_dir;
+    // A server in the background is at home in another folder.
+    let base = &std::path::absolute(&cli.run_dir)?;
     match cli.command {
         Command::Demo(args) => demo::run(args),
         Command::Provision(args) => provision::run(args),
@@ -81,6 +85,7 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Format(args) => format::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Dump(args) => dump::run(args),
+        Command::Bench(args) => bench::run(args),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::format::key_file;
 use crate::keys::{FileKey, KeySource};
-use crate::{disk, process};
+use crate::{cpu, disk, process};
 
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("where").required(true))]
@@ -70,11 +70,7 @@ pub(super) fn run(args: Args) -> Result<()> {
     }
     let server = Server::new(Exports::new([export])?, Settings::default())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let result = runtime.block_on(listen_and_serve(&args, &server));
-    if let Some(path) = &args.socket {
-        let _ = std::fs::remove_file(path);
-    }
-    result
+    runtime.block_on(listen_and_serve(&args, &server))
 }
 
 fn open(args: &Args) -> Result<Volume> {
@@ -98,14 +94,14 @@ fn open(args: &Args) -> Result<Volume> {
             (key, plain::segment(&place, store.len()).with_context(name)?)
         }
     };
-    Volume::encrypted(store, segment, &key).with_context(name)
+    Volume::with_cipher(store, segment, cpu::cipher(&key)?).with_context(name)
 }
 
 async fn listen_and_serve(args: &Args, server: &Server) -> Result<()> {
     // Before the address is told: whoever reads it may end this process at once.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let (listener, address) = bind(args).await?;
+    let (listener, address, _socket) = bind(args).await?;
     let mut stdout = std::io::stdout();
     writeln!(stdout, "{address}")?;
     stdout.flush()?;
@@ -124,10 +120,11 @@ async fn listen_and_serve(args: &Args, server: &Server) -> Result<()> {
 }
 
 /// The listener, and its address as an NBD URI (the NBD project's uri.md).
-async fn bind(args: &Args) -> Result<(Listener, String)> {
+async fn bind(args: &Args) -> Result<(Listener, String, Option<SocketFile>)> {
     if let Some(path) = &args.socket {
-        let listener = bind_unix(path)?;
-        return Ok((listener.into(), format!("nbd+unix:///{}?socket={}", args.name, path.display())));
+        let (listener, file) = bind_unix(path)?;
+        let address = format!("nbd+unix:///{}?socket={}", args.name, path.display());
+        return Ok((listener.into(), address, Some(file)));
     }
     let Some(address) = args.listen else { bail!("neither --socket nor --listen") };
     let listener = TcpListener::bind(address).await.with_context(|| format!("could not listen on {address}"))?;
@@ -135,23 +132,48 @@ async fn bind(args: &Args) -> Result<(Listener, String)> {
     if !address.ip().is_loopback() {
         tracing::warn!("{address} can be reached from other machines, and whoever reaches it reads the plaintext");
     }
-    Ok((listener.into(), format!("nbd://{address}/{}", args.name)))
+    Ok((listener.into(), format!("nbd://{address}/{}", args.name), None))
 }
 
-fn bind_unix(path: &Path) -> Result<UnixListener> {
+/// A socket in the filesystem that this process made, removed at the end unless it is another's by then.
+struct SocketFile {
+    path: PathBuf,
+    /// Device and inode.
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    fn identity(path: &Path) -> std::io::Result<(u64, u64)> {
+        std::fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if Self::identity(&self.path).is_ok_and(|identity| identity == self.identity) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile)> {
     let name = || format!("could not listen on {}", path.display());
     if std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) {
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            bail!("{} is another server's socket: choose another path", path.display());
+        match std::os::unix::net::UnixStream::connect(path) {
+            // Left by a server that died.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path).with_context(name)?;
+            }
+            _ => bail!("{} is another server's socket: choose another path", path.display()),
         }
-        // Left by one that died.
-        std::fs::remove_file(path).with_context(name)?;
     }
     // No one else may connect, from the first moment on.
     let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
     let listener = UnixListener::bind(path);
     rustix::process::umask(before);
-    listener.with_context(name)
+    let listener = listener.with_context(name)?;
+    let identity = SocketFile::identity(path).with_context(name)?;
+    Ok((listener, SocketFile { path: path.to_owned(), identity }))
 }
 
 fn key_size(text: &str) -> Result<usize, String> {

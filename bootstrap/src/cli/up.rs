@@ -64,6 +64,7 @@ fn already_up(config: &Config, dir: &RunDir) -> Result<()> {
             tell(format_args!("{} is already up: {device} on {}\n", config.name, mountpoint.display()))
         }
         (Some(device), true, None) => tell(format_args!("{} is already up: {device}\n", config.name)),
+        _ if state.pid == 0 => bail!("{} is on its way up or down already", config.name),
         _ => bail!("{} is on its way up or down already (process {})", config.name, state.pid),
     }
 }

@@ -27,10 +27,21 @@ pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Mean
         // The caller has told of it already; the empty span is the file's beginning.
         (None, None) => return Err(Wrong { span: 0..0, message: "the volume has no name".to_owned() }),
     };
+    let kind = raw.volume.kind.as_ref().map(|kind| Wrong {
+        span: kind.span(),
+        message:
+            "a plain volume's secret is its key, 64 random bytes, and `source = \"aws\"` gives a text; use luks1, or \
+                  `source = \"file\"`"
+                .to_owned(),
+    });
+    let (volume, key) = (volume(raw.volume)?, key(raw.key)?);
+    if let (VolumeType::Plain, KeyConfig::Aws(_), Some(wrong)) = (volume.kind, &key, kind) {
+        return Err(wrong);
+    }
     Ok(Config {
         name,
-        volume: volume(raw.volume)?,
-        key: key(raw.key)?,
+        volume,
+        key,
         attach: attach(&raw.attach)?,
         filesystem: raw.filesystem.map(filesystem).transpose()?,
     })

@@ -365,9 +365,15 @@ mod tests {
     #[test]
     fn luks1_has_512_byte_sectors_and_plain_any() {
         refused(with("sector-size = 4096", "", "", ""), "3:15", &["LUKS1", "512"]);
-        let plain = with("type = \"plain\"\nsector-size = 4096", "", "", "").unwrap();
-        assert_eq!(plain.volume.sector_size, SectorSize::B4096);
-        assert_eq!(with("type = \"plain\"", "", "", "").unwrap().volume.sector_size, SectorSize::B512);
+        refused(with("type = \"plain\"", "", "", ""), "3:8", &["plain", "aws"]);
+        let plain = |more: &str| {
+            let text =
+                "[volume]\ndevices = [\"/dev/vdb\"]\ntype = \"plain\"\nMORE\n[key]\nsource = \"file\"\npath = \"/k\"\n";
+            parse(&text.replace("MORE", more)).unwrap()
+        };
+        let large = plain("sector-size = 4096");
+        assert_eq!(large.volume.sector_size, SectorSize::B4096);
+        assert_eq!(plain("").volume.sector_size, SectorSize::B512);
     }
 
     #[test]

@@ -42,12 +42,12 @@ impl Step for Attach {
         match (attached.detach(), why) {
             (Ok(()), _) => Ok(()),
             // Nothing on it is anybody's yet.
-            (Err((attached, error)), Undo::Failed) => {
+            (Err((attached, error)), Undo::Failed) if !boot.mounted => {
                 drop(attached);
                 tracing::warn!("the device was detached by force: {error:#}");
                 Ok(())
             }
-            (Err((attached, error)), Undo::Down) => {
+            (Err((attached, error)), _) => {
                 boot.attached = Some(attached);
                 Err(error)
             }

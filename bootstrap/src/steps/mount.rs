@@ -43,7 +43,8 @@ impl Step for Mount {
 
     fn undo(&mut self, boot: &mut Boot<'_>, _why: Undo) -> Result<()> {
         if boot.mounted {
-            boot.outside.filesystems.unmount(&self.wanted.mountpoint)?;
+            let device = need(boot.attached.as_ref(), "the attached device")?.device();
+            boot.outside.filesystems.unmount(device, &self.wanted.mountpoint)?;
             boot.mounted = false;
         }
         Ok(())

@@ -142,9 +142,9 @@ pub trait Filesystems {
     /// What the program said.
     fn mount(&self, device: &Path, filesystem: &config::FilesystemConfig) -> Result<()>;
 
-    /// Unmounts.
+    /// Unmounts the device from its mountpoint; nothing else that may be mounted there by now.
     ///
     /// # Errors
     /// What the program said, and who holds the filesystem.
-    fn unmount(&self, mountpoint: &Path) -> Result<()>;
+    fn unmount(&self, device: &Path, mountpoint: &Path) -> Result<()>;
 }

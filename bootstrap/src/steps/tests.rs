@@ -214,8 +214,9 @@ impl Filesystems for Fake {
         Ok(())
     }
 
-    fn unmount(&self, mountpoint: &Path) -> Result<()> {
+    fn unmount(&self, device: &Path, mountpoint: &Path) -> Result<()> {
         self.call("unmount")?;
+        assert_eq!(device, Path::new("/dev/fake"));
         if self.0.borrow().busy {
             bail!("{} is in use by bash (1)", mountpoint.display());
         }

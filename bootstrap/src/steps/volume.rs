@@ -12,7 +12,7 @@ use engine::volume::Volume;
 
 use super::{Boot, Step, Undo, need};
 use crate::config::VolumeType;
-use crate::content;
+use crate::{content, cpu};
 
 pub(super) struct Unlock;
 
@@ -90,7 +90,7 @@ impl Step for Unlock {
         };
         boot.facts.key_bits = Some(key.bits());
         boot.facts.segment = Some(segment);
-        boot.volume = Some(Arc::new(Volume::encrypted(disk, segment, &key).with_context(name)?));
+        boot.volume = Some(Arc::new(Volume::with_cipher(disk, segment, cpu::cipher(&key)?).with_context(name)?));
         Ok(())
     }
 
@@ -107,7 +107,9 @@ impl Step for Unlock {
 fn open_pending(boot: &mut Boot<'_>, disk: Arc<dyn BlockStore>, pending: luks::PendingFormat) -> Result<()> {
     boot.facts.key_bits = Some(pending.key().bits());
     boot.facts.segment = Some(pending.segment());
-    match Volume::encrypted(Arc::clone(&disk), pending.segment(), pending.key()) {
+    let volume = cpu::cipher(pending.key())
+        .and_then(|cipher| Ok(Volume::with_cipher(Arc::clone(&disk), pending.segment(), cipher)?));
+    match volume {
         Ok(volume) => {
             boot.volume = Some(Arc::new(volume));
             boot.pending = Some(pending);
@@ -115,7 +117,7 @@ fn open_pending(boot: &mut Boot<'_>, disk: Arc<dyn BlockStore>, pending: luks::P
         }
         Err(error) => {
             pending.abandon(disk.as_ref())?;
-            Err(error.into())
+            Err(error)
         }
     }
 }

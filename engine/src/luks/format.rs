@@ -16,10 +16,10 @@ use crate::buffer::AlignedBuffer;
 use crate::key::VolumeKey;
 use crate::luks::{LuksError, Segment, UnlockedVolume};
 use crate::sector::LBA_UNIT;
+use crate::signature::{UNFINISHED_MARKER, is_unfinished};
 use crate::store::{BlockStore, read_unaligned, write_zeros};
 
-/// What an unfinished format begins with. The explanation behind it is for people.
-const MARKER: &[u8] = b"nbdcrypt: unfinished format\n";
+/// For people, behind the marker.
 const EXPLANATION: &[u8] = b"Formatting this disk was begun and never finished. It holds no data yet.\n";
 
 /// `LBA_UNIT`, as an index.
@@ -67,12 +67,6 @@ impl std::fmt::Debug for HeldBack {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} bytes at {}", self.bytes.len(), self.offset)
     }
-}
-
-/// Whether a disk that begins with these bytes (at least the first sector) carries the marker of a format that was begun
-/// and not finished.
-pub fn is_unfinished(first_sector: &[u8]) -> bool {
-    first_sector.starts_with(MARKER)
 }
 
 /// Makes a disk that carries the marker blank again.
@@ -200,6 +194,6 @@ fn blank(store: &dyn BlockStore) -> io::Result<()> {
 fn put_marker(head: &mut [u8]) {
     let sector = &mut head[..SECTOR];
     sector.fill(0);
-    sector[..MARKER.len()].copy_from_slice(MARKER);
-    sector[MARKER.len()..][..EXPLANATION.len()].copy_from_slice(EXPLANATION);
+    sector[..UNFINISHED_MARKER.len()].copy_from_slice(UNFINISHED_MARKER);
+    sector[UNFINISHED_MARKER.len()..][..EXPLANATION.len()].copy_from_slice(EXPLANATION);
 }

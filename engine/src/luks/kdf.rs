@@ -149,6 +149,34 @@ mod tests {
     }
 
     #[test]
+    fn argon2_is_the_reference_program_s() {
+        // echo -n password | argon2 somesalt -i|-id -t 3 -k 64 -p 4 -l 16 -r
+        let cost = Argon2Cost { time: 3, memory: 64, lanes: 4 };
+        let key = argon2(false, b"password", b"somesalt", cost, 16).unwrap();
+        assert_eq!(key[..8], [0x08, 0xe6, 0xb9, 0x7f, 0x72, 0x43, 0xd5, 0xd2]);
+        let key = argon2(true, b"password", b"somesalt", cost, 16).unwrap();
+        assert_eq!(key[..8], [0x77, 0x3c, 0xbd, 0xd5, 0x91, 0x64, 0x9d, 0xfd]);
+        let threads = Argon2Cost { lanes: 0, ..cost };
+        assert_eq!(argon2(true, b"password", b"somesalt", threads, 16), Err(Argon2Error::Parameters));
+        assert!(argon2(true, b"password", b"x", Argon2Cost { lanes: 1, ..cost }, 16).is_err(), "a salt of one byte");
+    }
+
+    #[test]
+    fn argon2_takes_as_much_memory_as_the_time_allows_and_then_more_passes() {
+        // A clock that says each trial took a tenth of a second.
+        let mut now = Duration::ZERO;
+        let mut clock = || {
+            now += Duration::from_millis(100);
+            now
+        };
+        let mut cost =
+            |millis, max_memory| calibrate_argon2id(Duration::from_millis(millis), max_memory, 1, &mut clock).unwrap();
+        assert_eq!(cost(1000, 4 << 20), Argon2Cost { time: 4, memory: 640 << 10, lanes: 1 });
+        assert_eq!(cost(1000, 64 << 10), Argon2Cost { time: 40, memory: 64 << 10, lanes: 1 });
+        assert_eq!(cost(1, 4 << 20), Argon2Cost { time: 4, memory: 32 << 10, lanes: 1 });
+    }
+
+    #[test]
     fn iterations_are_scaled_to_the_time_asked_for() {
         // A machine that does a million iterations a second.
         let mut run = |iterations: NonZeroU32| Duration::from_micros(u64::from(iterations.get()));

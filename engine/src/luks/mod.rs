@@ -27,7 +27,7 @@ use std::num::NonZeroU32;
 use uuid::Uuid;
 
 pub use error::LuksError;
-pub use format::{PendingFormat, abandon_unfinished, is_unfinished};
+pub use format::{PendingFormat, abandon_unfinished};
 pub use hash::HashAlgorithm;
 
 use crate::key::{Passphrase, VolumeKey};

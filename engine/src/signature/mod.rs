@@ -13,13 +13,14 @@ mod view;
 use std::fmt;
 use std::io;
 
-use crate::luks::is_unfinished;
 use crate::store::{BlockStore, read_unaligned};
-use crate::volume::{Volume, VolumeError};
 use view::View;
 
 /// Bytes at the start of a disk that must be zero for it to count as blank.
 const BLANK: usize = 1 << 20;
+
+/// What an unfinished format begins with, in the place of a magic number that any tool knows.
+pub const UNFINISHED_MARKER: &[u8] = b"nbdcrypt: unfinished format\n";
 
 /// Anything that is read at any offset: a disk, or the plaintext of a volume.
 pub trait ReadAt {
@@ -40,20 +41,6 @@ impl ReadAt for dyn BlockStore + '_ {
 
     fn read_exactly(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
         read_unaligned(self, data, offset)
-    }
-}
-
-impl ReadAt for Volume {
-    fn size(&self) -> u64 {
-        self.len()
-    }
-
-    fn read_exactly(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
-        self.read(offset, data).map_err(|error| match error {
-            VolumeError::Store(error) => error,
-            error @ VolumeError::OutOfRange { .. } => io::Error::new(io::ErrorKind::UnexpectedEof, error),
-            error @ VolumeError::ReadOnly => io::Error::new(io::ErrorKind::ReadOnlyFilesystem, error),
-        })
     }
 }
 
@@ -135,6 +122,12 @@ impl fmt::Display for Content {
             Self::Unknown { offset } => write!(f, "data that is not known (byte {offset} is not zero)"),
         }
     }
+}
+
+/// Whether a disk that begins with these bytes (at least the first sector) carries the marker of a format that was begun
+/// and not finished.
+pub fn is_unfinished(first_sector: &[u8]) -> bool {
+    first_sector.starts_with(UNFINISHED_MARKER)
 }
 
 /// Every signature on the disk, each thing once.

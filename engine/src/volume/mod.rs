@@ -10,6 +10,7 @@ use crate::key::VolumeKey;
 use crate::layout::Linear;
 use crate::luks::Segment;
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
+use crate::signature::ReadAt;
 use crate::store::BlockStore;
 use crate::xts::Xts;
 use region_lock::RegionLock;
@@ -89,7 +90,15 @@ impl Volume {
     /// # Errors
     /// [`GeometryError`] when the segment does not fit the disk.
     pub fn encrypted(store: Arc<dyn BlockStore>, segment: Segment, key: &VolumeKey) -> Result<Self, GeometryError> {
-        Self::new(store, segment, Some(Xts::new(key)))
+        Self::with_cipher(store, segment, Xts::new(key))
+    }
+
+    /// The same, with a cipher whose CPU path the caller chose.
+    ///
+    /// # Errors
+    /// [`GeometryError`] when the segment does not fit the disk.
+    pub fn with_cipher(store: Arc<dyn BlockStore>, segment: Segment, cipher: Xts) -> Result<Self, GeometryError> {
+        Self::new(store, segment, Some(cipher))
     }
 
     /// The whole of `store`, as it is, in blocks of `sector_size`.
@@ -331,6 +340,21 @@ impl Volume {
         if let Some(cipher) = &self.cipher {
             cipher.decrypt(self.sector_size, self.iv_start.advanced_by(offset / LBA_UNIT), data);
         }
+    }
+}
+
+/// Its plaintext can be probed for what it holds.
+impl ReadAt for Volume {
+    fn size(&self) -> u64 {
+        self.len()
+    }
+
+    fn read_exactly(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read(offset, data).map_err(|error| match error {
+            VolumeError::Store(error) => error,
+            error @ VolumeError::OutOfRange { .. } => io::Error::new(io::ErrorKind::UnexpectedEof, error),
+            error @ VolumeError::ReadOnly => io::Error::new(io::ErrorKind::ReadOnlyFilesystem, error),
+        })
     }
 }
 

@@ -5,7 +5,7 @@ use aes::{Aes128, Aes256, Block};
 use cipher::consts::U16;
 use cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use zerocopy::IntoBytes;
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroize;
 
 use super::Direction;
 use super::run::{BLOCK, Run};
@@ -54,8 +54,8 @@ fn cipher<C: KeyInit>(key: &[u8]) -> Box<C> {
 fn crypt(tweak_cipher: &impl BlockCipherEncrypt<BlockSize = U16>, run: Run<'_, '_>, cipher: impl Fn(&mut [Block])) {
     let (sector_size, mut numbers, mut data) = run.into_parts();
     let pieces_per_sector = sector_size.bytes() / (PIECE * BLOCK);
-    let mut scratch = Zeroizing::new(Scratch { tweaks: [0; TWEAKS], masks: [0; CHUNK], blocks: [0; CHUNK] });
-    let Scratch { tweaks, masks, blocks } = &mut *scratch;
+    let mut scratch = Scratch { tweaks: [0; TWEAKS], masks: [0; CHUNK], blocks: [0; CHUNK] };
+    let Scratch { tweaks, masks, blocks } = &mut scratch;
 
     while !data.is_empty() {
         let sectors = (data.len() / sector_size.bytes()).min(TWEAKS);
@@ -85,32 +85,36 @@ fn crypt(tweak_cipher: &impl BlockCipherEncrypt<BlockSize = U16>, run: Run<'_, '
                 }
             }
             // By way of a buffer of our own: the compiler knows that it overlaps neither of the caller's.
-            blocks.as_mut_bytes().copy_from_slice(chunk.get_in());
-            xor(blocks, masks);
+            for ((block, mask), from) in blocks.iter_mut().zip(&*masks).zip(chunk.get_in().as_chunks().0) {
+                *block = u128::from_ne_bytes(*from) ^ mask;
+            }
             cipher(blocks_of(blocks));
-            xor(blocks, masks);
-            chunk.get_out().copy_from_slice(blocks.as_bytes());
+            for ((block, mask), to) in blocks.iter().zip(&*masks).zip(chunk.get_out().as_chunks_mut().0) {
+                *to = (block ^ mask).to_ne_bytes();
+            }
         }
     }
 }
 
 /// What a call leaves on the stack, in one place so that it can be wiped: masks, and blocks that were or become plaintext.
-#[derive(Zeroize)]
 struct Scratch {
     tweaks: [u128; TWEAKS],
     masks: [u128; CHUNK],
     blocks: [u128; CHUNK],
 }
 
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // As slices, which are wiped many bytes at a time.
+        self.tweaks.as_mut_slice().zeroize();
+        self.masks.as_mut_slice().zeroize();
+        self.blocks.as_mut_slice().zeroize();
+    }
+}
+
 /// `T · α` in GF(2¹²⁸), whose polynomial is x¹²⁸ + x⁷ + x² + x + 1 (IEEE 1619, 5.2), without a branch on secret bits.
 fn times_alpha(tweak: u128) -> u128 {
     (tweak << 1) ^ (0x87 & (tweak >> 127).wrapping_neg())
-}
-
-fn xor(blocks: &mut [u128], masks: &[u128]) {
-    for (block, mask) in blocks.iter_mut().zip(masks) {
-        *block ^= mask;
-    }
 }
 
 fn blocks_of(words: &mut [u128]) -> &mut [Block] {

@@ -28,6 +28,11 @@ impl<'i, 'o> Run<'i, 'o> {
         Self { sector_size, numbers: UnitNumbers::new(first, sector_size.lba_step()), data }
     }
 
+    /// The parts of a run, or of what remains of one, put together.
+    pub(super) fn from_parts(sector_size: SectorSize, numbers: UnitNumbers, data: InOutBuf<'i, 'o, u8>) -> Self {
+        Self { sector_size, numbers, data }
+    }
+
     pub(super) fn into_parts(self) -> (SectorSize, UnitNumbers, InOutBuf<'i, 'o, u8>) {
         (self.sector_size, self.numbers, self.data)
     }
@@ -47,6 +52,14 @@ impl UnitNumbers {
         #[expect(clippy::cast_possible_truncation, reason = "the two halves of a number")]
         let (low, high) = (first as u64, (first >> 64) as u64);
         Self { low, high, step }
+    }
+
+    /// The numbers after the next `count` ones.
+    pub(super) fn skipping(self, count: usize) -> Self {
+        let mut rest = self;
+        // Modulo 2⁶⁴, as advancing step by step would be.
+        rest.low = self.low.wrapping_add(self.step.wrapping_mul(count as u64));
+        rest
     }
 
     /// The next number. Its little-endian bytes, encrypted with the second key, are the tweak.

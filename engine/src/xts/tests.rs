@@ -16,6 +16,20 @@ fn paths(key: &[u8]) -> impl Iterator<Item = (CpuPath, Xts)> {
     CpuPath::available().map(|path| (path, Xts::from_bytes(key, path).unwrap()))
 }
 
+/// Says, past the test runner's capture, which paths this run is about.
+#[test]
+fn the_paths_that_this_cpu_has_are_tested() {
+    use std::io::Write;
+    let (have, have_not): (Vec<_>, Vec<_>) = CpuPath::all().into_iter().partition(|path| path.is_available());
+    assert_eq!(have, paths(&noise(1, 64)).map(|(path, _)| path).collect::<Vec<_>>());
+    for path in &have_not {
+        assert!(Xts::from_bytes(&noise(1, 64), *path).is_err());
+    }
+    let names = |paths: &[CpuPath]| paths.iter().map(|path| path.name()).collect::<Vec<_>>().join(" ");
+    let line = format!("xts paths tested: {}; not on this CPU: [{}]\n", names(&have), names(&have_not));
+    std::io::stdout().write_all(line.as_bytes()).unwrap();
+}
+
 /// One case of a response file: an operation on one data unit of whole blocks.
 struct Vector {
     name: String,

@@ -86,7 +86,7 @@ impl LoopDevice {
 
     /// Whether the device is attached still, and not somebody else's by now.
     fn shows_ours(&self) -> bool {
-        self.attached && backing_file(&self.path).is_some_and(|file| file == self.file)
+        self.attached && shows(&self.path, &self.file)
     }
 }
 
@@ -99,15 +99,14 @@ impl Drop for LoopDevice {
     }
 }
 
-/// Takes `device` away if what it shows lies in `dir`, and any other device that shows a file there.
-pub(super) fn detach_stale(device: &Path, dir: &Path) -> Result<(), DetachError> {
-    let shows_ours = |device: &Path| backing_file(device).is_some_and(|file| file.starts_with(dir));
-    if !shows_ours(device) {
+/// Takes `device` away if what it shows is `file`.
+pub(super) fn detach_stale(device: &Path, file: &Path) -> Result<(), DetachError> {
+    if !shows(device, file) {
         return Ok(());
     }
     clear(device)?;
     let deadline = Instant::now() + PATIENCE;
-    while shows_ours(device) {
+    while shows(device, file) {
         let holders = holders_of(device);
         if !holders.is_empty() || Instant::now() > deadline {
             return Err(DetachError::Held { device: device.to_owned(), holders });
@@ -153,11 +152,11 @@ fn losetup(
 }
 
 /// Takes away every loop device on `file`.
-fn forget(file: &Path) {
+pub(super) fn forget(file: &Path) {
     let Ok(devices) = fs::read_dir("/sys/block") else { return };
     for device in devices.flatten() {
         let device = Path::new("/dev").join(device.file_name());
-        if backing_file(&device).is_some_and(|shown| shown == file) {
+        if shows(&device, file) {
             let _ = clear(&device);
         }
     }
@@ -177,6 +176,15 @@ fn clear(device: &Path) -> Result<(), DetachError> {
         Some(reason) => Err(DetachError::Failed { device: device.to_owned(), reason }),
         None => Ok(()),
     }
+}
+
+/// Whether a loop device shows `file`. A file whose mount is gone, lazily or with its mount namespace, is told as if it
+/// lay in the root directory.
+fn shows(device: &Path, file: &Path) -> bool {
+    backing_file(device).is_some_and(|shown| {
+        let orphan = Path::new("/").join(file.file_name().unwrap_or_default());
+        shown == file || shown == orphan && !orphan.exists()
+    })
 }
 
 /// What a loop device shows: the path it had when it was opened. `None` when it shows nothing.

@@ -18,6 +18,7 @@ use super::signal::EndedSignal;
 use super::{Method, Options, Remains};
 use loop_device::LoopDevice;
 use mount::FuseMount;
+use volume_file::FILE_NAME;
 
 /// A volume that is a loop device on a FUSE file. Fields are dropped in this order: the loop device lets go of the file
 /// before the mount goes.
@@ -90,8 +91,15 @@ impl Drop for FuseAttachment {
 }
 
 /// Takes away what a dead server left, unless it is somebody else's by now.
+/// Clears away what a killed server left in the mount directory, where it could not write down which device that is.
+pub(super) fn detach_all_stale(remains: &Remains) -> Result<(), DetachError> {
+    let Some(dir) = &remains.mount_dir else { return Ok(()) };
+    loop_device::forget(&dir.join(FILE_NAME));
+    mount::unmount_stale(dir)
+}
+
 pub(super) fn detach_stale(remains: &Remains) -> Result<(), DetachError> {
     let Some(dir) = &remains.mount_dir else { return Ok(()) };
-    loop_device::detach_stale(&remains.device, dir)?;
+    loop_device::detach_stale(&remains.device, &dir.join(FILE_NAME))?;
     mount::unmount_stale(dir)
 }

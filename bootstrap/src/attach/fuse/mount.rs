@@ -66,7 +66,6 @@ impl FuseMount {
         let mut config = fuser::Config::default();
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         config.n_threads = Some((processors * 2).clamp(*THREADS.start(), *THREADS.end()));
-        config.clone_fd = true;
         let file = VolumeFile::new(volume, read_only, open_files);
         let session = Session::from_fd(file, OwnedFd::from(device), SessionACL::Owner, config).map_err(refused)?;
         let server = std::thread::Builder::new()

@@ -12,13 +12,14 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use engine::volume::Volume;
 use nbd_server::server::enlarge_buffers;
 use nbd_server::{Export, Exports, Server, SessionError, Settings, Trigger};
 use tokio::runtime::Runtime;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 
 use super::claim::claim;
 use super::command::load_module;
@@ -49,12 +50,12 @@ pub(super) struct NbdAttachment {
     sessions: Sessions,
 }
 
-/// The serving side: the threads, and a task that lives as long as any connection does.
+/// The serving side: the threads, and whether the last connection has ended.
 #[derive(Debug)]
 struct Sessions {
     runtime: Option<Runtime>,
     trigger: Trigger,
-    all: JoinHandle<()>,
+    over: Arc<AtomicBool>,
 }
 
 pub(super) fn attach(volume: Arc<Volume>, options: &Options) -> Result<NbdAttachment, AttachError> {
@@ -136,7 +137,7 @@ impl NbdAttachment {
     }
 
     fn disconnect(&mut self) -> Result<(), DetachError> {
-        if self.sessions.all.is_finished() {
+        if self.sessions.are_over() {
             // Nobody is there to write to, as the signal told. Its last user may still be closing it.
             if is_ours(self.index, &self.identifier) {
                 disconnect(self.index)?;
@@ -149,7 +150,7 @@ impl NbdAttachment {
         wait_until_gone(self.index, &self.identifier)?;
         self.connected = false;
         // The kernel has let go of its sockets, so the sessions come to their end.
-        if !wait(|| self.sessions.all.is_finished()) {
+        if !wait(|| self.sessions.are_over()) {
             let reason = "its connections have not ended".to_owned();
             return Err(DetachError::Lingers { device: self.path.clone(), seconds: PATIENCE.as_secs(), reason });
         }
@@ -159,7 +160,7 @@ impl NbdAttachment {
     /// Whether the end is to be told of when it comes.
     fn watch(&self, armed: bool) {
         self.sender.set_armed(armed);
-        if self.sessions.all.is_finished() {
+        if self.sessions.are_over() {
             self.sender.send(Ended::Disconnected);
         }
     }
@@ -216,8 +217,13 @@ impl Sessions {
                 sessions.spawn(async move { server.serve_transmission(socket, &export, shutdown).await });
             }
         }
-        let all = runtime.spawn(supervise(sessions, sender.clone()));
-        Ok(Self { runtime: Some(runtime), trigger, all })
+        let over = Arc::<AtomicBool>::default();
+        runtime.spawn(supervise(sessions, sender.clone(), Arc::clone(&over)));
+        Ok(Self { runtime: Some(runtime), trigger, over })
+    }
+
+    fn are_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
     }
 }
 
@@ -232,7 +238,7 @@ impl Drop for Sessions {
 }
 
 /// A connection that breaks is told at once, since the kernel may go on without it; a leave when it is the last.
-async fn supervise(mut sessions: JoinSet<Result<(), SessionError>>, sender: EndedSender) {
+async fn supervise(mut sessions: JoinSet<Result<(), SessionError>>, sender: EndedSender, over: Arc<AtomicBool>) {
     while let Some(session) = sessions.join_next().await {
         match session {
             Ok(Ok(())) => {}
@@ -240,6 +246,8 @@ async fn supervise(mut sessions: JoinSet<Result<(), SessionError>>, sender: Ende
             Err(error) => sender.send(Ended::ServerFailed(error.to_string())),
         }
     }
+    // Before it is told of, or who is told could find it not so.
+    over.store(true, Ordering::SeqCst);
     sender.send(Ended::Disconnected);
 }
 
@@ -283,10 +291,31 @@ fn wait_until_gone(index: u32, identifier: &str) -> Result<(), DetachError> {
     Err(DetachError::Held { holders: holders_of(&device), device })
 }
 
-/// Whether the device is connected, and by this identifier as far as the kernel tells.
+/// Whether the device is connected, and by this identifier. Where the kernel tells none (before 5.14, or when it was
+/// connected by ioctl, as qemu-nbd does), it is ours if a thread of this process connected it, or one that is gone.
 fn is_ours(index: u32, identifier: &str) -> bool {
     let sys = sys_block(&path_of(index));
-    sys.join("pid").exists() && read(&sys.join("backend")).is_none_or(|told| told == identifier)
+    let Some(pid) = read(&sys.join("pid")) else { return false };
+    match read(&sys.join("backend")) {
+        Some(told) => told == identifier,
+        None => Path::new("/proc/self/task").join(&pid).exists() || !Path::new("/proc").join(&pid).exists(),
+    }
+}
+
+/// Clears away what a killed server left, where it could not write down which device that is.
+pub(super) fn detach_all_stale(identifier: &str) -> Result<(), DetachError> {
+    let Ok(devices) = std::fs::read_dir("/sys/block") else { return Ok(()) };
+    for device in devices.flatten() {
+        let path = Path::new("/dev").join(device.file_name());
+        // Only what says its name: another's device is not to be guessed at.
+        if let Some(index) = index_of(&path)
+            && read(&device.path().join("backend")).is_some_and(|told| told == identifier)
+        {
+            disconnect(index)?;
+            wait_until_gone(index, identifier)?;
+        }
+    }
+    Ok(())
 }
 
 /// What the kernel says about who connected the device; `None` when nobody did.

@@ -16,9 +16,10 @@ pub use format::{Options, begin};
 pub use header::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, SALT_LEN};
 
 use super::hash::HashAlgorithm;
-use super::{Limits, LuksError, Segment, UnlockedVolume, is_unfinished, kdf, keyslot};
+use super::{Limits, LuksError, Segment, UnlockedVolume, kdf, keyslot};
 use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
+use crate::signature::is_unfinished;
 use crate::store::{BlockStore, read_unaligned};
 
 /// A LUKS1 volume that nbdcrypt can open, given a passphrase.

@@ -6,8 +6,9 @@ use uuid::Uuid;
 use zerocopy::byteorder::big_endian::{U16, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::luks::LuksError;
 use crate::luks::hash::HashAlgorithm;
-use crate::luks::{LuksError, is_unfinished};
+use crate::signature::is_unfinished;
 use crate::signature::{self, Kind};
 use crate::store::{BlockStore, read_unaligned};
 

@@ -172,7 +172,7 @@ impl Metadata {
     ///
     /// # Errors
     /// [`LuksError::Corrupt`] with the field's path, such as `keyslots.0.kdf.time`.
-    pub(super) fn parse(header: &BinaryHeader, area: &[u8]) -> Result<Self, LuksError> {
+    pub fn parse(header: &BinaryHeader, area: &[u8]) -> Result<Self, LuksError> {
         let text = area.split(|byte| *byte == 0).next().unwrap_or_default();
         if text.len() == area.len() || area[text.len()..].iter().any(|byte| *byte != 0) {
             return Err(LuksError::corrupt("the JSON area", "not one text with zeros behind it"));

@@ -1,0 +1,31 @@
+//! Criterion's statistics for this project's own paths: for comparing one commit with another. Against others and against
+//! the hardware's limit, `compare` measures better: it takes turns.
+
+#![allow(missing_docs, reason = "what criterion's macros make")]
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use engine::buffer::AlignedBuffer;
+use engine::sector::{Lba512, SectorSize};
+use nbdcrypt_benches::{Contestant, Op, ours};
+
+fn xts(criterion: &mut Criterion) {
+    for mut contestant in ours() {
+        for op in [Op::Encrypt, Op::Decrypt] {
+            let mut group = criterion.benchmark_group(format!("xts/{}/{}", contestant.path(), op.name()));
+            for sector_size in [SectorSize::B512, SectorSize::B4096] {
+                for buffer in [4 << 10, 64 << 10, 1 << 20] {
+                    group.throughput(Throughput::Bytes(u64::try_from(buffer).unwrap_or(u64::MAX)));
+                    let mut data = AlignedBuffer::zeroed(buffer);
+                    let id = BenchmarkId::new(format!("{sector_size}-byte sectors"), format!("{} KiB", buffer >> 10));
+                    group.bench_function(id, |bencher| {
+                        bencher.iter(|| contestant.run(op, sector_size, Lba512(0), &mut data));
+                    });
+                }
+            }
+            group.finish();
+        }
+    }
+}
+
+criterion_group!(benches, xts);
+criterion_main!(benches);

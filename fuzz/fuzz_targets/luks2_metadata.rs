@@ -1,0 +1,24 @@
+//! Any bytes as the JSON of a LUKS2 header: refused, or read, shown, and tried with a passphrase.
+#![no_main]
+
+use engine::key::Passphrase;
+use engine::luks::luks2::{BinaryHeader, Header, Locked, Metadata};
+use engine::luks::{HashAlgorithm, Limits};
+use engine::store::MemoryStore;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let binary = BinaryHeader {
+        header_size: 16384,
+        sequence_id: 1,
+        label: String::new(),
+        subsystem: String::new(),
+        checksum_algorithm: HashAlgorithm::Sha256,
+        uuid: Default::default(),
+    };
+    let Ok(metadata) = Metadata::parse(&binary, &[bytes, b"\0"].concat()) else { return };
+    let header = Header { binary, metadata };
+    let _ = header.to_string();
+    let store = MemoryStore::from(bytes.to_vec());
+    let _ = Locked::new(header, u64::MAX, &Limits::default())
+        .map(|locked| locked.unlock(&store, &Passphrase::new(Vec::new())));
+});
