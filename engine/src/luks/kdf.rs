@@ -35,7 +35,7 @@ pub struct Argon2Cost {
     pub lanes: u32,
 }
 
-/// Why [`argon2`] gave no key.
+/// Why [`argon2()`] gave no key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Argon2Error {
     /// There is not so much memory, or there are no threads to be had.
@@ -82,7 +82,7 @@ pub fn argon2(
     Ok(key)
 }
 
-/// How many iterations of [`pbkdf2`] for a key of `len` bytes take about `target` on this machine, and never fewer than
+/// How many iterations of [`pbkdf2()`] for a key of `len` bytes take about `target` on this machine, and never fewer than
 /// [`MIN_ITERATIONS`]. The `clock` tells the time since any fixed moment; it must not go backwards.
 ///
 /// Takes about a tenth of `target`, or a little more than that where `target` is very short.

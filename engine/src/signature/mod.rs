@@ -1,7 +1,7 @@
 //! What a disk already holds: known filesystems, partition tables, LUKS, RAID and LVM, so that nothing is formatted over.
 //!
-//! Looked for are the marks that `blkid` and `wipefs` know: most of them plain bytes at a fixed place ([`table`]), some that
-//! must be read with more care ([`boot_sector`], [`filesystem`]), and some at the end of the disk ([`raid`]). The plaintext
+//! Looked for are the marks that `blkid` and `wipefs` know: most of them plain bytes at a fixed place (`table`), some that
+//! must be read with more care (`boot_sector`, `filesystem`), and some at the end of the disk (`raid`). The plaintext
 //! of a volume is probed the same way, which tells the filesystem that it holds.
 
 mod boot_sector;
