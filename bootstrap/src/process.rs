@@ -20,9 +20,14 @@ pub fn protect_secrets() {
     // On fault: what is never touched, such as the stacks of idle threads, costs nothing.
     let now = MlockAllFlags::CURRENT | MlockAllFlags::ONFAULT;
     // Where memory may be locked up to a limit only, locking all that is to come would make later allocations fail.
-    let flags = if may_lock_without_limit() { now | MlockAllFlags::FUTURE } else { now };
+    let unlimited = may_lock_without_limit();
+    let flags = if unlimited { now | MlockAllFlags::FUTURE } else { now };
     match rustix::mm::mlockall(flags) {
-        Ok(()) => {}
+        Ok(()) if unlimited => {}
+        // The key comes later than this.
+        Ok(()) => {
+            tracing::info!("`ulimit -l` is finite, so a key could be swapped out: run as root, or lift the limit")
+        }
         Err(error @ (Errno::PERM | Errno::NOMEM)) => {
             tracing::info!(
                 "memory is not locked, so a key could be swapped out ({error}): run as root, or raise `ulimit -l`"
