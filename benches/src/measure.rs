@@ -40,6 +40,11 @@ impl Rounds {
         median(self.series[who].clone())
     }
 
+    /// The best rate of one series, in GB/s: what the least disturbed turn gave.
+    pub fn best(&self, who: usize) -> f64 {
+        self.series[who].iter().copied().fold(f64::NAN, f64::max)
+    }
+
     /// The median of one series' rate divided by another's in the same round.
     pub fn ratio(&self, of: usize, to: usize) -> f64 {
         median(self.series[of].iter().zip(&self.series[to]).map(|(of, to)| of / to).collect())

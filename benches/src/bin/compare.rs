@@ -103,6 +103,7 @@ impl Field {
         let rows = self.names.iter().enumerate().map(|(who, name)| Row {
             name: name.clone(),
             rate: result.rate(who),
+            best: result.best(who),
             of_limit: self.limit_of(who).map(|limit| result.ratio(who, limit)),
             behind: (who > 0).then(|| result.ratio(0, who)),
         });
