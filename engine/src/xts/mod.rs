@@ -6,12 +6,8 @@
 //!
 //! Nothing here allocates after [`Xts::new`], and no time depends on a key or on data.
 //!
-//! # How far keys are wiped
-//! Round keys lie on the heap, are expanded there (the portable path's on the stack, by the `aes` crate) and wiped on drop.
-//! While data passes, round keys are loaded into vector registers one at a time, in loops that keep the compiler from
-//! holding all of them and spilling some to the stack; encrypted tweaks and masks lie on the stack and are wiped before
-//! the call returns. What Rust cannot promise: that no compiler ever spills a register, that a register holds nothing
-//! after the call, or what the kernel saves of them at a context switch.
+//! Round keys lie on the heap and are wiped on drop; tweaks and masks lie on the stack and are wiped before a call returns.
+//! How far that goes: SECURITY.md, "How far wiping goes".
 
 mod cpu;
 mod portable;
