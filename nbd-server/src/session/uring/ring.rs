@@ -31,7 +31,8 @@ enum Held {
     Nothing,
     Buffer(Buffer),
     Message(Box<Message>),
-    Word(Box<[u8; 8]>),
+    /// Kept for the kernel's sake alone.
+    Word { _word: Box<[u8; 8]> },
 }
 
 /// A batch on its way, with the addresses of its slices as sendmsg(2) wants them.
@@ -83,7 +84,7 @@ impl<'fd, T> Ring<'fd, T> {
     /// What the kernel said: `ENOSYS` where it has none, `EPERM` where it is forbidden (the sysctl
     /// `kernel.io_uring_disabled`, seccomp).
     pub(super) fn new() -> io::Result<Self> {
-        let ring = IoUring::builder()
+        let mut ring = IoUring::builder()
             .setup_cqsize(COMPLETIONS)
             .setup_single_issuer()
             .setup_coop_taskrun()
@@ -99,7 +100,6 @@ impl<'fd, T> Ring<'fd, T> {
         if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        let mut ring = ring;
         // Saves the kernel a look at the file table with each call; Linux 5.18.
         let _ = ring.submitter().register_ring_fd();
         Ok(Self {
@@ -186,7 +186,7 @@ impl<'fd, T> Ring<'fd, T> {
         let mut word = Box::new([0; 8]);
         let (address, len) = span(&mut word[..]);
         let entry = opcode::Read::new(Fd(eventfd.as_raw_fd()), address, len).offset(NO_OFFSET).build();
-        self.push(entry, tag, Held::Word(word));
+        self.push(entry, tag, Held::Word { _word: word });
     }
 
     /// Submits what was begun and waits until something is complete, or the time is over.
@@ -227,7 +227,7 @@ impl<'fd, T> Ring<'fd, T> {
                 Err(_) => Err(io::Error::from_raw_os_error(-entry.result())),
             };
             let memory = match operation.held {
-                Held::Nothing | Held::Word(_) => Memory::Nothing,
+                Held::Nothing | Held::Word { .. } => Memory::Nothing,
                 Held::Buffer(buffer) => Memory::Buffer(buffer),
                 Held::Message(mut message) => {
                     let batch = std::mem::take(&mut message.batch);
