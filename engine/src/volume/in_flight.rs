@@ -38,15 +38,30 @@ impl Volume {
         self.decrypt(offset, data);
     }
 
-    /// Turns plaintext into what is to be written to [`Volume::place`] of `offset`. `None`, with the data untouched, if
-    /// somebody is at work there who must be waited for: then [`Volume::write`] does the waiting.
+    /// Turns plaintext into what is to be written to [`Volume::place`] of `offset`. `data` has whole sectors, which may be
+    /// a part of the request's: a payload can be encrypted while the rest of it arrives.
+    pub fn before_write(&self, offset: u64, data: &mut [u8]) {
+        self.encrypt(offset, data);
+    }
+
+    /// Protects a write to whole blocks that the caller is about to begin. `None` if somebody is at work there who must
+    /// be waited for: then [`Volume::write_encrypted`] does the waiting.
     ///
     /// # Errors
     /// [`VolumeError::ReadOnly`].
-    pub fn before_write(&self, offset: u64, data: &mut [u8]) -> Result<Option<Writing>, VolumeError> {
+    pub fn begin_write(&self, offset: u64, len: u64) -> Result<Option<Writing>, VolumeError> {
         self.writable()?;
-        let Some(regions) = self.regions.try_share(offset, offset + data.len() as u64) else { return Ok(None) };
-        self.encrypt(offset, data);
-        Ok(Some(Writing { _regions: regions }))
+        Ok(self.regions.try_share(offset, offset + len).map(|regions| Writing { _regions: regions }))
+    }
+
+    /// Writes what [`Volume::before_write`] made to whole blocks at `offset`. Blocks.
+    ///
+    /// # Errors
+    /// [`VolumeError`]; what the range holds is then either old or new, sector by sector, as after a disk's own error.
+    pub fn write_encrypted(&self, offset: u64, data: &[u8]) -> Result<(), VolumeError> {
+        self.writable()?;
+        let place = self.locate(offset, data.len() as u64)?;
+        let _held = self.regions.share(offset, offset + data.len() as u64);
+        Ok(self.store.write_at(data, place)?)
     }
 }

@@ -98,6 +98,15 @@ pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) ->
     outcome.map_err(|error| failed(export, command, &error))
 }
 
+/// Carries out a write to whole blocks whose payload is encrypted already; blocks for as long as the disk takes.
+pub(crate) fn write_encrypted(export: &Export, command: &Command, payload: &[u8]) -> Result<(), ErrorCode> {
+    let Command::Write { range, fua } = *command else { return Err(ErrorCode::Inval) };
+    export.statistics().answered();
+    let written = export.volume().write_encrypted(range.offset, payload);
+    let written = written.map(|()| export.statistics().written(range.len));
+    durable(export.volume(), written, fua).map_err(|error| failed(export, command, &error))
+}
+
 /// Counts and logs a volume's error: what the client is told.
 pub(crate) fn failed(export: &Export, command: &Command, error: &VolumeError) -> ErrorCode {
     if export.statistics().failed() {

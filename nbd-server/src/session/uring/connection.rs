@@ -16,7 +16,7 @@ use crate::export::Export;
 use crate::proto::{Command, ErrorCode, ExpectPayload, ExpectRequest, ExpectSkipped, Received, Reply, Request};
 use crate::session::buffers::{Buffer, Buffers};
 use crate::session::workers::Workers;
-use crate::session::{MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, Work, failed, perform_unharmed};
+use crate::session::{MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, Work, failed, perform_unharmed, write_encrypted};
 use super::errand::Errand;
 
 /// Bytes that are received at once where requests are small.
@@ -30,6 +30,10 @@ const GATHERED: usize = 256 * 1024;
 const ENOUGH_TO_SEND: usize = 128 * 1024;
 /// What takes longer than this on memory is a worker's work, in bytes.
 const LONG: u64 = 1 << 20;
+/// From this size on, in bytes, a request on memory is worth a second thread's while.
+const SHARED: usize = 256 * 1024;
+/// So many requests on memory are other threads' at once: one, while this thread is at the next.
+const HELPERS: usize = 1;
 /// How long a connection without requests keeps its large buffers.
 const IDLE: Duration = Duration::from_secs(1);
 /// After the shutdown, a client that sends nothing for so long has nothing more to say...
@@ -77,11 +81,23 @@ enum Stream {
     /// A request that waits until there is room for it.
     Request(Request, ExpectRequest),
     Payload(ExpectPayload),
-    /// The payload is being received into a buffer of its own, of which so much is filled.
-    Receiving(ExpectPayload, Option<Buffer>, usize),
+    /// A payload is being received into a buffer of its own.
+    Arriving(Arriving),
     Skip(ExpectSkipped),
     /// Nothing more is taken from the client.
     Ended,
+}
+
+/// A large payload that is partly there.
+struct Arriving {
+    expect: ExpectPayload,
+    /// `None` while the ring receives into it.
+    buffer: Option<Buffer>,
+    filled: usize,
+    /// Where in the volume it goes, if to whole blocks: then it is encrypted as it arrives, while the client sends on
+    /// and the CPU's cache has it.
+    offset: Option<u64>,
+    encrypted: usize,
 }
 
 /// Who carries a command out.
@@ -122,6 +138,8 @@ pub(super) struct Connection<'a> {
     header: Vec<u8>,
     receiving: bool,
     sending: bool,
+    /// Requests on memory that another thread has.
+    shared: usize,
     /// The client sends writes that are larger than what is received at once.
     large_writes: bool,
     /// Requests whose replies are not sent, and what they hold of the budget in bytes.
@@ -168,6 +186,7 @@ impl<'a> Connection<'a> {
             header: Vec::new(),
             receiving: false,
             sending: false,
+            shared: 0,
             large_writes: false,
             requests: 0,
             bytes: 0,
@@ -194,12 +213,12 @@ impl<'a> Connection<'a> {
             let can_go_on = !starved && !self.has_enough_to_do();
             let limit = if can_go_on { Some(Duration::ZERO) } else { self.limit() };
             self.ring.wait(limit)?;
-            let mut is_idle = true;
+            let mut is_idle = limit == Some(IDLE);
             while let Some(completion) = self.ring.next() {
                 is_idle = false;
                 self.completed(completion);
             }
-            if is_idle && !can_go_on && self.requests == 0 {
+            if is_idle {
                 self.buffers.shrink();
             }
             self.watch_the_clock();
@@ -279,11 +298,11 @@ impl<'a> Connection<'a> {
                 self.receive_into_intake(INTAKE);
             }
             Stream::Skip(_) => self.receive_into_intake(INTAKE),
-            Stream::Receiving(_, buffer, filled) => {
-                let (Some(buffer), filled) = (buffer.take(), *filled) else { return };
-                let range = filled..buffer.bytes.len();
+            Stream::Arriving(arriving) => {
+                let Some(buffer) = arriving.buffer.take() else { return };
+                let range = arriving.filled..buffer.bytes.len();
                 self.receiving = true;
-                self.ring.receive(self.socket, buffer, range, true, Tag::ReceivePayload);
+                self.ring.receive(self.socket, buffer, range, Tag::ReceivePayload);
             }
             // They wait for room.
             Stream::Payload(_) | Stream::Request(..) | Stream::Ended => {}
@@ -293,7 +312,7 @@ impl<'a> Connection<'a> {
     fn receive_into_intake(&mut self, limit: usize) {
         if let Some((buffer, range)) = self.intake.lend(limit) {
             self.receiving = true;
-            self.ring.receive(self.socket, buffer, range, false, Tag::Receive);
+            self.ring.receive(self.socket, buffer, range, Tag::Receive);
         }
     }
 
@@ -301,9 +320,9 @@ impl<'a> Connection<'a> {
         self.receiving = false;
         let count = result.as_ref().copied().unwrap_or(0);
         let is_clean = match &mut self.stream {
-            Stream::Receiving(_, place, filled) if is_payload => {
-                *filled += count;
-                *place = Some(buffer);
+            Stream::Arriving(arriving) if is_payload => {
+                arriving.filled += count;
+                arriving.buffer = Some(buffer);
                 false
             }
             stream => {
@@ -381,14 +400,25 @@ impl<'a> Connection<'a> {
                         self.begin_small_write(request);
                         self.stream = Stream::Header(next);
                     } else {
-                        let mut buffer = self.buffers.take(len);
-                        let filled = self.intake.move_to(&mut buffer.bytes);
-                        self.stream = Stream::Receiving(expect, Some(buffer), filled);
+                        self.stream = Stream::Arriving(self.begin_arrival(expect));
                     }
                 }
-                Stream::Receiving(expect, Some(buffer), filled) if filled == buffer.bytes.len() => {
+                Stream::Arriving(mut arriving) => {
+                    self.encrypt_arrived(&mut arriving);
+                    let Arriving { expect, buffer: Some(buffer), filled, offset, .. } = arriving else {
+                        self.stream = Stream::Arriving(arriving);
+                        return true;
+                    };
+                    if filled < buffer.bytes.len() {
+                        let encrypted = arriving.encrypted;
+                        self.stream = Stream::Arriving(Arriving { expect, buffer: Some(buffer), filled, offset, encrypted });
+                        return true;
+                    }
                     let (request, next) = expect.received();
-                    self.begin_write(request, buffer);
+                    match offset {
+                        Some(offset) => self.begin_encrypted_write(request, offset, buffer),
+                        None => self.hand_over(request, Some(buffer), false),
+                    }
                     self.stream = Stream::Header(next);
                 }
                 Stream::Skip(skip) => {
@@ -440,6 +470,10 @@ impl<'a> Connection<'a> {
     fn begin(&mut self, request: Request) {
         let command = *request.command();
         match (self.lane(&command), command) {
+            (Lane::Here, Command::Read(_)) if self.can_share(command.payload_len()) && self.intake.len() > 0 => {
+                let buffer = self.buffers.take(command.payload_len());
+                self.share(request, buffer, false);
+            }
             (Lane::Here, Command::Read(_)) => self.read_here(request),
             (Lane::Here, _) => self.perform_here(request, &mut []),
             (Lane::Ring, Command::Read(range)) => {
@@ -449,18 +483,51 @@ impl<'a> Connection<'a> {
                         let read = ReadUnderWay { request, offset: range.offset, place: place.offset, done: 0 };
                         self.read_rest(read, buffer);
                     }
-                    _ => self.hand_over(request, Some(buffer)),
+                    _ => self.hand_over(request, Some(buffer), false),
                 }
             }
             (Lane::Ring, Command::Flush) => match self.file {
                 Some(file) => self.ring.sync(file, Tag::Sync { request }),
-                None => self.hand_over(request, None),
+                None => self.hand_over(request, None, false),
             },
             (_, command) => {
                 let len = command.payload_len();
                 let buffer = (len > 0).then(|| self.buffers.take(len));
-                self.hand_over(request, buffer);
+                self.hand_over(request, buffer, false);
             }
+        }
+    }
+
+    /// The payload of a large write follows; some of it is in the intake.
+    fn begin_arrival(&mut self, expect: ExpectPayload) -> Arriving {
+        let mut buffer = self.buffers.take(expect.len());
+        let filled = self.intake.move_to(&mut buffer.bytes);
+        let offset = match expect.command() {
+            Command::Write { range, .. } => self.volume.place(range.offset, range.len).ok().flatten().map(|_| range.offset),
+            _ => None,
+        };
+        Arriving { expect, buffer: Some(buffer), filled, offset, encrypted: 0 }
+    }
+
+    fn encrypt_arrived(&self, arriving: &mut Arriving) {
+        let (Some(offset), Some(buffer)) = (arriving.offset, &mut arriving.buffer) else { return };
+        let whole = arriving.filled - arriving.filled % self.volume.sector_size().bytes();
+        let range = arriving.encrypted..whole;
+        self.volume.before_write(offset + range.start as u64, &mut buffer.bytes[range]);
+        arriving.encrypted = whole;
+    }
+
+    /// A write to whole blocks, whose payload fills the buffer and is encrypted.
+    fn begin_encrypted_write(&mut self, request: Request, offset: u64, buffer: Buffer) {
+        match self.lane(request.command()) {
+            Lane::Here if self.can_share(buffer.bytes.len()) && self.sends_on() => self.share(request, buffer, true),
+            Lane::Here => {
+                let outcome = write_encrypted(self.export, request.command(), &buffer.bytes);
+                self.buffers.give_back(buffer);
+                self.answer_empty(request, outcome);
+            }
+            Lane::Ring => self.write_by_ring(request, offset, buffer),
+            Lane::Worker => self.hand_over(request, Some(buffer), true),
         }
     }
 
@@ -477,35 +544,28 @@ impl<'a> Connection<'a> {
         // Direct I/O takes whole pages, and where this one is in the stream is chance.
         let mut buffer = self.buffers.take(len);
         self.intake.move_to(&mut buffer.bytes);
-        self.begin_write(request, buffer);
-    }
-
-    /// A write whose payload fills the buffer.
-    fn begin_write(&mut self, request: Request, mut buffer: Buffer) {
-        let command = *request.command();
-        match self.lane(&command) {
-            Lane::Here => {
-                let outcome = perform_unharmed(self.export, &command, &mut buffer.bytes);
-                self.buffers.give_back(buffer);
-                self.answer_empty(request, outcome);
+        match (self.lane(&command), command) {
+            (Lane::Ring, Command::Write { range, .. }) => {
+                self.volume.before_write(range.offset, &mut buffer.bytes);
+                self.write_by_ring(request, range.offset, buffer);
             }
-            Lane::Ring => self.write_by_ring(request, buffer),
-            Lane::Worker => self.hand_over(request, Some(buffer)),
+            _ => self.hand_over(request, Some(buffer), false),
         }
     }
 
-    fn write_by_ring(&mut self, request: Request, mut buffer: Buffer) {
-        let Command::Write { range, fua } = *request.command() else { return self.hand_over(request, Some(buffer)) };
-        let Ok(Some(place)) = self.volume.place(range.offset, range.len) else {
-            return self.hand_over(request, Some(buffer));
+    fn write_by_ring(&mut self, request: Request, offset: u64, buffer: Buffer) {
+        let len = buffer.bytes.len() as u64;
+        let Ok(Some(place)) = self.volume.place(offset, len) else {
+            return self.hand_over(request, Some(buffer), true);
         };
-        match self.volume.before_write(range.offset, &mut buffer.bytes) {
+        let durable = matches!(request.command(), Command::Write { fua: true, .. });
+        match self.volume.begin_write(offset, len) {
             Ok(Some(writing)) => {
-                let write = WriteUnderWay { request, place: place.offset, done: 0, durable: fua, writing };
+                let write = WriteUnderWay { request, place: place.offset, done: 0, durable, writing };
                 self.write_rest(write, buffer);
             }
             // Somebody is at work there who must be waited for.
-            Ok(None) => self.hand_over(request, Some(buffer)),
+            Ok(None) => self.hand_over(request, Some(buffer), true),
             Err(error) => {
                 self.export.statistics().answered();
                 self.buffers.give_back(buffer);
@@ -531,6 +591,22 @@ impl<'a> Connection<'a> {
         }
     }
 
+    /// Whether a second thread should take a request on memory with so much payload.
+    fn can_share(&self, len: usize) -> bool {
+        len >= SHARED && self.shared < HELPERS
+    }
+
+    /// Whether the client has more to say already.
+    fn sends_on(&self) -> bool {
+        rustix::io::ioctl_fionread(self.socket).is_ok_and(|waiting| waiting > 0)
+    }
+
+    /// Has a second thread carry out a request on memory, while this one is at the next.
+    fn share(&mut self, request: Request, buffer: Buffer, is_encrypted: bool) {
+        self.shared += 1;
+        self.hand_over(request, Some(buffer), is_encrypted);
+    }
+
     fn read_here(&mut self, request: Request) {
         let command = *request.command();
         let len = command.payload_len();
@@ -548,10 +624,10 @@ impl<'a> Connection<'a> {
         self.answer_empty(request, outcome);
     }
 
-    fn hand_over(&mut self, request: Request, payload: Option<Buffer>) {
+    fn hand_over(&mut self, request: Request, payload: Option<Buffer>, is_encrypted: bool) {
         let cost = cost(request.command().payload_len());
         let (export, doorbell) = (self.export.clone(), Arc::clone(self.doorbell));
-        self.workers.submit([Work::Handed(Errand { request, payload, cost, export, doorbell })]);
+        self.workers.submit([Work::Handed(Errand { request, payload, is_encrypted, cost, export, doorbell })]);
     }
 
     // --- answering
@@ -714,6 +790,7 @@ impl<'a> Connection<'a> {
     fn doorbell_rang(&mut self) {
         self.ring.listen(self.doorbell.as_fd(), Tag::Doorbell);
         for Done { reply, payload, cost } in self.doorbell.take() {
+            self.shared = self.shared.saturating_sub(usize::from(cost >= SHARED));
             self.answer(&reply, payload, cost);
         }
         if self.doorbell.is_shutting_down() && self.last_words.is_none() {

@@ -84,7 +84,7 @@ impl<'fd, T> Ring<'fd, T> {
     /// What the kernel said: `ENOSYS` where it has none, `EPERM` where it is forbidden (the sysctl
     /// `kernel.io_uring_disabled`, seccomp).
     pub(super) fn new() -> io::Result<Self> {
-        let mut ring = IoUring::builder()
+        let ring = IoUring::builder()
             .setup_cqsize(COMPLETIONS)
             .setup_single_issuer()
             .setup_coop_taskrun()
@@ -116,11 +116,10 @@ impl<'fd, T> Ring<'fd, T> {
         self.operations.len() - self.free.len()
     }
 
-    /// Receives into `range` of the buffer, as much as there is, or all of it where `all` is set.
-    pub(super) fn receive(&mut self, socket: BorrowedFd<'fd>, mut buffer: Buffer, range: Range<usize>, all: bool, tag: T) {
+    /// Receives into `range` of the buffer, as much as there is.
+    pub(super) fn receive(&mut self, socket: BorrowedFd<'fd>, mut buffer: Buffer, range: Range<usize>, tag: T) {
         let (address, len) = span(&mut buffer.bytes[range]);
-        let flags = if all { libc::MSG_WAITALL } else { 0 };
-        let entry = opcode::Recv::new(Fd(socket.as_raw_fd()), address, len).flags(flags).build();
+        let entry = opcode::Recv::new(Fd(socket.as_raw_fd()), address, len).build();
         self.push(entry, tag, Held::Buffer(buffer));
     }
 
@@ -304,7 +303,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let mut buffers = Buffers::new(1 << 20);
         let mut ring = Ring::new().unwrap();
-        ring.receive(ours.as_fd(), buffers.take(100), 10..100, true, "receive");
+        ring.receive(ours.as_fd(), buffers.take(100), 10..100, "receive");
         theirs.write_all(&[7; 90]).unwrap();
         ring.wait(None).unwrap();
         let Completion { tag, result, memory: Memory::Buffer(buffer) } = ring.next().unwrap() else { panic!() };
@@ -328,7 +327,7 @@ mod tests {
         let mut buffers = Buffers::new(1 << 20);
         let mut ring = Ring::new().unwrap();
         for _ in 0..300 {
-            ring.receive(ours.as_fd(), buffers.take(4096), 0..4096, false, ());
+            ring.receive(ours.as_fd(), buffers.take(4096), 0..4096, ());
         }
         ring.wait(Some(Duration::ZERO)).unwrap();
         assert_eq!(ring.under_way(), 300);
@@ -341,7 +340,7 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let mut buffers = Buffers::new(1 << 20);
         let mut ring = Ring::new().unwrap();
-        ring.receive(ours.as_fd(), buffers.take(1), 0..1, false, ());
+        ring.receive(ours.as_fd(), buffers.take(1), 0..1, ());
         let begun = std::time::Instant::now();
         ring.wait(Some(Duration::from_millis(20))).unwrap();
         assert!(begun.elapsed() >= Duration::from_millis(20) && ring.next().is_none());
