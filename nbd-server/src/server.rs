@@ -70,7 +70,12 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { max_connections: 256, handshake_timeout: Duration::from_secs(10), workers: 16, session: SessionKind::Auto }
+        Self {
+            max_connections: 256,
+            handshake_timeout: Duration::from_secs(10),
+            workers: 16,
+            session: SessionKind::Auto,
+        }
     }
 }
 

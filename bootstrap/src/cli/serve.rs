@@ -71,7 +71,8 @@ pub(super) fn run(args: Args) -> Result<()> {
     if args.read_only {
         export = export.read_only();
     }
-    let server = Server::new(Exports::new([export])?, Settings { session: args.session.into(), ..Settings::default() })?;
+    let server =
+        Server::new(Exports::new([export])?, Settings { session: args.session.into(), ..Settings::default() })?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(listen_and_serve(&args, &server))
 }

@@ -10,14 +10,16 @@ use engine::volume::{Volume, VolumeError, Writing};
 
 use super::batch::Batch;
 use super::doorbell::{Done, Doorbell};
+use super::errand::Errand;
 use super::intake::Intake;
 use super::ring::{Completion, Memory, Ring};
 use crate::export::Export;
 use crate::proto::{Command, ErrorCode, ExpectPayload, ExpectRequest, ExpectSkipped, Received, Reply, Request};
 use crate::session::buffers::{Buffer, Buffers};
 use crate::session::workers::Workers;
-use crate::session::{MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, Work, failed, perform_unharmed, write_encrypted};
-use super::errand::Errand;
+use crate::session::{
+    MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, Work, failed, perform_unharmed, write_encrypted,
+};
 
 /// Bytes that are received at once where requests are small.
 const INTAKE: usize = 256 * 1024;
@@ -32,8 +34,8 @@ const ENOUGH_TO_SEND: usize = 128 * 1024;
 const LONG: u64 = 1 << 20;
 /// From this size on, in bytes, a request on memory is worth a second thread's while.
 const SHARED: usize = 256 * 1024;
-/// So many requests on memory are other threads' at once: one, while this thread is at the next.
-const HELPERS: usize = 1;
+/// So many requests on memory are other threads' at once, while this thread is at the next.
+const HELPERS: usize = 2;
 /// How long a connection without requests keeps its large buffers.
 const IDLE: Duration = Duration::from_secs(1);
 /// After the shutdown, a client that sends nothing for so long has nothing more to say...
@@ -94,8 +96,8 @@ struct Arriving {
     /// `None` while the ring receives into it.
     buffer: Option<Buffer>,
     filled: usize,
-    /// Where in the volume it goes, if to whole blocks: then it is encrypted as it arrives, while the client sends on
-    /// and the CPU's cache has it.
+    /// Where in the volume it goes, if it is encrypted as it arrives, while the client sends on and the CPU's cache has
+    /// it. That needs whole blocks, and is not done where another thread will have the time.
     offset: Option<u64>,
     encrypted: usize,
 }
@@ -138,6 +140,8 @@ pub(super) struct Connection<'a> {
     header: Vec<u8>,
     receiving: bool,
     sending: bool,
+    /// The client does not wait for the answer to a large write before it sends the next.
+    pipelined: bool,
     /// Requests on memory that another thread has.
     shared: usize,
     /// The client sends writes that are larger than what is received at once.
@@ -186,6 +190,7 @@ impl<'a> Connection<'a> {
             header: Vec::new(),
             receiving: false,
             sending: false,
+            pipelined: false,
             shared: 0,
             large_writes: false,
             requests: 0,
@@ -252,7 +257,7 @@ impl<'a> Connection<'a> {
             // In mid-message the client is waited for until the end.
             let is_between = matches!(self.stream, Stream::Header(_)) && self.intake.len() == 0;
             if is_between || now >= last.deaf && matches!(self.stream, Stream::Header(_)) {
-                self.stream = Stream::Ended;
+                self.take_nothing_more();
             } else if let Some(last) = &mut self.last_words {
                 last.quiet = last.end;
                 last.deaf = last.end;
@@ -265,7 +270,7 @@ impl<'a> Connection<'a> {
         if self.outcome.is_ok() {
             self.outcome = outcome;
         }
-        self.stream = Stream::Ended;
+        self.take_nothing_more();
         self.broken = true;
         // Ends the ring's receive and send.
         let _ = rustix::net::shutdown(self.socket, rustix::net::Shutdown::Both);
@@ -276,7 +281,15 @@ impl<'a> Connection<'a> {
         if self.outcome.is_ok() {
             self.outcome = outcome;
         }
-        self.stream = Stream::Ended;
+        self.take_nothing_more();
+    }
+
+    fn take_nothing_more(&mut self) {
+        if let Stream::Arriving(arriving) = std::mem::replace(&mut self.stream, Stream::Ended) {
+            // What did not come whole is not written, and nobody waits for the answer.
+            self.requests -= 1;
+            self.bytes -= cost(arriving.expect.len());
+        }
     }
 
     // --- receiving
@@ -288,7 +301,8 @@ impl<'a> Connection<'a> {
         match &mut self.stream {
             Stream::Header(expect) => {
                 // Behind a header whose payload is large nothing is received that would have to be moved.
-                let limit = if self.large_writes { expect.header_len().saturating_sub(self.intake.len()) } else { INTAKE };
+                let limit =
+                    if self.large_writes { expect.header_len().saturating_sub(self.intake.len()) } else { INTAKE };
                 if self.intake.len() >= expect.header_len() {
                     return;
                 }
@@ -411,13 +425,15 @@ impl<'a> Connection<'a> {
                     };
                     if filled < buffer.bytes.len() {
                         let encrypted = arriving.encrypted;
-                        self.stream = Stream::Arriving(Arriving { expect, buffer: Some(buffer), filled, offset, encrypted });
+                        self.stream =
+                            Stream::Arriving(Arriving { expect, buffer: Some(buffer), filled, offset, encrypted });
                         return true;
                     }
                     let (request, next) = expect.received();
+                    self.pipelined = self.sends_on();
                     match offset {
                         Some(offset) => self.begin_encrypted_write(request, offset, buffer),
-                        None => self.hand_over(request, Some(buffer), false),
+                        None => self.begin_large_write(request, buffer),
                     }
                     self.stream = Stream::Header(next);
                 }
@@ -503,7 +519,10 @@ impl<'a> Connection<'a> {
         let mut buffer = self.buffers.take(expect.len());
         let filled = self.intake.move_to(&mut buffer.bytes);
         let offset = match expect.command() {
-            Command::Write { range, .. } => self.volume.place(range.offset, range.len).ok().flatten().map(|_| range.offset),
+            _ if self.resident && self.pipelined => None,
+            Command::Write { range, .. } => {
+                self.volume.place(range.offset, range.len).ok().flatten().map(|_| range.offset)
+            }
             _ => None,
         };
         Arriving { expect, buffer: Some(buffer), filled, offset, encrypted: 0 }
@@ -520,7 +539,7 @@ impl<'a> Connection<'a> {
     /// A write to whole blocks, whose payload fills the buffer and is encrypted.
     fn begin_encrypted_write(&mut self, request: Request, offset: u64, buffer: Buffer) {
         match self.lane(request.command()) {
-            Lane::Here if self.can_share(buffer.bytes.len()) && self.sends_on() => self.share(request, buffer, true),
+            Lane::Here if self.can_share(buffer.bytes.len()) && self.pipelined => self.share(request, buffer, true),
             Lane::Here => {
                 let outcome = write_encrypted(self.export, request.command(), &buffer.bytes);
                 self.buffers.give_back(buffer);
@@ -528,6 +547,19 @@ impl<'a> Connection<'a> {
             }
             Lane::Ring => self.write_by_ring(request, offset, buffer),
             Lane::Worker => self.hand_over(request, Some(buffer), true),
+        }
+    }
+
+    /// A write whose payload fills the buffer and is not encrypted.
+    fn begin_large_write(&mut self, request: Request, mut buffer: Buffer) {
+        match self.lane(request.command()) {
+            Lane::Here if self.can_share(buffer.bytes.len()) => self.share(request, buffer, false),
+            Lane::Here => {
+                let outcome = perform_unharmed(self.export, request.command(), &mut buffer.bytes);
+                self.buffers.give_back(buffer);
+                self.answer_empty(request, outcome);
+            }
+            Lane::Ring | Lane::Worker => self.hand_over(request, Some(buffer), false),
         }
     }
 
@@ -579,7 +611,9 @@ impl<'a> Connection<'a> {
     fn lane(&self, command: &Command) -> Lane {
         let is_whole = |offset, len| matches!(self.volume.place(offset, len), Ok(Some(_)));
         match *command {
-            Command::Read(_) | Command::Write { .. } | Command::Flush | Command::Cache(_) if self.resident => Lane::Here,
+            Command::Read(_) | Command::Write { .. } | Command::Flush | Command::Cache(_) if self.resident => {
+                Lane::Here
+            }
             Command::Trim { range, .. } | Command::WriteZeroes { range, .. } if self.resident && range.len <= LONG => {
                 Lane::Here
             }

@@ -32,7 +32,9 @@ enum Held {
     Buffer(Buffer),
     Message(Box<Message>),
     /// Kept for the kernel's sake alone.
-    Word { _word: Box<[u8; 8]> },
+    Word {
+        _word: Box<[u8; 8]>,
+    },
 }
 
 /// A batch on its way, with the addresses of its slices as sendmsg(2) wants them.
@@ -138,10 +140,10 @@ impl<'fd, T> Ring<'fd, T> {
         };
         message.slices.clear();
         // The kernel only reads through these, whatever sendmsg(2) calls the pointer.
-        let slices = message.batch.left().map(|slice| libc::iovec {
-            iov_base: slice.as_ptr().cast_mut().cast(),
-            iov_len: slice.len(),
-        });
+        let slices = message
+            .batch
+            .left()
+            .map(|slice| libc::iovec { iov_base: slice.as_ptr().cast_mut().cast(), iov_len: slice.len() });
         message.slices.extend(slices);
         message.header.msg_iov = message.slices.as_mut_ptr();
         message.header.msg_iovlen = message.slices.len();
