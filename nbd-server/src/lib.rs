@@ -9,6 +9,6 @@ mod shutdown;
 pub mod statistics;
 
 pub use export::{Export, Exports, ExportsError};
-pub use server::{Listener, Server, Settings};
+pub use server::{Listener, PlainSocket, Server, SessionKind, Settings};
 pub use session::SessionError;
 pub use shutdown::{Shutdown, Trigger, shutdown};

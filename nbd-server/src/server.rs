@@ -1,6 +1,7 @@
 //! The server: exports, and the connections that are served with them.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,9 +12,8 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::export::{Export, Exports};
-use crate::session::tokio::Task;
 use crate::session::workers::Workers;
-use crate::session::{SessionError, tokio as session};
+use crate::session::{SessionError, Work, tokio as session, uring};
 use crate::shutdown::Shutdown;
 
 /// Kernel memory for each direction of a unix socket, in bytes. The usual 208 KiB make sender and receiver take turns;
@@ -21,6 +21,39 @@ use crate::shutdown::Shutdown;
 const UNIX_SOCKET_BUFFER: usize = 4 << 20;
 /// How long to wait after a failed accept: it fails for want of file descriptors or memory, which others must give back.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Which session serves plain sockets. (TLS and other streams are always tokio's.)
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SessionKind {
+    /// io_uring where the kernel allows it, else tokio; the log says which, once.
+    #[default]
+    Auto,
+    /// io_uring, or [`Server::new`] fails.
+    IoUring,
+    /// tokio, with its poll, and threads that block for the disk.
+    Tokio,
+}
+
+/// A socket that the kernel's own calls can serve, without a layer such as TLS between.
+pub trait PlainSocket: AsyncRead + AsyncWrite + Unpin + Send {
+    /// The socket itself, taken from tokio.
+    ///
+    /// # Errors
+    /// What the system said.
+    fn into_owned_fd(self) -> io::Result<OwnedFd>;
+}
+
+impl PlainSocket for UnixStream {
+    fn into_owned_fd(self) -> io::Result<OwnedFd> {
+        Ok(self.into_std()?.into())
+    }
+}
+
+impl PlainSocket for TcpStream {
+    fn into_owned_fd(self) -> io::Result<OwnedFd> {
+        Ok(self.into_std()?.into())
+    }
+}
 
 /// What can be chosen about a server.
 #[derive(Debug, Clone)]
@@ -31,11 +64,18 @@ pub struct Settings {
     pub handshake_timeout: Duration,
     /// Threads that read and write the disks: how many requests they have at once, over all connections.
     pub workers: usize,
+    /// Which session serves plain sockets.
+    pub session: SessionKind,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { max_connections: 256, handshake_timeout: Duration::from_secs(10), workers: 16 }
+        Self {
+            max_connections: 256,
+            handshake_timeout: Duration::from_secs(10),
+            workers: 16,
+            session: SessionKind::Auto,
+        }
     }
 }
 
@@ -47,8 +87,10 @@ impl Default for Settings {
 #[derive(Clone)]
 pub struct Server {
     exports: Exports,
-    workers: Arc<Workers<Task>>,
+    workers: Arc<Workers<Work>>,
     settings: Settings,
+    /// Plain sockets are served by io_uring.
+    by_uring: bool,
 }
 
 /// Where connections come from.
@@ -98,10 +140,19 @@ impl Server {
     /// Starts the threads; nothing is served yet.
     ///
     /// # Errors
-    /// What the system said to a new thread.
+    /// What the system said to a new thread, or to a ring that was asked for by name.
     pub fn new(exports: Exports, settings: Settings) -> io::Result<Self> {
+        let by_uring = match (settings.session, uring::is_available()) {
+            (SessionKind::Tokio, _) => false,
+            (_, Ok(())) => true,
+            (SessionKind::IoUring, Err(error)) => return Err(error),
+            (SessionKind::Auto, Err(error)) => {
+                tracing::warn!(%error, "no io_uring here: serving without it, which takes more CPU time");
+                false
+            }
+        };
         let workers = Arc::new(Workers::start(settings.workers.max(1))?);
-        Ok(Self { exports, workers, settings })
+        Ok(Self { exports, workers, settings, by_uring })
     }
 
     /// What is served.
@@ -181,12 +232,38 @@ impl Server {
         session::transmission(stream, export, &self.workers, shutdown).await
     }
 
-    async fn serve_logged<S, P>(self, stream: S, shutdown: Shutdown, place: P)
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send,
-        P: Send,
-    {
-        match self.serve_stream(stream, shutdown).await {
+    /// Serves one client on a plain socket, from the first word on: by io_uring where that is possible.
+    ///
+    /// # Errors
+    /// [`SessionError`] when it ended otherwise than by the client's leave or the shutdown.
+    pub async fn serve_socket(&self, mut socket: impl PlainSocket, mut shutdown: Shutdown) -> Result<(), SessionError> {
+        let limit = self.settings.handshake_timeout;
+        let Some(export) = session::handshake(&mut socket, &self.exports, limit, &mut shutdown).await? else {
+            return Ok(());
+        };
+        tracing::debug!(export = export.info().name, "a client entered transmission");
+        self.serve_socket_transmission(socket, &export, shutdown).await
+    }
+
+    /// Serves one client on a plain socket that needs no handshake: the kernel, which was given the other end of a
+    /// socketpair and told of the export by other means.
+    ///
+    /// # Errors
+    /// [`SessionError`] when it ended otherwise than by the client's leave or the shutdown.
+    pub async fn serve_socket_transmission(
+        &self,
+        socket: impl PlainSocket,
+        export: &Export,
+        shutdown: Shutdown,
+    ) -> Result<(), SessionError> {
+        if self.by_uring {
+            return uring::transmission(socket.into_owned_fd()?, export, &self.workers, shutdown).await;
+        }
+        session::transmission(socket, export, &self.workers, shutdown).await
+    }
+
+    async fn serve_logged<P: Send>(self, socket: impl PlainSocket, shutdown: Shutdown, place: P) {
+        match self.serve_socket(socket, shutdown).await {
             Ok(()) => tracing::debug!("a client left"),
             Err(error) => tracing::info!(%error, "a connection ended"),
         }

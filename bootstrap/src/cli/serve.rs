@@ -11,7 +11,7 @@ use engine::luks::{self, Limits, plain};
 use engine::sector::SectorSize;
 use engine::store::{Access, BlockStore, Caching};
 use engine::volume::Volume;
-use nbd_server::{Export, Exports, Listener, Server, Settings, shutdown};
+use nbd_server::{Export, Exports, Listener, Server, SessionKind, Settings, shutdown};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -51,6 +51,9 @@ pub(super) struct Args {
     /// Let the kernel cache the ciphertext. Without it, `O_DIRECT` where the filesystem allows.
     #[arg(long)]
     page_cache: bool,
+    /// What serves the connections: `auto` is io_uring where the kernel allows it.
+    #[arg(long, value_enum, default_value_t = Session::Auto)]
+    session: Session,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -68,9 +71,32 @@ pub(super) fn run(args: Args) -> Result<()> {
     if args.read_only {
         export = export.read_only();
     }
-    let server = Server::new(Exports::new([export])?, Settings::default())?;
+    let server =
+        Server::new(Exports::new([export])?, Settings { session: args.session.into(), ..Settings::default() })?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(listen_and_serve(&args, &server))
+}
+
+/// Which session serves.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+enum Session {
+    /// io_uring where the kernel allows it, else tokio.
+    #[default]
+    Auto,
+    /// io_uring, or fail.
+    IoUring,
+    /// Threads that block.
+    Tokio,
+}
+
+impl From<Session> for SessionKind {
+    fn from(session: Session) -> Self {
+        match session {
+            Session::Auto => Self::Auto,
+            Session::IoUring => Self::IoUring,
+            Session::Tokio => Self::Tokio,
+        }
+    }
 }
 
 fn open(args: &Args) -> Result<Volume> {

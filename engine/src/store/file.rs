@@ -7,11 +7,14 @@ use std::path::Path;
 
 use rustix::fs::{AtFlags, FallocateFlags, OFlags, StatxFlags};
 
-use super::BlockStore;
+use super::{BlockStore, Medium};
 use crate::buffer::{AlignedBuffer, DIRECT_ALIGNMENT};
 
 /// No disk has smaller blocks, in bytes.
 const SMALLEST_BLOCK: usize = 512;
+
+/// Filesystems whose files are memory: `TMPFS_MAGIC` and `RAMFS_MAGIC` of linux/magic.h.
+const RESIDENT: [rustix::fs::FsWord; 2] = [0x0102_1994, 0x8584_58f6];
 
 /// What the file is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +41,7 @@ pub struct FileStore {
     len: u64,
     alignment: usize,
     read_only: bool,
+    resident: bool,
 }
 
 impl FileStore {
@@ -80,7 +84,8 @@ impl FileStore {
         if len % alignment as u64 != 0 {
             return Self::open(path, access, Caching::PageCache);
         }
-        Ok(Self { file, len, alignment, read_only: access == Access::ReadOnly })
+        let resident = kind.is_file() && RESIDENT.contains(&rustix::fs::fstatfs(&file)?.f_type);
+        Ok(Self { file, len, alignment, read_only: access == Access::ReadOnly, resident })
     }
 
     /// The open file.
@@ -113,6 +118,10 @@ impl BlockStore for FileStore {
 
     fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    fn medium(&self) -> Medium<'_> {
+        Medium::File { file: &self.file, direct: self.alignment > 1, resident: self.resident }
     }
 
     fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::RwLock;
 
-use super::BlockStore;
+use super::{BlockStore, Medium};
 
 /// Bytes behind a lock. Flushing does nothing: there is nowhere further to go.
 pub struct MemoryStore {
@@ -39,6 +39,10 @@ impl From<Vec<u8>> for MemoryStore {
 }
 
 impl BlockStore for MemoryStore {
+    fn medium(&self) -> Medium<'_> {
+        Medium::Memory
+    }
+
     fn len(&self) -> u64 {
         self.len
     }

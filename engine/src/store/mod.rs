@@ -12,6 +12,24 @@ pub use file::{Access, Caching, FileStore};
 pub use memory::MemoryStore;
 pub use unaligned::{read_unaligned, write_zeros};
 
+/// What a store's bytes lie on, for callers that could move them without the store.
+#[derive(Clone, Copy, Debug)]
+pub enum Medium<'a> {
+    /// This process's memory: calls return at once.
+    Memory,
+    /// An open file whose offsets are the store's.
+    File {
+        /// The file.
+        file: &'a std::fs::File,
+        /// It is open for direct I/O: the page cache is passed by.
+        direct: bool,
+        /// The filesystem lies in memory (tmpfs): calls return at once.
+        resident: bool,
+    },
+    /// Something that only the store itself can reach, and that may take its time.
+    Other,
+}
+
 /// A disk, or something that answers like one. Calls may come from many threads at once; what overlapping calls see of
 /// each other is the caller's affair.
 pub trait BlockStore: Send + Sync {
@@ -32,6 +50,11 @@ pub trait BlockStore: Send + Sync {
     /// Whether every write fails.
     fn is_read_only(&self) -> bool {
         false
+    }
+
+    /// What the bytes lie on.
+    fn medium(&self) -> Medium<'_> {
+        Medium::Other
     }
 
     /// Fills `data` from `offset`.

@@ -1,49 +1,151 @@
 //! Keeps a read-modify-write of a block apart from every other write to that block.
 
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Bytes of the volume that share one lock.
 const REGION: u64 = 1 << 20;
-/// Locks there are; regions are dealt out to them in turn.
-const LOCKS: u64 = 64;
+/// Locks there are, as many as a word has bits; regions are dealt out to them in turn.
+const LOCKS: u64 = u64::BITS as u64;
 
 /// Writers of whole blocks share a region, since the disk keeps their blocks apart; a read-modify-write has it alone.
+/// Guards own their share, so that they can wait with a write that is under way, on whichever thread completes it.
 pub(super) struct RegionLock {
-    locks: Vec<RwLock<()>>,
+    locks: Vec<Lock>,
+}
+
+#[derive(Default)]
+struct Lock {
+    holders: Mutex<Holders>,
+    left: Condvar,
+}
+
+#[derive(Default)]
+struct Holders {
+    sharing: u32,
+    exclusive: bool,
+    /// How many wait to be alone. Nobody joins those who share meanwhile, or the wait might never end.
+    waiting: u32,
+}
+
+impl Holders {
+    fn admits(&self) -> bool {
+        !self.exclusive && self.waiting == 0
+    }
 }
 
 /// Regions in which nobody reads, modifies and writes.
-pub(super) struct Shared<'a> {
-    _one: Option<RwLockReadGuard<'a, ()>>,
-    _more: Vec<RwLockReadGuard<'a, ()>>,
+pub(super) struct Shared {
+    regions: Arc<RegionLock>,
+    /// A bit for each lock.
+    held: u64,
+}
+
+/// A region in which nobody else writes.
+pub(super) struct Exclusive {
+    regions: Arc<RegionLock>,
+    lock: u64,
 }
 
 impl RegionLock {
     pub(super) fn new() -> Self {
-        Self { locks: (0..LOCKS).map(|_| RwLock::new(())).collect() }
+        Self { locks: (0..LOCKS).map(|_| Lock::default()).collect() }
     }
 
-    /// Keeps every read-modify-write out of the bytes from `start` up to `end` while the guards live.
-    pub(super) fn share(&self, start: u64, end: u64) -> Shared<'_> {
-        let (first, last) = (start / REGION, end.saturating_sub(1).max(start) / REGION);
-        if first == last {
-            // Most writes lie in one region, and for those nothing need be allocated.
-            return Shared { _one: Some(self.read(first % LOCKS)), _more: Vec::new() };
-        }
+    /// Keeps every read-modify-write out of the bytes from `start` up to `end` while the guard lives.
+    pub(super) fn share(self: &Arc<Self>, start: u64, end: u64) -> Shared {
+        let wanted = wanted(start, end);
         // In the order of the locks, not of the regions, so that two long writes never wait for each other in a circle.
-        let wanted = |lock: u64| (lock + LOCKS - first % LOCKS) % LOCKS <= last - first;
-        Shared { _one: None, _more: (0..LOCKS).filter(|lock| wanted(*lock)).map(|lock| self.read(lock)).collect() }
+        for lock in bits(wanted) {
+            let lock = self.lock(lock);
+            let mut holders = lock.holders();
+            while !holders.admits() {
+                holders = lock.left.wait(holders).unwrap_or_else(PoisonError::into_inner);
+            }
+            holders.sharing += 1;
+        }
+        Shared { regions: Arc::clone(self), held: wanted }
     }
 
-    fn read(&self, lock: u64) -> RwLockReadGuard<'_, ()> {
-        self.locks[usize::try_from(lock).unwrap_or(0)].read().unwrap_or_else(PoisonError::into_inner)
+    /// The same, if nobody has to be waited for.
+    pub(super) fn try_share(self: &Arc<Self>, start: u64, end: u64) -> Option<Shared> {
+        let mut shared = Shared { regions: Arc::clone(self), held: 0 };
+        for number in bits(wanted(start, end)) {
+            let mut holders = self.lock(number).holders();
+            if !holders.admits() {
+                return None;
+            }
+            holders.sharing += 1;
+            drop(holders);
+            shared.held |= 1 << number;
+        }
+        Some(shared)
     }
 
     /// Keeps every other write out of the region of the byte at `offset` while the guard lives.
-    pub(super) fn exclude(&self, offset: u64) -> RwLockWriteGuard<'_, ()> {
-        let lock = usize::try_from(offset / REGION % LOCKS).unwrap_or(0);
-        self.locks[lock].write().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn exclude(self: &Arc<Self>, offset: u64) -> Exclusive {
+        let number = offset / REGION % LOCKS;
+        let lock = self.lock(number);
+        let mut holders = lock.holders();
+        holders.waiting += 1;
+        while holders.exclusive || holders.sharing > 0 {
+            holders = lock.left.wait(holders).unwrap_or_else(PoisonError::into_inner);
+        }
+        holders.waiting -= 1;
+        holders.exclusive = true;
+        Exclusive { regions: Arc::clone(self), lock: number }
     }
+
+    fn lock(&self, number: u64) -> &Lock {
+        &self.locks[usize::try_from(number).unwrap_or(0)]
+    }
+}
+
+impl Lock {
+    fn holders(&self) -> MutexGuard<'_, Holders> {
+        self.holders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        for number in bits(self.held) {
+            let lock = self.regions.lock(number);
+            let mut holders = lock.holders();
+            holders.sharing -= 1;
+            let waited_for = holders.sharing == 0 && holders.waiting > 0;
+            drop(holders);
+            if waited_for {
+                lock.left.notify_all();
+            }
+        }
+    }
+}
+
+impl Drop for Exclusive {
+    fn drop(&mut self) {
+        let lock = self.regions.lock(self.lock);
+        lock.holders().exclusive = false;
+        lock.left.notify_all();
+    }
+}
+
+/// The locks of the bytes from `start` up to `end`, a bit each.
+fn wanted(start: u64, end: u64) -> u64 {
+    let (first, last) = (start / REGION, end.saturating_sub(1).max(start) / REGION);
+    match last - first {
+        0 => 1 << (first % LOCKS),
+        more if more >= LOCKS - 1 => u64::MAX,
+        more => ((1 << (more + 1)) - 1u64).rotate_left(u32::try_from(first % LOCKS).unwrap_or(0)),
+    }
+}
+
+/// The places of the bits that are set, lowest first.
+fn bits(mut word: u64) -> impl Iterator<Item = u64> {
+    std::iter::from_fn(move || {
+        let place = (word != 0).then(|| u64::from(word.trailing_zeros()))?;
+        word &= word - 1;
+        Some(place)
+    })
 }
 
 #[cfg(test)]
@@ -52,8 +154,11 @@ mod tests {
 
     #[test]
     fn a_shared_range_keeps_out_whoever_wants_a_byte_of_it_alone_and_nobody_else() {
-        let locks = RegionLock::new();
-        let free = |offset: u64| locks.locks[usize::try_from(offset / REGION % LOCKS).unwrap()].try_write().is_ok();
+        let locks = Arc::new(RegionLock::new());
+        let free = |offset: u64| {
+            let holders = locks.lock(offset / REGION % LOCKS).holders();
+            !holders.exclusive && holders.sharing == 0
+        };
         for (start, end, inside, outside) in [
             (0, 1, vec![0, REGION - 1], vec![REGION, 63 * REGION]),
             (REGION - 1, REGION + 1, vec![0, REGION], vec![2 * REGION]),
@@ -68,5 +173,33 @@ mod tests {
             drop(held);
             assert!((0..64).all(|region| free(region * REGION)));
         }
+    }
+
+    #[test]
+    fn whoever_wants_a_region_alone_waits_for_those_who_share_it_and_is_not_overtaken() {
+        let locks = Arc::new(RegionLock::new());
+        let shared = locks.share(0, 10);
+        let alone = {
+            let locks = Arc::clone(&locks);
+            std::thread::spawn(move || drop(locks.exclude(5)))
+        };
+        while locks.lock(0).holders().waiting == 0 {
+            std::thread::yield_now();
+        }
+        assert!(locks.try_share(0, 1).is_none(), "one who waits to be alone is not overtaken");
+        assert!(locks.try_share(REGION, REGION + 1).is_some(), "other regions are free");
+        drop(shared);
+        alone.join().unwrap();
+        assert!(locks.try_share(0, 2 * REGION).is_some());
+    }
+
+    #[test]
+    fn a_share_that_fails_holds_nothing() {
+        let locks = Arc::new(RegionLock::new());
+        let held = locks.exclude(3 * REGION);
+        assert!(locks.try_share(0, 10 * REGION).is_none());
+        assert!(locks.locks.iter().all(|lock| lock.holders().sharing == 0));
+        drop(held);
+        assert!(locks.try_share(0, 10 * REGION).is_some());
     }
 }

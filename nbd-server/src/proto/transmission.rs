@@ -175,6 +175,11 @@ impl ExpectPayload {
         false
     }
 
+    /// What the payload is for.
+    pub fn command(&self) -> &Command {
+        self.request.command()
+    }
+
     /// All of the payload is in the session's hands.
     pub fn received(self) -> (Request, ExpectRequest) {
         (self.request, self.next)

@@ -3,7 +3,10 @@
 
 mod buffers;
 pub(crate) mod tokio;
+pub(crate) mod uring;
 pub(crate) mod workers;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use engine::volume::{Volume, VolumeError};
 
@@ -35,6 +38,29 @@ pub enum SessionError {
     /// The socket broke, or the client hung up in mid-message.
     #[error("the connection broke: {0}")]
     Io(#[from] std::io::Error),
+}
+
+/// What the workers do for the sessions.
+pub(crate) enum Work {
+    /// A request of a tokio session.
+    Task(tokio::Task),
+    /// A request of an io_uring session.
+    Handed(uring::Errand),
+}
+
+impl workers::Job for Work {
+    fn run(self) {
+        match self {
+            Self::Task(task) => task.run(),
+            Self::Handed(errand) => errand.run(),
+        }
+    }
+}
+
+/// Carries out a command. A fault in what does so must not leave the client, and the filesystem on top of it, waiting:
+/// it is answered as a disk's error.
+pub(crate) fn perform_unharmed(export: &Export, command: &Command, payload: &mut [u8]) -> Result<(), ErrorCode> {
+    catch_unwind(AssertUnwindSafe(|| perform(export, command, payload))).unwrap_or(Err(ErrorCode::Io))
 }
 
 /// Carries out a command; blocks for as long as the disk takes. `payload` is as long as [`Command::payload_len`] says:
@@ -69,14 +95,26 @@ pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) ->
         // A hint; what caches there are fill as they are read.
         Command::Cache(_) => Ok(()),
     };
-    outcome.map_err(|error| {
-        if statistics.failed() {
-            tracing::warn!(export = export.info().name, %error, ?command, "a request failed");
-        } else {
-            tracing::debug!(export = export.info().name, %error, ?command, "a request failed");
-        }
-        error_code(&error)
-    })
+    outcome.map_err(|error| failed(export, command, &error))
+}
+
+/// Carries out a write to whole blocks whose payload is encrypted already; blocks for as long as the disk takes.
+pub(crate) fn write_encrypted(export: &Export, command: &Command, payload: &[u8]) -> Result<(), ErrorCode> {
+    let Command::Write { range, fua } = *command else { return Err(ErrorCode::Inval) };
+    export.statistics().answered();
+    let written = export.volume().write_encrypted(range.offset, payload);
+    let written = written.map(|()| export.statistics().written(range.len));
+    durable(export.volume(), written, fua).map_err(|error| failed(export, command, &error))
+}
+
+/// Counts and logs a volume's error: what the client is told.
+pub(crate) fn failed(export: &Export, command: &Command, error: &VolumeError) -> ErrorCode {
+    if export.statistics().failed() {
+        tracing::warn!(export = export.info().name, %error, ?command, "a request failed");
+    } else {
+        tracing::debug!(export = export.info().name, %error, ?command, "a request failed");
+    }
+    error_code(error)
 }
 
 /// Forced unit access: what was done is durable before it is answered.

@@ -8,7 +8,6 @@
 
 use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,11 +19,11 @@ use ::tokio::sync::Semaphore;
 use ::tokio::time::{Instant, timeout, timeout_at};
 
 use super::buffers::{Buffer, Buffers};
-use super::workers::{self, Workers};
-use super::{MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, perform};
+use super::workers::Workers;
+use super::{MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, Work, perform_unharmed};
 use crate::export::{Export, Exports};
 use crate::proto::handshake::Next;
-use crate::proto::{Command, ErrorCode, ExpectRequest, Handshake, Received, Reply, Request};
+use crate::proto::{Command, ExpectRequest, Handshake, Received, Reply, Request};
 use crate::shutdown::Shutdown;
 
 /// Bytes that are received at once where requests are small.
@@ -116,7 +115,7 @@ async fn send<S: AsyncWrite + Unpin>(stream: &mut S, out: &mut Vec<u8>) -> io::R
 pub(crate) async fn transmission<S>(
     stream: S,
     export: &Export,
-    workers: &Workers<Task>,
+    workers: &Workers<Work>,
     shutdown: Shutdown,
 ) -> Result<(), SessionError>
 where
@@ -147,7 +146,7 @@ where
 async fn converse<S>(
     stream: S,
     connection: &Arc<Connection>,
-    workers: &Workers<Task>,
+    workers: &Workers<Work>,
     shutdown: Shutdown,
 ) -> Result<(), SessionError>
 where
@@ -190,23 +189,21 @@ pub(crate) struct Task {
     place: Place,
 }
 
-impl workers::Job for Task {
-    fn run(self) {
+impl Task {
+    /// Carries it out and has the answer sent.
+    pub(super) fn run(self) {
         let connection = Arc::clone(&self.place.connection);
         connection.finish(self.carry_out(), true);
     }
-}
 
-impl Task {
     /// Blocks for as long as the disk takes.
     fn carry_out(self) -> Finished {
         let Self { request, mut place } = self;
         let bytes = place.payload.as_mut().map_or(&mut [][..], |buffer| &mut buffer.bytes);
         let begun = Instant::now();
-        // A fault in what carries it out must not leave the client, and the filesystem on top of it, waiting.
-        let outcome = catch_unwind(AssertUnwindSafe(|| perform(&place.connection.export, request.command(), bytes)));
+        let outcome = perform_unharmed(&place.connection.export, request.command(), bytes);
         place.connection.pace.took(begun.elapsed());
-        Finished { reply: request.finish(outcome.unwrap_or(Err(ErrorCode::Io))), place }
+        Finished { reply: request.finish(outcome), place }
     }
 
     /// Whether it takes but a moment where nothing blocks.
@@ -294,7 +291,7 @@ impl Connection {
     async fn receive(
         self: &Arc<Self>,
         mut reader: impl AsyncRead + Unpin,
-        workers: &Workers<Task>,
+        workers: &Workers<Work>,
         mut shutdown: Shutdown,
     ) -> Result<(), SessionError> {
         let mut intake = Intake::new();
@@ -402,7 +399,7 @@ impl Connection {
     }
 
     /// Waits until there is room for a request with so much payload, and gives it a buffer.
-    async fn admit(self: &Arc<Self>, len: usize, workers: &Workers<Task>, batch: &mut Vec<Task>) -> Place {
+    async fn admit(self: &Arc<Self>, len: usize, workers: &Workers<Work>, batch: &mut Vec<Task>) -> Place {
         let cost = cost(len);
         let permit = match self.budget.try_acquire_many(cost) {
             Ok(permit) => Some(permit),
@@ -421,7 +418,7 @@ impl Connection {
     }
 
     /// Sends a reply that needs nobody's work.
-    async fn refuse(self: &Arc<Self>, reply: Reply, workers: &Workers<Task>, batch: &mut Vec<Task>) {
+    async fn refuse(self: &Arc<Self>, reply: Reply, workers: &Workers<Work>, batch: &mut Vec<Task>) {
         self.export.statistics().answered();
         self.export.statistics().failed();
         let place = self.admit(0, workers, batch).await;
@@ -430,12 +427,12 @@ impl Connection {
     }
 
     /// Has the batch carried out: here, where that takes no longer than waking a worker would, or by the workers.
-    async fn submit(&self, workers: &Workers<Task>, batch: &mut Vec<Task>) {
+    async fn submit(&self, workers: &Workers<Work>, batch: &mut Vec<Task>) {
         if batch.is_empty() {
             return;
         }
         if !self.pace.is_fast() || batch.iter().any(|task| !task.is_small()) {
-            workers.submit(batch.drain(..));
+            workers.submit(batch.drain(..).map(Work::Task));
             return;
         }
         batch.drain(..).for_each(|task| self.finish(task.carry_out(), false));

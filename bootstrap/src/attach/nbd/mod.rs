@@ -214,7 +214,7 @@ impl Sessions {
                 let socket = socket.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(socket));
                 let socket = socket.map_err(resource("a connection"))?;
                 let (server, export, shutdown) = (server.clone(), export.clone(), shutdown.clone());
-                sessions.spawn(async move { server.serve_transmission(socket, &export, shutdown).await });
+                sessions.spawn(async move { server.serve_socket_transmission(socket, &export, shutdown).await });
             }
         }
         let over = Arc::<AtomicBool>::default();

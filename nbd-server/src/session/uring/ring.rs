@@ -1,0 +1,371 @@
+//! An io_uring whose operations own the memory they use. This is the one room of the server with `unsafe` in it.
+//!
+//! The kernel reads and fills memory by address, at any time between an operation's submission and its completion. So
+//! an operation takes its memory with it and gives it back with its completion; in between nobody else has it, and a
+//! ring that is dropped first has every operation cancelled and waits for it.
+#![allow(unsafe_code, reason = "the kernel is handed addresses; each block says why they stay good")]
+
+use std::io;
+use std::mem::ManuallyDrop;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, opcode, squeue};
+
+use super::batch::Batch;
+use crate::session::buffers::Buffer;
+
+/// Entries of the submission queue. Operations beyond are submitted first and wait for nothing.
+const SUBMISSIONS: u32 = 128;
+/// Entries of the completion queue: more than a connection has under way, so that none has to be held back.
+const COMPLETIONS: u32 = 1024;
+/// The completion of a cancellation, of which there is nothing to tell.
+const CANCELLATION: u64 = u64::MAX;
+/// The offset that means "where the file stands": for what has no offsets.
+const NO_OFFSET: u64 = u64::MAX;
+
+/// What an operation owns while it is under way.
+enum Held {
+    Nothing,
+    Buffer(Buffer),
+    Message(Box<Message>),
+    /// Kept for the kernel's sake alone.
+    Word {
+        _word: Box<[u8; 8]>,
+    },
+}
+
+/// A batch on its way, with the addresses of its slices as sendmsg(2) wants them.
+struct Message {
+    batch: Batch,
+    slices: Vec<libc::iovec>,
+    header: libc::msghdr,
+}
+
+/// The memory that a completed operation gives back.
+pub(super) enum Memory {
+    /// It needed none that matters.
+    Nothing,
+    /// What was read, written or received into.
+    Buffer(Buffer),
+    /// What was sent.
+    Batch(Batch),
+}
+
+/// An operation that is over.
+pub(super) struct Completion<T> {
+    /// What the operation was given.
+    pub(super) tag: T,
+    /// How many bytes it moved.
+    pub(super) result: io::Result<usize>,
+    /// Its memory.
+    pub(super) memory: Memory,
+}
+
+struct Operation<T> {
+    tag: T,
+    held: Held,
+}
+
+/// A ring, and the operations that are under way on it. `'fd` is how long the files and sockets stay open.
+pub(super) struct Ring<'fd, T> {
+    ring: IoUring,
+    operations: ManuallyDrop<Vec<Option<Operation<T>>>>,
+    free: Vec<usize>,
+    /// A message's memory, to be used again.
+    spare: Option<Box<Message>>,
+    files: std::marker::PhantomData<BorrowedFd<'fd>>,
+}
+
+impl<'fd, T> Ring<'fd, T> {
+    /// A ring for the thread that makes it.
+    ///
+    /// # Errors
+    /// What the kernel said: `ENOSYS` where it has none, `EPERM` where it is forbidden (the sysctl
+    /// `kernel.io_uring_disabled`, seccomp).
+    pub(super) fn new() -> io::Result<Self> {
+        let ring = IoUring::builder()
+            .setup_cqsize(COMPLETIONS)
+            .setup_single_issuer()
+            .setup_coop_taskrun()
+            .setup_defer_taskrun()
+            .dontfork()
+            .build(SUBMISSIONS)
+            // Before Linux 6.1 the hints are unknown.
+            .or_else(|error| match error.raw_os_error() {
+                Some(libc::EINVAL) => IoUring::builder().setup_cqsize(COMPLETIONS).dontfork().build(SUBMISSIONS),
+                _ => Err(error),
+            })?;
+        // Without it completions could be lost, and with them memory (Linux before 5.5).
+        if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        // Saves the kernel a look at the file table with each call; Linux 5.18.
+        let _ = ring.submitter().register_ring_fd();
+        Ok(Self {
+            ring,
+            operations: ManuallyDrop::new(Vec::new()),
+            free: Vec::new(),
+            spare: None,
+            files: std::marker::PhantomData,
+        })
+    }
+
+    /// How many operations are under way.
+    pub(super) fn under_way(&self) -> usize {
+        self.operations.len() - self.free.len()
+    }
+
+    /// Receives into `range` of the buffer, as much as there is.
+    pub(super) fn receive(&mut self, socket: BorrowedFd<'fd>, mut buffer: Buffer, range: Range<usize>, tag: T) {
+        let (address, len) = span(&mut buffer.bytes[range]);
+        let entry = opcode::Recv::new(Fd(socket.as_raw_fd()), address, len).build();
+        self.push(entry, tag, Held::Buffer(buffer));
+    }
+
+    /// Sends what is left of the batch.
+    pub(super) fn send(&mut self, socket: BorrowedFd<'fd>, batch: Batch, tag: T) {
+        let mut message = match self.spare.take() {
+            Some(mut message) => {
+                message.batch = batch;
+                message
+            }
+            None => {
+                // SAFETY: a msghdr of zeros is one without address, slices and control data.
+                let header = unsafe { std::mem::zeroed() };
+                Box::new(Message { batch, slices: Vec::new(), header })
+            }
+        };
+        message.slices.clear();
+        // The kernel only reads through these, whatever sendmsg(2) calls the pointer.
+        let slices = message
+            .batch
+            .left()
+            .map(|slice| libc::iovec { iov_base: slice.as_ptr().cast_mut().cast(), iov_len: slice.len() });
+        message.slices.extend(slices);
+        message.header.msg_iov = message.slices.as_mut_ptr();
+        message.header.msg_iovlen = message.slices.len();
+        let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL).cast_unsigned();
+        let entry = opcode::SendMsg::new(Fd(socket.as_raw_fd()), &raw const message.header).flags(flags).build();
+        self.push(entry, tag, Held::Message(message));
+    }
+
+    /// Reads `range` of the buffer from the file's `offset`.
+    pub(super) fn read(&mut self, file: BorrowedFd<'fd>, mut buffer: Buffer, range: Range<usize>, offset: u64, tag: T) {
+        let (address, len) = span(&mut buffer.bytes[range]);
+        let entry = opcode::Read::new(Fd(file.as_raw_fd()), address, len).offset(offset).build();
+        self.push(entry, tag, Held::Buffer(buffer));
+    }
+
+    /// Writes `range` of the buffer to the file's `offset`; where `durable` is set, completes when it is on stable
+    /// storage.
+    pub(super) fn write(
+        &mut self,
+        file: BorrowedFd<'fd>,
+        mut buffer: Buffer,
+        range: Range<usize>,
+        offset: u64,
+        durable: bool,
+        tag: T,
+    ) {
+        let (address, len) = span(&mut buffer.bytes[range]);
+        let flags = if durable { libc::RWF_DSYNC } else { 0 };
+        let entry = opcode::Write::new(Fd(file.as_raw_fd()), address, len).offset(offset).rw_flags(flags).build();
+        self.push(entry, tag, Held::Buffer(buffer));
+    }
+
+    /// Completes when what was written before is on stable storage.
+    pub(super) fn sync(&mut self, file: BorrowedFd<'fd>, tag: T) {
+        let entry = opcode::Fsync::new(Fd(file.as_raw_fd())).flags(FsyncFlags::DATASYNC).build();
+        self.push(entry, tag, Held::Nothing);
+    }
+
+    /// Completes when the eventfd was written to, and resets it.
+    pub(super) fn listen(&mut self, eventfd: BorrowedFd<'fd>, tag: T) {
+        let mut word = Box::new([0; 8]);
+        let (address, len) = span(&mut word[..]);
+        let entry = opcode::Read::new(Fd(eventfd.as_raw_fd()), address, len).offset(NO_OFFSET).build();
+        self.push(entry, tag, Held::Word { _word: word });
+    }
+
+    /// Submits what was begun and waits until something is complete, or the time is over.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub(super) fn wait(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        let result = match limit {
+            None => self.ring.submit_and_wait(1),
+            Some(limit) => {
+                let limit = Timespec::from(limit);
+                self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&limit))
+            }
+        };
+        match result {
+            Ok(_) => Ok(()),
+            Err(error) => match error.raw_os_error() {
+                // The time is over; a signal; completions are to be taken first.
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
+                _ => Err(error),
+            },
+        }
+    }
+
+    /// The next operation that is over.
+    pub(super) fn next(&mut self) -> Option<Completion<T>> {
+        loop {
+            let entry = self.ring.completion().next()?;
+            if entry.user_data() == CANCELLATION {
+                continue;
+            }
+            // The number is one of ours: see push.
+            let place = usize::try_from(entry.user_data()).ok()?;
+            let operation = self.operations.get_mut(place)?.take()?;
+            self.free.push(place);
+            let result = match usize::try_from(entry.result()) {
+                Ok(count) => Ok(count),
+                Err(_) => Err(io::Error::from_raw_os_error(-entry.result())),
+            };
+            let memory = match operation.held {
+                Held::Nothing | Held::Word { .. } => Memory::Nothing,
+                Held::Buffer(buffer) => Memory::Buffer(buffer),
+                Held::Message(mut message) => {
+                    let batch = std::mem::take(&mut message.batch);
+                    self.spare = Some(message);
+                    Memory::Batch(batch)
+                }
+            };
+            return Some(Completion { tag: operation.tag, result, memory });
+        }
+    }
+
+    fn push(&mut self, entry: squeue::Entry, tag: T, held: Held) {
+        let operation = Some(Operation { tag, held });
+        let place = match self.free.pop() {
+            Some(place) => {
+                self.operations[place] = operation;
+                place
+            }
+            None => {
+                self.operations.push(operation);
+                self.operations.len() - 1
+            }
+        };
+        self.submit(&entry.user_data(place as u64));
+    }
+
+    fn submit(&mut self, entry: &squeue::Entry) {
+        // SAFETY: the addresses in the entry are those of heap memory which `operations` owns from before the submission
+        // until the completion was taken (`next`) or every operation was seen to be over (`drop`): nothing else reads,
+        // writes or frees it meanwhile, and moving the owner moves no heap memory. The files outlive the ring (`'fd`).
+        while unsafe { self.ring.submission().push(entry) }.is_err() {
+            // The queue is full. What the kernel does not take now it takes later.
+            let _ = self.ring.submit();
+        }
+    }
+}
+
+impl<T> Drop for Ring<'_, T> {
+    fn drop(&mut self) {
+        for place in 0..self.operations.len() {
+            if self.operations[place].is_some() {
+                let cancel = opcode::AsyncCancel::new(place as u64).build().user_data(CANCELLATION);
+                self.submit(&cancel);
+            }
+        }
+        while self.under_way() > 0 {
+            if self.wait(None).is_err() {
+                // The kernel may still write there: the memory is given up, not freed.
+                return;
+            }
+            while self.next().is_some() {}
+        }
+        // SAFETY: this is the only place that drops it, and the last that touches it.
+        unsafe { ManuallyDrop::drop(&mut self.operations) };
+    }
+}
+
+/// Address and length of memory, as an operation takes them. (Nothing here is longer than 32 MiB.)
+fn span(memory: &mut [u8]) -> (*mut u8, u32) {
+    (memory.as_mut_ptr(), u32::try_from(memory.len()).unwrap_or(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::session::buffers::Buffers;
+
+    #[test]
+    fn what_is_received_is_what_was_sent() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut buffers = Buffers::new(1 << 20);
+        let mut ring = Ring::new().unwrap();
+        ring.receive(ours.as_fd(), buffers.take(100), 10..100, "receive");
+        theirs.write_all(&[7; 90]).unwrap();
+        ring.wait(None).unwrap();
+        let Completion { tag, result, memory: Memory::Buffer(buffer) } = ring.next().unwrap() else { panic!() };
+        assert_eq!((tag, result.unwrap()), ("receive", 90));
+        assert!(buffer.bytes[..10].iter().all(|byte| *byte == 0) && buffer.bytes[10..].iter().all(|byte| *byte == 7));
+
+        let mut batch = Batch::default();
+        batch.append(b"abc");
+        batch.attach(buffer, 90..100);
+        ring.send(ours.as_fd(), batch, "send");
+        ring.wait(None).unwrap();
+        assert_eq!(ring.next().unwrap().result.unwrap(), 13);
+        let mut received = [0; 13];
+        theirs.read_exact(&mut received).unwrap();
+        assert_eq!(&received, b"abc\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07");
+    }
+
+    #[test]
+    fn a_ring_that_is_dropped_ends_what_is_under_way() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut buffers = Buffers::new(1 << 20);
+        let mut ring = Ring::new().unwrap();
+        for _ in 0..300 {
+            ring.receive(ours.as_fd(), buffers.take(4096), 0..4096, ());
+        }
+        ring.wait(Some(Duration::ZERO)).unwrap();
+        assert_eq!(ring.under_way(), 300);
+        drop(ring);
+        drop(theirs);
+    }
+
+    #[test]
+    fn waiting_ends_with_its_time() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut buffers = Buffers::new(1 << 20);
+        let mut ring = Ring::new().unwrap();
+        ring.receive(ours.as_fd(), buffers.take(1), 0..1, ());
+        let begun = std::time::Instant::now();
+        ring.wait(Some(Duration::from_millis(20))).unwrap();
+        assert!(begun.elapsed() >= Duration::from_millis(20) && ring.next().is_none());
+    }
+
+    #[test]
+    fn a_file_is_written_and_read_and_made_durable() {
+        let file = tempfile::tempfile().unwrap();
+        let mut buffers = Buffers::new(1 << 20);
+        let mut ring = Ring::new().unwrap();
+        let mut buffer = buffers.take(8192);
+        buffer.bytes.fill(9);
+        ring.write(file.as_fd(), buffer, 4096..8192, 512, true, ());
+        ring.wait(None).unwrap();
+        assert_eq!(ring.next().unwrap().result.unwrap(), 4096);
+        ring.sync(file.as_fd(), ());
+        ring.wait(None).unwrap();
+        ring.next().unwrap().result.unwrap();
+        ring.read(file.as_fd(), buffers.take(8192), 0..8192, 0, ());
+        ring.wait(None).unwrap();
+        let Completion { result, memory: Memory::Buffer(buffer), .. } = ring.next().unwrap() else { panic!() };
+        assert_eq!(result.unwrap(), 512 + 4096);
+        assert!(buffer.bytes[..512].iter().all(|byte| *byte == 0));
+        assert!(buffer.bytes[512..512 + 4096].iter().all(|byte| *byte == 9));
+    }
+}
