@@ -92,7 +92,7 @@ pub fn run(
         listen(&dir.control(), &events)?;
         let source: Arc<dyn KeySource> = keys::source(&config.key).into();
         let fetch = || await_secret(Arc::clone(&source), &events, &happened);
-        let keys = RealKeys { described: source.describe(), fetch: &fetch };
+        let keys = RealKeys { described: source.describe(), fetch: &fetch, strength: config.strength };
         let devices = RealDevices { options };
         let outside = Outside {
             keys: &keys,
@@ -217,6 +217,7 @@ fn status(config: &Config, state: &State, boot: &Boot<'_>) -> Status {
             key_bits,
             algorithm: algorithm(key_bits).to_owned(),
             keyslot: boot.facts().keyslot,
+            header: config.volume.header.clone(),
             sector_size: segment.sector_size.bytes_u64(),
             offset: segment.offset,
             size: volume.len(),

@@ -120,7 +120,9 @@ pub fn quick_luks2() -> luks2::Options {
         digest_iterations: NonZeroU32::new(1000).unwrap(),
         sector_size: SectorSize::B4096,
         label: String::new(),
+        subsystem: String::new(),
         uuid: UUID.parse().unwrap(),
+        layout: luks2::Layout::default(),
     }
 }
 
@@ -144,7 +146,13 @@ pub const UUID: &str = "b0a5a5a5-0001-4002-8003-00000000c0de";
 /// Options with as few iterations as cryptsetup allows.
 pub fn quick_luks1(hash: HashAlgorithm) -> luks1::Options {
     let iterations = NonZeroU32::new(1000).unwrap();
-    luks1::Options { hash, keyslot_iterations: iterations, digest_iterations: iterations, uuid: UUID.parse().unwrap() }
+    luks1::Options {
+        hash,
+        keyslot_iterations: iterations,
+        digest_iterations: iterations,
+        uuid: UUID.parse().unwrap(),
+        data_offset: None,
+    }
 }
 
 /// The same noise for the same seed: splitmix64.

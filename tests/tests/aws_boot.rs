@@ -34,7 +34,7 @@ impl Instance {
     fn configure(&self, object: &str, more: &str) {
         let dir = self.client.dir().display();
         let text = format!(
-            "[volume]\ndevices = [\"{dir}/secretfs\"]\nsize = \"16M\"\n[key]\nsource = \"aws\"\nobject = \"{object}\"\n\
+            "[volume]\ndevices = [\"{dir}/secretfs\"]\nsize = \"32M\"\n[key]\nsource = \"aws\"\nobject = \"{object}\"\n\
              kms-key = \"alias/EncFSForEC2InternalStorageKey\"\nretry-for = \"5s\"\n{more}\n\
              [filesystem]\ntype = \"ext4\"\nmountpoint = \"{dir}/mnt\"\n"
         );
@@ -88,7 +88,7 @@ fn the_administrators_object_unlocks_a_filesystem_that_comes_and_goes() {
 
     let instance = Instance::new(moto.client());
     assert!(instance.succeeds("plan").contains("s3://BUCKET/LuksInternalStorageKey"));
-    assert!(instance.succeeds("up").contains("LUKS1, AES-256-XTS"));
+    assert!(instance.succeeds("up").contains("LUKS2, AES-256-XTS"));
     fs::write(instance.path("mnt/file"), "kept").unwrap();
     instance.succeeds("down");
     instance.succeeds("up");

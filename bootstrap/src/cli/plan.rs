@@ -31,7 +31,7 @@ pub(super) fn run(args: Args, base: &Path) -> Result<()> {
     let source = keys::source(&config.key);
     let never = || bail!("a plan fetches no secret");
     let outside = Outside {
-        keys: &RealKeys { described: source.describe(), fetch: &never },
+        keys: &RealKeys { described: source.describe(), fetch: &never, strength: config.strength },
         disks: &RealDisks { caching: Caching::PageCache },
         devices: &RealDevices {
             options: attach::Options {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use engine::key::Passphrase;
-use engine::luks::luks1;
+use engine::luks::FormatOptions;
 use engine::store::BlockStore;
 use engine::volume::Volume;
 
@@ -43,11 +43,11 @@ pub trait Keys {
     /// What the system said.
     fn random(&self, bytes: &mut [u8]) -> std::io::Result<()>;
 
-    /// How a new LUKS1 volume is to be made on this machine.
+    /// How a new volume is to be made on this machine.
     ///
     /// # Errors
     /// What the system said.
-    fn luks1_options(&self) -> Result<luks1::Options>;
+    fn format_options(&self, volume: &config::VolumeConfig) -> Result<FormatOptions>;
 }
 
 /// Files and block devices.

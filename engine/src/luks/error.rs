@@ -58,6 +58,16 @@ pub enum LuksError {
         /// How much is allowed.
         limit: u32,
     },
+    /// A volume cannot be made as it was asked for.
+    #[error("no volume can be made with {option} {found}: {rule}")]
+    Impossible {
+        /// What was asked for.
+        option: &'static str,
+        /// Its value.
+        found: String,
+        /// What would be possible.
+        rule: String,
+    },
     /// There is not so much memory as Argon2 needs.
     #[error("keyslot {keyslot} needs {kib} KiB of memory to open, which are not to be had")]
     OutOfMemory {
@@ -67,7 +77,7 @@ pub enum LuksError {
         kib: u32,
     },
     /// The header stands apart from the data.
-    #[error("it is a detached header: the data is on another disk, which nbdcrypt does not do yet")]
+    #[error("it is a detached header, whose data is on another disk: name that disk, and give this one with --header")]
     Detached,
     /// The passphrase opens none of the keyslots, all of which were tried.
     #[error("the passphrase is wrong: it opens none of the volume's keyslots")]
@@ -107,5 +117,9 @@ pub enum LuksError {
 impl LuksError {
     pub(super) fn corrupt(field: impl Into<String>, found: impl Into<String>) -> Self {
         Self::Corrupt { field: field.into(), found: found.into() }
+    }
+
+    pub(super) fn impossible(option: &'static str, found: impl ToString, rule: impl Into<String>) -> Self {
+        Self::Impossible { option, found: found.to_string(), rule: rule.into() }
     }
 }

@@ -12,11 +12,11 @@ use std::num::NonZeroU32;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-pub use format::{Options, begin};
+pub use format::{Options, begin, header_len};
 pub use header::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, SALT_LEN};
 
 use super::hash::HashAlgorithm;
-use super::{Limits, LuksError, Segment, UnlockedVolume, kdf, keyslot};
+use super::{DataDisk, Disks, Limits, LuksError, Segment, UnlockedVolume, kdf, keyslot};
 use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
 use crate::signature::is_unfinished;
@@ -52,16 +52,17 @@ pub fn read_header(store: &dyn BlockStore) -> Result<Header, LuksError> {
 ///
 /// # Errors
 /// [`LuksError`] when there is none, or it is corrupt, or asks for what nbdcrypt does not do or for too much work.
-pub fn read(store: &dyn BlockStore, limits: &Limits) -> Result<Locked, LuksError> {
-    Locked::new(read_header(store)?, store.len(), limits)
+pub fn read<'d>(disks: impl Into<Disks<'d>>, limits: &Limits) -> Result<Locked, LuksError> {
+    let disks = disks.into();
+    Locked::new(read_header(disks.header())?, disks.data_disk(), limits)
 }
 
 impl Locked {
-    /// The volume that `header` describes, on a disk of `disk_len` bytes.
+    /// The volume that `header` describes, with its data on `disk`.
     ///
     /// # Errors
     /// [`LuksError`] when it asks for what nbdcrypt does not do or for too much work, or the disk is too small for it.
-    pub fn new(header: Header, disk_len: u64, limits: &Limits) -> Result<Self, LuksError> {
+    pub fn new(header: Header, disk: DataDisk, limits: &Limits) -> Result<Self, LuksError> {
         let key_len = keyslot::key_len(&header.cipher(), header.key_bytes)?;
         let hash = HashAlgorithm::from_name(&header.hash_spec).ok_or_else(|| LuksError::Unsupported {
             what: "hash",
@@ -72,13 +73,13 @@ impl Locked {
         for (index, slot) in header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
             limits.iterations(|| format!("iterations of keyslot {index}"), slot.iterations)?;
         }
-        if header.payload_offset == 0 {
+        if header.payload_offset == 0 && !disk.is_detached {
             return Err(LuksError::Detached);
         }
         let offset = header.payload_offset_bytes();
-        let len = disk_len.saturating_sub(offset) / LBA_UNIT * LBA_UNIT;
+        let len = disk.len.saturating_sub(offset) / LBA_UNIT * LBA_UNIT;
         if len == 0 {
-            return Err(LuksError::TooSmall { needed: offset + LBA_UNIT, available: disk_len });
+            return Err(LuksError::TooSmall { needed: offset + LBA_UNIT, available: disk.len });
         }
         let segment = Segment { offset, len, sector_size: SectorSize::B512, iv_start: Lba512(0) };
         Ok(Self { header, hash, key_len, digest_iterations, segment })

@@ -15,7 +15,7 @@ const MAX_KEY_LEN: u32 = 512;
 /// More than any salt or digest has, in bytes.
 const MAX_BYTES: usize = 1024;
 /// The most that the specification allows for all key material.
-const MAX_KEYSLOTS_SIZE: u64 = 128 << 20;
+pub(super) const MAX_KEYSLOTS_SIZE: u64 = 128 << 20;
 /// Objects of a kind that cryptsetup allows.
 const MAX_OBJECTS: usize = 32;
 

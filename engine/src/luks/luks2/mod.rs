@@ -7,6 +7,7 @@ mod dump;
 mod field;
 mod format;
 mod header;
+mod layout;
 mod metadata;
 
 use std::num::NonZeroU32;
@@ -16,11 +17,12 @@ use zeroize::Zeroizing;
 
 pub use format::{KdfOptions, Options, begin};
 pub use header::BinaryHeader;
+pub use layout::Layout;
 pub use metadata::{AntiForensic, Area, Config, DataSegment, Digest, Kdf, Keyslot, Metadata, Token};
 
 use super::hash::HashAlgorithm;
 use super::kdf::{self, Argon2Cost, Argon2Error};
-use super::{Limits, LuksError, Segment, UnlockedVolume, keyslot};
+use super::{DataDisk, Disks, Limits, LuksError, Segment, UnlockedVolume, keyslot};
 use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{Lba512, SectorSize};
 use crate::store::{BlockStore, read_unaligned};
@@ -91,16 +93,17 @@ pub fn read_header(store: &dyn BlockStore) -> Result<Header, LuksError> {
 ///
 /// # Errors
 /// [`LuksError`] when there is none, or it is corrupt, or asks for what nbdcrypt does not do or for too much work.
-pub fn read(store: &dyn BlockStore, limits: &Limits) -> Result<Locked, LuksError> {
-    Locked::new(read_header(store)?, store.len(), limits)
+pub fn read<'d>(disks: impl Into<Disks<'d>>, limits: &Limits) -> Result<Locked, LuksError> {
+    let disks = disks.into();
+    Locked::new(read_header(disks.header())?, disks.data_disk(), limits)
 }
 
 impl Locked {
-    /// The volume that `header` describes, on a disk of `disk_len` bytes.
+    /// The volume that `header` describes, with its data on `disk`.
     ///
     /// # Errors
     /// [`LuksError`] when it asks for what nbdcrypt does not do or for too much work, or the disk is too small for it.
-    pub fn new(header: Header, disk_len: u64, limits: &Limits) -> Result<Self, LuksError> {
+    pub fn new(header: Header, disk: DataDisk, limits: &Limits) -> Result<Self, LuksError> {
         let metadata = &header.metadata;
         if let Some(requirement) = metadata.config.requirements.first() {
             return Err(LuksError::Unsupported {
@@ -121,7 +124,7 @@ impl Locked {
             return Err(LuksError::NoKeyslot);
         };
         let key_len = keyslot::key_len(&data.encryption, key_bytes)?;
-        let segment = place(&header, data, disk_len)?;
+        let segment = place(&header, data, disk)?;
         let mut keyslots: Vec<(u32, &Keyslot)> = digest
             .keyslots
             .iter()
@@ -297,12 +300,13 @@ fn data_segment(metadata: &Metadata) -> Result<(u32, &DataSegment), LuksError> {
     Ok((*id, segment))
 }
 
-fn place(header: &Header, data: &DataSegment, disk_len: u64) -> Result<Segment, LuksError> {
-    if data.offset == 0 {
+fn place(header: &Header, data: &DataSegment, disk: DataDisk) -> Result<Segment, LuksError> {
+    if data.offset == 0 && !disk.is_detached {
         return Err(LuksError::Detached);
     }
     let metadata_end = 2 * header.binary.header_size + header.metadata.config.keyslots_size;
-    if data.offset < metadata_end {
+    // Also where the header is detached, as cryptsetup has it: data in its place is data that a header may overwrite.
+    if data.offset != 0 && data.offset < metadata_end {
         let found = format!("{}, before the end of the keyslots area at {metadata_end}", data.offset);
         return Err(LuksError::corrupt("segments offset", found));
     }
@@ -310,11 +314,11 @@ fn place(header: &Header, data: &DataSegment, disk_len: u64) -> Result<Segment, 
         return Err(LuksError::corrupt("segments sector_size", data.sector_size.to_string()));
     };
     let sector = sector_size.bytes_u64();
-    let available = disk_len.saturating_sub(data.offset) / sector * sector;
+    let available = disk.len.saturating_sub(data.offset) / sector * sector;
     let len = data.size.unwrap_or(available);
     if len > available || len == 0 {
         let needed = data.offset.saturating_add(len.max(sector));
-        return Err(LuksError::TooSmall { needed, available: disk_len });
+        return Err(LuksError::TooSmall { needed, available: disk.len });
     }
     Ok(Segment { offset: data.offset, len, sector_size, iv_start: Lba512(data.iv_tweak) })
 }
