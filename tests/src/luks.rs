@@ -133,9 +133,14 @@ pub fn quick_pbkdf2(hash: HashAlgorithm) -> KdfOptions {
 
 /// The volume key as cryptsetup knows it.
 pub fn cryptsetup_key(bench: &Workbench, disk: &Path) -> Vec<u8> {
+    cryptsetup_key_of(bench, disk, "key")
+}
+
+/// The same, with another key file of the workbench's.
+pub fn cryptsetup_key_of(bench: &Workbench, disk: &Path, key_file: &str) -> Vec<u8> {
     let out = bench.path("volume-key");
     let _ = std::fs::remove_file(&out);
-    let arguments = ["luksDump", "-q", "--dump-volume-key", "--key-file=key", "--volume-key-file=volume-key"];
+    let arguments = ["luksDump", "-q", "--dump-volume-key", "--volume-key-file=volume-key", "--key-file", key_file];
     bench.run("cryptsetup", arguments.into_iter().chain([disk.to_str().unwrap()]));
     std::fs::read(out).unwrap()
 }
