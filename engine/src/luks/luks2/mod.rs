@@ -286,9 +286,14 @@ impl Opening {
 fn data_segment(metadata: &Metadata) -> Result<(u32, &DataSegment), LuksError> {
     let is_backup = |segment: &DataSegment| segment.flags.iter().any(|flag| flag.starts_with("backup-"));
     let mut segments = metadata.segments.iter().filter(|(_, segment)| !is_backup(segment));
-    let (Some((id, segment)), None) = (segments.next(), segments.next()) else {
-        return Err(LuksError::corrupt("segments", "not one segment"));
+    let Some((id, segment)) = segments.next() else {
+        return Err(LuksError::corrupt("segments", "without one that holds data"));
     };
+    let more = segments.count();
+    if more > 0 {
+        let (found, supported) = ((more + 1).to_string(), "it does one; a reencryption must be finished first");
+        return Err(LuksError::Unsupported { what: "number of data segments", found, supported });
+    }
     if segment.kind != "crypt" {
         let found = segment.kind.clone();
         return Err(LuksError::Unsupported { what: "segment type", found, supported: "it does crypt" });
