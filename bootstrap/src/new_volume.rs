@@ -88,6 +88,7 @@ fn luks2_options(kdf: KdfOptions, sector_size: SectorSize) -> Result<FormatOptio
         subsystem: String::new(),
         uuid: new_uuid()?,
         layout: luks2::Layout::default(),
+        tokens: Vec::new(),
     })))
 }
 

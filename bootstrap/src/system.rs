@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use engine::key::Passphrase;
 use engine::luks::FormatOptions;
 use engine::store::{Access, BlockStore, Caching};
 use engine::volume::Volume;
 
 use crate::attach::{self, Attachment, Remains};
 use crate::config::{FilesystemConfig, VolumeConfig};
+use crate::keys::{Secret, SecretRequest};
 use crate::new_volume::{self, Strength};
 use crate::steps::outside::{Attached, Devices, Disks, Filesystems};
 use crate::{disk, mounts, programs};
@@ -193,7 +193,7 @@ pub struct RealKeys<'k> {
     /// Where the secret comes from, for people.
     pub described: String,
     /// Gets it.
-    pub fetch: &'k dyn Fn() -> Result<Passphrase>,
+    pub fetch: &'k dyn Fn(SecretRequest) -> Result<Secret>,
     /// Whether it can be guessed.
     pub strength: Strength,
 }
@@ -203,8 +203,8 @@ impl crate::steps::outside::Keys for RealKeys<'_> {
         self.described.clone()
     }
 
-    fn passphrase(&self) -> Result<Passphrase> {
-        (self.fetch)()
+    fn secret(&self, request: SecretRequest) -> Result<Secret> {
+        (self.fetch)(request)
     }
 
     fn random(&self, bytes: &mut [u8]) -> io::Result<()> {

@@ -123,6 +123,7 @@ pub fn quick_luks2() -> luks2::Options {
         subsystem: String::new(),
         uuid: UUID.parse().unwrap(),
         layout: luks2::Layout::default(),
+        tokens: Vec::new(),
     }
 }
 

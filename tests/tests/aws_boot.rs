@@ -146,7 +146,7 @@ fn what_kms_and_s3_refuse_leaves_nothing_behind() {
     instance.refused(&["no-such-bucket"]);
     instance.configure("s3://BUCKET/LuksInternalStorageKey", "endpoint-url = \"http://127.0.0.1:1\"");
     instance.refused(&["127.0.0.1:1"]);
-    instance.configure("s3://BUCKET/LuksInternalStorageKey", "");
+    instance.configure("s3://BUCKET/LuksInternalStorageKey", "random = true");
     moto.kms("DisableKey", &json!({ "KeyId": key }));
     instance.refused(&["disabled"]);
     moto.kms("EnableKey", &json!({ "KeyId": key }));
@@ -161,7 +161,7 @@ fn a_provisioned_secret_unlocks_and_is_never_replaced_unasked() {
     moto.make_bucket("BUCKET");
     moto.make_key("alias/EncFSForEC2InternalStorageKey");
     let instance = Instance::new(moto.client());
-    instance.configure("s3://BUCKET/new", "encryption-context = { volume = \"scratch\" }");
+    instance.configure("s3://BUCKET/new", "random = true\nencryption-context = { volume = \"scratch\" }");
     assert!(instance.succeeds("provision").contains("s3://BUCKET/new"));
     instance.succeeds("up");
     instance.succeeds("down");

@@ -102,6 +102,7 @@ impl Stage {
             subsystem: String::new(),
             uuid: "00000000-0000-4000-8000-000000000000".parse()?,
             layout: luks2::Layout::default(),
+            tokens: Vec::new(),
         }));
         let mut byte = 0u8;
         // Nothing is kept under it.

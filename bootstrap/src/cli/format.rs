@@ -166,6 +166,7 @@ fn options(args: &Args) -> Result<FormatOptions> {
         subsystem: args.subsystem.clone().unwrap_or_default(),
         uuid,
         layout: layout(args, data_offset),
+        tokens: Vec::new(),
     })))
 }
 

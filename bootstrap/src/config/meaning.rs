@@ -8,7 +8,7 @@ use engine::sector::SectorSize;
 use toml::Spanned;
 
 use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawSize, RawVolume};
-use super::value::{self, KeyFile, S3Object, VolumeName};
+use super::value::{self, KeyFile, S3Object, SecretPlace, VolumeName};
 use super::{
     AttachConfig, AttachMethod, AwsKeyConfig, Config, Device, FilesystemConfig, KeyConfig, LimitsConfig, VolumeConfig,
     VolumeType,
@@ -30,6 +30,12 @@ pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Mean
         // The caller has told of it already; the empty span is the file's beginning.
         (None, None) => return Err(Wrong { span: 0..0, message: "the volume has no name".to_owned() }),
     };
+    let token_kind = raw.volume.kind.as_ref().map(|kind| {
+        wrong(
+            kind,
+            "`object = \"token\"` keeps the secret in a token, which only a LUKS2 header has; use luks2".to_owned(),
+        )
+    });
     let kind = raw.volume.kind.as_ref().map(|kind| Wrong {
         span: kind.span(),
         message:
@@ -37,8 +43,13 @@ pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Mean
                   `source = \"file\"`"
                 .to_owned(),
     });
-    let strength = if raw.key.random == Some(true) { Strength::Random } else { Strength::Guessable };
+    let random = raw.key.random == Some(true);
     let (volume, key) = (volume(raw.volume)?, key(raw.key)?);
+    let is_token = matches!(&key, KeyConfig::Aws(aws) if aws.object == SecretPlace::Token);
+    let strength = if random || is_token { Strength::Random } else { Strength::Guessable };
+    if let (true, false, Some(wrong)) = (is_token, volume.kind == VolumeType::Luks2, token_kind) {
+        return Err(wrong);
+    }
     if let (VolumeType::Plain, KeyConfig::Aws(_), Some(wrong)) = (volume.kind, &key, kind) {
         return Err(wrong);
     }
@@ -202,13 +213,23 @@ fn file_key(raw: &RawKey) -> Meant<KeyFile> {
 fn aws_key(raw: RawKey) -> Meant<AwsKeyConfig> {
     unused("aws", "path", raw.path.as_ref())?;
     let Some(object) = &raw.object else {
-        return Err(wrong(&raw.source, "source = \"aws\" needs `object = \"s3://BUCKET/KEY\"`".to_owned()));
+        let message = "source = \"aws\" needs `object = \"s3://BUCKET/KEY\"`, or \"token\" for the volume's own header";
+        return Err(wrong(&raw.source, message.to_owned()));
     };
+    if object.get_ref() == "token" && raw.kms_key.is_none() {
+        let message = "a token in the header needs `kms-key`: whoever writes to the disk may put another there, so that \
+                       the key which is trusted must be named here";
+        return Err(wrong(object, message.to_owned()));
+    }
     let endpoint = raw.endpoint_url.as_ref().map(endpoint).transpose()?;
     let own = |url: Option<&Spanned<String>>| url.map(self::endpoint).transpose();
     Ok(AwsKeyConfig {
-        object: S3Object::parse(object.get_ref())
-            .ok_or_else(|| wrong(object, format!("`{}` is no object; write s3://BUCKET/KEY", object.get_ref())))?,
+        object: match object.get_ref().as_str() {
+            "token" => SecretPlace::Token,
+            uri => S3Object::parse(uri)
+                .ok_or_else(|| wrong(object, format!("`{uri}` is no object; write s3://BUCKET/KEY, or token")))?
+                .into(),
+        },
         kms_key: non_empty(raw.kms_key, "a KMS key's id, its ARN, or alias/NAME")?,
         encryption_context: raw.encryption_context.map(Spanned::into_inner).unwrap_or_default(),
         region: non_empty(raw.region, "a region such as eu-central-1")?,

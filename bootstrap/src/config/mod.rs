@@ -24,7 +24,7 @@ use crate::new_volume::Strength;
 
 pub use error::{ConfigError, Fault};
 pub use instance_store::{DeviceError, SYSFS};
-pub use value::{KeyFile, S3Object, VolumeName, parse_size};
+pub use value::{KeyFile, S3Object, SecretPlace, VolumeName, parse_size};
 
 /// One volume: where it lies, what unlocks it, how the kernel comes to see it, and what is mounted where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -146,11 +146,11 @@ pub enum KeyConfig {
     Aws(AwsKeyConfig),
 }
 
-/// An object in S3 that holds what KMS made of the secret.
+/// What KMS made of the secret, and where it is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AwsKeyConfig {
-    /// The object whose bytes are the ciphertext.
-    pub object: S3Object,
+    /// Where the ciphertext is: an object in S3, or a token in the header.
+    pub object: SecretPlace,
     /// Key id, key ARN, alias or alias ARN. `provision` needs it; for decryption, a ciphertext made under another key
     /// is refused where it is given.
     pub kms_key: Option<String>,
@@ -277,7 +277,7 @@ mod tests {
     fn the_example_file_parses() {
         let config = parse(EXAMPLE).unwrap();
         let KeyConfig::Aws(key) = config.key else { panic!("{:?}", config.key) };
-        assert_eq!(key.object, S3Object::parse("s3://BUCKET/LuksInternalStorageKey").unwrap());
+        assert_eq!(key.object, S3Object::parse("s3://BUCKET/LuksInternalStorageKey").unwrap().into());
         assert_eq!(config.volume.size, Some(2 << 30));
     }
 
@@ -387,6 +387,11 @@ mod tests {
         refused(key("source = \"aws\""), "4:10", &["object"]);
         refused(key("source = \"aws\"\nobject = \"bucket/key\""), "5:10", &["bucket/key", "s3://BUCKET/KEY"]);
         refused(key("source = \"file\"\npath = \"/k\"\nregion = \"x\""), "6:10", &["region", "file"]);
+        refused(key("source = \"aws\"\nobject = \"token\""), "5:10", &["kms-key"]);
+        let token = key("source = \"aws\"\nobject = \"token\"\nkms-key = \"alias/x\"").unwrap();
+        assert_eq!(token.strength, Strength::Random, "a secret of our own making");
+        let luks1 = "[volume]\ndevices = [\"/d\"]\ntype = \"luks1\"\n[key]\nsource = \"aws\"\nobject = \"token\"\nkms-key = \"k\"";
+        refused(parse(luks1), "3:8", &["token", "LUKS2"]);
         refused(key("source = \"aws\"\nobject = \"s3://bbb/k\"\npath = \"/k\""), "6:8", &["path", "aws"]);
         refused(key("source = \"file\"\npath = \"key\""), "5:8", &["absolute"]);
         let stdin = key("source = \"file\"\npath = \"-\"").unwrap();

@@ -30,8 +30,10 @@ use engine::key::Passphrase;
 use engine::luks::{Disks, PendingFormat, Segment};
 use engine::store::BlockStore;
 use engine::volume::Volume;
+use uuid::Uuid;
 
 use crate::config::Config;
+use crate::keys::KmsToken;
 use outside::Attached;
 pub use outside::Outside;
 
@@ -85,6 +87,8 @@ pub struct Boot<'o> {
     /// The header's disk, where the header is detached.
     header: Option<Arc<dyn BlockStore>>,
     passphrase: Option<Passphrase>,
+    /// What a volume that is made is to carry in its header, and what it is to be called by.
+    token: Option<(KmsToken, Uuid)>,
     /// A volume that does not count yet: its header is written when its filesystem is whole.
     pending: Option<PendingFormat>,
     /// A volume was made in this run, and counts.
@@ -118,6 +122,7 @@ impl<'o> Boot<'o> {
             disk: None,
             header: None,
             passphrase: None,
+            token: None,
             pending: None,
             header_committed: false,
             volume: None,

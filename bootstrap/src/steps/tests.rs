@@ -17,6 +17,7 @@ use super::outside::{Attached, Devices, Disks, Filesystems, Keys, Outside};
 use super::*;
 use crate::attach::{EndedSignal, Method, Remains};
 use crate::config::{FilesystemConfig, VolumeConfig};
+use crate::keys::{KmsToken, Secret, SecretRequest};
 use crate::mounts::Mount;
 use crate::new_volume::{self, Strength};
 
@@ -88,9 +89,25 @@ impl Keys for Fake {
         "a fake".to_owned()
     }
 
-    fn passphrase(&self) -> Result<Passphrase> {
+    fn secret(&self, request: SecretRequest) -> Result<Secret> {
         self.call("fetch secret")?;
-        Ok(Passphrase::new(self.0.borrow().passphrase.clone()))
+        let passphrase = Passphrase::new(self.0.borrow().passphrase.clone());
+        let token = match request {
+            SecretRequest::New { volume } => Some((
+                KmsToken {
+                    ciphertext: self.0.borrow().passphrase.clone(),
+                    key_arn: "a key".to_owned(),
+                    encryption_context: KmsToken::context_for(volume, &BTreeMap::new()),
+                },
+                volume,
+            )),
+            SecretRequest::Unwrap { token, volume } => {
+                token.check(volume, &BTreeMap::new()).map_err(anyhow::Error::msg)?;
+                return Ok(Secret { passphrase: Passphrase::new(token.ciphertext), token: None });
+            }
+            SecretRequest::Configured => None,
+        };
+        Ok(Secret { passphrase, token })
     }
 
     fn random(&self, bytes: &mut [u8]) -> std::io::Result<()> {
@@ -436,4 +453,22 @@ fn whatever_fails_nothing_is_left_of_a_detached_header() {
         // Once the header is written the volume is whole, and stays.
         assert_eq!(fake.0.borrow().disks.len(), if what == "mount" { 2 } else { 0 }, "after a fault at {what}");
     }
+}
+
+#[test]
+fn a_secret_in_the_header_is_made_with_the_volume_and_found_there() {
+    let text =
+        format!("[volume]\ndevices = [\"{DISK}\"]\n[key]\nsource = \"aws\"\nobject = \"token\"\nkms-key = \"k\"\n");
+    let config = Config::parse(&text, Path::new("test.toml")).unwrap();
+    let again = |fake: &Fake| up_as(&config, fake, |steps, boot| down(steps, boot, &mut |_, _| Ok(())).unwrap());
+    let fake = Fake::new();
+    again(&fake).unwrap();
+    // The configuration's own secret is not asked for: what opens it is in the token.
+    fake.0.borrow_mut().passphrase = b"another".to_vec();
+    again(&fake).unwrap();
+    // A volume without such a token says so.
+    let fake = Fake::new();
+    up_and_down(&fake).unwrap();
+    let error = again(&fake).unwrap_err();
+    assert!(format!("{error:#}").contains("no token `aws-kms`"), "{error:#}");
 }

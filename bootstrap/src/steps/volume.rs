@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::{self, Disks, LockedVolume, Segment, UnlockedVolume, plain};
+use engine::luks::{self, Disks, FormatOptions, LockedVolume, Segment, UnlockedVolume, plain};
 use engine::signature::{self, Content};
 use engine::volume::Volume;
 
@@ -81,7 +81,7 @@ impl Step for Unlock {
 ///
 /// # Errors
 /// What is on the disk, where that is something else.
-fn is_volume(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<bool> {
+pub(super) fn is_volume(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<bool> {
     match signature::examine(disks.header())? {
         content if content::is_luks(&content) => Ok(true),
         Content::Blank | Content::Unfinished => {
@@ -125,7 +125,12 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     let keys = boot.outside.keys;
     let mut random = |bytes: &mut [u8]| keys.random(bytes);
     let key = luks::new_volume_key(VolumeKey::AES_256, &mut random)?;
-    let options = keys.format_options(&boot.config.volume)?;
+    let mut options = keys.format_options(&boot.config.volume)?;
+    if let Some((token, uuid)) = boot.token.take() {
+        let FormatOptions::Luks2(options) = &mut options else { bail!("only a LUKS2 header has room for a token") };
+        options.uuid = uuid;
+        options.tokens = vec![token.to_json()];
+    }
     let disks = boot.disks()?;
     let name = || boot.header_path().display().to_string();
     let pending = options.begin(disks, passphrase, key, &mut random).with_context(name)?;

@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use base64ct::{Base64, Encoding};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::header::{BINARY_LEN, BinaryHeader, Copy, SALT_LEN};
@@ -42,6 +42,8 @@ pub struct Options {
     pub uuid: Uuid,
     /// What lies where.
     pub layout: Layout,
+    /// Tokens, from 0 on: JSON objects with a `type` and with `keyslots`, of which there is the one called `"0"`.
+    pub tokens: Vec<Value>,
 }
 
 /// How a passphrase becomes a keyslot's key.
@@ -115,6 +117,8 @@ fn image(
     let digest_len = options.hash.output_len();
     let digest = kdf::pbkdf2(options.hash, key.expose(), &digest_salt, options.digest_iterations, digest_len);
 
+    let tokens: Map<String, Value> =
+        options.tokens.iter().enumerate().map(|(id, token)| (id.to_string(), token.clone())).collect();
     let json = json!({
         "keyslots": { "0": {
             "type": "luks2",
@@ -129,7 +133,7 @@ fn image(
             },
             "kdf": kdf_json(&options.kdf, &slot_salt),
         } },
-        "tokens": {},
+        "tokens": tokens,
         "segments": { "0": {
             "type": "crypt",
             "offset": data.to_string(),
@@ -153,6 +157,11 @@ fn image(
         },
     })
     .to_string();
+    let room = metadata - BINARY_LEN as u64;
+    if json.len() as u64 >= room {
+        let rule = format!("the JSON area has {room} bytes: choose a larger metadata size");
+        return Err(LuksError::impossible("tokens and metadata of", json.len(), rule));
+    }
     let header = BinaryHeader {
         header_size: metadata,
         sequence_id: 1,
