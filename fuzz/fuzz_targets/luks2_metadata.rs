@@ -20,6 +20,6 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let _ = header.to_string();
     let store = MemoryStore::from(bytes.to_vec());
     let disk = DataDisk { len: u64::MAX, is_detached: bytes.len() % 2 == 0 };
-    let _ = Locked::new(header, disk, &Limits::default())
-        .map(|locked| locked.unlock(&store, &Passphrase::new(Vec::new())));
+    let _ =
+        Locked::new(header, disk, &Limits::default()).map(|locked| locked.unlock(&store, &Passphrase::new(Vec::new())));
 });
