@@ -17,6 +17,7 @@ mod format;
 mod hash;
 mod hex;
 pub mod kdf;
+mod keys;
 mod keyslot;
 pub mod luks1;
 pub mod luks2;
@@ -31,6 +32,7 @@ pub use disks::{DataDisk, Disks};
 pub use error::LuksError;
 pub use format::{PendingFormat, abandon_unfinished};
 pub use hash::HashAlgorithm;
+pub use keys::{NewKey, read_for_keys};
 
 use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{Lba512, SectorSize};

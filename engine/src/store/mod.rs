@@ -10,7 +10,7 @@ use std::io;
 pub use faulty::{FaultyStore, Operation};
 pub use file::{Access, Caching, FileStore};
 pub use memory::MemoryStore;
-pub use unaligned::{read_unaligned, write_zeros};
+pub use unaligned::{read_unaligned, write_unaligned, write_zeros};
 
 /// A disk, or something that answers like one. Calls may come from many threads at once; what overlapping calls see of
 /// each other is the caller's affair.

@@ -6,6 +6,7 @@
 mod dump;
 mod format;
 mod header;
+mod keys;
 
 use std::num::NonZeroU32;
 
@@ -14,6 +15,7 @@ use zeroize::Zeroizing;
 
 pub use format::{Options, begin, header_len};
 pub use header::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, SALT_LEN};
+pub use keys::{add_key, remove_key};
 
 use super::hash::HashAlgorithm;
 use super::{DataDisk, Disks, Limits, LuksError, Segment, UnlockedVolume, kdf, keyslot};
@@ -92,25 +94,44 @@ impl Locked {
     /// not all could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         let mut refusal = LuksError::NoKeyslot;
-        for (keyslot, slot) in self.header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
-            let mut material = Zeroizing::new(vec![0; keyslot::material_len(self.key_len)]);
-            read_unaligned(store, &mut material, u64::from(slot.material_offset) * LBA_UNIT)?;
-            if let Some(sector) = keyslot::damaged_sector(&material) {
-                let sector = u64::from(slot.material_offset) + sector as u64;
-                refusal = match refusal {
-                    earlier @ LuksError::DamagedKeyslot { .. } => earlier,
-                    _ => LuksError::DamagedKeyslot { keyslot, sector },
-                };
-                continue;
-            }
-            if let Some(key) = self.try_keyslot(slot, &mut material, passphrase)? {
-                return Ok(UnlockedVolume { key, segment: self.segment, keyslot });
-            }
-            if let LuksError::NoKeyslot = refusal {
-                refusal = LuksError::WrongPassphrase;
+        for (keyslot, _) in self.header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
+            match self.unlock_keyslot(store, keyslot, passphrase) {
+                // What kept a keyslot from being tried is told before what was tried in vain.
+                Err(error @ LuksError::WrongPassphrase) => {
+                    if let LuksError::NoKeyslot = refusal {
+                        refusal = error;
+                    }
+                }
+                Err(error @ LuksError::DamagedKeyslot { .. }) => {
+                    if !matches!(refusal, LuksError::DamagedKeyslot { .. }) {
+                        refusal = error;
+                    }
+                }
+                result => return result,
             }
         }
         Err(refusal)
+    }
+
+    /// Tries the passphrase on one keyslot.
+    ///
+    /// # Errors
+    /// [`LuksError::NoSuchKeyslot`], and as [`Locked::unlock`] has them.
+    pub fn unlock_keyslot(
+        &self,
+        store: &dyn BlockStore,
+        keyslot: usize,
+        passphrase: &Passphrase,
+    ) -> Result<UnlockedVolume, LuksError> {
+        let slot = self.header.keyslots.get(keyslot).filter(|slot| slot.enabled);
+        let slot = slot.ok_or(LuksError::NoSuchKeyslot(keyslot))?;
+        let mut material = Zeroizing::new(vec![0; keyslot::material_len(self.key_len)]);
+        read_unaligned(store, &mut material, u64::from(slot.material_offset) * LBA_UNIT)?;
+        if let Some(sector) = keyslot::damaged_sector(&material) {
+            return Err(LuksError::DamagedKeyslot { keyslot, sector: u64::from(slot.material_offset) + sector as u64 });
+        }
+        let key = self.try_keyslot(slot, &mut material, passphrase)?.ok_or(LuksError::WrongPassphrase)?;
+        Ok(UnlockedVolume { key, segment: self.segment, keyslot })
     }
 
     /// The header.

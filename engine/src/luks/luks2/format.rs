@@ -16,9 +16,9 @@ use crate::luks::{Disks, LuksError, Random, Segment, keyslot};
 use crate::sector::{Lba512, SectorSize};
 
 /// Keyslot areas begin and end on boundaries of so many bytes.
-const AREA_ALIGNMENT: usize = 4096;
-const SLOT_SALT_LEN: usize = 32;
-const CIPHER: &str = "aes-xts-plain64";
+pub(super) const AREA_ALIGNMENT: usize = 4096;
+pub(super) const SLOT_SALT_LEN: usize = 32;
+pub(super) const CIPHER: &str = "aes-xts-plain64";
 /// Bytes of a label, without the NUL behind it.
 const MAX_LABEL: usize = 47;
 
@@ -180,7 +180,12 @@ fn image(
     Ok(HeaderImage { bytes: image, secondary: Some(header_len) })
 }
 
-fn slot_key(options: &KdfOptions, passphrase: &Passphrase, salt: &[u8], len: usize) -> Result<VolumeKey, LuksError> {
+pub(super) fn slot_key(
+    options: &KdfOptions,
+    passphrase: &Passphrase,
+    salt: &[u8],
+    len: usize,
+) -> Result<VolumeKey, LuksError> {
     let mut key = match *options {
         KdfOptions::Pbkdf2 { hash, iterations } => kdf::pbkdf2(hash, passphrase.expose(), salt, iterations, len),
         KdfOptions::Argon2id(cost) | KdfOptions::Argon2i(cost) => {
@@ -197,7 +202,7 @@ fn slot_key(options: &KdfOptions, passphrase: &Passphrase, salt: &[u8], len: usi
     Ok(VolumeKey::new(std::mem::take(&mut *key))?)
 }
 
-fn kdf_json(options: &KdfOptions, salt: &[u8]) -> Value {
+pub(super) fn kdf_json(options: &KdfOptions, salt: &[u8]) -> Value {
     let salt = Base64::encode_string(salt);
     match options {
         KdfOptions::Pbkdf2 { hash, iterations } => {

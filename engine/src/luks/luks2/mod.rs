@@ -7,8 +7,11 @@ mod dump;
 mod field;
 mod format;
 mod header;
+mod keys;
 mod layout;
 mod metadata;
+mod tokens;
+mod update;
 
 use std::num::NonZeroU32;
 
@@ -17,8 +20,11 @@ use zeroize::Zeroizing;
 
 pub use format::{KdfOptions, Options, begin};
 pub use header::BinaryHeader;
+pub use keys::{add_key, change_key, remove_key};
 pub use layout::Layout;
 pub use metadata::{AntiForensic, Area, Config, DataSegment, Digest, Kdf, Keyslot, Metadata, Token};
+pub use tokens::{export_token, import_token, remove_token};
+pub use update::repair;
 
 use super::hash::HashAlgorithm;
 use super::kdf::{self, Argon2Cost, Argon2Error};
@@ -178,6 +184,29 @@ impl Locked {
             }
         }
         Err(refusal)
+    }
+
+    /// Tries the passphrase on one keyslot, even one that is ignored otherwise.
+    ///
+    /// # Errors
+    /// [`LuksError::NoSuchKeyslot`], and as [`Locked::unlock`] has them.
+    pub fn unlock_keyslot(
+        &self,
+        store: &dyn BlockStore,
+        keyslot: usize,
+        passphrase: &Passphrase,
+        limits: &Limits,
+    ) -> Result<UnlockedVolume, LuksError> {
+        let id = u32::try_from(keyslot).unwrap_or(u32::MAX);
+        let metadata = &self.header.metadata;
+        let is_ours =
+            metadata.digests.values().any(|digest| digest.keyslots.contains(&id) && !digest.segments.is_empty());
+        let slot = metadata.keyslots.get(&id).filter(|_| is_ours).ok_or(LuksError::NoSuchKeyslot(keyslot))?;
+        // No truncation: 32 or 64 bytes.
+        let key_bytes = u32::try_from(self.key_len).unwrap_or(0);
+        let opening = Opening::new(id, slot, key_bytes, limits)?;
+        let key = self.try_keyslot(keyslot, &opening, store, passphrase)?;
+        Ok(UnlockedVolume { key, segment: self.segment, keyslot })
     }
 
     /// The header.
