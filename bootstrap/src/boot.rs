@@ -6,17 +6,15 @@
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use anyhow::{Context, Result, anyhow, bail};
-use engine::key::Passphrase;
 use engine::store::Caching;
 
 use crate::attach::{self, Ended, Remains};
-use crate::config::{AttachMethod, Config, SYSFS};
+use crate::config::{AttachMethod, Config, KeyConfig, SYSFS};
 use crate::control::{self, Answer, Question};
-use crate::keys::{self, KeySource};
+use crate::keys::{self, Secret, SecretRequest};
 use crate::run_dir::{Begun, Claim, State};
 use crate::status::{Condition, Status, VolumeFacts, algorithm};
 use crate::steps::{self, Boot, Outside, Step};
@@ -32,7 +30,7 @@ enum Event {
     /// The device ended without being asked to.
     Ended(Ended),
     /// The secret is there, or it is known why not.
-    Secret(Result<Passphrase>),
+    Secret(Result<Secret>),
 }
 
 /// What is told on the way up.
@@ -90,9 +88,9 @@ pub fn run(
     let (events, happened) = channel();
     let result = watch_signals(&events).and_then(|_runtime| {
         listen(&dir.control(), &events)?;
-        let source: Arc<dyn KeySource> = keys::source(&config.key).into();
-        let fetch = || await_secret(Arc::clone(&source), &events, &happened);
-        let keys = RealKeys { described: source.describe(), fetch: &fetch };
+        let fetch = |request| await_secret(config.key.clone(), request, &events, &happened);
+        let keys =
+            RealKeys { described: keys::source(&config.key).describe(), fetch: &fetch, strength: config.strength };
         let devices = RealDevices { options };
         let outside = Outside {
             keys: &keys,
@@ -217,6 +215,7 @@ fn status(config: &Config, state: &State, boot: &Boot<'_>) -> Status {
             key_bits,
             algorithm: algorithm(key_bits).to_owned(),
             keyslot: boot.facts().keyslot,
+            header: config.volume.header.clone(),
             sector_size: segment.sector_size.bytes_u64(),
             offset: segment.offset,
             size: volume.len(),
@@ -241,11 +240,16 @@ fn attach_options(config: &Config, mount_dir: PathBuf) -> attach::Options {
 }
 
 /// Waits for the secret in a thread of its own, since a source may try for minutes, and a signal ends the wait.
-fn await_secret(source: Arc<dyn KeySource>, events: &Sender<Event>, happened: &Receiver<Event>) -> Result<Passphrase> {
+fn await_secret(
+    config: KeyConfig,
+    request: SecretRequest,
+    events: &Sender<Event>,
+    happened: &Receiver<Event>,
+) -> Result<Secret> {
     let events = events.clone();
     std::thread::Builder::new().name("secret".to_owned()).spawn(move || {
         // Where nobody waits any more, the secret is wiped with the event.
-        let _ = events.send(Event::Secret(source.passphrase().map_err(anyhow::Error::from)));
+        let _ = events.send(Event::Secret(keys::secret(&config, &request).map_err(anyhow::Error::from)));
     })?;
     loop {
         match happened.recv()? {

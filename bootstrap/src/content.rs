@@ -64,6 +64,20 @@ pub fn refuse_unless_free(path: &Path, disk: &dyn BlockStore) -> Result<()> {
     }
 }
 
+/// Fails unless a disk is to hold data whose header is elsewhere: it is blank. What is not known may be the data of a volume
+/// whose header is in another file.
+///
+/// # Errors
+/// What is on it, by name, and what to do.
+pub fn refuse_unless_blank(path: &Path, disk: &dyn BlockStore) -> Result<()> {
+    match signature::examine(disk)? {
+        Content::Blank => Ok(()),
+        content => Err(refusal(path, &content).context(
+            "the header is blank, so that a new one would be made, and with it a new key; but the data's disk is not",
+        )),
+    }
+}
+
 /// The words for a disk that holds something.
 pub fn refusal(path: &Path, content: &Content) -> anyhow::Error {
     let at = path.display();

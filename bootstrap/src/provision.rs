@@ -3,7 +3,7 @@
 use engine::key::Passphrase;
 use zeroize::Zeroizing;
 
-use crate::config::{AwsKeyConfig, Config, KeyConfig, KeyFile};
+use crate::config::{AwsKeyConfig, Config, KeyConfig, KeyFile, SecretPlace};
 use crate::keys::{AwsKey, AwsKeyError};
 
 /// Bytes of randomness in a secret: as many as AES-256 has, so that no keyslot's hashing has to make up for them.
@@ -32,6 +32,12 @@ pub enum ProvisionError {
         /// Where the secret is expected.
         file: KeyFile,
     },
+    /// The secret is kept in the header, which is made with it.
+    #[error(
+        "there is nothing to provision: with `object = \"token\"` the secret is in the volume's own header, and \
+         `nbdcrypt up` makes it with the volume"
+    )]
+    InHeader,
     /// No key is named to encrypt under.
     #[error(
         "`kms-key` is missing under [key]: write the KMS key to encrypt under, or make one: aws kms create-key, then \
@@ -54,6 +60,7 @@ pub enum ProvisionError {
 pub fn provision(config: &Config, replace: bool) -> Result<Provisioned, ProvisionError> {
     let aws = match &config.key {
         KeyConfig::Aws(AwsKeyConfig { kms_key: None, .. }) => return Err(ProvisionError::NoKmsKey),
+        KeyConfig::Aws(aws) if aws.object == SecretPlace::Token => return Err(ProvisionError::InHeader),
         KeyConfig::Aws(aws) => aws,
         KeyConfig::File(file) => return Err(ProvisionError::NotAws { file: file.clone() }),
     };
@@ -64,7 +71,10 @@ pub fn provision(config: &Config, replace: bool) -> Result<Provisioned, Provisio
 
 /// 256 bits from the system, in hexadecimal: text without a newline, a NUL or anything that means something to a shell,
 /// so that `$(aws kms decrypt … | base64 --decode)` holds it as it is.
-fn new_secret() -> Result<Passphrase, getrandom::Error> {
+///
+/// # Errors
+/// What the system said.
+pub fn new_secret() -> Result<Passphrase, getrandom::Error> {
     let mut random = Zeroizing::new([0; SECRET_BYTES]);
     getrandom::fill(&mut *random)?;
     // Of full size at once: a vector that grows leaves copies behind.

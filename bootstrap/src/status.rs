@@ -45,7 +45,7 @@ pub enum Condition {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct VolumeFacts {
-    /// LUKS1 or plain.
+    /// LUKS1, LUKS2 or plain.
     #[serde(rename = "type")]
     pub kind: String,
     /// As dm-crypt names it.
@@ -56,6 +56,9 @@ pub struct VolumeFacts {
     pub algorithm: String,
     /// The keyslot that opened.
     pub keyslot: Option<usize>,
+    /// The disk or file of the header, where the header is detached.
+    #[serde(default)]
+    pub header: Option<PathBuf>,
     /// The encryption unit in bytes.
     pub sector_size: u64,
     /// Where the data begins on the disk, in bytes.
@@ -93,6 +96,9 @@ impl fmt::Display for Status {
             }
         }
         line("disk:", disk.display().to_string())?;
+        if let Some(header) = volume.as_ref().and_then(|volume| volume.header.as_ref()) {
+            line("header:", header.display().to_string())?;
+        }
         if let Some(volume) = volume {
             line("sector size:", format!("{} bytes", volume.sector_size))?;
             line("offset:", format!("{} bytes", volume.offset))?;

@@ -3,21 +3,18 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use engine::key::Passphrase;
-use engine::luks::{HashAlgorithm, kdf, luks1};
+use engine::luks::FormatOptions;
 use engine::store::{Access, BlockStore, Caching};
 use engine::volume::Volume;
 
 use crate::attach::{self, Attachment, Remains};
-use crate::config::FilesystemConfig;
+use crate::config::{FilesystemConfig, VolumeConfig};
+use crate::keys::{Secret, SecretRequest};
+use crate::new_volume::{self, Strength};
 use crate::steps::outside::{Attached, Devices, Disks, Filesystems};
 use crate::{disk, mounts, programs};
-
-/// What a guess at a passphrase shall cost on this machine: cryptsetup's own default for PBKDF2.
-pub const UNLOCK_TIME: Duration = Duration::from_secs(2);
 
 /// Bytes from the operating system that nobody can guess.
 ///
@@ -25,25 +22,6 @@ pub const UNLOCK_TIME: Duration = Duration::from_secs(2);
 /// What the system said.
 pub fn random(bytes: &mut [u8]) -> io::Result<()> {
     getrandom::fill(bytes).map_err(io::Error::other)
-}
-
-/// How a new LUKS1 volume is made on this machine: sha256, and as many iterations as take `unlock_time`.
-///
-/// # Errors
-/// What the system said.
-pub fn luks1_options(unlock_time: Duration) -> Result<luks1::Options> {
-    let start = Instant::now();
-    let hash = HashAlgorithm::Sha256;
-    let iterations = kdf::calibrate(hash, engine::key::VolumeKey::AES_256, unlock_time, &mut || start.elapsed());
-    let mut uuid = [0; 16];
-    random(&mut uuid)?;
-    Ok(luks1::Options {
-        hash,
-        keyslot_iterations: iterations,
-        // There is nothing to guess in a random key.
-        digest_iterations: kdf::MIN_ITERATIONS,
-        uuid: uuid::Builder::from_random_bytes(uuid).into_uuid(),
-    })
 }
 
 /// Files and block devices.
@@ -215,7 +193,9 @@ pub struct RealKeys<'k> {
     /// Where the secret comes from, for people.
     pub described: String,
     /// Gets it.
-    pub fetch: &'k dyn Fn() -> Result<Passphrase>,
+    pub fetch: &'k dyn Fn(SecretRequest) -> Result<Secret>,
+    /// Whether it can be guessed.
+    pub strength: Strength,
 }
 
 impl crate::steps::outside::Keys for RealKeys<'_> {
@@ -223,15 +203,15 @@ impl crate::steps::outside::Keys for RealKeys<'_> {
         self.described.clone()
     }
 
-    fn passphrase(&self) -> Result<Passphrase> {
-        (self.fetch)()
+    fn secret(&self, request: SecretRequest) -> Result<Secret> {
+        (self.fetch)(request)
     }
 
     fn random(&self, bytes: &mut [u8]) -> io::Result<()> {
         random(bytes)
     }
 
-    fn luks1_options(&self) -> Result<luks1::Options> {
-        luks1_options(UNLOCK_TIME)
+    fn format_options(&self, volume: &VolumeConfig) -> Result<FormatOptions> {
+        new_volume::options(volume.kind, volume.sector_size, self.strength)
     }
 }

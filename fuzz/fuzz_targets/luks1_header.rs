@@ -3,14 +3,15 @@
 
 use engine::key::Passphrase;
 use engine::luks::luks1::{Header, Locked};
-use engine::luks::{Limits, dump};
+use engine::luks::{DataDisk, Limits, dump};
 use engine::store::MemoryStore;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let Ok(header) = Header::parse(bytes) else { return };
     assert_eq!(Header::parse(&header.to_bytes()).ok().as_ref(), Some(&header));
     let store = MemoryStore::from(bytes.to_vec());
+    let disk = DataDisk { len: u64::MAX, is_detached: bytes.len() % 2 == 0 };
     let _ = dump(&store).map(|dump| dump.display("it"));
     let limits = Limits { iterations: std::num::NonZeroU32::MIN, ..Limits::default() };
-    let _ = Locked::new(header, u64::MAX, &limits).map(|locked| locked.unlock(&store, &Passphrase::new(Vec::new())));
+    let _ = Locked::new(header, disk, &limits).map(|locked| locked.unlock(&store, &Passphrase::new(Vec::new())));
 });

@@ -3,7 +3,7 @@
 
 use engine::key::Passphrase;
 use engine::luks::luks2::{BinaryHeader, Header, Locked, Metadata};
-use engine::luks::{HashAlgorithm, Limits};
+use engine::luks::{DataDisk, HashAlgorithm, Limits};
 use engine::store::MemoryStore;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
@@ -19,6 +19,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let header = Header { binary, metadata };
     let _ = header.to_string();
     let store = MemoryStore::from(bytes.to_vec());
-    let _ = Locked::new(header, u64::MAX, &Limits::default())
-        .map(|locked| locked.unlock(&store, &Passphrase::new(Vec::new())));
+    let disk = DataDisk { len: u64::MAX, is_detached: bytes.len() % 2 == 0 };
+    let _ =
+        Locked::new(header, disk, &Limits::default()).map(|locked| locked.unlock(&store, &Passphrase::new(Vec::new())));
 });

@@ -120,7 +120,10 @@ pub fn quick_luks2() -> luks2::Options {
         digest_iterations: NonZeroU32::new(1000).unwrap(),
         sector_size: SectorSize::B4096,
         label: String::new(),
+        subsystem: String::new(),
         uuid: UUID.parse().unwrap(),
+        layout: luks2::Layout::default(),
+        tokens: Vec::new(),
     }
 }
 
@@ -131,9 +134,14 @@ pub fn quick_pbkdf2(hash: HashAlgorithm) -> KdfOptions {
 
 /// The volume key as cryptsetup knows it.
 pub fn cryptsetup_key(bench: &Workbench, disk: &Path) -> Vec<u8> {
+    cryptsetup_key_of(bench, disk, "key")
+}
+
+/// The same, with another key file of the workbench's.
+pub fn cryptsetup_key_of(bench: &Workbench, disk: &Path, key_file: &str) -> Vec<u8> {
     let out = bench.path("volume-key");
     let _ = std::fs::remove_file(&out);
-    let arguments = ["luksDump", "-q", "--dump-volume-key", "--key-file=key", "--volume-key-file=volume-key"];
+    let arguments = ["luksDump", "-q", "--dump-volume-key", "--volume-key-file=volume-key", "--key-file", key_file];
     bench.run("cryptsetup", arguments.into_iter().chain([disk.to_str().unwrap()]));
     std::fs::read(out).unwrap()
 }
@@ -144,7 +152,13 @@ pub const UUID: &str = "b0a5a5a5-0001-4002-8003-00000000c0de";
 /// Options with as few iterations as cryptsetup allows.
 pub fn quick_luks1(hash: HashAlgorithm) -> luks1::Options {
     let iterations = NonZeroU32::new(1000).unwrap();
-    luks1::Options { hash, keyslot_iterations: iterations, digest_iterations: iterations, uuid: UUID.parse().unwrap() }
+    luks1::Options {
+        hash,
+        keyslot_iterations: iterations,
+        digest_iterations: iterations,
+        uuid: UUID.parse().unwrap(),
+        data_offset: None,
+    }
 }
 
 /// The same noise for the same seed: splitmix64.

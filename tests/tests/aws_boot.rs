@@ -34,7 +34,7 @@ impl Instance {
     fn configure(&self, object: &str, more: &str) {
         let dir = self.client.dir().display();
         let text = format!(
-            "[volume]\ndevices = [\"{dir}/secretfs\"]\nsize = \"16M\"\n[key]\nsource = \"aws\"\nobject = \"{object}\"\n\
+            "[volume]\ndevices = [\"{dir}/secretfs\"]\nsize = \"32M\"\n[key]\nsource = \"aws\"\nobject = \"{object}\"\n\
              kms-key = \"alias/EncFSForEC2InternalStorageKey\"\nretry-for = \"5s\"\n{more}\n\
              [filesystem]\ntype = \"ext4\"\nmountpoint = \"{dir}/mnt\"\n"
         );
@@ -88,7 +88,7 @@ fn the_administrators_object_unlocks_a_filesystem_that_comes_and_goes() {
 
     let instance = Instance::new(moto.client());
     assert!(instance.succeeds("plan").contains("s3://BUCKET/LuksInternalStorageKey"));
-    assert!(instance.succeeds("up").contains("LUKS1, AES-256-XTS"));
+    assert!(instance.succeeds("up").contains("LUKS2, AES-256-XTS"));
     fs::write(instance.path("mnt/file"), "kept").unwrap();
     instance.succeeds("down");
     instance.succeeds("up");
@@ -146,7 +146,7 @@ fn what_kms_and_s3_refuse_leaves_nothing_behind() {
     instance.refused(&["no-such-bucket"]);
     instance.configure("s3://BUCKET/LuksInternalStorageKey", "endpoint-url = \"http://127.0.0.1:1\"");
     instance.refused(&["127.0.0.1:1"]);
-    instance.configure("s3://BUCKET/LuksInternalStorageKey", "");
+    instance.configure("s3://BUCKET/LuksInternalStorageKey", "random = true");
     moto.kms("DisableKey", &json!({ "KeyId": key }));
     instance.refused(&["disabled"]);
     moto.kms("EnableKey", &json!({ "KeyId": key }));
@@ -161,7 +161,7 @@ fn a_provisioned_secret_unlocks_and_is_never_replaced_unasked() {
     moto.make_bucket("BUCKET");
     moto.make_key("alias/EncFSForEC2InternalStorageKey");
     let instance = Instance::new(moto.client());
-    instance.configure("s3://BUCKET/new", "encryption-context = { volume = \"scratch\" }");
+    instance.configure("s3://BUCKET/new", "random = true\nencryption-context = { volume = \"scratch\" }");
     assert!(instance.succeeds("provision").contains("s3://BUCKET/new"));
     instance.succeeds("up");
     instance.succeeds("down");

@@ -28,7 +28,7 @@ impl Machine {
 
     fn default_config(&self) -> String {
         format!(
-            "[volume]\ndevices = [\"{disk}\"]\nsize = \"16M\"\n\n[key]\nsource = \"file\"\npath = \"{key}\"\n\n\
+            "[volume]\ndevices = [\"{disk}\"]\nsize = \"32M\"\n\n[key]\nsource = \"file\"\npath = \"{key}\"\nrandom = true\n\n\
              [filesystem]\ntype = \"ext4\"\nmountpoint = \"{mnt}\"\n",
             disk = self.path("disk").display(),
             key = self.path("key").display(),
@@ -372,12 +372,12 @@ fn bad_input_is_refused_by_name_and_changes_nothing() {
     };
 
     with("type = \"ext4\"", "typo = \"ext4\"");
-    machine.refused("up", &["scratch.toml:10:1", "`typo`", "`mountpoint`"]);
-    with("size = \"16M\"", "size = true");
+    machine.refused("up", &["scratch.toml:11:1", "`typo`", "`mountpoint`"]);
+    with("size = \"32M\"", "size = true");
     machine.refused("up", &["scratch.toml:3:8"]);
-    with("size = \"16M\"\n", "");
+    with("size = \"32M\"\n", "");
     machine.refused("up", &["disk does not exist", "size"]);
-    with("size = \"16M\"", "size = \"1M\"");
+    with("size = \"32M\"", "size = \"1M\"");
     machine.refused("up", &["disk", "at least"]);
     with(machine.path("disk").to_str().unwrap(), machine.folder.path().to_str().unwrap());
     machine.refused("up", &["neither a block device nor a regular file"]);
@@ -406,6 +406,7 @@ fn bad_input_is_refused_by_name_and_changes_nothing() {
     machine.refused("up", &["corrupt"]);
     fs::remove_file(machine.path("disk")).unwrap();
 
+    with("size = \"32M\"", "size = \"32M\"\ntype = \"luks1\"");
     machine.up();
     machine.down();
     fs::write(machine.path("key"), "another").unwrap();
@@ -433,7 +434,7 @@ fn a_disk_that_something_else_has_is_refused_and_its_user_named() {
         &second
             .default_config()
             .replace(second.path("disk").to_str().unwrap(), &device)
-            .replace("size = \"16M\"\n", ""),
+            .replace("size = \"32M\"\n", ""),
     );
     second.refused("up", &["in use", "ext4 filesystem is mounted on"]);
     machine.down();
@@ -470,7 +471,18 @@ fn who_is_not_root_is_told_so_and_may_format_and_dump_what_is_theirs() {
         assert_eq!(output.status.code(), Some(1), "{args:?}: {}", told(&output));
         assert!(told(&output).contains("only root may do"), "{}", told(&output));
     }
-    let format = ["format", "--key-file", "key", "--size", "8M", "--pbkdf-force-iterations", "1000", "theirs"];
+    let format = [
+        "format",
+        "--key-file",
+        "key",
+        "--size",
+        "8M",
+        "--type",
+        "luks1",
+        "--pbkdf-force-iterations",
+        "1000",
+        "theirs",
+    ];
     for args in [&format[..], &["dump", "theirs"]] {
         let output = nobody(args);
         assert!(output.status.success(), "{args:?}: {}", told(&output));

@@ -14,7 +14,7 @@ fn up_takes_nbd_where_the_kernel_has_it_and_dm_crypt_sees_the_same_filesystem() 
     fs::write(kernel.dir().join("key"), "ThisIs-a-SecretPassword").unwrap();
     fs::set_permissions(kernel.dir().join("key"), fs::Permissions::from_mode(0o600)).unwrap();
     let config = format!(
-        "[volume]\ndevices = [\"{dir}/disk\"]\nsize = \"64M\"\n[key]\nsource = \"file\"\npath = \"{dir}/key\"\n\
+        "[volume]\ndevices = [\"{dir}/disk\"]\nsize = \"64M\"\n[key]\nsource = \"file\"\npath = \"{dir}/key\"\nrandom = true\n\
          [attach]\ndevice = \"/dev/nbd0\"\nconnections = 4\n[filesystem]\ntype = \"ext4\"\nmountpoint = \"/tmp/mnt\"\n"
     );
     fs::write(kernel.dir().join("scratch.toml"), config).unwrap();
@@ -26,7 +26,7 @@ $nbdcrypt up scratch.toml
 $nbdcrypt up scratch.toml | grep "already up"
 $nbdcrypt status | tee status
 grep -q "/dev/nbd0 (nbd)" status
-grep -q "LUKS1" status && grep -q "AES-256-XTS" status
+grep -q "LUKS2" status && grep -q "AES-256-XTS" status
 test "$(cat /sys/block/nbd0/backend)" = nbdcrypt-scratch
 seq 100000 > /tmp/mnt/numbers
 cd /tmp/mnt; if $nbdcrypt down scratch; then exit 9; fi; cd - > /dev/null   # this shell was in it
@@ -35,7 +35,7 @@ test ! -e /sys/block/nbd0/pid
 if grep -q nbd0 /proc/mounts; then exit 9; fi
 if pgrep -x nbdcrypt; then exit 9; fi
 
-cryptsetup open --type luks1 --key-file key disk theirs
+cryptsetup open --type luks2 --key-file key disk theirs
 e2fsck -fn /dev/mapper/theirs
 mount /dev/mapper/theirs /tmp/mnt
 seq 100000 | cmp - /tmp/mnt/numbers

@@ -103,7 +103,7 @@ fn an_error_names_the_field_and_what_stands_there() {
         ("/segments/0/size", json!("4095"), "segments.0.size is 4095, not whole sectors"),
         ("/segments/0/size", json!("8192"), "needs at least 16785408"),
         ("/segments/0/integrity", json!({ "type": "hmac(sha256)" }), "the integrity hmac(sha256)"),
-        ("/segments/1", json!({ "type": "linear", "offset": "0", "size": "dynamic" }), "segments is not one segment"),
+        ("/segments/1", json!({ "type": "linear", "offset": "0", "size": "dynamic" }), "number of data segments 2"),
         ("/config/json_size", json!("4096"), "config.json_size is 4096"),
         ("/config/keyslots_size", json!("1000000000000"), "config.keyslots_size is 1000000000000"),
         ("/config/requirements", json!({ "mandatory": ["online-reencrypt-v2"] }), "requirement online-reencrypt-v2"),

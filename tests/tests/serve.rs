@@ -61,7 +61,18 @@ impl Folder {
     fn format(&self) {
         let said = self.run(
             "nbdcrypt",
-            &["format", "--key-file", "key", "--size", "16M", "--pbkdf-force-iterations", "1000", "disk"],
+            &[
+                "format",
+                "--key-file",
+                "key",
+                "--size",
+                "16M",
+                "--type",
+                "luks1",
+                "--pbkdf-force-iterations",
+                "1000",
+                "disk",
+            ],
         );
         assert!(said.contains("AES-256-XTS"), "{said}");
     }
@@ -290,7 +301,7 @@ fn format_and_serve_refuse_by_name_what_they_cannot_do() {
     };
     refused(&["format", "--key-file", "key", "disk"], &["disk does not exist", "--size"]);
     refused(&["format", "--key-file", "none", "--size", "16M", "disk"], &["none", "No such file"]);
-    refused(&["format", "--key-file", "key", "--size", "1M", "disk"], &["at least"]);
+    refused(&["format", "--key-file", "key", "--size", "1M", "-i", "1", "disk"], &["at least"]);
     assert!(!folder.path("disk").exists(), "a file that could not be formatted is gone again");
     refused(&["format", "--key-file", "key", "data"], &["not blank", "--wipe"]);
     assert_same(&folder, "data");
@@ -318,14 +329,28 @@ fn format_and_serve_refuse_by_name_what_they_cannot_do() {
     // Wrong usage has an exit code of its own.
     assert_eq!(folder.try_run("nbdcrypt", &["serve", "disk"]).status.code(), Some(2));
     // Asked to, it destroys.
-    folder.run("nbdcrypt", &["format", "--wipe", "--key-file", "key", "--pbkdf-force-iterations", "1000", "disk"]);
+    folder.run(
+        "nbdcrypt",
+        &["format", "--wipe", "--type", "luks1", "--key-file", "key", "--pbkdf-force-iterations", "1000", "disk"],
+    );
 }
 
 #[test]
 fn a_volume_that_was_made_stays_even_if_nobody_can_be_told() {
     let folder = Folder::new();
     let made = Command::new(binary())
-        .args(["format", "--key-file", "key", "--size", "16M", "--pbkdf-force-iterations", "1000", "disk"])
+        .args([
+            "format",
+            "--key-file",
+            "key",
+            "--size",
+            "16M",
+            "--type",
+            "luks1",
+            "--pbkdf-force-iterations",
+            "1000",
+            "disk",
+        ])
         .current_dir(folder.0.path())
         .stdout(File::options().write(true).open("/dev/full").unwrap())
         .output()

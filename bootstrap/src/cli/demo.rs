@@ -81,7 +81,7 @@ impl Stage {
         fs::write(stage.folder.join("key"), key)?;
         fs::set_permissions(stage.folder.join("key"), std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
         let config = format!(
-            "[volume]\ndevices = [\"{disk}\"]\nsize = \"64M\"\n[key]\nsource = \"file\"\npath = \"{key}\"\n\
+            "[volume]\ndevices = [\"{disk}\"]\nsize = \"64M\"\n[key]\nsource = \"file\"\npath = \"{key}\"\nrandom = true\n\
              [filesystem]\ntype = \"ext4\"\nmountpoint = \"{mountpoint}\"\n",
             disk = stage.disk().display(),
             key = stage.folder.join("key").display(),

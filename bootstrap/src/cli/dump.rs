@@ -7,19 +7,22 @@ use engine::luks::{self, Dump, luks1, luks2};
 use engine::store::{Access, Caching, FileStore};
 use serde_json::json;
 
+use super::header_args::HeaderArgs;
 use super::tell;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The disk or file.
+    /// The disk or file; with `--header` only the header is read.
     device: PathBuf,
+    #[command(flatten)]
+    header: HeaderArgs,
     /// As JSON.
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
-    let path = &args.device;
+    let path = args.header.header.as_ref().unwrap_or(&args.device);
     // No lock: a header may be looked at while its volume is up.
     let disk =
         FileStore::open(path, Access::ReadOnly, Caching::PageCache).with_context(|| path.display().to_string())?;

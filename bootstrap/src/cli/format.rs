@@ -1,17 +1,20 @@
 //! `nbdcrypt format`: makes a LUKS volume.
 
-use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use engine::luks::{self, luks1};
+use engine::key::Passphrase;
+use engine::luks::{self, Disks, FormatOptions, kdf, luks1, luks2};
+use engine::sector::{LBA_UNIT, SectorSize};
 use engine::store::{Access, BlockStore, Caching};
+use uuid::Uuid;
 
+use super::header_args::HeaderArgs;
+use super::kdf_args::{KdfArgs, Pbkdf};
 use super::tell;
 use crate::config::{self, KeyFile};
 use crate::keys::{FileKey, KeySource};
-use crate::{content, disk, process, system};
+use crate::{content, disk, new_volume, process, status, system};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -21,7 +24,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE")]
     key_file: PathBuf,
     /// The format on the disk.
-    #[arg(long = "type", value_enum, default_value_t = Type::Luks1)]
+    #[arg(long = "type", value_enum, default_value_t = Type::Luks2)]
     kind: Type,
     /// Make a file of this size (such as 2G) first, where there is none: sparse, with mode 600.
     #[arg(long, value_parser = size)]
@@ -29,69 +32,173 @@ pub(super) struct Args {
     /// Destroy what is on the device.
     #[arg(long)]
     wipe: bool,
-    /// How long a guess at the passphrase shall take on this machine, in milliseconds.
-    #[arg(short = 'i', long, value_name = "MS", default_value_t = 2000)]
-    iter_time: u64,
-    /// The iterations of PBKDF2, instead of measuring.
-    #[arg(long, value_name = "N", conflicts_with = "iter_time", value_parser = iterations)]
-    pbkdf_force_iterations: Option<NonZeroU32>,
+    #[command(flatten)]
+    header: HeaderArgs,
+    #[command(flatten)]
+    kdf: KdfArgs,
+    /// The length of the volume's key in bits, both halves counted: 512 (AES-256-XTS) or 256 (AES-128-XTS).
+    #[arg(short = 's', long, value_name = "BITS", default_value = "512", value_parser = key_size)]
+    key_size: usize,
+    /// The volume's UUID; a random one by default.
+    #[arg(long)]
+    uuid: Option<Uuid>,
+    /// Where the data begins on its disk, in sectors of 512 bytes: a multiple of 8.
+    #[arg(short = 'o', long, value_name = "SECTORS")]
+    offset: Option<u64>,
+    /// LUKS2: the encryption unit in bytes: 512, 1024, 2048 or 4096. [default: 4096]
+    #[arg(long, value_name = "BYTES", value_parser = sector_size)]
+    sector_size: Option<SectorSize>,
+    /// LUKS2: a label, of at most 47 bytes.
+    #[arg(long)]
+    label: Option<String>,
+    /// LUKS2: a second label, of at most 47 bytes.
+    #[arg(long)]
+    subsystem: Option<String>,
+    /// LUKS2: what one copy of the header takes, such as 64K: a power of two from 16K to 4M. [default: 16K]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    luks2_metadata_size: Option<u64>,
+    /// LUKS2: what all keyslots take, such as 1M: a multiple of 4K, at most 128M. [default: the rest of the first 16M]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    luks2_keyslots_size: Option<u64>,
 }
 
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Type {
+    Luks2,
     Luks1,
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
     process::protect_secrets();
-    let passphrase = FileKey::new(key_file(&args.key_file)).passphrase()?;
-    let path = &args.device;
-    let made = match args.size {
-        Some(size) if !path.exists() => {
-            disk::make_file(path, size)?;
-            true
-        }
-        Some(_) => bail!("{} exists already, so it has a size: leave out --size", path.display()),
-        None => false,
-    };
-    match format(&args, path, &passphrase) {
+    let mut made = Vec::new();
+    match format(&args, &mut made) {
         Ok(said) => tell(said),
         Err(error) => {
-            if made {
-                // It is ours, and holds no volume.
-                std::fs::remove_file(path).with_context(|| path.display().to_string())?;
+            // They are ours, and hold no volume.
+            for path in made {
+                std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
             }
             Err(error)
         }
     }
 }
 
-/// Makes the volume, and returns what there is to tell of it.
-fn format(args: &Args, path: &Path, passphrase: &engine::key::Passphrase) -> Result<String> {
-    let disk = disk::open(path, Access::ReadWrite, Caching::PageCache)?;
+/// Makes the volume, and returns what there is to tell of it. `made` are the files that were not there before.
+fn format(args: &Args, made: &mut Vec<PathBuf>) -> Result<String> {
+    let path = &args.device;
+    let passphrase = FileKey::new(key_file(&args.key_file)).passphrase()?;
+    let key_len = args.key_size / 8;
+    match args.size {
+        Some(size) if !path.exists() => make(path, size, made)?,
+        Some(_) => bail!("{} exists already, so it has a size: leave out --size", path.display()),
+        None => {}
+    }
+    let data = disk::open(path, Access::ReadWrite, Caching::PageCache)?;
+    let header = match &args.header.header {
+        None => None,
+        Some(header) => {
+            if !header.exists() {
+                make(header, header_len(args, key_len), made)?;
+            }
+            Some((header, disk::open(header, Access::ReadWrite, Caching::PageCache)?))
+        }
+    };
     if !args.wipe {
-        content::refuse_unless_free(path, &disk)?;
+        content::refuse_unless_free(path, &data)?;
+        if let Some((path, disk)) = &header {
+            content::refuse_unless_free(path, disk)?;
+        }
     }
-    let name = || path.display().to_string();
-    let Type::Luks1 = args.kind;
-    let mut options = system::luks1_options(Duration::from_millis(match args.pbkdf_force_iterations {
-        Some(_) => 0,
-        None => args.iter_time,
-    }))?;
-    if let Some(iterations) = args.pbkdf_force_iterations {
-        options.keyslot_iterations = iterations;
-    }
+    let disks = match &header {
+        Some((_, header)) => Disks::detached(header, &data),
+        None => Disks::from(&data),
+    };
+    let name = || header.as_ref().map_or(path, |(path, _)| path).display().to_string();
+    let options = options(args)?;
+    make_volume(&options, disks, &passphrase, key_len).with_context(name).map(|len| {
+        let at = header.as_ref().map(|(path, _)| format!(" (header in {})", path.display())).unwrap_or_default();
+        format!(
+            "{}{at}: {}, {} (aes-xts-plain64, {} bits), UUID {}, {len} of {} bytes for data\n",
+            path.display(),
+            options.name(),
+            status::algorithm(args.key_size),
+            args.key_size,
+            options.uuid(),
+            data.len()
+        )
+    })
+}
+
+/// Makes the volume, and returns how much data it holds.
+fn make_volume(options: &FormatOptions, disks: Disks<'_>, passphrase: &Passphrase, key_len: usize) -> Result<u64> {
     let mut random = system::random;
-    let key = luks::new_volume_key(&mut random)?;
-    let pending = luks1::begin(&disk, &options, passphrase, key, &mut random).with_context(name)?;
-    let segment = pending.commit(&disk).with_context(name)?.segment;
-    Ok(format!(
-        "{}: LUKS1, AES-256-XTS (aes-xts-plain64, 512 bits), UUID {}, {} of {} bytes for data\n",
-        path.display(),
-        options.uuid,
-        segment.len,
-        disk.len()
-    ))
+    let key = luks::new_volume_key(key_len, &mut random)?;
+    let pending = options.begin(disks, passphrase, key, &mut random)?;
+    Ok(pending.commit(disks)?.segment.len)
+}
+
+fn make(path: &Path, size: u64, made: &mut Vec<PathBuf>) -> Result<()> {
+    disk::make_file(path, size)?;
+    made.push(path.to_owned());
+    Ok(())
+}
+
+fn options(args: &Args) -> Result<FormatOptions> {
+    let data_offset = args.offset.map(|sectors| sectors.saturating_mul(LBA_UNIT));
+    let uuid = args.uuid.map_or_else(new_volume::new_uuid, Ok)?;
+    if args.kind == Type::Luks1 {
+        refuse_luks2_only(args)?;
+        return Ok(FormatOptions::Luks1(luks1::Options {
+            hash: args.kdf.hash,
+            keyslot_iterations: args.kdf.pbkdf2_iterations()?,
+            // There is nothing to guess in a random key.
+            digest_iterations: kdf::MIN_ITERATIONS,
+            uuid,
+            data_offset,
+        }));
+    }
+    Ok(FormatOptions::Luks2(Box::new(luks2::Options {
+        kdf: args.kdf.options(Pbkdf::Argon2id)?,
+        hash: args.kdf.hash,
+        digest_iterations: kdf::MIN_ITERATIONS,
+        sector_size: args.sector_size.unwrap_or(SectorSize::B4096),
+        label: args.label.clone().unwrap_or_default(),
+        subsystem: args.subsystem.clone().unwrap_or_default(),
+        uuid,
+        layout: layout(args, data_offset),
+        tokens: Vec::new(),
+    })))
+}
+
+fn refuse_luks2_only(args: &Args) -> Result<()> {
+    let given = [
+        ("--sector-size", args.sector_size.is_some_and(|size| size != SectorSize::B512)),
+        ("--label", args.label.is_some()),
+        ("--subsystem", args.subsystem.is_some()),
+        ("--luks2-metadata-size", args.luks2_metadata_size.is_some()),
+        ("--luks2-keyslots-size", args.luks2_keyslots_size.is_some()),
+    ];
+    match given.into_iter().find(|(_, given)| *given) {
+        Some((option, _)) => bail!("LUKS1 has no {option}: its sectors have 512 bytes, its header no room for more"),
+        None => Ok(()),
+    }
+}
+
+fn layout(args: &Args, data_offset: Option<u64>) -> luks2::Layout {
+    let usual = luks2::Layout::default();
+    luks2::Layout {
+        metadata_size: args.luks2_metadata_size.unwrap_or(usual.metadata_size),
+        keyslots_size: args.luks2_keyslots_size,
+        data_offset,
+    }
+}
+
+/// Bytes of a header's file that is made.
+fn header_len(args: &Args, key_len: usize) -> u64 {
+    match args.kind {
+        Type::Luks1 => luks1::header_len(key_len),
+        Type::Luks2 => layout(args, args.offset.map(|sectors| sectors.saturating_mul(LBA_UNIT))).header_len(),
+    }
 }
 
 /// Where `--key-file` points to.
@@ -103,10 +210,17 @@ fn size(text: &str) -> Result<u64, String> {
     config::parse_size(text).ok_or_else(|| "a size is a number of bytes, or of K, M, G or T, such as 2G".to_owned())
 }
 
-fn iterations(text: &str) -> Result<NonZeroU32, String> {
-    let least = luks::kdf::MIN_ITERATIONS;
-    match text.parse() {
-        Ok(iterations) if iterations >= least => Ok(iterations),
-        _ => Err(format!("iterations are a number from {least} to {}", u32::MAX)),
+/// The length of a key in bits.
+pub(super) fn key_size(text: &str) -> Result<usize, String> {
+    match text {
+        "512" => Ok(512),
+        "256" => Ok(256),
+        _ => Err("an AES-XTS key has 512 or 256 bits".to_owned()),
     }
+}
+
+/// The encryption unit.
+pub(super) fn sector_size(text: &str) -> Result<SectorSize, String> {
+    let size = text.parse().ok().and_then(SectorSize::from_bytes);
+    size.ok_or_else(|| "a sector has 512, 1024, 2048 or 4096 bytes".to_owned())
 }

@@ -29,9 +29,9 @@ pub(super) fn run(args: Args, base: &Path) -> Result<()> {
     }
     let disk = config.volume.device.resolve(Path::new(SYSFS))?;
     let source = keys::source(&config.key);
-    let never = || bail!("a plan fetches no secret");
+    let never = |_| bail!("a plan fetches no secret");
     let outside = Outside {
-        keys: &RealKeys { described: source.describe(), fetch: &never },
+        keys: &RealKeys { described: source.describe(), fetch: &never, strength: config.strength },
         disks: &RealDisks { caching: Caching::PageCache },
         devices: &RealDevices {
             options: attach::Options {

@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use engine::luks::{self, Limits, plain};
-use engine::sector::SectorSize;
+use engine::luks::{self, Disks};
 use engine::store::{Access, BlockStore, Caching};
 use engine::volume::Volume;
 use nbd_server::{Export, Exports, Listener, Server, SessionKind, Settings, shutdown};
@@ -16,8 +15,10 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::format::key_file;
+use super::header_args::{HeaderArgs, LimitArgs};
+use super::plain_args::PlainArgs;
 use crate::keys::{FileKey, KeySource};
-use crate::{cpu, disk, process};
+use crate::{disk, process};
 
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("where").required(true))]
@@ -27,6 +28,10 @@ pub(super) struct Args {
     /// The passphrase (with `--type plain`, the volume key): the file's bytes, all of them; `-` is standard input.
     #[arg(long, value_name = "FILE")]
     key_file: PathBuf,
+    #[command(flatten)]
+    header: HeaderArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// Listen on a unix socket, which only this user may connect to.
     #[arg(long, value_name = "PATH", group = "where")]
     socket: Option<PathBuf>,
@@ -36,12 +41,8 @@ pub(super) struct Args {
     /// What the disk holds.
     #[arg(long = "type", value_enum, default_value_t = Type::Luks)]
     kind: Type,
-    /// The encryption unit of a plain volume, in bytes: 512, 1024, 2048 or 4096.
-    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = sector_size)]
-    sector_size: SectorSize,
-    /// The length of a plain volume's key, in bits, both halves counted: 512 (AES-256) or 256 (AES-128).
-    #[arg(long, value_name = "BITS", default_value_t = 512, value_parser = key_size)]
-    key_size: usize,
+    #[command(flatten)]
+    plain: PlainArgs,
     /// The name that clients ask for.
     #[arg(long, default_value = "")]
     name: String,
@@ -108,19 +109,31 @@ fn open(args: &Args) -> Result<Volume> {
     let store: Arc<dyn BlockStore> = Arc::new(disk::open(path, access, caching)?);
     let (key, segment) = match args.kind {
         Type::Luks => {
-            let locked = luks::read(store.as_ref(), &Limits::default()).with_context(name)?;
-            let unlocked = locked.unlock(store.as_ref(), &passphrase).with_context(name)?;
+            args.plain.refuse()?;
+            let header = match &args.header.header {
+                Some(path) => Some(disk::open(path, Access::ReadOnly, Caching::PageCache)?),
+                None => None,
+            };
+            let disks = match &header {
+                Some(header) => Disks::detached(header, store.as_ref()),
+                None => store.as_ref().into(),
+            };
+            let name = || args.header.header.as_ref().unwrap_or(path).display().to_string();
+            let locked = luks::read(disks, &args.limits.limits()).with_context(name)?;
+            let unlocked = locked.unlock(disks.header(), &passphrase).with_context(name)?;
             (unlocked.key, unlocked.segment)
         }
         Type::Plain => {
-            let key = plain::key_from_file(&passphrase, args.key_size / 8).with_context(|| {
-                format!("{} holds no volume key of {} bits", args.key_file.display(), args.key_size)
+            if args.header.header.is_some() {
+                bail!("a plain volume has no header: leave --header out");
+            }
+            let key = args.plain.key(&passphrase).with_context(|| {
+                format!("{} holds no volume key of {} bits", args.key_file.display(), args.plain.key_bits())
             })?;
-            let place = plain::Place { sector_size: args.sector_size, ..plain::Place::default() };
-            (key, plain::segment(&place, store.len()).with_context(name)?)
+            (key, args.plain.segment(store.len()).with_context(name)?)
         }
     };
-    Volume::with_cipher(store, segment, cpu::cipher(&key)?).with_context(name)
+    Volume::with_cipher(store, segment, args.plain.cipher(&key)?).with_context(name)
 }
 
 async fn listen_and_serve(args: &Args, server: &Server) -> Result<()> {
@@ -200,17 +213,4 @@ fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile)> {
     let listener = listener.with_context(name)?;
     let identity = SocketFile::identity(path).with_context(name)?;
     Ok((listener, SocketFile { path: path.to_owned(), identity }))
-}
-
-fn key_size(text: &str) -> Result<usize, String> {
-    match text {
-        "512" => Ok(512),
-        "256" => Ok(256),
-        _ => Err("an AES-XTS key has 512 or 256 bits".to_owned()),
-    }
-}
-
-fn sector_size(text: &str) -> Result<SectorSize, String> {
-    let size = text.parse().ok().and_then(SectorSize::from_bytes);
-    size.ok_or_else(|| "a sector has 512, 1024, 2048 or 4096 bytes".to_owned())
 }

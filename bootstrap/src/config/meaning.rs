@@ -1,5 +1,6 @@
 //! From the configuration as it is written to what it means: values, defaults, and what goes together.
 
+use std::num::NonZeroU32;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -7,10 +8,12 @@ use engine::sector::SectorSize;
 use toml::Spanned;
 
 use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawSize, RawVolume};
-use super::value::{self, KeyFile, S3Object, VolumeName};
+use super::value::{self, KeyFile, S3Object, SecretPlace, VolumeName};
 use super::{
-    AttachConfig, AttachMethod, AwsKeyConfig, Config, Device, FilesystemConfig, KeyConfig, VolumeConfig, VolumeType,
+    AttachConfig, AttachMethod, AwsKeyConfig, Config, Device, FilesystemConfig, KeyConfig, LimitsConfig, VolumeConfig,
+    VolumeType,
 };
+use crate::new_volume::Strength;
 
 /// What is wrong, and the bytes of the file that say so.
 pub(super) struct Wrong {
@@ -27,14 +30,26 @@ pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Mean
         // The caller has told of it already; the empty span is the file's beginning.
         (None, None) => return Err(Wrong { span: 0..0, message: "the volume has no name".to_owned() }),
     };
+    let token_kind = raw.volume.kind.as_ref().map(|kind| {
+        wrong(
+            kind,
+            "`object = \"token\"` keeps the secret in a token, which only a LUKS2 header has; use luks2".to_owned(),
+        )
+    });
     let kind = raw.volume.kind.as_ref().map(|kind| Wrong {
         span: kind.span(),
         message:
-            "a plain volume's secret is its key, 64 random bytes, and `source = \"aws\"` gives a text; use luks1, or \
+            "a plain volume's secret is its key, 64 random bytes, and `source = \"aws\"` gives a text; use luks2, or \
                   `source = \"file\"`"
                 .to_owned(),
     });
+    let random = raw.key.random == Some(true);
     let (volume, key) = (volume(raw.volume)?, key(raw.key)?);
+    let is_token = matches!(&key, KeyConfig::Aws(aws) if aws.object == SecretPlace::Token);
+    let strength = if random || is_token { Strength::Random } else { Strength::Guessable };
+    if let (true, false, Some(wrong)) = (is_token, volume.kind == VolumeType::Luks2, token_kind) {
+        return Err(wrong);
+    }
     if let (VolumeType::Plain, KeyConfig::Aws(_), Some(wrong)) = (volume.kind, &key, kind) {
         return Err(wrong);
     }
@@ -42,6 +57,7 @@ pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Mean
         name,
         volume,
         key,
+        strength,
         attach: attach(&raw.attach)?,
         filesystem: raw.filesystem.map(filesystem).transpose()?,
     })
@@ -65,13 +81,46 @@ fn volume(raw: RawVolume) -> Meant<VolumeConfig> {
     if let (Device::InstanceStore, Some(size)) = (&device, &raw.size) {
         return Err(wrong(size, "`size` is for a regular file; an instance-store disk is taken whole".to_owned()));
     }
-    let kind = raw.kind.as_ref().map_or(Ok(VolumeType::Luks1), volume_type)?;
+    let kind = raw.kind.as_ref().map_or(Ok(VolumeType::Luks2), volume_type)?;
+    if let (VolumeType::Plain, Some(header)) = (kind, &raw.header) {
+        return Err(wrong(header, "a plain volume has no header".to_owned()));
+    }
     Ok(VolumeConfig {
         device,
         size: raw.size.as_ref().map(size).transpose()?,
         kind,
-        sector_size: raw.sector_size.as_ref().map_or(Ok(SectorSize::B512), |size| sector_size(size, kind))?,
+        sector_size: raw.sector_size.as_ref().map_or(Ok(default_sector_size(kind)), |size| sector_size(size, kind))?,
+        header: raw.header.as_ref().map(absolute).transpose()?,
+        limits: LimitsConfig {
+            kdf_memory: raw.max_kdf_memory.as_ref().map(kdf_memory).transpose()?,
+            kdf_iterations: raw.max_kdf_iterations.as_ref().map(kdf_iterations).transpose()?,
+        },
     })
+}
+
+/// What its tools make where nothing is said: cryptsetup 512 for plain volumes, and LUKS1 knows no other. LUKS2 is given the
+/// largest, which costs the least work a byte.
+fn default_sector_size(kind: VolumeType) -> SectorSize {
+    match kind {
+        VolumeType::Luks2 => SectorSize::B4096,
+        VolumeType::Luks1 | VolumeType::Plain => SectorSize::B512,
+    }
+}
+
+/// KiB, from a size.
+fn kdf_memory(size: &Spanned<RawSize>) -> Meant<u32> {
+    let (text, bytes) = match size.get_ref() {
+        RawSize::Bytes(bytes) => (bytes.to_string(), Some(*bytes)),
+        RawSize::Text(text) => (text.clone(), value::parse_size(text)),
+    };
+    bytes.and_then(|bytes| u32::try_from(bytes / 1024).ok()).ok_or_else(|| {
+        wrong(size, format!("`{text}` is no memory for a key derivation: write a size such as \"8G\", at most 4095G"))
+    })
+}
+
+fn kdf_iterations(count: &Spanned<u64>) -> Meant<NonZeroU32> {
+    let iterations = u32::try_from(*count.get_ref()).ok().and_then(NonZeroU32::new);
+    iterations.ok_or_else(|| wrong(count, format!("{} iterations: 1 to {} are possible", count.get_ref(), u32::MAX)))
 }
 
 fn device(devices: &Spanned<Vec<Spanned<String>>>) -> Meant<Device> {
@@ -103,10 +152,10 @@ fn size(size: &Spanned<RawSize>) -> Meant<u64> {
 
 fn volume_type(kind: &Spanned<String>) -> Meant<VolumeType> {
     match kind.get_ref().as_str() {
+        "luks2" => Ok(VolumeType::Luks2),
         "luks1" => Ok(VolumeType::Luks1),
         "plain" => Ok(VolumeType::Plain),
-        "luks2" => Err(wrong(kind, "luks2 is not there yet; use \"luks1\"".to_owned())),
-        other => Err(wrong(kind, format!("`{other}` is no volume type; there are luks1, plain"))),
+        other => Err(wrong(kind, format!("`{other}` is no volume type; there are luks2, luks1, plain"))),
     }
 }
 
@@ -134,6 +183,7 @@ fn file_key(raw: &RawKey) -> Meant<KeyFile> {
     // Every key of RawKey is named here or in `aws_key`: one that a source overlooked would be ignored in silence.
     let RawKey {
         source,
+        random: _,
         path,
         object,
         kms_key,
@@ -163,13 +213,23 @@ fn file_key(raw: &RawKey) -> Meant<KeyFile> {
 fn aws_key(raw: RawKey) -> Meant<AwsKeyConfig> {
     unused("aws", "path", raw.path.as_ref())?;
     let Some(object) = &raw.object else {
-        return Err(wrong(&raw.source, "source = \"aws\" needs `object = \"s3://BUCKET/KEY\"`".to_owned()));
+        let message = "source = \"aws\" needs `object = \"s3://BUCKET/KEY\"`, or \"token\" for the volume's own header";
+        return Err(wrong(&raw.source, message.to_owned()));
     };
+    if object.get_ref() == "token" && raw.kms_key.is_none() {
+        let message = "a token in the header needs `kms-key`: whoever writes to the disk may put another there, so that \
+                       the key which is trusted must be named here";
+        return Err(wrong(object, message.to_owned()));
+    }
     let endpoint = raw.endpoint_url.as_ref().map(endpoint).transpose()?;
     let own = |url: Option<&Spanned<String>>| url.map(self::endpoint).transpose();
     Ok(AwsKeyConfig {
-        object: S3Object::parse(object.get_ref())
-            .ok_or_else(|| wrong(object, format!("`{}` is no object; write s3://BUCKET/KEY", object.get_ref())))?,
+        object: match object.get_ref().as_str() {
+            "token" => SecretPlace::Token,
+            uri => S3Object::parse(uri)
+                .ok_or_else(|| wrong(object, format!("`{uri}` is no object; write s3://BUCKET/KEY, or token")))?
+                .into(),
+        },
         kms_key: non_empty(raw.kms_key, "a KMS key's id, its ARN, or alias/NAME")?,
         encryption_context: raw.encryption_context.map(Spanned::into_inner).unwrap_or_default(),
         region: non_empty(raw.region, "a region such as eu-central-1")?,

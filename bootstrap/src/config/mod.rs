@@ -12,14 +12,19 @@ mod value;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use engine::luks::Limits;
 use engine::sector::SectorSize;
+
+use crate::memory;
+use crate::new_volume::Strength;
 
 pub use error::{ConfigError, Fault};
 pub use instance_store::{DeviceError, SYSFS};
-pub use value::{KeyFile, S3Object, VolumeName, parse_size};
+pub use value::{KeyFile, S3Object, SecretPlace, VolumeName, parse_size};
 
 /// One volume: where it lies, what unlocks it, how the kernel comes to see it, and what is mounted where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +35,8 @@ pub struct Config {
     pub volume: VolumeConfig,
     /// `[key]`.
     pub key: KeyConfig,
+    /// `random` of `[key]`: whether its secret can be guessed, which is what a new keyslot's key derivation is there for.
+    pub strength: Strength,
     /// `[attach]`.
     pub attach: AttachConfig,
     /// `[filesystem]`; without one the volume is attached and nothing is made or mounted.
@@ -80,6 +87,34 @@ pub struct VolumeConfig {
     pub kind: VolumeType,
     /// The encryption unit of a volume that is made.
     pub sector_size: SectorSize,
+    /// The disk or file that holds the LUKS header, where that is not the device itself: made where it is missing.
+    pub header: Option<PathBuf>,
+    /// The most that a header may ask for.
+    pub limits: LimitsConfig,
+}
+
+/// The most work that a header may ask for: what a person may want to raise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LimitsConfig {
+    /// The most memory that a keyslot's Argon2 may take, in KiB.
+    pub kdf_memory: Option<u32>,
+    /// The most iterations of PBKDF2, or passes of Argon2.
+    pub kdf_iterations: Option<NonZeroU32>,
+}
+
+impl LimitsConfig {
+    /// The engine's limits with these in their place. Unless it is raised, the memory is never more than there is: a program
+    /// that asks for more is ended by the kernel, and says nothing.
+    pub fn limits(&self) -> Limits {
+        let usual = Limits::default();
+        let available = u32::try_from(memory::limit_kib()).unwrap_or(u32::MAX);
+        Limits {
+            iterations: self.kdf_iterations.unwrap_or(usual.iterations),
+            argon2_time: self.kdf_iterations.map_or(usual.argon2_time, NonZeroU32::get),
+            argon2_memory: self.kdf_memory.unwrap_or(usual.argon2_memory.min(available)),
+            ..usual
+        }
+    }
 }
 
 /// A disk or file by name, or the one that the instance has.
@@ -94,6 +129,8 @@ pub enum Device {
 /// The format on the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VolumeType {
+    /// LUKS2: two headers, up to 32 keyslots and tokens; sectors of 512 to 4096 bytes.
+    Luks2,
     /// LUKS1: a header with eight keyslots; sectors of 512 bytes.
     Luks1,
     /// Plain dm-crypt: no header, the key is derived from the secret alone.
@@ -109,11 +146,11 @@ pub enum KeyConfig {
     Aws(AwsKeyConfig),
 }
 
-/// An object in S3 that holds what KMS made of the secret.
+/// What KMS made of the secret, and where it is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AwsKeyConfig {
-    /// The object whose bytes are the ciphertext.
-    pub object: S3Object,
+    /// Where the ciphertext is: an object in S3, or a token in the header.
+    pub object: SecretPlace,
     /// Key id, key ARN, alias or alias ARN. `provision` needs it; for decryption, a ciphertext made under another key
     /// is refused where it is given.
     pub kms_key: Option<String>,
@@ -223,10 +260,13 @@ mod tests {
                 volume: VolumeConfig {
                     device: Device::Path("/dev/vdb".into()),
                     size: None,
-                    kind: VolumeType::Luks1,
-                    sector_size: SectorSize::B512,
+                    kind: VolumeType::Luks2,
+                    sector_size: SectorSize::B4096,
+                    header: None,
+                    limits: LimitsConfig::default(),
                 },
                 key: KeyConfig::File(KeyFile::Path("/etc/key".into())),
+                strength: Strength::Guessable,
                 attach: AttachConfig { method: AttachMethod::Auto, nbd_device: None, connections: 4 },
                 filesystem: None,
             }
@@ -237,7 +277,7 @@ mod tests {
     fn the_example_file_parses() {
         let config = parse(EXAMPLE).unwrap();
         let KeyConfig::Aws(key) = config.key else { panic!("{:?}", config.key) };
-        assert_eq!(key.object, S3Object::parse("s3://BUCKET/LuksInternalStorageKey").unwrap());
+        assert_eq!(key.object, S3Object::parse("s3://BUCKET/LuksInternalStorageKey").unwrap().into());
         assert_eq!(config.volume.size, Some(2 << 30));
     }
 
@@ -321,8 +361,11 @@ mod tests {
         refused(with("size = 0", "", "", ""), "3:8", &["4096"]);
         refused(with("name = \"../x\"", "", "", ""), "3:8", &["`../x`"]);
         refused(with("sector-size = 520", "", "", ""), "3:15", &["520", "512, 1024, 2048, 4096"]);
-        refused(with("type = \"luks2\"", "", "", ""), "3:8", &["luks2", "not", "luks1"]);
-        refused(with("type = \"bitlocker\"", "", "", ""), "3:8", &["bitlocker", "luks1"]);
+        refused(with("type = \"bitlocker\"", "", "", ""), "3:8", &["bitlocker", "luks2, luks1, plain"]);
+        refused(with("header = \"x\"", "", "", ""), "3:10", &["`x`", "absolute"]);
+        refused(with("type = \"plain\"\nheader = \"/x\"", "random = true", "", ""), "4:10", &["plain", "no header"]);
+        refused(with("max-kdf-memory = \"8T\"", "", "", ""), "3:18", &["`8T`", "4095G"]);
+        refused(with("max-kdf-iterations = 0", "", "", ""), "3:22", &["0", "1 to"]);
         refused(with("", "", "connections = 17", ""), "9:15", &["17", "1 to 16"]);
         refused(with("", "", "connections = 0", ""), "9:15", &["1 to 16"]);
         refused(with("", "", "device = \"/dev/sda\"", ""), "9:10", &["/dev/sda", "/dev/nbd0"]);
@@ -344,6 +387,11 @@ mod tests {
         refused(key("source = \"aws\""), "4:10", &["object"]);
         refused(key("source = \"aws\"\nobject = \"bucket/key\""), "5:10", &["bucket/key", "s3://BUCKET/KEY"]);
         refused(key("source = \"file\"\npath = \"/k\"\nregion = \"x\""), "6:10", &["region", "file"]);
+        refused(key("source = \"aws\"\nobject = \"token\""), "5:10", &["kms-key"]);
+        let token = key("source = \"aws\"\nobject = \"token\"\nkms-key = \"alias/x\"").unwrap();
+        assert_eq!(token.strength, Strength::Random, "a secret of our own making");
+        let luks1 = "[volume]\ndevices = [\"/d\"]\ntype = \"luks1\"\n[key]\nsource = \"aws\"\nobject = \"token\"\nkms-key = \"k\"";
+        refused(parse(luks1), "3:8", &["token", "LUKS2"]);
         refused(key("source = \"aws\"\nobject = \"s3://bbb/k\"\npath = \"/k\""), "6:8", &["path", "aws"]);
         refused(key("source = \"file\"\npath = \"key\""), "5:8", &["absolute"]);
         let stdin = key("source = \"file\"\npath = \"-\"").unwrap();
@@ -364,7 +412,7 @@ mod tests {
 
     #[test]
     fn luks1_has_512_byte_sectors_and_plain_any() {
-        refused(with("sector-size = 4096", "", "", ""), "3:15", &["LUKS1", "512"]);
+        refused(with("type = \"luks1\"\nsector-size = 4096", "", "", ""), "4:15", &["LUKS1", "512"]);
         refused(with("type = \"plain\"", "", "", ""), "3:8", &["plain", "aws"]);
         let plain = |more: &str| {
             let text =

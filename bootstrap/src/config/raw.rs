@@ -27,12 +27,16 @@ pub(super) struct RawVolume {
     #[serde(rename = "type")]
     pub(super) kind: Option<Spanned<String>>,
     pub(super) sector_size: Option<Spanned<u64>>,
+    pub(super) header: Option<Spanned<String>>,
+    pub(super) max_kdf_memory: Option<Spanned<RawSize>>,
+    pub(super) max_kdf_iterations: Option<Spanned<u64>>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct RawKey {
     pub(super) source: Spanned<String>,
+    pub(super) random: Option<bool>,
     pub(super) path: Option<Spanned<String>>,
     pub(super) object: Option<Spanned<String>>,
     pub(super) kms_key: Option<Spanned<String>>,

@@ -64,6 +64,30 @@ impl fmt::Display for S3Object {
     }
 }
 
+/// Where the ciphertext of a secret is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SecretPlace {
+    /// An object in S3.
+    Object(S3Object),
+    /// A token in the volume's own LUKS2 header.
+    Token,
+}
+
+impl fmt::Display for SecretPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Object(object) => object.fmt(f),
+            Self::Token => f.write_str("the token in the LUKS2 header"),
+        }
+    }
+}
+
+impl From<S3Object> for SecretPlace {
+    fn from(object: S3Object) -> Self {
+        Self::Object(object)
+    }
+}
+
 /// Where key bytes come from: a file, or standard input where the path is `-`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeyFile {

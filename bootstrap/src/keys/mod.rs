@@ -2,13 +2,17 @@
 
 mod aws;
 mod file;
+mod token;
 
 use engine::key::Passphrase;
+use uuid::Uuid;
 
-use crate::config::KeyConfig;
+use crate::config::{KeyConfig, SecretPlace};
+use crate::provision;
 
 pub use aws::{AwsKey, AwsKeyError, Context, MAX_CIPHERTEXT, Service, Stored};
 pub use file::{FileKey, FileKeyError, MAX_KEY_FILE};
+pub use token::KmsToken;
 
 /// Something that knows the secret that opens a volume's keyslot.
 ///
@@ -37,6 +41,65 @@ pub enum KeyError {
     /// From S3 and KMS.
     #[error(transparent)]
     Aws(#[from] AwsKeyError),
+    /// The system has no randomness.
+    #[error("no random bytes from the system: {0}")]
+    Random(getrandom::Error),
+    /// The configuration keeps its secret elsewhere.
+    #[error("the configured secret is in no token of a header")]
+    NoToken,
+}
+
+/// Which secret of a volume is wanted.
+#[derive(Clone, Debug)]
+pub enum SecretRequest {
+    /// The one that the configuration names.
+    Configured,
+    /// The one that the header's token holds.
+    Unwrap {
+        /// The token.
+        token: KmsToken,
+        /// The volume that has it.
+        volume: Uuid,
+    },
+    /// A new one, with a token for a header that is about to be made.
+    New {
+        /// What the new volume will be called by.
+        volume: Uuid,
+    },
+}
+
+/// A volume's secret.
+#[derive(Debug)]
+pub struct Secret {
+    /// What opens the keyslot.
+    pub passphrase: Passphrase,
+    /// Of a new one, the token that holds it, and the volume that it is for.
+    pub token: Option<(KmsToken, Uuid)>,
+}
+
+/// Whether the secret is in the volume's own header, so that it cannot be had without.
+pub fn is_in_header(config: &KeyConfig) -> bool {
+    matches!(config, KeyConfig::Aws(aws) if aws.object == SecretPlace::Token)
+}
+
+/// Gets or makes a secret. Blocks, as [`KeySource::passphrase`] does.
+///
+/// # Errors
+/// [`KeyError`].
+pub fn secret(config: &KeyConfig, request: &SecretRequest) -> Result<Secret, KeyError> {
+    match (request, config) {
+        (SecretRequest::Configured, _) => Ok(Secret { passphrase: source(config).passphrase()?, token: None }),
+        (SecretRequest::Unwrap { token, volume }, KeyConfig::Aws(aws)) => {
+            let passphrase = AwsKey::new(aws.clone()).unwrap_token(token, *volume)?;
+            Ok(Secret { passphrase, token: None })
+        }
+        (SecretRequest::New { volume }, KeyConfig::Aws(aws)) => {
+            let passphrase = provision::new_secret().map_err(KeyError::Random)?;
+            let token = AwsKey::new(aws.clone()).wrap_token(&passphrase, *volume)?;
+            Ok(Secret { passphrase, token: Some((token, *volume)) })
+        }
+        (_, KeyConfig::File(_)) => Err(KeyError::NoToken),
+    }
 }
 
 /// The source that a configuration asks for. Nothing is read yet.

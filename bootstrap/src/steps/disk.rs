@@ -1,12 +1,18 @@
-//! The disk for the ciphertext: made where it is to be a file that is missing, and opened for this process alone.
+//! The disk for the ciphertext, and the header's where that is another: made where it is to be a file that is missing, and
+//! opened for this process alone.
+
+use std::path::PathBuf;
 
 use anyhow::Result;
+use engine::key::VolumeKey;
+use engine::luks::{luks1, luks2};
 
 use super::{Boot, Step, Undo};
+use crate::config::VolumeType;
 
 #[derive(Default)]
 pub(super) struct Disk {
-    made: bool,
+    made: Vec<PathBuf>,
 }
 
 impl Step for Disk {
@@ -16,40 +22,41 @@ impl Step for Disk {
 
     fn describe(&self, boot: &Boot<'_>) -> String {
         let path = boot.disk_path.display();
-        match boot.config.volume.size {
+        let disk = match boot.config.volume.size {
             Some(size) => format!("open {path}, made as a sparse file of {size} bytes (mode 600) where it is missing"),
             None => format!("open {path}"),
+        };
+        match &boot.config.volume.header {
+            Some(header) => format!("{disk}; its header in {}, made where it is missing", header.display()),
+            None => disk,
         }
     }
 
     fn is_done(&self, boot: &Boot<'_>) -> Result<Option<bool>> {
-        let exists = boot.outside.disks.exists(&boot.disk_path)?;
+        let disks = boot.outside.disks;
+        let exists = disks.exists(&boot.disk_path)?;
         if exists || boot.config.volume.size.is_none() {
-            boot.outside.disks.look(&boot.disk_path)?;
+            disks.look(&boot.disk_path)?;
         }
-        Ok(Some(exists))
+        let Some(header) = &boot.config.volume.header else { return Ok(Some(exists)) };
+        let has_header = disks.exists(header)?;
+        if has_header {
+            disks.look(header)?;
+        }
+        Ok(Some(exists && has_header))
     }
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
-        let disks = boot.outside.disks;
-        if let (Some(size), false) = (boot.config.volume.size, disks.exists(&boot.disk_path)?) {
-            disks.make(&boot.disk_path, size)?;
-            self.made = true;
+        let result = self.open(boot);
+        if result.is_err() {
+            (boot.disk, boot.header) = (None, None);
+            self.remove_made(boot)?;
         }
-        match disks.open(&boot.disk_path) {
-            Ok(disk) => {
-                boot.disk = Some(disk);
-                Ok(())
-            }
-            Err(error) => {
-                self.remove_made(boot)?;
-                Err(error)
-            }
-        }
+        result
     }
 
     fn undo(&mut self, boot: &mut Boot<'_>, why: Undo) -> Result<()> {
-        boot.disk = None;
+        (boot.disk, boot.header) = (None, None);
         // Once its header counts, the file is a volume, whatever failed after that.
         if why == Undo::Failed && !boot.header_committed {
             self.remove_made(boot)?;
@@ -59,10 +66,36 @@ impl Step for Disk {
 }
 
 impl Disk {
-    fn remove_made(&mut self, boot: &Boot<'_>) -> Result<()> {
-        if std::mem::take(&mut self.made) {
-            boot.outside.disks.remove(&boot.disk_path)?;
+    fn open(&mut self, boot: &mut Boot<'_>) -> Result<()> {
+        let disks = boot.outside.disks;
+        let path = &boot.disk_path;
+        if let (Some(size), false) = (boot.config.volume.size, disks.exists(path)?) {
+            disks.make(path, size)?;
+            self.made.push(path.clone());
+        }
+        boot.disk = Some(disks.open(path)?);
+        if let Some(header) = &boot.config.volume.header {
+            if !disks.exists(header)? {
+                disks.make(header, header_len(boot.config.volume.kind))?;
+                self.made.push(header.clone());
+            }
+            boot.header = Some(disks.open(header)?);
         }
         Ok(())
+    }
+
+    fn remove_made(&mut self, boot: &Boot<'_>) -> Result<()> {
+        while let Some(path) = self.made.pop() {
+            boot.outside.disks.remove(&path)?;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a new header's file.
+fn header_len(kind: VolumeType) -> u64 {
+    match kind {
+        VolumeType::Luks1 => luks1::header_len(VolumeKey::AES_256),
+        VolumeType::Luks2 | VolumeType::Plain => luks2::Layout::default().header_len(),
     }
 }

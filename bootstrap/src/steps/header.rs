@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result};
 
-use super::{Boot, Step, need};
+use super::{Boot, Step};
 
 pub(super) struct CommitHeader;
 
@@ -22,9 +22,8 @@ impl Step for CommitHeader {
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
         let Some(pending) = boot.pending.take() else { return Ok(()) };
-        let disk = need(boot.disk.as_ref(), "the open disk")?;
         // mkfs has flushed the device; the commit flushes the disk before it writes.
-        pending.commit(disk.as_ref()).context("the new volume's header could not be written")?;
+        pending.commit(boot.disks()?).context("the new volume's header could not be written")?;
         boot.header_committed = true;
         Ok(())
     }

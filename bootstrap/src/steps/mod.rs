@@ -22,16 +22,18 @@ mod volume;
 #[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
 use engine::key::Passphrase;
-use engine::luks::{PendingFormat, Segment};
+use engine::luks::{Disks, PendingFormat, Segment};
 use engine::store::BlockStore;
 use engine::volume::Volume;
+use uuid::Uuid;
 
 use crate::config::Config;
+use crate::keys::KmsToken;
 use outside::Attached;
 pub use outside::Outside;
 
@@ -82,7 +84,11 @@ pub struct Boot<'o> {
     /// The system around.
     pub outside: Outside<'o>,
     disk: Option<Arc<dyn BlockStore>>,
+    /// The header's disk, where the header is detached.
+    header: Option<Arc<dyn BlockStore>>,
     passphrase: Option<Passphrase>,
+    /// What a volume that is made is to carry in its header, and what it is to be called by.
+    token: Option<(KmsToken, Uuid)>,
     /// A volume that does not count yet: its header is written when its filesystem is whole.
     pending: Option<PendingFormat>,
     /// A volume was made in this run, and counts.
@@ -114,7 +120,9 @@ impl<'o> Boot<'o> {
             disk_path,
             outside,
             disk: None,
+            header: None,
             passphrase: None,
+            token: None,
             pending: None,
             header_committed: false,
             volume: None,
@@ -122,6 +130,20 @@ impl<'o> Boot<'o> {
             attached: None,
             mounted: false,
         }
+    }
+
+    /// The open disks of header and data.
+    fn disks(&self) -> Result<Disks<'_>> {
+        let data = need(self.disk.as_ref(), "the open disk")?.as_ref();
+        match &self.config.volume.header {
+            None => Ok(data.into()),
+            Some(_) => Ok(Disks::detached(need(self.header.as_ref(), "the header's disk")?.as_ref(), data)),
+        }
+    }
+
+    /// Where the header is: on the disk, unless it is detached.
+    fn header_path(&self) -> &Path {
+        self.config.volume.header.as_ref().unwrap_or(&self.disk_path)
     }
 
     /// The attached device, once there is one.

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use engine::key::Passphrase;
-use engine::luks::luks1;
+use engine::luks::FormatOptions;
 use engine::store::BlockStore;
 use engine::volume::Volume;
 
 use crate::attach::{EndedSignal, Remains};
 use crate::config;
+use crate::keys::{Secret, SecretRequest};
 use crate::mounts;
 
 /// The system around the steps.
@@ -35,7 +35,7 @@ pub trait Keys {
     ///
     /// # Errors
     /// Why it is not to be had.
-    fn passphrase(&self) -> Result<Passphrase>;
+    fn secret(&self, request: SecretRequest) -> Result<Secret>;
 
     /// Bytes that nobody can guess.
     ///
@@ -43,11 +43,11 @@ pub trait Keys {
     /// What the system said.
     fn random(&self, bytes: &mut [u8]) -> std::io::Result<()>;
 
-    /// How a new LUKS1 volume is to be made on this machine.
+    /// How a new volume is to be made on this machine.
     ///
     /// # Errors
     /// What the system said.
-    fn luks1_options(&self) -> Result<luks1::Options>;
+    fn format_options(&self, volume: &config::VolumeConfig) -> Result<FormatOptions>;
 }
 
 /// Files and block devices.

@@ -1,8 +1,12 @@
 //! The volume's secret, from where the configuration says it is.
 
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow};
+use engine::luks::{self, Dump};
 
+use super::volume::is_volume;
 use super::{Boot, Step, Undo};
+use crate::keys::{self, KmsToken, SecretRequest};
+use crate::new_volume;
 
 pub(super) struct Secret;
 
@@ -20,12 +24,40 @@ impl Step for Secret {
     }
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
-        boot.passphrase = Some(boot.outside.keys.passphrase()?);
+        let request = request(boot)?;
+        let keys::Secret { passphrase, token } = boot.outside.keys.secret(request)?;
+        (boot.passphrase, boot.token) = (Some(passphrase), token);
         Ok(())
     }
 
     fn undo(&mut self, boot: &mut Boot<'_>, _why: Undo) -> Result<()> {
-        boot.passphrase = None;
+        (boot.passphrase, boot.token) = (None, None);
         Ok(())
     }
+}
+
+/// What is to be asked for: where the secret is in the header, that is read first; a volume that is yet to be made gets a new
+/// one.
+fn request(boot: &Boot<'_>) -> Result<SecretRequest> {
+    if !keys::is_in_header(&boot.config.key) {
+        return Ok(SecretRequest::Configured);
+    }
+    let disks = boot.disks()?;
+    if !is_volume(boot, &disks)? {
+        return Ok(SecretRequest::New { volume: new_volume::new_uuid()? });
+    }
+    let name = || boot.header_path().display().to_string();
+    let found = match luks::dump(disks.header()).with_context(name)? {
+        Dump::Luks2(header) => KmsToken::find(&header)
+            .map_err(|wrong| anyhow!("the token `aws-kms` in its header cannot be used: {wrong}"))
+            .with_context(name)?
+            .map(|token| SecretRequest::Unwrap { token, volume: header.binary.uuid }),
+        Dump::Luks1(_) => None,
+    };
+    found.with_context(|| {
+        format!(
+            "{} holds a volume whose header has no token `aws-kms`: see `object` under [key], where the secret may be in S3",
+            name()
+        )
+    })
 }

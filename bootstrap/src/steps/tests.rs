@@ -2,14 +2,13 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use engine::key::Passphrase;
-use engine::luks::{HashAlgorithm, luks1};
+use engine::luks::FormatOptions;
 use engine::signature::{self, Content};
 use engine::store::{BlockStore, MemoryStore};
 use engine::volume::Volume;
@@ -17,11 +16,14 @@ use engine::volume::Volume;
 use super::outside::{Attached, Devices, Disks, Filesystems, Keys, Outside};
 use super::*;
 use crate::attach::{EndedSignal, Method, Remains};
-use crate::config::FilesystemConfig;
+use crate::config::{FilesystemConfig, VolumeConfig};
+use crate::keys::{KmsToken, Secret, SecretRequest};
 use crate::mounts::Mount;
+use crate::new_volume::{self, Strength};
 
 const DISK: &str = "/disk";
-const DISK_LEN: usize = 4 << 20;
+const HEADER: &str = "/header";
+const DISK_LEN: usize = 20 << 20;
 
 /// A system that does what it is asked in memory, writes down each call, and fails one of them if told to.
 #[derive(Default)]
@@ -87,20 +89,34 @@ impl Keys for Fake {
         "a fake".to_owned()
     }
 
-    fn passphrase(&self) -> Result<Passphrase> {
+    fn secret(&self, request: SecretRequest) -> Result<Secret> {
         self.call("fetch secret")?;
-        Ok(Passphrase::new(self.0.borrow().passphrase.clone()))
+        let passphrase = Passphrase::new(self.0.borrow().passphrase.clone());
+        let token = match request {
+            SecretRequest::New { volume } => Some((
+                KmsToken {
+                    ciphertext: self.0.borrow().passphrase.clone(),
+                    key_arn: "a key".to_owned(),
+                    encryption_context: KmsToken::context_for(volume, &BTreeMap::new()),
+                },
+                volume,
+            )),
+            SecretRequest::Unwrap { token, volume } => {
+                token.check(volume, &BTreeMap::new()).map_err(anyhow::Error::msg)?;
+                return Ok(Secret { passphrase: Passphrase::new(token.ciphertext), token: None });
+            }
+            SecretRequest::Configured => None,
+        };
+        Ok(Secret { passphrase, token })
     }
 
     fn random(&self, bytes: &mut [u8]) -> std::io::Result<()> {
         crate::system::random(bytes)
     }
 
-    fn luks1_options(&self) -> Result<luks1::Options> {
+    fn format_options(&self, volume: &VolumeConfig) -> Result<FormatOptions> {
         self.call("calibrate")?;
-        let few = NonZeroU32::new(1000).unwrap();
-        let hash = HashAlgorithm::Sha256;
-        Ok(luks1::Options { hash, keyslot_iterations: few, digest_iterations: few, uuid: uuid::Uuid::max() })
+        new_volume::options(volume.kind, volume.sector_size, Strength::Random)
     }
 }
 
@@ -227,17 +243,27 @@ impl Filesystems for Fake {
 
 fn config() -> Config {
     let text = format!(
-        "[volume]\ndevices = [\"{DISK}\"]\nsize = \"4M\"\n[key]\nsource = \"file\"\npath = \"/key\"\n\
+        "[volume]\ndevices = [\"{DISK}\"]\nsize = \"20M\"\n[key]\nsource = \"file\"\npath = \"/key\"\n\
          [filesystem]\ntype = \"ext4\"\nmountpoint = \"/mnt\"\n"
     );
     Config::parse(&text, Path::new("test.toml")).unwrap()
 }
 
+/// The same, with the header in a file of its own.
+fn detached() -> Config {
+    let mut config = config();
+    config.volume.header = Some(HEADER.into());
+    config
+}
+
 /// Takes the steps of `up`, and hands the rest to `then`.
 fn up_and(fake: &Fake, then: impl FnOnce(&mut [Box<dyn Step>], &mut Boot<'_>)) -> Result<()> {
-    let config = config();
-    let mut boot = Boot::new(&config, DISK.into(), fake.outside());
-    let mut steps = all(&config);
+    up_as(&config(), fake, then)
+}
+
+fn up_as(config: &Config, fake: &Fake, then: impl FnOnce(&mut [Box<dyn Step>], &mut Boot<'_>)) -> Result<()> {
+    let mut boot = Boot::new(config, DISK.into(), fake.outside());
+    let mut steps = all(config);
     up(&mut steps, &mut boot, &mut |_, _| Ok(()))?;
     then(&mut steps, &mut boot);
     Ok(())
@@ -390,4 +416,59 @@ fn a_filesystem_of_another_type_is_left_alone() {
     let error = up_and(&fake, |_, _| ()).unwrap_err();
     assert!(format!("{error:#}").contains("xfs filesystem, not ext4"), "{error:#}");
     assert_eq!(fake.disk().snapshot(), before);
+}
+
+#[test]
+fn a_detached_header_is_made_with_its_volume_and_nothing_of_luks_is_on_the_disk() {
+    let fake = Fake::new();
+    let again = |fake: &Fake| up_as(&detached(), fake, |steps, boot| down(steps, boot, &mut |_, _| Ok(())).unwrap());
+    again(&fake).unwrap();
+    assert!(!crate::content::is_luks(&fake.content()));
+    let header = Arc::clone(&fake.0.borrow().disks[Path::new(HEADER)]);
+    assert!(crate::content::is_luks(&signature::examine(header.as_ref() as &dyn BlockStore).unwrap()));
+    let before = (fake.disk().snapshot(), header.snapshot());
+    fake.0.borrow_mut().calls.clear();
+    again(&fake).unwrap();
+    assert!(!fake.0.borrow().calls.iter().any(|call| call == "mkfs" || call == "calibrate"));
+    assert_eq!((fake.disk().snapshot(), header.snapshot()), before);
+    // A header that is lost is not replaced by a new one with another key.
+    fake.0.borrow_mut().disks.remove(Path::new(HEADER));
+    let error = again(&fake).unwrap_err();
+    assert!(format!("{error:#}").contains("but the data's disk is not"), "{error:#}");
+    assert_eq!((fake.disk().snapshot(), fake.0.borrow().disks.len()), (before.0, 1), "something was changed");
+}
+
+#[test]
+fn whatever_fails_nothing_is_left_of_a_detached_header() {
+    let calls = {
+        let fake = Fake::without_disk();
+        up_as(&detached(), &fake, |_, _| ()).unwrap();
+        fake.0.borrow().calls.len()
+    };
+    for fault in 0..calls {
+        let fake = Fake::without_disk();
+        fake.0.borrow_mut().fail = Some(fault);
+        up_as(&detached(), &fake, |_, _| panic!("it went on")).unwrap_err();
+        let what = fake.0.borrow().calls[fault].clone();
+        // Once the header is written the volume is whole, and stays.
+        assert_eq!(fake.0.borrow().disks.len(), if what == "mount" { 2 } else { 0 }, "after a fault at {what}");
+    }
+}
+
+#[test]
+fn a_secret_in_the_header_is_made_with_the_volume_and_found_there() {
+    let text =
+        format!("[volume]\ndevices = [\"{DISK}\"]\n[key]\nsource = \"aws\"\nobject = \"token\"\nkms-key = \"k\"\n");
+    let config = Config::parse(&text, Path::new("test.toml")).unwrap();
+    let again = |fake: &Fake| up_as(&config, fake, |steps, boot| down(steps, boot, &mut |_, _| Ok(())).unwrap());
+    let fake = Fake::new();
+    again(&fake).unwrap();
+    // The configuration's own secret is not asked for: what opens it is in the token.
+    fake.0.borrow_mut().passphrase = b"another".to_vec();
+    again(&fake).unwrap();
+    // A volume without such a token says so.
+    let fake = Fake::new();
+    up_and_down(&fake).unwrap();
+    let error = again(&fake).unwrap_err();
+    assert!(format!("{error:#}").contains("no token `aws-kms`"), "{error:#}");
 }

@@ -3,11 +3,10 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use engine::key::VolumeKey;
-use engine::luks::{self, Limits, LockedVolume, UnlockedVolume, luks1, plain};
+use anyhow::{Context, Result, bail};
+use engine::key::{Passphrase, VolumeKey};
+use engine::luks::{self, Disks, FormatOptions, LockedVolume, Segment, UnlockedVolume, plain};
 use engine::signature::{self, Content};
-use engine::store::BlockStore;
 use engine::volume::Volume;
 
 use super::{Boot, Step, Undo, need};
@@ -22,10 +21,12 @@ impl Step for Unlock {
     }
 
     fn describe(&self, boot: &Boot<'_>) -> String {
-        match boot.config.volume.kind {
-            VolumeType::Luks1 => "unlock the LUKS volume; where the disk is blank, begin a new LUKS1 volume".to_owned(),
-            VolumeType::Plain => "open the plain volume (no header: a wrong key is not noticed)".to_owned(),
-        }
+        let new = match boot.config.volume.kind {
+            VolumeType::Luks1 => "LUKS1",
+            VolumeType::Luks2 => "LUKS2",
+            VolumeType::Plain => return "open the plain volume (no header: a wrong key is not noticed)".to_owned(),
+        };
+        format!("unlock the LUKS volume; where the disk is blank, begin a new {new} volume")
     }
 
     fn is_done(&self, boot: &Boot<'_>) -> Result<Option<bool>> {
@@ -34,90 +35,124 @@ impl Step for Unlock {
         if !disks.exists(path)? {
             return Ok(Some(false));
         }
-        let disk = disks.look(path)?;
+        let data = disks.look(path)?;
         if boot.config.volume.kind == VolumeType::Plain {
             return Ok(None);
         }
-        match signature::examine(disk.as_ref())? {
-            Content::Blank | Content::Unfinished => Ok(Some(false)),
-            content if content::is_luks(&content) => {
-                luks::read(disk.as_ref(), &Limits::default()).with_context(|| path.display().to_string())?;
-                Ok(Some(true))
+        let header = match &boot.config.volume.header {
+            Some(header) if disks.exists(header)? => Some(disks.look(header)?),
+            Some(_) => {
+                content::refuse_unless_blank(path, data.as_ref())?;
+                return Ok(Some(false));
             }
-            content => Err(content::refusal(path, &content)),
+            None => None,
+        };
+        let both = match &header {
+            Some(header) => Disks::detached(header.as_ref(), data.as_ref()),
+            None => data.as_ref().into(),
+        };
+        if !is_volume(boot, &both)? {
+            return Ok(Some(false));
         }
+        let limits = boot.config.volume.limits.limits();
+        luks::read(both, &limits).with_context(|| boot.header_path().display().to_string())?;
+        Ok(Some(true))
     }
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
-        let disk = Arc::clone(need(boot.disk.as_ref(), "the open disk")?);
         // Used once, and wiped at the end of this step.
         let passphrase = need(boot.passphrase.take(), "the secret")?;
-        let path = &boot.disk_path;
-        let name = || path.display().to_string();
-        let (key, segment) = match boot.config.volume.kind {
-            VolumeType::Plain => {
-                boot.facts.kind = Some("plain");
-                let key = plain::key_from_file(&passphrase, VolumeKey::AES_256).context(
-                    "the secret is the key of a plain volume, so it must have 64 bytes: make it with `head -c 64 /dev/urandom`",
-                )?;
-                let place = plain::Place { sector_size: boot.config.volume.sector_size, ..plain::Place::default() };
-                (key, plain::segment(&place, disk.len()).with_context(name)?)
-            }
-            VolumeType::Luks1 => match signature::examine(disk.as_ref())? {
-                content if content::is_luks(&content) => {
-                    let locked = luks::read(disk.as_ref(), &Limits::default()).with_context(name)?;
-                    let UnlockedVolume { key, segment, keyslot } =
-                        locked.unlock(disk.as_ref(), &passphrase).with_context(name)?;
-                    boot.facts.keyslot = Some(keyslot);
-                    boot.facts.kind = Some(match locked {
-                        LockedVolume::Luks1(_) => "LUKS1",
-                        LockedVolume::Luks2(_) => "LUKS2",
-                    });
-                    (key, segment)
-                }
-                Content::Blank | Content::Unfinished => {
-                    let keys = boot.outside.keys;
-                    let mut random = |bytes: &mut [u8]| keys.random(bytes);
-                    let key = luks::new_volume_key(&mut random)?;
-                    let options = keys.luks1_options()?;
-                    let pending =
-                        luks1::begin(disk.as_ref(), &options, &passphrase, key, &mut random).with_context(name)?;
-                    boot.facts.kind = Some("LUKS1");
-                    return open_pending(boot, disk, pending);
-                }
-                content => return Err(content::refusal(path, &content)),
-            },
-        };
-        boot.facts.key_bits = Some(key.bits());
-        boot.facts.segment = Some(segment);
-        boot.volume = Some(Arc::new(Volume::with_cipher(disk, segment, cpu::cipher(&key)?).with_context(name)?));
-        Ok(())
+        if boot.config.volume.kind == VolumeType::Plain {
+            return open_plain(boot, &passphrase);
+        }
+        if is_volume(boot, &boot.disks()?)? { unlock(boot, &passphrase) } else { begin(boot, &passphrase) }
     }
 
     fn undo(&mut self, boot: &mut Boot<'_>, why: Undo) -> Result<()> {
         boot.volume = None;
         if let (Some(pending), Undo::Failed) = (boot.pending.take(), why) {
-            let disk = need(boot.disk.as_ref(), "the open disk")?;
-            pending.abandon(disk.as_ref()).context("the disk could not be made blank again")?;
+            pending.abandon(boot.disks()?).context("the disk could not be made blank again")?;
         }
         Ok(())
     }
 }
 
-fn open_pending(boot: &mut Boot<'_>, disk: Arc<dyn BlockStore>, pending: luks::PendingFormat) -> Result<()> {
-    boot.facts.key_bits = Some(pending.key().bits());
-    boot.facts.segment = Some(pending.segment());
-    let volume = cpu::cipher(pending.key())
-        .and_then(|cipher| Ok(Volume::with_cipher(Arc::clone(&disk), pending.segment(), cipher)?));
-    match volume {
+/// Whether there is a LUKS volume; else a new one may be made.
+///
+/// # Errors
+/// What is on the disk, where that is something else.
+pub(super) fn is_volume(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<bool> {
+    match signature::examine(disks.header())? {
+        content if content::is_luks(&content) => Ok(true),
+        Content::Blank | Content::Unfinished => {
+            if disks.is_detached() {
+                // What is there may be the data of a volume whose header was lost or is another file.
+                content::refuse_unless_blank(&boot.disk_path, disks.data())?;
+            }
+            Ok(false)
+        }
+        content => Err(content::refusal(boot.header_path(), &content)),
+    }
+}
+
+fn open_plain(boot: &mut Boot<'_>, secret: &Passphrase) -> Result<()> {
+    let key = plain::key_from_file(secret, VolumeKey::AES_256).context(
+        "the secret is the key of a plain volume, so it must have 64 bytes: make it with `head -c 64 /dev/urandom`",
+    )?;
+    let place = plain::Place { sector_size: boot.config.volume.sector_size, ..plain::Place::default() };
+    let disk_len = need(boot.disk.as_ref(), "the open disk")?.len();
+    let segment = plain::segment(&place, disk_len).with_context(|| boot.disk_path.display().to_string())?;
+    boot.facts.kind = Some("plain");
+    boot.volume = Some(open(boot, &key, segment)?);
+    Ok(())
+}
+
+fn unlock(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
+    let name = || boot.header_path().display().to_string();
+    let disks = boot.disks()?;
+    let locked = luks::read(disks, &boot.config.volume.limits.limits()).with_context(name)?;
+    let UnlockedVolume { key, segment, keyslot } = locked.unlock(disks.header(), passphrase).with_context(name)?;
+    boot.facts.keyslot = Some(keyslot);
+    boot.facts.kind = Some(match locked {
+        LockedVolume::Luks1(_) => "LUKS1",
+        LockedVolume::Luks2(_) => "LUKS2",
+    });
+    boot.volume = Some(open(boot, &key, segment)?);
+    Ok(())
+}
+
+fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
+    let keys = boot.outside.keys;
+    let mut random = |bytes: &mut [u8]| keys.random(bytes);
+    let key = luks::new_volume_key(VolumeKey::AES_256, &mut random)?;
+    let mut options = keys.format_options(&boot.config.volume)?;
+    if let Some((token, uuid)) = boot.token.take() {
+        let FormatOptions::Luks2(options) = &mut options else { bail!("only a LUKS2 header has room for a token") };
+        options.uuid = uuid;
+        options.tokens = vec![token.to_json()];
+    }
+    let disks = boot.disks()?;
+    let name = || boot.header_path().display().to_string();
+    let pending = options.begin(disks, passphrase, key, &mut random).with_context(name)?;
+    boot.facts.kind = Some(options.name());
+    let segment = pending.segment();
+    match open(boot, pending.key(), segment) {
         Ok(volume) => {
-            boot.volume = Some(Arc::new(volume));
+            boot.volume = Some(volume);
             boot.pending = Some(pending);
             Ok(())
         }
         Err(error) => {
-            pending.abandon(disk.as_ref())?;
+            pending.abandon(boot.disks()?)?;
             Err(error)
         }
     }
+}
+
+fn open(boot: &mut Boot<'_>, key: &VolumeKey, segment: Segment) -> Result<Arc<Volume>> {
+    boot.facts.key_bits = Some(key.bits());
+    boot.facts.segment = Some(segment);
+    let disk = Arc::clone(need(boot.disk.as_ref(), "the open disk")?);
+    let volume = Volume::with_cipher(disk, segment, cpu::cipher(key)?);
+    Ok(Arc::new(volume.with_context(|| boot.disk_path.display().to_string())?))
 }

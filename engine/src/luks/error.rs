@@ -58,6 +58,16 @@ pub enum LuksError {
         /// How much is allowed.
         limit: u32,
     },
+    /// A volume cannot be made as it was asked for.
+    #[error("no volume can be made with {option} {found}: {rule}")]
+    Impossible {
+        /// What was asked for.
+        option: &'static str,
+        /// Its value.
+        found: String,
+        /// What would be possible.
+        rule: String,
+    },
     /// There is not so much memory as Argon2 needs.
     #[error("keyslot {keyslot} needs {kib} KiB of memory to open, which are not to be had")]
     OutOfMemory {
@@ -67,7 +77,7 @@ pub enum LuksError {
         kib: u32,
     },
     /// The header stands apart from the data.
-    #[error("it is a detached header: the data is on another disk, which nbdcrypt does not do yet")]
+    #[error("it is a detached header, whose data is on another disk: name that disk, and give this one with --header")]
     Detached,
     /// The passphrase opens none of the keyslots, all of which were tried.
     #[error("the passphrase is wrong: it opens none of the volume's keyslots")]
@@ -96,6 +106,48 @@ pub enum LuksError {
         /// Bytes there are.
         available: u64,
     },
+    /// The keyslot that was named holds no key.
+    #[error("there is no key in keyslot {0}; `nbdcrypt key list` shows those that there are")]
+    NoSuchKeyslot(usize),
+    /// The keyslot that was named holds a key already.
+    #[error("keyslot {0} holds a key already: choose another, or remove it first")]
+    KeyslotInUse(usize),
+    /// The format has no more keyslots, or the disk no room for their key material.
+    #[error("there is no room for another key: remove one first")]
+    NoRoomForKey,
+    /// The key is the only one.
+    #[error("keyslot {0} holds the last key: without it nobody can ever read the data again; use --force to mean it")]
+    LastKeyslot(usize),
+    /// The volume key is another volume's.
+    #[error("the volume key does not belong to this volume")]
+    WrongVolumeKey,
+    /// The JSON would not fit in its area.
+    #[error("the metadata would take {needed} bytes, and its area has {available}; remove a token or a keyslot first")]
+    MetadataFull {
+        /// Bytes it would take.
+        needed: usize,
+        /// Bytes there are.
+        available: usize,
+    },
+    /// The token that was named is not there.
+    #[error("there is no token {0}; `nbdcrypt token list` shows those that there are")]
+    NoSuchToken(u32),
+    /// A token cannot be imported.
+    #[error("the token cannot be imported: {0}")]
+    Token(String),
+    /// A LUKS1 volume was asked for what LUKS2 alone has.
+    #[error("a LUKS1 volume has no {0}: LUKS2 has")]
+    Luks2Only(&'static str),
+    /// A header backup does not fit the disk.
+    #[error("the backup does not fit the volume: {what} is {backup} in it, and {disk} on the disk")]
+    BackupMismatch {
+        /// What differs.
+        what: &'static str,
+        /// In the backup.
+        backup: String,
+        /// On the disk.
+        disk: String,
+    },
     /// No randomness was to be had.
     #[error("no random bytes to be had: {0}")]
     Random(#[source] io::Error),
@@ -107,5 +159,9 @@ pub enum LuksError {
 impl LuksError {
     pub(super) fn corrupt(field: impl Into<String>, found: impl Into<String>) -> Self {
         Self::Corrupt { field: field.into(), found: found.into() }
+    }
+
+    pub(super) fn impossible(option: &'static str, found: impl ToString, rule: impl Into<String>) -> Self {
+        Self::Impossible { option, found: found.to_string(), rule: rule.into() }
     }
 }

@@ -9,12 +9,14 @@
 //! Between `begin` and `commit`, sector 0 holds a text of nbdcrypt's own in which neither nbdcrypt nor cryptsetup nor blkid
 //! sees a volume. The caller may use the volume in that time, and make its filesystem: a volume that is found after a
 //! crash has had its filesystem finished.
+//!
+//! Where the header is detached, the marker and the magic are on its disk; on the data's, old signatures are wiped.
 
 use std::io;
 
 use crate::buffer::AlignedBuffer;
 use crate::key::VolumeKey;
-use crate::luks::{LuksError, Segment, UnlockedVolume};
+use crate::luks::{Disks, LuksError, Segment, UnlockedVolume};
 use crate::sector::LBA_UNIT;
 use crate::signature::{UNFINISHED_MARKER, is_unfinished};
 use crate::store::{BlockStore, read_unaligned, write_zeros};
@@ -30,10 +32,11 @@ const HEAD: usize = 4096;
 const WIPED: u64 = 1 << 20;
 /// Where the secondary header of an old LUKS2 volume with metadata of the largest size is.
 const FARTHEST_LUKS2_HEADER: u64 = 4 << 20;
-/// Bytes from the start of the disk that [`PendingFormat::abandon`] makes blank: the longest header there is.
+/// Bytes from the start of the disk that [`abandon_unfinished`] makes blank: the header that is usual, and where its data
+/// begins.
 const ABANDONED: u64 = (16 << 20) + WIPED;
 
-/// All that stands before the data of a finished volume, from the first byte of the disk on.
+/// The header of a finished volume with its keyslots, from the first byte of its disk on.
 pub(super) struct HeaderImage {
     /// The bytes.
     pub(super) bytes: Vec<u8>,
@@ -53,6 +56,7 @@ pub(super) struct HeaderImage {
 pub struct PendingFormat {
     key: VolumeKey,
     segment: Segment,
+    header_len: u64,
     head: HeldBack,
     secondary: Option<HeldBack>,
 }
@@ -81,7 +85,7 @@ pub fn abandon_unfinished(store: &dyn BlockStore) -> io::Result<()> {
     if !is_unfinished(&first) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "it carries no unfinished format"));
     }
-    blank(store)
+    blank(store, ABANDONED)
 }
 
 impl PendingFormat {
@@ -95,11 +99,16 @@ impl PendingFormat {
         self.segment
     }
 
-    /// Makes it a volume, after all that was written to it.
+    /// Makes it a volume, after all that was written to it. The disks are those that it was begun on.
     ///
     /// # Errors
     /// What the disk said. It then carries the marker or a whole volume, as far as it can be trusted at all.
-    pub fn commit(self, store: &dyn BlockStore) -> Result<UnlockedVolume, LuksError> {
+    pub fn commit<'d>(self, disks: impl Into<Disks<'d>>) -> Result<UnlockedVolume, LuksError> {
+        let disks = disks.into();
+        if disks.is_detached() {
+            disks.data().flush()?;
+        }
+        let store = disks.header();
         // All but sector 0, and what the caller wrote, are flushed before sector 0, which alone decides.
         let head = &self.head.bytes;
         let mut marked = AlignedBuffer::zeroed(head.len());
@@ -117,12 +126,16 @@ impl PendingFormat {
         Ok(UnlockedVolume { key: self.key, segment: self.segment, keyslot: 0 })
     }
 
-    /// Makes the disk blank again.
+    /// Makes the disk blank again. The disks are those that it was begun on.
     ///
     /// # Errors
     /// What the disk said.
-    pub fn abandon(self, store: &dyn BlockStore) -> io::Result<()> {
-        blank(store)
+    pub fn abandon<'d>(self, disks: impl Into<Disks<'d>>) -> io::Result<()> {
+        let disks = disks.into();
+        let data = disks.data();
+        write_zeros(data, self.segment.offset, WIPED.min(self.segment.len))?;
+        data.flush()?;
+        blank(disks.header(), if disks.is_detached() { self.header_len } else { self.header_len.max(ABANDONED) })
     }
 }
 
@@ -131,15 +144,21 @@ impl PendingFormat {
 /// # Errors
 /// [`LuksError::TooSmall`], with the disk untouched; else what the disk said.
 pub(super) fn begin_format(
-    store: &dyn BlockStore,
+    disks: Disks<'_>,
     image: HeaderImage,
     key: VolumeKey,
     segment: Segment,
 ) -> Result<PendingFormat, LuksError> {
     let HeaderImage { mut bytes, secondary } = image;
+    let store = disks.header();
     let unit = SECTOR.max(store.alignment());
     if segment.len == 0 {
-        return Err(LuksError::TooSmall { needed: segment.offset + unit as u64, available: store.len() });
+        let sector = segment.sector_size.bytes_u64().max(disks.data().alignment() as u64);
+        return Err(LuksError::TooSmall { needed: segment.offset + sector, available: disks.data().len() });
+    }
+    let header_len = bytes.len() as u64;
+    if header_len > store.len() {
+        return Err(LuksError::TooSmall { needed: header_len, available: store.len() });
     }
     let held_len = HEAD.max(unit);
     if !(bytes.len() | secondary.unwrap_or(0)).is_multiple_of(held_len) {
@@ -153,9 +172,14 @@ pub(super) fn begin_format(
     store.write_at(&marked, 0)?;
     store.flush()?;
     store.write_at(&bytes[held_len..], held_len as u64)?;
-    wipe_signatures(store, segment)?;
+    if !disks.is_detached() {
+        let gap = segment.offset.saturating_sub(header_len);
+        write_zeros(store, header_len, gap.min(WIPED))?;
+    }
     store.flush()?;
-    Ok(PendingFormat { key, segment, head, secondary })
+    wipe_signatures(disks.data(), segment)?;
+    disks.data().flush()?;
+    Ok(PendingFormat { key, segment, header_len, head, secondary })
 }
 
 /// Takes `len` bytes out of the image and leaves zeros in their place.
@@ -181,10 +205,10 @@ fn wipe_signatures(store: &dyn BlockStore, segment: Segment) -> io::Result<()> {
 }
 
 /// From the back to the front, so that the marker is there as long as anything else is.
-fn blank(store: &dyn BlockStore) -> io::Result<()> {
+fn blank(store: &dyn BlockStore, len: u64) -> io::Result<()> {
     let unit = LBA_UNIT.max(store.alignment() as u64);
     let head = (HEAD as u64).max(unit).min(store.len());
-    let end = ABANDONED.min(store.len());
+    let end = len.min(store.len());
     write_zeros(store, head, end.saturating_sub(head))?;
     store.flush()?;
     write_zeros(store, 0, head)?;

@@ -9,6 +9,7 @@ use super::hash::HashAlgorithm;
 use super::{LuksError, Random};
 use crate::key::{VolumeKey, VolumeKeyError};
 use crate::sector::{Lba512, SectorSize};
+use crate::store::{BlockStore, write_unaligned};
 use crate::xts::Xts;
 
 /// Stripes that a key is split into, in every LUKS volume there is (specification, "LUKS constants": `LUKS_STRIPES`).
@@ -73,6 +74,21 @@ pub(super) fn seal(
     material[..split.len()].copy_from_slice(&split);
     Xts::new(slot_key).encrypt(SectorSize::B512, Lba512(0), &mut material);
     Ok(material)
+}
+
+/// Overwrites key material: with random bytes, which no disk compresses or takes for a hole, then with zeros, in which an
+/// interrupted removal is recognised ([`damaged_sector`]). Where a disk writes to new cells instead, as flash does, the
+/// old ones stay until it erases them.
+pub(super) fn wipe(store: &dyn BlockStore, offset: u64, len: u64, random: Random<'_>) -> Result<(), LuksError> {
+    // No truncation: an area is a part of the header.
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    random(&mut bytes).map_err(LuksError::Random)?;
+    write_unaligned(store, &bytes, offset)?;
+    store.flush()?;
+    bytes.fill(0);
+    write_unaligned(store, &bytes, offset)?;
+    store.flush()?;
+    Ok(())
 }
 
 /// The first sector of `material` that cannot be key material, if there is one. Ciphertext looks random: 512 random

@@ -11,11 +11,13 @@
 //! by [`Limits`].
 
 mod af;
+mod disks;
 mod error;
 mod format;
 mod hash;
 mod hex;
 pub mod kdf;
+mod keys;
 mod keyslot;
 pub mod luks1;
 pub mod luks2;
@@ -26,9 +28,11 @@ use std::num::NonZeroU32;
 
 use uuid::Uuid;
 
+pub use disks::{DataDisk, Disks};
 pub use error::LuksError;
 pub use format::{PendingFormat, abandon_unfinished};
 pub use hash::HashAlgorithm;
+pub use keys::{NewKey, read_for_keys};
 
 use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{Lba512, SectorSize};
@@ -37,7 +41,7 @@ use crate::store::BlockStore;
 /// Where a volume's data lies on its disk, and how it is encrypted there: what a LUKS header says beside the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Bytes from the start of the disk to the first encrypted sector.
+    /// Bytes from the start of the data's disk to the first encrypted sector.
     pub offset: u64,
     /// The length of the data in bytes.
     pub len: u64,
@@ -148,22 +152,23 @@ impl Dump {
     }
 }
 
-/// Reads the header of the volume on `store`.
+/// Reads the header of the volume on `disks`: one store, or [`Disks::detached`].
 ///
 /// # Errors
 /// [`LuksError`] when there is none, or it is corrupt, or asks for what nbdcrypt does not do or for too much work.
-pub fn read(store: &dyn BlockStore, limits: &Limits) -> Result<LockedVolume, LuksError> {
-    match luks1::read(store, limits) {
+pub fn read<'d>(disks: impl Into<Disks<'d>>, limits: &Limits) -> Result<LockedVolume, LuksError> {
+    let disks = disks.into();
+    match luks1::read(disks, limits) {
         // Without its first header, it may still have its second.
         Err(LuksError::Version(2) | LuksError::NotLuks) => {
-            luks2::read(store, limits).map(|volume| LockedVolume::Luks2(Box::new(volume)))
+            luks2::read(disks, limits).map(|volume| LockedVolume::Luks2(Box::new(volume)))
         }
         volume => volume.map(|volume| LockedVolume::Luks1(Box::new(volume))),
     }
 }
 
 impl LockedVolume {
-    /// Tries the passphrase on the keyslots, in their order.
+    /// Tries the passphrase on the keyslots, in their order. `store` is the header's disk.
     ///
     /// # Errors
     /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`] when it opens none, and
@@ -200,12 +205,64 @@ impl LockedVolume {
     }
 }
 
-/// A new key for AES-256-XTS.
+/// What a new volume shall be.
+#[derive(Clone, Debug)]
+pub enum FormatOptions {
+    /// A LUKS1 volume.
+    Luks1(luks1::Options),
+    /// A LUKS2 volume.
+    Luks2(Box<luks2::Options>),
+}
+
+impl FormatOptions {
+    /// Begins to format `disks`: see [`PendingFormat`] for what must follow.
+    ///
+    /// # Errors
+    /// As [`luks1::begin`] and [`luks2::begin`] have them.
+    pub fn begin<'d>(
+        &self,
+        disks: impl Into<Disks<'d>>,
+        passphrase: &Passphrase,
+        key: VolumeKey,
+        random: Random<'_>,
+    ) -> Result<PendingFormat, LuksError> {
+        match self {
+            Self::Luks1(options) => luks1::begin(disks, options, passphrase, key, random),
+            Self::Luks2(options) => luks2::begin(disks, options, passphrase, key, random),
+        }
+    }
+
+    /// Bytes that a detached header takes, for a volume key of `key_len` bytes.
+    pub fn header_len(&self, key_len: usize) -> u64 {
+        match self {
+            Self::Luks1(_) => luks1::header_len(key_len),
+            Self::Luks2(options) => options.layout.header_len(),
+        }
+    }
+
+    /// `LUKS1` or `LUKS2`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Luks1(_) => "LUKS1",
+            Self::Luks2(_) => "LUKS2",
+        }
+    }
+
+    /// What the volume will be called by.
+    pub fn uuid(&self) -> Uuid {
+        match self {
+            Self::Luks1(options) => options.uuid,
+            Self::Luks2(options) => options.uuid,
+        }
+    }
+}
+
+/// A new key for AES-XTS, of [`VolumeKey::AES_256`] or [`VolumeKey::AES_128`] bytes.
 ///
 /// # Errors
 /// What the source of randomness said.
-pub fn new_volume_key(random: Random<'_>) -> Result<VolumeKey, LuksError> {
-    let mut bytes = vec![0; VolumeKey::AES_256];
+pub fn new_volume_key(len: usize, random: Random<'_>) -> Result<VolumeKey, LuksError> {
+    let mut bytes = vec![0; len];
     random(&mut bytes).map_err(LuksError::Random)?;
     Ok(VolumeKey::new(bytes)?)
 }

@@ -78,9 +78,15 @@ pub fn key_from_passphrase(
 /// Where the data lies on a disk of `disk_len` bytes.
 ///
 /// # Errors
-/// [`LuksError::TooSmall`] when the disk ends before the data does, or has no whole sector for it.
+/// [`LuksError::TooSmall`] when the disk ends before the data does, or has no whole sector for it;
+/// [`LuksError::Impossible`] when the IV of the first sector is not one of a whole sector.
 pub fn segment(place: &Place, disk_len: u64) -> Result<Segment, LuksError> {
     let sector = place.sector_size.bytes_u64();
+    // dm-crypt: "Invalid iv_offset sector".
+    if !place.skip.0.is_multiple_of(place.sector_size.lba_step()) {
+        let rule = format!("with sectors of {sector} bytes it is a multiple of {}", place.sector_size.lba_step());
+        return Err(LuksError::impossible("the skip", place.skip.0, rule));
+    }
     let offset = place.offset.saturating_mul(LBA_UNIT);
     let available = disk_len.saturating_sub(offset) / sector * sector;
     let len = place.size.map_or(available, |size| size.saturating_mul(LBA_UNIT));
@@ -117,13 +123,14 @@ mod tests {
 
     #[test]
     fn the_data_lies_between_offset_and_size() {
-        let place = Place { offset: 8, skip: Lba512(77), sector_size: SectorSize::B4096, ..Place::default() };
+        let place = Place { offset: 8, skip: Lba512(80), sector_size: SectorSize::B4096, ..Place::default() };
         let whole = segment(&place, 65536 + 100).unwrap();
-        assert_eq!((whole.offset, whole.len, whole.iv_start), (4096, 61440, Lba512(77)));
+        assert_eq!((whole.offset, whole.len, whole.iv_start), (4096, 61440, Lba512(80)));
         let part = segment(&Place { size: Some(16), ..place }, 65536).unwrap();
         assert_eq!(part.len, 8192);
         assert!(matches!(segment(&Place { size: Some(1 << 20), ..place }, 65536), Err(LuksError::TooSmall { .. })));
         assert!(segment(&Place { offset: u64::MAX, ..place }, 65536).is_err());
         assert!(segment(&place, 4096).is_err());
+        assert!(matches!(segment(&Place { skip: Lba512(7), ..place }, 65536), Err(LuksError::Impossible { .. })));
     }
 }

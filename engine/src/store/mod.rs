@@ -10,7 +10,7 @@ use std::io;
 pub use faulty::{FaultyStore, Operation};
 pub use file::{Access, Caching, FileStore};
 pub use memory::MemoryStore;
-pub use unaligned::{read_unaligned, write_zeros};
+pub use unaligned::{read_unaligned, write_unaligned, write_zeros};
 
 /// What a store's bytes lie on, for callers that could move them without the store.
 #[derive(Clone, Copy, Debug)]

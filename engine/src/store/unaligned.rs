@@ -24,6 +24,26 @@ pub fn read_unaligned(store: &dyn BlockStore, data: &mut [u8], offset: u64) -> i
     Ok(())
 }
 
+/// Writes `data` at any `offset`. Where that is not whole blocks, the rest of the first and the last one is written as it
+/// was, so that a torn write leaves it as it was.
+///
+/// # Errors
+/// What the disk said; `UnexpectedEof` past its end.
+pub fn write_unaligned(store: &dyn BlockStore, data: &[u8], offset: u64) -> io::Result<()> {
+    let alignment = store.alignment() as u64;
+    let len = data.len() as u64;
+    if (offset | len).is_multiple_of(alignment) {
+        return store.write_at(data, offset);
+    }
+    let end = offset.checked_add(len).filter(|end| *end <= store.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+    let start = offset - offset % alignment;
+    let mut blocks = AlignedBuffer::zeroed(index(end.next_multiple_of(alignment) - start)?);
+    store.read_at(&mut blocks, start)?;
+    let skip = index(offset - start)?;
+    blocks[skip..skip + data.len()].copy_from_slice(data);
+    store.write_at(&blocks, start)
+}
+
 /// Writes zeros over `len` bytes from `offset`, both multiples of the disk's alignment.
 ///
 /// # Errors
@@ -92,6 +112,11 @@ mod tests {
         let error = read_unaligned(&store, &mut [0; 2], 16383).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         assert!(read_unaligned(&store, &mut [0; 2], u64::MAX).is_err());
+        write_unaligned(&store, &[0xee; 5], 4094).unwrap();
+        assert_eq!(store.0.snapshot()[4094..4099], [0xee; 5]);
+        assert_eq!(store.0.snapshot()[..4094], bytes[..4094]);
+        assert_eq!(store.0.snapshot()[4099..], bytes[4099..]);
+        assert!(write_unaligned(&store, &[0; 2], 16383).is_err());
         write_zeros(&store, 4096, 8192).unwrap();
         assert!(store.0.snapshot()[4096..12288].iter().all(|b| *b == 0));
     }

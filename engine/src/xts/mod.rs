@@ -32,6 +32,7 @@ pub struct Xts {
     keys: Keys,
     path: CpuPath,
     key_bits: usize,
+    large_sectors: bool,
 }
 
 impl Xts {
@@ -46,6 +47,13 @@ impl Xts {
     /// [`UnavailableCpuPath`] when this CPU has it not.
     pub fn with_path(key: &VolumeKey, path: CpuPath) -> Result<Self, UnavailableCpuPath> {
         Self::from_bytes(key.expose(), path)
+    }
+
+    /// Counts the IV in whole sectors, and not in 512-byte units, as dm-crypt's `iv_large_sectors` does: the first sector
+    /// then must lie on a multiple of the sector size. No LUKS volume has it.
+    #[must_use]
+    pub fn with_large_sectors(self) -> Self {
+        Self { large_sectors: true, ..self }
     }
 
     /// Encrypts `data`, a run of whole sectors at any address, in place. Its first sector lies at `first`; the IV counts
@@ -95,10 +103,11 @@ impl Xts {
     /// Expands the bytes of an XTS key. [`VolumeKey`] has checked them; a test vector may have equal halves.
     fn from_bytes(key: &[u8], path: CpuPath) -> Result<Self, UnavailableCpuPath> {
         let keys = Keys::new(key, path).ok_or(UnavailableCpuPath(path))?;
-        Ok(Self { keys, path, key_bits: key.len() * 8 })
+        Ok(Self { keys, path, key_bits: key.len() * 8, large_sectors: false })
     }
 
     fn run(&self, direction: Direction, run: Run<'_, '_>) {
+        let run = if self.large_sectors { run.numbered_by_sectors() } else { run };
         match &self.keys {
             #[cfg(target_arch = "x86_64")]
             Keys::X86(cpu, keys) => x86_64::crypt(*cpu, direction, keys, run),

@@ -28,6 +28,13 @@ impl<'i, 'o> Run<'i, 'o> {
         Self { sector_size, numbers: UnitNumbers::new(first, sector_size.lba_step()), data }
     }
 
+    /// The same run with its units numbered one by one, and not by the 512-byte units that they span.
+    pub(super) fn numbered_by_sectors(mut self) -> Self {
+        self.numbers.low /= self.numbers.step;
+        self.numbers.step = 1;
+        self
+    }
+
     /// The parts of a run, or of what remains of one, put together.
     pub(super) fn from_parts(sector_size: SectorSize, numbers: UnitNumbers, data: InOutBuf<'i, 'o, u8>) -> Self {
         Self { sector_size, numbers, data }

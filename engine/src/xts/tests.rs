@@ -264,3 +264,17 @@ fn a_cipher_prints_its_key_length_and_nothing_else() {
         assert_eq!(format!("{xts:?}"), format!("Xts({} bits, portable)", bytes * 8));
     }
 }
+
+#[test]
+fn large_sectors_count_the_iv_one_by_one() {
+    let key = VolumeKey::new((0..64).collect()).unwrap();
+    let large = Xts::new(&key).with_large_sectors();
+    let small = Xts::new(&key);
+    let mut data: Vec<u8> = (0..=255).cycle().take(3 * 4096).collect();
+    let mut one_by_one = data.clone();
+    large.encrypt(SectorSize::B4096, Lba512(80), &mut data);
+    for (number, sector) in (10..).zip(one_by_one.chunks_mut(4096)) {
+        small.encrypt(SectorSize::B4096, Lba512(number), sector);
+    }
+    assert_eq!(data, one_by_one);
+}

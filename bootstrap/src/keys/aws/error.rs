@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
-use crate::config::S3Object;
+use crate::config::{S3Object, SecretPlace};
 
 /// The most bytes that KMS takes as a ciphertext (KMS API Reference, `Decrypt`, `CiphertextBlob`: "Maximum length of
 /// 6144").
@@ -219,8 +219,8 @@ pub enum AwsKeyError {
     /// `kms-key` names a key, and the ciphertext was made under another.
     #[error("{object} was encrypted under another key than {key}; see `kms-key` and `object` under [key]")]
     OtherKey {
-        /// Bucket and key.
-        object: S3Object,
+        /// Where it is kept.
+        object: SecretPlace,
         /// The key as it is configured.
         key: String,
     },
@@ -230,16 +230,16 @@ pub enum AwsKeyError {
          encrypted with another encryption context than the configured {context}; see `encryption-context` under [key]"
     )]
     Ciphertext {
-        /// Bucket and key.
-        object: S3Object,
+        /// Where it is kept.
+        object: SecretPlace,
         /// The configured encryption context.
         context: Context,
     },
     /// KMS decrypted it, and nothing remained.
     #[error("{object} holds an empty password (nothing, or newlines only)")]
     EmptySecret {
-        /// Bucket and key.
-        object: S3Object,
+        /// Where it is kept.
+        object: SecretPlace,
     },
     /// Anything else that a service says no with.
     #[error("{service} refused ({code}): {message}")]
@@ -251,6 +251,9 @@ pub enum AwsKeyError {
         /// What AWS said.
         message: String,
     },
+    /// The token in the header is not for this volume, or not as it should be.
+    #[error("the token in the LUKS2 header is not to be used: {0}")]
+    Token(String),
     /// There is an object already, and it is not to be replaced.
     #[error(
         "{object} exists; it is left as it is. It may be what unlocks a volume: replace it (--replace) only when no \

@@ -13,7 +13,7 @@ use super::answer::{Answer, answer, common};
 use super::error::{AwsKeyError, Context, Service};
 use super::retry::{Patience, retried};
 use super::session::{ATTEMPT, Session};
-use crate::config::{AwsKeyConfig, S3Object};
+use crate::config::{AwsKeyConfig, SecretPlace};
 
 /// What KMS makes of the object's bytes, as it is.
 pub(super) async fn decrypt(
@@ -89,7 +89,7 @@ async fn silent<T>(request: impl Future<Output = T>) -> T {
 
 /// What an error text has to name.
 struct Asked {
-    object: S3Object,
+    object: SecretPlace,
     configured_key: Option<String>,
     key: String,
     context: Context,
@@ -156,12 +156,13 @@ fn meaning(answer: Answer, asked: &Asked) -> AwsKeyError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::S3Object;
 
     #[track_caller]
     fn check(code: &str, message: &str, expected: &[&str]) {
         let answer = Answer { status: 400, code: code.to_owned(), message: message.to_owned(), bucket_region: None };
         let asked = Asked {
-            object: S3Object::parse("s3://my-bucket/key").unwrap(),
+            object: S3Object::parse("s3://my-bucket/key").unwrap().into(),
             configured_key: Some("alias/mine".to_owned()),
             key: "alias/mine".to_owned(),
             context: Context([("volume".to_owned(), "scratch".to_owned())].into()),

@@ -11,8 +11,11 @@ use std::thread;
 
 use engine::key::Passphrase;
 
+use uuid::Uuid;
+
+use super::token::KmsToken;
 use super::{KeyError, KeySource};
-use crate::config::AwsKeyConfig;
+use crate::config::{AwsKeyConfig, S3Object, SecretPlace};
 pub use error::{AwsKeyError, Context, MAX_CIPHERTEXT, Service};
 use retry::Patience;
 use session::Session;
@@ -46,13 +49,14 @@ impl AwsKey {
     /// [`AwsKeyError`]. When the object was written nonetheless, it says so.
     pub fn store(&self, secret: &Passphrase, replace: bool) -> Result<Stored, AwsKeyError> {
         block_on(async || {
+            let object = self.object()?;
             let patience = Patience::from_now(self.config.retry_for);
             let session = Session::open(&self.config, patience).await?;
             let (ciphertext, key_arn) = kms::encrypt(&session, patience, &self.config, secret.expose()).await?;
-            s3::put(&session, patience, &self.config.object, &ciphertext, replace).await?;
+            s3::put(&session, patience, object, &ciphertext, replace).await?;
             let read_back = match self.fetch(&session, patience).await {
                 Ok(found) if found.expose() == secret.expose() => Ok(()),
-                Ok(_) => return Err(AwsKeyError::NotAsWritten { object: self.config.object.clone() }),
+                Ok(_) => return Err(AwsKeyError::NotAsWritten { object: object.clone() }),
                 Err(denied @ (AwsKeyError::S3Denied { .. } | AwsKeyError::KmsDenied { .. })) => Err(denied),
                 Err(error) => return Err(error),
             };
@@ -61,14 +65,66 @@ impl AwsKey {
     }
 
     async fn fetch(&self, session: &Session, patience: Patience) -> Result<Passphrase, AwsKeyError> {
-        let ciphertext = s3::get(session, patience, &self.config.object).await?;
-        let plaintext = kms::decrypt(session, patience, &self.config, &ciphertext).await?;
-        let password = Passphrase::new(kms::without_newlines(plaintext));
-        if password.expose().is_empty() {
-            return Err(AwsKeyError::EmptySecret { object: self.config.object.clone() });
-        }
-        Ok(password)
+        let ciphertext = s3::get(session, patience, self.object()?).await?;
+        decrypt(session, patience, &self.config, &ciphertext).await
     }
+
+    fn object(&self) -> Result<&S3Object, AwsKeyError> {
+        match &self.config.object {
+            SecretPlace::Object(object) => Ok(object),
+            SecretPlace::Token => Err(AwsKeyError::Token("no object in S3 is configured".to_owned())),
+        }
+    }
+
+    /// The secret that a token holds, once it is known to be of this volume. Blocks, as [`KeySource::passphrase`] does.
+    ///
+    /// # Errors
+    /// [`AwsKeyError`].
+    pub fn unwrap_token(&self, token: &KmsToken, volume: Uuid) -> Result<Passphrase, AwsKeyError> {
+        token.check(volume, &self.config.encryption_context).map_err(AwsKeyError::Token)?;
+        // The key is the configured one: who may write to the disk chooses what is in the token.
+        let config = AwsKeyConfig { encryption_context: token.encryption_context.clone(), ..self.config.clone() };
+        block_on(async || {
+            let patience = Patience::from_now(config.retry_for);
+            let session = Session::open(&config, patience).await?;
+            decrypt(&session, patience, &config, &token.ciphertext).await
+        })
+    }
+
+    /// A token that holds `secret` for the volume, decrypted once to be sure that this machine can. Blocks, as
+    /// [`KeySource::passphrase`] does.
+    ///
+    /// # Errors
+    /// [`AwsKeyError`].
+    pub fn wrap_token(&self, secret: &Passphrase, volume: Uuid) -> Result<KmsToken, AwsKeyError> {
+        let encryption_context = KmsToken::context_for(volume, &self.config.encryption_context);
+        let config = AwsKeyConfig { encryption_context, ..self.config.clone() };
+        block_on(async || {
+            let patience = Patience::from_now(config.retry_for);
+            let session = Session::open(&config, patience).await?;
+            let (ciphertext, key_arn) = kms::encrypt(&session, patience, &config, secret.expose()).await?;
+            let back = decrypt(&session, patience, &config, &ciphertext).await?;
+            if back.expose() != secret.expose() {
+                return Err(AwsKeyError::Token("it does not decrypt to what was encrypted".to_owned()));
+            }
+            Ok(KmsToken { ciphertext, key_arn, encryption_context: config.encryption_context.clone() })
+        })
+    }
+}
+
+/// The password that KMS makes of a ciphertext.
+async fn decrypt(
+    session: &Session,
+    patience: Patience,
+    config: &AwsKeyConfig,
+    ciphertext: &[u8],
+) -> Result<Passphrase, AwsKeyError> {
+    let plaintext = kms::decrypt(session, patience, config, ciphertext).await?;
+    let password = Passphrase::new(kms::without_newlines(plaintext));
+    if password.expose().is_empty() {
+        return Err(AwsKeyError::EmptySecret { object: config.object.clone() });
+    }
+    Ok(password)
 }
 
 impl KeySource for AwsKey {

@@ -8,9 +8,8 @@ use super::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, SALT_LEN, digest_of};
 use crate::key::{Passphrase, VolumeKey};
 use crate::luks::format::{HeaderImage, PendingFormat, begin_format};
 use crate::luks::hash::HashAlgorithm;
-use crate::luks::{LuksError, Random, Segment, kdf, keyslot};
+use crate::luks::{Disks, LuksError, Random, Segment, kdf, keyslot};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
-use crate::store::BlockStore;
 
 /// Keyslots lie on boundaries of so many bytes (cryptsetup's `LUKS_ALIGN_KEYSLOTS`), the first right behind the header.
 const KEYSLOT_ALIGNMENT: usize = 4096;
@@ -31,40 +30,71 @@ pub struct Options {
     pub digest_iterations: NonZeroU32,
     /// What the volume will be called by.
     pub uuid: Uuid,
+    /// Bytes from the start of the data's disk to the data, a multiple of 4096; `None` is where cryptsetup lays it.
+    pub data_offset: Option<u64>,
 }
 
-/// Begins to format `store`: see [`PendingFormat`] for what must follow. Whatever is on the disk is lost; the caller has
-/// made sure that nothing is.
+/// Bytes of a header with its keyslots, for keys of `key_len` bytes: what a detached header needs.
+pub fn header_len(key_len: usize) -> u64 {
+    (KEYSLOT_ALIGNMENT + spacing(key_len) * KEYSLOTS) as u64
+}
+
+/// Bytes from one keyslot to the next.
+fn spacing(key_len: usize) -> usize {
+    keyslot::material_len(key_len).next_multiple_of(KEYSLOT_ALIGNMENT)
+}
+
+/// Begins to format `disks`: see [`PendingFormat`] for what must follow. Whatever is on them is lost; the caller has made
+/// sure that nothing is.
 ///
 /// # Errors
-/// [`LuksError::TooSmall`], with the disk untouched; else what the disk or the source of randomness said.
-pub fn begin(
-    store: &dyn BlockStore,
+/// [`LuksError::TooSmall`] or [`LuksError::Impossible`], with the disk untouched; else what the disk or the source of
+/// randomness said.
+pub fn begin<'d>(
+    disks: impl Into<Disks<'d>>,
     options: &Options,
     passphrase: &Passphrase,
     key: VolumeKey,
     random: Random<'_>,
 ) -> Result<PendingFormat, LuksError> {
-    let image = image(options, passphrase, &key, random)?;
-    let offset = image.bytes.len() as u64;
-    let unit = LBA_UNIT.max(store.alignment() as u64);
-    let len = store.len().saturating_sub(offset) / unit * unit;
+    let disks = disks.into();
+    let offset = data_offset(options, key.expose().len(), disks.is_detached())?;
+    let payload_offset = u32::try_from(offset / LBA_UNIT)
+        .map_err(|_| LuksError::impossible("the data offset", offset, "LUKS1 counts its sectors in 32 bits"))?;
+    let unit = LBA_UNIT.max(disks.data().alignment() as u64);
+    let len = disks.data().len().saturating_sub(offset) / unit * unit;
     let segment = Segment { offset, len, sector_size: SectorSize::B512, iv_start: Lba512(0) };
-    begin_format(store, image, key, segment)
+    let image = image(options, payload_offset, passphrase, &key, random)?;
+    begin_format(disks, image, key, segment)
+}
+
+/// Where the data begins: behind the keyslots, or at the start of a disk that has no header.
+fn data_offset(options: &Options, key_len: usize, is_detached: bool) -> Result<u64, LuksError> {
+    let header = header_len(key_len);
+    match options.data_offset {
+        None if is_detached => Ok(0),
+        None => Ok(header.next_multiple_of(DATA_ALIGNMENT as u64)),
+        Some(0) if is_detached => Ok(0),
+        Some(offset) if offset >= header && offset.is_multiple_of(KEYSLOT_ALIGNMENT as u64) => Ok(offset),
+        Some(offset) => {
+            let rule = format!("it is a multiple of 4096, and at least {header}, the header's length");
+            Err(LuksError::impossible("the data offset", offset, rule))
+        }
+    }
 }
 
 /// All that stands before the data: the header, one keyslot, and random bytes where the other seven would be.
 fn image(
     options: &Options,
+    payload_offset: u32,
     passphrase: &Passphrase,
     key: &VolumeKey,
     random: Random<'_>,
 ) -> Result<HeaderImage, LuksError> {
-    let Options { hash, keyslot_iterations, digest_iterations, uuid } = *options;
+    let Options { hash, keyslot_iterations, digest_iterations, uuid, .. } = *options;
     let key_len = key.expose().len();
     let material_len = keyslot::material_len(key_len);
-    let spacing = material_len.next_multiple_of(KEYSLOT_ALIGNMENT);
-    let payload = (KEYSLOT_ALIGNMENT + spacing * KEYSLOTS).next_multiple_of(DATA_ALIGNMENT);
+    let spacing = spacing(key_len);
 
     let mut slot_salt = [0; SALT_LEN];
     let mut digest_salt = [0; SALT_LEN];
@@ -74,7 +104,7 @@ fn image(
     let slot_key = VolumeKey::new(std::mem::take(&mut *slot_key))?;
     let material = keyslot::seal(hash, &slot_key, key.expose(), random).map_err(LuksError::Random)?;
 
-    let mut image = vec![0; payload];
+    let mut image = vec![0; KEYSLOT_ALIGNMENT + spacing * KEYSLOTS];
     let mut offset = KEYSLOT_ALIGNMENT;
     let keyslots = std::array::from_fn(|index| {
         let slot = Keyslot {
@@ -96,7 +126,7 @@ fn image(
         cipher_name: "aes".to_owned(),
         cipher_mode: "xts-plain64".to_owned(),
         hash_spec: hash.name().to_owned(),
-        payload_offset: number(payload / SECTOR),
+        payload_offset,
         key_bytes: number(key_len),
         digest,
         digest_salt,

@@ -6,17 +6,19 @@
 mod dump;
 mod format;
 mod header;
+mod keys;
 
 use std::num::NonZeroU32;
 
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-pub use format::{Options, begin};
+pub use format::{Options, begin, header_len};
 pub use header::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, SALT_LEN};
+pub use keys::{add_key, remove_key};
 
 use super::hash::HashAlgorithm;
-use super::{Limits, LuksError, Segment, UnlockedVolume, kdf, keyslot};
+use super::{DataDisk, Disks, Limits, LuksError, Segment, UnlockedVolume, kdf, keyslot};
 use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
 use crate::signature::is_unfinished;
@@ -52,16 +54,17 @@ pub fn read_header(store: &dyn BlockStore) -> Result<Header, LuksError> {
 ///
 /// # Errors
 /// [`LuksError`] when there is none, or it is corrupt, or asks for what nbdcrypt does not do or for too much work.
-pub fn read(store: &dyn BlockStore, limits: &Limits) -> Result<Locked, LuksError> {
-    Locked::new(read_header(store)?, store.len(), limits)
+pub fn read<'d>(disks: impl Into<Disks<'d>>, limits: &Limits) -> Result<Locked, LuksError> {
+    let disks = disks.into();
+    Locked::new(read_header(disks.header())?, disks.data_disk(), limits)
 }
 
 impl Locked {
-    /// The volume that `header` describes, on a disk of `disk_len` bytes.
+    /// The volume that `header` describes, with its data on `disk`.
     ///
     /// # Errors
     /// [`LuksError`] when it asks for what nbdcrypt does not do or for too much work, or the disk is too small for it.
-    pub fn new(header: Header, disk_len: u64, limits: &Limits) -> Result<Self, LuksError> {
+    pub fn new(header: Header, disk: DataDisk, limits: &Limits) -> Result<Self, LuksError> {
         let key_len = keyslot::key_len(&header.cipher(), header.key_bytes)?;
         let hash = HashAlgorithm::from_name(&header.hash_spec).ok_or_else(|| LuksError::Unsupported {
             what: "hash",
@@ -72,13 +75,13 @@ impl Locked {
         for (index, slot) in header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
             limits.iterations(|| format!("iterations of keyslot {index}"), slot.iterations)?;
         }
-        if header.payload_offset == 0 {
+        if header.payload_offset == 0 && !disk.is_detached {
             return Err(LuksError::Detached);
         }
         let offset = header.payload_offset_bytes();
-        let len = disk_len.saturating_sub(offset) / LBA_UNIT * LBA_UNIT;
+        let len = disk.len.saturating_sub(offset) / LBA_UNIT * LBA_UNIT;
         if len == 0 {
-            return Err(LuksError::TooSmall { needed: offset + LBA_UNIT, available: disk_len });
+            return Err(LuksError::TooSmall { needed: offset + LBA_UNIT, available: disk.len });
         }
         let segment = Segment { offset, len, sector_size: SectorSize::B512, iv_start: Lba512(0) };
         Ok(Self { header, hash, key_len, digest_iterations, segment })
@@ -91,25 +94,44 @@ impl Locked {
     /// not all could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         let mut refusal = LuksError::NoKeyslot;
-        for (keyslot, slot) in self.header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
-            let mut material = Zeroizing::new(vec![0; keyslot::material_len(self.key_len)]);
-            read_unaligned(store, &mut material, u64::from(slot.material_offset) * LBA_UNIT)?;
-            if let Some(sector) = keyslot::damaged_sector(&material) {
-                let sector = u64::from(slot.material_offset) + sector as u64;
-                refusal = match refusal {
-                    earlier @ LuksError::DamagedKeyslot { .. } => earlier,
-                    _ => LuksError::DamagedKeyslot { keyslot, sector },
-                };
-                continue;
-            }
-            if let Some(key) = self.try_keyslot(slot, &mut material, passphrase)? {
-                return Ok(UnlockedVolume { key, segment: self.segment, keyslot });
-            }
-            if let LuksError::NoKeyslot = refusal {
-                refusal = LuksError::WrongPassphrase;
+        for (keyslot, _) in self.header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
+            match self.unlock_keyslot(store, keyslot, passphrase) {
+                // What kept a keyslot from being tried is told before what was tried in vain.
+                Err(error @ LuksError::WrongPassphrase) => {
+                    if let LuksError::NoKeyslot = refusal {
+                        refusal = error;
+                    }
+                }
+                Err(error @ LuksError::DamagedKeyslot { .. }) => {
+                    if !matches!(refusal, LuksError::DamagedKeyslot { .. }) {
+                        refusal = error;
+                    }
+                }
+                result => return result,
             }
         }
         Err(refusal)
+    }
+
+    /// Tries the passphrase on one keyslot.
+    ///
+    /// # Errors
+    /// [`LuksError::NoSuchKeyslot`], and as [`Locked::unlock`] has them.
+    pub fn unlock_keyslot(
+        &self,
+        store: &dyn BlockStore,
+        keyslot: usize,
+        passphrase: &Passphrase,
+    ) -> Result<UnlockedVolume, LuksError> {
+        let slot = self.header.keyslots.get(keyslot).filter(|slot| slot.enabled);
+        let slot = slot.ok_or(LuksError::NoSuchKeyslot(keyslot))?;
+        let mut material = Zeroizing::new(vec![0; keyslot::material_len(self.key_len)]);
+        read_unaligned(store, &mut material, u64::from(slot.material_offset) * LBA_UNIT)?;
+        if let Some(sector) = keyslot::damaged_sector(&material) {
+            return Err(LuksError::DamagedKeyslot { keyslot, sector: u64::from(slot.material_offset) + sector as u64 });
+        }
+        let key = self.try_keyslot(slot, &mut material, passphrase)?.ok_or(LuksError::WrongPassphrase)?;
+        Ok(UnlockedVolume { key, segment: self.segment, keyslot })
     }
 
     /// The header.

@@ -70,22 +70,15 @@ struct RawHeader {
 
 const _: () = assert!(size_of::<RawHeader>() == 512 && std::mem::offset_of!(RawHeader, csum) == CHECKSUM_AT);
 
+/// A copy's binary header and JSON area, or what is wrong with it.
+type Found = Result<(BinaryHeader, Vec<u8>), LuksError>;
+
 /// Reads the newer of the two copies that are whole.
 ///
 /// # Errors
 /// [`LuksError::NotLuks`] when neither is there, else what is wrong with the primary one.
 pub(super) fn read(store: &dyn BlockStore) -> Result<(BinaryHeader, Vec<u8>), LuksError> {
-    let primary = read_copy(store, Copy::Primary);
-    let secondary = match &primary {
-        Ok((header, _)) => read_copy(store, Copy::Secondary(header.header_size)),
-        Err(LuksError::Unfinished) => return Err(LuksError::Unfinished),
-        // Its size is not known, so every place is tried.
-        Err(_) => HEADER_SIZES
-            .iter()
-            .map(|size| read_copy(store, Copy::Secondary(*size)))
-            .find(Result::is_ok)
-            .unwrap_or(Err(LuksError::NotLuks)),
-    };
+    let (primary, secondary) = read_copies(store);
     match (primary, secondary) {
         (Ok(primary), Ok(secondary)) if secondary.0.sequence_id > primary.0.sequence_id => Ok(secondary),
         (Ok(primary), _) => Ok(primary),
@@ -97,6 +90,22 @@ pub(super) fn read(store: &dyn BlockStore) -> Result<(BinaryHeader, Vec<u8>), Lu
         (Err(_), Ok(secondary)) => Ok(secondary),
         (Err(error), Err(_)) => Err(error),
     }
+}
+
+/// The primary copy and the secondary one.
+pub(super) fn read_copies(store: &dyn BlockStore) -> (Found, Found) {
+    let primary = read_copy(store, Copy::Primary);
+    let secondary = match &primary {
+        Ok((header, _)) => read_copy(store, Copy::Secondary(header.header_size)),
+        Err(LuksError::Unfinished) => Err(LuksError::Unfinished),
+        // Its size is not known, so every place is tried.
+        Err(_) => HEADER_SIZES
+            .iter()
+            .map(|size| read_copy(store, Copy::Secondary(*size)))
+            .find(Result::is_ok)
+            .unwrap_or(Err(LuksError::NotLuks)),
+    };
+    (primary, secondary)
 }
 
 fn read_copy(store: &dyn BlockStore, copy: Copy) -> Result<(BinaryHeader, Vec<u8>), LuksError> {

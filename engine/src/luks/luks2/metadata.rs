@@ -15,9 +15,9 @@ const MAX_KEY_LEN: u32 = 512;
 /// More than any salt or digest has, in bytes.
 const MAX_BYTES: usize = 1024;
 /// The most that the specification allows for all key material.
-const MAX_KEYSLOTS_SIZE: u64 = 128 << 20;
+pub(super) const MAX_KEYSLOTS_SIZE: u64 = 128 << 20;
 /// Objects of a kind that cryptsetup allows.
-const MAX_OBJECTS: usize = 32;
+pub(super) const MAX_OBJECTS: u32 = 32;
 
 /// What the JSON says, where it keeps the specification's rules: areas lie behind the headers and apart, and what is
 /// referred to is there. Its ciphers and hashes may still be ones that nbdcrypt does not do. Nothing in it is secret.
@@ -244,7 +244,7 @@ fn objects<T>(
     parse: fn(&Field<'_>) -> Result<T, LuksError>,
 ) -> Result<BTreeMap<u32, T>, LuksError> {
     let objects = root.get(name).numbered()?;
-    if objects.len() > MAX_OBJECTS {
+    if objects.len() > MAX_OBJECTS as usize {
         return Err(root.get(name).corrupt(format!("{} objects", objects.len())));
     }
     objects.into_iter().map(|(id, field)| Ok((id, parse(&field)?))).collect()

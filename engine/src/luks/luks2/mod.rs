@@ -7,7 +7,11 @@ mod dump;
 mod field;
 mod format;
 mod header;
+mod keys;
+mod layout;
 mod metadata;
+mod tokens;
+mod update;
 
 use std::num::NonZeroU32;
 
@@ -16,11 +20,15 @@ use zeroize::Zeroizing;
 
 pub use format::{KdfOptions, Options, begin};
 pub use header::BinaryHeader;
+pub use keys::{add_key, change_key, remove_key};
+pub use layout::Layout;
 pub use metadata::{AntiForensic, Area, Config, DataSegment, Digest, Kdf, Keyslot, Metadata, Token};
+pub use tokens::{export_token, import_token, remove_token};
+pub use update::repair;
 
 use super::hash::HashAlgorithm;
 use super::kdf::{self, Argon2Cost, Argon2Error};
-use super::{Limits, LuksError, Segment, UnlockedVolume, keyslot};
+use super::{DataDisk, Disks, Limits, LuksError, Segment, UnlockedVolume, keyslot};
 use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{Lba512, SectorSize};
 use crate::store::{BlockStore, read_unaligned};
@@ -91,16 +99,17 @@ pub fn read_header(store: &dyn BlockStore) -> Result<Header, LuksError> {
 ///
 /// # Errors
 /// [`LuksError`] when there is none, or it is corrupt, or asks for what nbdcrypt does not do or for too much work.
-pub fn read(store: &dyn BlockStore, limits: &Limits) -> Result<Locked, LuksError> {
-    Locked::new(read_header(store)?, store.len(), limits)
+pub fn read<'d>(disks: impl Into<Disks<'d>>, limits: &Limits) -> Result<Locked, LuksError> {
+    let disks = disks.into();
+    Locked::new(read_header(disks.header())?, disks.data_disk(), limits)
 }
 
 impl Locked {
-    /// The volume that `header` describes, on a disk of `disk_len` bytes.
+    /// The volume that `header` describes, with its data on `disk`.
     ///
     /// # Errors
     /// [`LuksError`] when it asks for what nbdcrypt does not do or for too much work, or the disk is too small for it.
-    pub fn new(header: Header, disk_len: u64, limits: &Limits) -> Result<Self, LuksError> {
+    pub fn new(header: Header, disk: DataDisk, limits: &Limits) -> Result<Self, LuksError> {
         let metadata = &header.metadata;
         if let Some(requirement) = metadata.config.requirements.first() {
             return Err(LuksError::Unsupported {
@@ -121,7 +130,7 @@ impl Locked {
             return Err(LuksError::NoKeyslot);
         };
         let key_len = keyslot::key_len(&data.encryption, key_bytes)?;
-        let segment = place(&header, data, disk_len)?;
+        let segment = place(&header, data, disk)?;
         let mut keyslots: Vec<(u32, &Keyslot)> = digest
             .keyslots
             .iter()
@@ -175,6 +184,29 @@ impl Locked {
             }
         }
         Err(refusal)
+    }
+
+    /// Tries the passphrase on one keyslot, even one that is ignored otherwise.
+    ///
+    /// # Errors
+    /// [`LuksError::NoSuchKeyslot`], and as [`Locked::unlock`] has them.
+    pub fn unlock_keyslot(
+        &self,
+        store: &dyn BlockStore,
+        keyslot: usize,
+        passphrase: &Passphrase,
+        limits: &Limits,
+    ) -> Result<UnlockedVolume, LuksError> {
+        let id = u32::try_from(keyslot).unwrap_or(u32::MAX);
+        let metadata = &self.header.metadata;
+        let is_ours =
+            metadata.digests.values().any(|digest| digest.keyslots.contains(&id) && !digest.segments.is_empty());
+        let slot = metadata.keyslots.get(&id).filter(|_| is_ours).ok_or(LuksError::NoSuchKeyslot(keyslot))?;
+        // No truncation: 32 or 64 bytes.
+        let key_bytes = u32::try_from(self.key_len).unwrap_or(0);
+        let opening = Opening::new(id, slot, key_bytes, limits)?;
+        let key = self.try_keyslot(keyslot, &opening, store, passphrase)?;
+        Ok(UnlockedVolume { key, segment: self.segment, keyslot })
     }
 
     /// The header.
@@ -283,9 +315,14 @@ impl Opening {
 fn data_segment(metadata: &Metadata) -> Result<(u32, &DataSegment), LuksError> {
     let is_backup = |segment: &DataSegment| segment.flags.iter().any(|flag| flag.starts_with("backup-"));
     let mut segments = metadata.segments.iter().filter(|(_, segment)| !is_backup(segment));
-    let (Some((id, segment)), None) = (segments.next(), segments.next()) else {
-        return Err(LuksError::corrupt("segments", "not one segment"));
+    let Some((id, segment)) = segments.next() else {
+        return Err(LuksError::corrupt("segments", "without one that holds data"));
     };
+    let more = segments.count();
+    if more > 0 {
+        let (found, supported) = ((more + 1).to_string(), "it does one; a reencryption must be finished first");
+        return Err(LuksError::Unsupported { what: "number of data segments", found, supported });
+    }
     if segment.kind != "crypt" {
         let found = segment.kind.clone();
         return Err(LuksError::Unsupported { what: "segment type", found, supported: "it does crypt" });
@@ -297,12 +334,13 @@ fn data_segment(metadata: &Metadata) -> Result<(u32, &DataSegment), LuksError> {
     Ok((*id, segment))
 }
 
-fn place(header: &Header, data: &DataSegment, disk_len: u64) -> Result<Segment, LuksError> {
-    if data.offset == 0 {
+fn place(header: &Header, data: &DataSegment, disk: DataDisk) -> Result<Segment, LuksError> {
+    if data.offset == 0 && !disk.is_detached {
         return Err(LuksError::Detached);
     }
     let metadata_end = 2 * header.binary.header_size + header.metadata.config.keyslots_size;
-    if data.offset < metadata_end {
+    // Also where the header is detached, as cryptsetup has it: data in its place is data that a header may overwrite.
+    if data.offset != 0 && data.offset < metadata_end {
         let found = format!("{}, before the end of the keyslots area at {metadata_end}", data.offset);
         return Err(LuksError::corrupt("segments offset", found));
     }
@@ -310,11 +348,11 @@ fn place(header: &Header, data: &DataSegment, disk_len: u64) -> Result<Segment, 
         return Err(LuksError::corrupt("segments sector_size", data.sector_size.to_string()));
     };
     let sector = sector_size.bytes_u64();
-    let available = disk_len.saturating_sub(data.offset) / sector * sector;
+    let available = disk.len.saturating_sub(data.offset) / sector * sector;
     let len = data.size.unwrap_or(available);
     if len > available || len == 0 {
         let needed = data.offset.saturating_add(len.max(sector));
-        return Err(LuksError::TooSmall { needed, available: disk_len });
+        return Err(LuksError::TooSmall { needed, available: disk.len });
     }
     Ok(Segment { offset: data.offset, len, sector_size, iv_start: Lba512(data.iv_tweak) })
 }

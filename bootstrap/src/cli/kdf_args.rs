@@ -1,0 +1,121 @@
+//! How a passphrase becomes a keyslot's key: cryptsetup's own options.
+
+use std::num::NonZeroU32;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use engine::key::VolumeKey;
+use engine::luks::kdf::{self, Argon2Cost};
+use engine::luks::luks2::KdfOptions;
+use engine::luks::{HashAlgorithm, Limits};
+
+use crate::memory;
+use crate::new_volume::{ARGON2_MEMORY, UNLOCK_TIME, argon2_lanes};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct KdfArgs {
+    /// The key derivation: LUKS2 has argon2id by default, LUKS1 has pbkdf2 only.
+    #[arg(long, value_enum)]
+    pbkdf: Option<Pbkdf>,
+    /// The hash of PBKDF2, and of what else the keyslot hashes.
+    #[arg(long, value_name = "HASH", default_value = "sha256", value_parser = hash)]
+    pub(super) hash: HashAlgorithm,
+    /// How long a guess at the passphrase shall take on this machine, in milliseconds.
+    #[arg(short = 'i', long, value_name = "MS", default_value_t = milliseconds(UNLOCK_TIME))]
+    iter_time: u64,
+    /// The most memory that Argon2 takes, in KiB: 1 GiB by default, and never more than half of what the machine has.
+    #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(32..=4 << 20))]
+    pbkdf_memory: Option<u32>,
+    /// The lanes of Argon2, each a thread; by default as many as there are CPUs, and at most 4.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16))]
+    pbkdf_parallel: Option<u32>,
+    /// The iterations of PBKDF2 (at least 1000) or passes of Argon2 (at least 4), instead of measuring.
+    #[arg(long, value_name = "N", conflicts_with = "iter_time")]
+    pbkdf_force_iterations: Option<NonZeroU32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Pbkdf {
+    Argon2id,
+    Argon2i,
+    Pbkdf2,
+}
+
+impl KdfArgs {
+    /// What was asked for, measured on this machine; `default` where no derivation was.
+    ///
+    /// # Errors
+    /// What cannot be.
+    pub(super) fn options(&self, default: Pbkdf) -> Result<KdfOptions> {
+        let pbkdf = self.pbkdf.unwrap_or(default);
+        let argon2: fn(Argon2Cost) -> KdfOptions = match pbkdf {
+            Pbkdf::Pbkdf2 => return self.pbkdf2(),
+            Pbkdf::Argon2id => KdfOptions::Argon2id,
+            Pbkdf::Argon2i => KdfOptions::Argon2i,
+        };
+        self.argon2().map(argon2)
+    }
+
+    /// The iterations of PBKDF2, for a format that has nothing else.
+    ///
+    /// # Errors
+    /// Where Argon2 was asked for.
+    pub(super) fn pbkdf2_iterations(&self) -> Result<NonZeroU32> {
+        match self.options(Pbkdf::Pbkdf2)? {
+            KdfOptions::Pbkdf2 { iterations, .. } => Ok(iterations),
+            _ => bail!("LUKS1 has no other key derivation than pbkdf2: leave --pbkdf out, or make a LUKS2 volume"),
+        }
+    }
+
+    fn pbkdf2(&self) -> Result<KdfOptions> {
+        if self.pbkdf_memory.or(self.pbkdf_parallel).is_some() {
+            bail!("--pbkdf-memory and --pbkdf-parallel are Argon2's: PBKDF2 takes no memory and has one lane");
+        }
+        let least = kdf::MIN_ITERATIONS;
+        let iterations = match self.pbkdf_force_iterations {
+            Some(iterations) if iterations < least => bail!("PBKDF2 has at least {least} iterations, not {iterations}"),
+            Some(iterations) => iterations,
+            None => {
+                let start = Instant::now();
+                kdf::calibrate(self.hash, VolumeKey::AES_256, self.target(), &mut || start.elapsed())
+            }
+        };
+        Ok(KdfOptions::Pbkdf2 { hash: self.hash, iterations })
+    }
+
+    fn argon2(&self) -> Result<Argon2Cost> {
+        let ceiling = memory::argon2_ceiling_kib();
+        let wanted = self.pbkdf_memory.unwrap_or(ARGON2_MEMORY);
+        if self.pbkdf_memory.is_some() && wanted > ceiling {
+            tracing::warn!("Argon2 gets {ceiling} KiB, half of the memory there is, and not {wanted}");
+        }
+        let memory = wanted.min(ceiling);
+        let lanes = self.pbkdf_parallel.unwrap_or_else(argon2_lanes);
+        if let Some(passes) = self.pbkdf_force_iterations {
+            let most = Limits::default().argon2_time;
+            if !(4..=most).contains(&passes.get()) {
+                bail!("Argon2 makes 4 to {most} passes over its memory, not {passes}");
+            }
+            return Ok(Argon2Cost { time: passes.get(), memory, lanes });
+        }
+        let start = Instant::now();
+        kdf::calibrate_argon2id(self.target(), memory, lanes, &mut || start.elapsed())
+            .map_err(|error| anyhow::anyhow!("{error:?}"))
+            .context("Argon2 could not be tried with 64 MiB of memory: choose `--pbkdf pbkdf2`")
+    }
+
+    fn target(&self) -> Duration {
+        Duration::from_millis(self.iter_time)
+    }
+}
+
+fn hash(name: &str) -> Result<HashAlgorithm, String> {
+    HashAlgorithm::from_name(name).ok_or_else(|| {
+        let names: Vec<_> = HashAlgorithm::ALL.iter().map(|hash| hash.name()).collect();
+        format!("the hashes are {}", names.join(", "))
+    })
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,153 @@
+//! A volume that carries its own secret, wrapped by KMS, in a token of its LUKS2 header: no S3 at all.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Output;
+
+use harness::moto::{Client, Moto};
+use harness::nbdcrypt::{binary, told};
+use serde_json::{Value, json};
+
+struct Instance(Client);
+
+impl Instance {
+    fn new(moto: &Moto, more: &str) -> Self {
+        let client = moto.client();
+        let dir = client.dir().display();
+        client.file(
+            "scratch.toml",
+            format!(
+                "[volume]\ndevices = [\"{dir}/disk\"]\nsize = \"32M\"\n[key]\nsource = \"aws\"\nobject = \"token\"\n\
+                 kms-key = \"alias/volumes\"\nretry-for = \"5s\"\n{more}\n\
+                 [filesystem]\ntype = \"ext4\"\nmountpoint = \"{dir}/mnt\"\n"
+            ),
+        );
+        Self(client)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.dir().join(name)
+    }
+
+    fn run(&self, verb: &str) -> Output {
+        let mut command = self.0.command(binary());
+        command.arg("--run-dir").arg(self.path("run")).arg(verb).arg(self.path("scratch.toml")).output().unwrap()
+    }
+
+    #[track_caller]
+    fn succeeds(&self, verb: &str) -> String {
+        let output = self.run(verb);
+        assert!(output.status.success(), "{verb}: {}", told(&output));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[track_caller]
+    fn refused(&self, verb: &str, words: &[&str]) {
+        let output = self.run(verb);
+        assert_eq!(output.status.code(), Some(1), "{}", told(&output));
+        for word in words {
+            assert!(told(&output).contains(word), "`{word}` is missing: {}", told(&output));
+        }
+        assert!(!self.path("run/scratch").exists());
+    }
+
+    fn token(&self) -> Value {
+        serde_json::from_str(&self.0.shell("cryptsetup token export --token-id 0 disk")).unwrap()
+    }
+
+    /// Puts another token in the place of the volume's own, as whoever can write to the disk can.
+    fn replace_token(&self, token: &Value) {
+        self.0.file("token.json", token.to_string());
+        self.0.shell("cryptsetup token remove --token-id 0 disk 2> removed || true; cryptsetup token import --token-id 0 --json-file token.json disk");
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        if self.path("run/scratch").exists() {
+            self.run("down");
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto, cryptsetup, root and FUSE: run `make test`")]
+fn a_volume_carries_its_own_secret_and_a_recovery_passphrase_beside_it() {
+    let moto = Moto::start();
+    let key = moto.make_key("alias/volumes");
+    let instance = Instance::new(&moto, "encryption-context = { volume = \"scratch\" }");
+    // There is no bucket at all.
+    instance.refused("provision", &["nothing to provision", "nbdcrypt up"]);
+    assert!(instance.succeeds("plan").contains("the token in the LUKS2 header"));
+    assert!(instance.succeeds("up").contains("LUKS2, AES-256-XTS"));
+    fs::write(instance.path("mnt/file"), "kept").unwrap();
+    instance.succeeds("down");
+
+    let uuid = instance.0.shell("cryptsetup luksUUID disk").trim().to_owned();
+    let token = instance.token();
+    assert_eq!(token["type"], "aws-kms");
+    assert_eq!(token["encryption-context"], json!({ "volume": "scratch", "luks-uuid": uuid }));
+    assert!(token["kms-key"].as_str().unwrap().ends_with(&key), "{token}");
+    let dump = instance.0.shell("cryptsetup luksDump disk");
+    assert!(dump.contains("0: aws-kms\n\tKeyslot:    0\n") && dump.contains("PBKDF:      pbkdf2"), "{dump}");
+
+    // A recovery passphrase, in a keyslot of its own: cryptsetup opens the volume by it, with no KMS around.
+    let wrapped = token["ciphertext"].as_str().unwrap();
+    let asked = json!({ "CiphertextBlob": wrapped, "EncryptionContext": token["encryption-context"] });
+    let secret: Value = serde_json::from_str(&moto.kms("Decrypt", &asked)).unwrap();
+    instance.0.file("secret.base64", secret["Plaintext"].as_str().unwrap());
+    instance.0.file("recovery", "written on paper");
+    instance.0.shell(
+        "base64 -d secret.base64 > secret; chmod 600 secret recovery\n\
+         cryptsetup luksAddKey -q --pbkdf-memory 1024 --pbkdf-force-iterations 4 --key-file secret disk recovery\n\
+         cryptsetup open --test-passphrase --key-file recovery disk",
+    );
+    instance.succeeds("up");
+    assert_eq!(fs::read_to_string(instance.path("mnt/file")).unwrap(), "kept");
+    instance.succeeds("down");
+    // The token says which keyslot; the key that is disabled opens nothing.
+    moto.kms("DisableKey", &json!({ "KeyId": key }));
+    instance.refused("up", &["disabled"]);
+    instance.0.shell("cryptsetup open --test-passphrase --key-file recovery disk");
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto, cryptsetup, root and FUSE: run `make test`")]
+fn a_token_that_is_not_the_volumes_own_is_refused_by_what_is_wrong_with_it() {
+    let moto = Moto::start();
+    moto.make_key("alias/volumes");
+    let instance = Instance::new(&moto, "");
+    let other = Instance::new(&moto, "");
+    for instance in [&instance, &other] {
+        instance.succeeds("up");
+        instance.succeeds("down");
+    }
+    let (own, others) = (instance.token(), other.token());
+
+    // Of another volume: by the UUID that it says itself, and by KMS where it lies.
+    instance.replace_token(&others);
+    let made_for = others["encryption-context"]["luks-uuid"].as_str().unwrap();
+    instance.refused("up", &["made for", made_for, "this is volume"]);
+    let mut lying = others.clone();
+    lying["encryption-context"] = own["encryption-context"].clone();
+    instance.replace_token(&lying);
+    instance.refused("up", &["KMS cannot decrypt the token in the LUKS2 header"]);
+    let mut broken = own.clone();
+    broken["ciphertext"] = json!("?");
+    instance.replace_token(&broken);
+    instance.refused("up", &["ciphertext", "base64"]);
+    instance.0.shell("cryptsetup token remove --token-id 0 disk");
+    instance.refused("up", &["no token `aws-kms`", "object"]);
+    instance.replace_token(&own);
+    instance.succeeds("up");
+    instance.succeeds("down");
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto, root and FUSE: run `make test`")]
+fn what_kms_refuses_leaves_no_volume_behind() {
+    let moto = Moto::start();
+    let instance = Instance::new(&moto, "");
+    instance.refused("up", &["alias/volumes"]);
+    assert!(!instance.path("disk").exists() && !instance.path("mnt").exists());
+}

@@ -1,0 +1,254 @@
+//! Everything that a LUKS volume can be here, both ways: what cryptsetup makes the engine opens, and what the engine makes
+//! cryptsetup opens and adds keyslots to. Each format, key derivation, sector size, key size, header attached and detached,
+//! and 1 to 8 keyslots. That the data is the same is in `kernel_dm_crypt`.
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+
+use engine::key::{Passphrase, VolumeKey};
+use engine::luks::kdf::Argon2Cost;
+use engine::luks::luks2::KdfOptions;
+use engine::luks::{self, Disks, FormatOptions, HashAlgorithm, Limits, LuksError, UnlockedVolume};
+use engine::sector::SectorSize;
+use harness::luks::{PASSPHRASE, Workbench, key, noise, quick_luks1, quick_luks2, store};
+
+const MIB: u64 = 1 << 20;
+const KEYSLOTS: usize = 8;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kdf {
+    Pbkdf2(HashAlgorithm),
+    Argon2i,
+    Argon2id,
+}
+
+/// One volume of the matrix.
+#[derive(Clone, Copy, Debug)]
+struct Cell {
+    luks1: bool,
+    kdf: Kdf,
+    sector: SectorSize,
+    key_len: usize,
+    detached: bool,
+}
+
+/// All volumes with this format and key derivation.
+fn cells(luks1: bool, kdf: Kdf) -> Vec<Cell> {
+    let sectors: &[SectorSize] = if luks1 { &[SectorSize::B512] } else { &[SectorSize::B512, SectorSize::B4096] };
+    let mut cells = Vec::new();
+    for &sector in sectors {
+        for key_len in [VolumeKey::AES_256, VolumeKey::AES_128] {
+            cells.extend([false, true].map(|detached| Cell { luks1, kdf, sector, key_len, detached }));
+        }
+    }
+    cells
+}
+
+/// A disk for one volume, and what opens it.
+struct Stage {
+    bench: Workbench,
+    cell: Cell,
+    disk: PathBuf,
+    header: PathBuf,
+}
+
+impl Stage {
+    fn new(cell: Cell) -> Self {
+        let bench = Workbench::new();
+        for slot in 1..KEYSLOTS {
+            std::fs::write(bench.path(&format!("key{slot}")), passphrase(slot)).unwrap();
+        }
+        std::fs::write(bench.path("key0"), passphrase(0)).unwrap();
+        let disk = bench.disk("disk", 20 * MIB);
+        let header = if cell.detached { bench.path("header") } else { disk.clone() };
+        Self { bench, cell, disk, header }
+    }
+
+    /// cryptsetup, on the header: quick key derivation where it makes a keyslot.
+    fn cryptsetup(&self, arguments: &[&str]) -> String {
+        self.bench.run("cryptsetup", arguments.iter().copied())
+    }
+
+    fn quick(&self) -> Vec<&'static str> {
+        let mut quick = match self.cell.kdf {
+            Kdf::Pbkdf2(hash) => vec!["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--hash", hash.name()],
+            Kdf::Argon2i => vec!["--pbkdf", "argon2i"],
+            Kdf::Argon2id => vec!["--pbkdf", "argon2id"],
+        };
+        if !matches!(self.cell.kdf, Kdf::Pbkdf2(_)) {
+            quick.extend(["--pbkdf-force-iterations", "4", "--pbkdf-memory", "256", "--pbkdf-parallel", "2"]);
+        }
+        quick
+    }
+
+    fn luks_format(&self) {
+        let key_bits = (self.cell.key_len * 8).to_string();
+        let sector = self.cell.sector.to_string();
+        let mut all = vec!["luksFormat", "-q", "--key-file", "key0", "--key-size", &key_bits];
+        all.extend(["--type", if self.cell.luks1 { "luks1" } else { "luks2" }]);
+        all.extend(self.quick());
+        if !self.cell.luks1 {
+            all.extend(["--sector-size", &sector]);
+        }
+        if self.cell.detached {
+            all.extend(["--header", "header"]);
+        }
+        all.push("disk");
+        self.cryptsetup(&all);
+    }
+
+    /// What we make, as `nbdcrypt format` does.
+    fn format(&self) {
+        let Cell { luks1, kdf, sector, key_len, .. } = self.cell;
+        let cost = Argon2Cost { time: 4, memory: 256, lanes: 2 };
+        let hash = if let Kdf::Pbkdf2(hash) = kdf { hash } else { HashAlgorithm::Sha256 };
+        let options = if luks1 {
+            FormatOptions::Luks1(quick_luks1(hash))
+        } else {
+            let kdf = match kdf {
+                Kdf::Pbkdf2(hash) => KdfOptions::Pbkdf2 { hash, iterations: NonZeroU32::new(1000).unwrap() },
+                Kdf::Argon2i => KdfOptions::Argon2i(cost),
+                Kdf::Argon2id => KdfOptions::Argon2id(cost),
+            };
+            let mut options = quick_luks2();
+            (options.kdf, options.hash, options.sector_size) = (kdf, hash, sector);
+            (options.label, options.subsystem) = ("a label".to_owned(), "a subsystem".to_owned());
+            FormatOptions::Luks2(Box::new(options))
+        };
+        if self.cell.detached {
+            self.bench.disk("header", options.header_len(key_len));
+        }
+        self.with_disks(|disks| {
+            let pending = options.begin(disks, &Passphrase::new(passphrase(0)), key(key_len), &mut noise(5)).unwrap();
+            pending.commit(disks).unwrap();
+        });
+    }
+
+    fn with_disks<T>(&self, then: impl FnOnce(Disks<'_>) -> T) -> T {
+        let (header, data) = (store(&self.header), store(&self.disk));
+        if self.cell.detached {
+            then(Disks::detached(header.as_ref(), data.as_ref()))
+        } else {
+            then(data.as_ref().into())
+        }
+    }
+
+    /// A keyslot more, by cryptsetup.
+    fn add_key(&self, slot: usize) {
+        let new = format!("key{slot}");
+        self.cryptsetup(
+            &[&["luksAddKey", "-q", "--key-file", "key0"], &self.quick()[..], &[self.header_name(), &new]].concat(),
+        );
+    }
+
+    fn header_name(&self) -> &'static str {
+        if self.cell.detached { "header" } else { "disk" }
+    }
+
+    fn unlock(&self, passphrase: Vec<u8>) -> Result<UnlockedVolume, LuksError> {
+        self.with_disks(|disks| {
+            luks::read(disks, &Limits::default())?.unlock(disks.header(), &Passphrase::new(passphrase))
+        })
+    }
+
+    /// Every passphrase of the first `slots` opens its own keyslot with us and with cryptsetup, and no other does.
+    fn assert_opens(&self, slots: usize, expected: &[u8]) {
+        let Cell { sector, key_len, detached, luks1, .. } = self.cell;
+        for slot in 0..slots {
+            let unlocked = self.unlock(passphrase(slot)).unwrap_or_else(|error| panic!("{:?}: {error}", self.cell));
+            assert_eq!(unlocked.keyslot, slot, "{:?}", self.cell);
+            assert_eq!(unlocked.key.expose(), expected, "{:?}", self.cell);
+            assert_eq!((unlocked.key.bits() / 8, unlocked.segment.sector_size), (key_len, sector));
+            let offset = match (detached, luks1, key_len) {
+                (true, ..) => 0,
+                (false, true, VolumeKey::AES_256) => 2 * MIB,
+                // Keyslots of 128 KiB: rounded up, that is 2 MiB too.
+                (false, true, _) => 2 * MIB,
+                (false, false, _) => 16 * MIB,
+            };
+            assert_eq!((unlocked.segment.offset, unlocked.segment.len), (offset, 20 * MIB - offset), "{:?}", self.cell);
+        }
+        let wrong = self.unlock(passphrase(slots)).unwrap_err();
+        assert!(matches!(wrong, LuksError::WrongPassphrase), "{:?}: {wrong}", self.cell);
+    }
+
+    fn cryptsetup_key(&self) -> Vec<u8> {
+        harness::luks::cryptsetup_key_of(&self.bench, &self.header, "key0")
+    }
+}
+
+/// The passphrase of a keyslot.
+fn passphrase(slot: usize) -> Vec<u8> {
+    [PASSPHRASE, slot.to_string().as_bytes()].concat()
+}
+
+fn theirs(luks1: bool, kdf: Kdf) {
+    for cell in cells(luks1, kdf) {
+        let stage = Stage::new(cell);
+        stage.luks_format();
+        let expected = stage.cryptsetup_key();
+        stage.assert_opens(1, &expected);
+        for slot in 1..KEYSLOTS {
+            stage.add_key(slot);
+            stage.unlock(passphrase(slot)).unwrap();
+        }
+        stage.assert_opens(KEYSLOTS, &expected);
+    }
+}
+
+fn ours(luks1: bool, kdf: Kdf) {
+    for cell in cells(luks1, kdf) {
+        let stage = Stage::new(cell);
+        stage.format();
+        let header = stage.header_name();
+        let said = stage.cryptsetup(&["luksDump", "--debug", header]);
+        for complaint in ["ecover", "mismatch", "nvalid", "ailed", "arning", "WARNING"] {
+            assert!(!said.contains(complaint), "{cell:?}, {complaint}: {said}");
+        }
+        let ours = stage.with_disks(|disks| luks::dump(disks.header()).unwrap().display(header));
+        let own = |line: &&str| !line.trim_start().to_lowercase().starts_with("encryption:");
+        let dumped = stage.cryptsetup(&["luksDump", header]);
+        assert_eq!(ours.lines().filter(own).collect::<Vec<_>>(), dumped.lines().collect::<Vec<_>>(), "{cell:?}");
+        assert_eq!(stage.cryptsetup_key(), key(cell.key_len).expose());
+        for slot in 0..KEYSLOTS {
+            if slot > 0 {
+                stage.add_key(slot);
+            }
+            let name = format!("key{slot}");
+            stage.cryptsetup(&["open", "--test-passphrase", "--key-file", &name, header]);
+        }
+        stage.assert_opens(KEYSLOTS, key(cell.key_len).expose());
+        // repair finds nothing to do, and changes nothing.
+        let before = std::fs::read(&stage.header).unwrap();
+        stage.cryptsetup(&["repair", "-q", header]);
+        assert!(std::fs::read(&stage.header).unwrap() == before, "{cell:?}");
+    }
+}
+
+/// A test for each format and key derivation and direction, so that they run side by side.
+macro_rules! matrix {
+    ($($luks1:literal $kdf:expr => $theirs:ident, $ours:ident;)*) => {$(
+        #[test]
+        #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+        fn $theirs() {
+            theirs($luks1, $kdf);
+        }
+
+        #[test]
+        #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+        fn $ours() {
+            ours($luks1, $kdf);
+        }
+    )*};
+}
+
+matrix! {
+    true Kdf::Pbkdf2(HashAlgorithm::Sha1) => luks1_with_sha1_of_cryptsetups, luks1_with_sha1_of_ours;
+    true Kdf::Pbkdf2(HashAlgorithm::Sha256) => luks1_with_sha256_of_cryptsetups, luks1_with_sha256_of_ours;
+    true Kdf::Pbkdf2(HashAlgorithm::Sha512) => luks1_with_sha512_of_cryptsetups, luks1_with_sha512_of_ours;
+    false Kdf::Pbkdf2(HashAlgorithm::Sha1) => luks2_with_sha1_of_cryptsetups, luks2_with_sha1_of_ours;
+    false Kdf::Pbkdf2(HashAlgorithm::Sha256) => luks2_with_sha256_of_cryptsetups, luks2_with_sha256_of_ours;
+    false Kdf::Pbkdf2(HashAlgorithm::Sha512) => luks2_with_sha512_of_cryptsetups, luks2_with_sha512_of_ours;
+    false Kdf::Argon2i => luks2_with_argon2i_of_cryptsetups, luks2_with_argon2i_of_ours;
+    false Kdf::Argon2id => luks2_with_argon2id_of_cryptsetups, luks2_with_argon2id_of_ours;
+}
