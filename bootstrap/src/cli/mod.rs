@@ -6,13 +6,16 @@ mod demo;
 mod down;
 mod dump;
 mod format;
+mod header;
 mod header_args;
 mod kdf_args;
+mod key;
 mod plain_args;
 mod plan;
 mod provision;
 mod serve;
 mod status;
+mod token;
 mod up;
 
 use std::path::PathBuf;
@@ -57,6 +60,12 @@ enum Command {
     Serve(serve::Args),
     /// The header of a volume, as `cryptsetup luksDump` shows it.
     Dump(dump::Args),
+    /// The keys that open a volume: list, add, change, remove.
+    Key(key::Args),
+    /// What else a LUKS2 header holds that helps to open the volume: list, import, export, remove.
+    Token(token::Args),
+    /// A volume's header as a whole.
+    Header(header::Args),
     /// Throughput on this machine.
     Bench(bench::Args),
 }
@@ -88,6 +97,9 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Format(args) => format::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Dump(args) => dump::run(args),
+        Command::Key(args) => key::run(args),
+        Command::Token(args) => token::run(args),
+        Command::Header(args) => header::run(args),
         Command::Bench(args) => bench::run(args),
     }
 }

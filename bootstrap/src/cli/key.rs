@@ -1,0 +1,236 @@
+//! `nbdcrypt key`: the keys that open a volume.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use engine::key::Passphrase;
+use engine::luks::luks2::{Kdf, KdfOptions};
+use engine::luks::{self, Dump, LockedVolume, NewKey};
+use engine::store::{Access, Caching, FileStore};
+use serde_json::{Value, json};
+
+use super::format::key_file;
+use super::header_args::{HeaderArgs, LimitArgs};
+use super::kdf_args::{KdfArgs, Pbkdf};
+use super::tell;
+use crate::keys::{FileKey, KeySource};
+use crate::{disk, process, system};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// The keyslots that hold a key.
+    List(List),
+    /// Add a key, beside one that opens the volume.
+    Add(Add),
+    /// Replace a key by another. The old one opens the volume until the new one does.
+    Change(Change),
+    /// Remove a key, by itself or by its keyslot; its key material is overwritten.
+    Remove(Remove),
+}
+
+#[derive(Debug, clap::Args)]
+struct List {
+    #[command(flatten)]
+    place: Place,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct Place {
+    /// The disk or file; with `--header` only the header is touched.
+    device: PathBuf,
+    #[command(flatten)]
+    header: HeaderArgs,
+}
+
+#[derive(Debug, clap::Args)]
+struct Add {
+    #[command(flatten)]
+    place: Place,
+    #[command(flatten)]
+    limits: LimitArgs,
+    /// A passphrase that opens the volume: the file's bytes, all of them; `-` is standard input.
+    #[arg(long, value_name = "FILE")]
+    key_file: PathBuf,
+    /// The passphrase to add; `-` is standard input.
+    #[arg(long, value_name = "FILE")]
+    new_key_file: PathBuf,
+    /// The keyslot for it; the first free one by default.
+    #[arg(short = 'S', long, value_name = "N")]
+    key_slot: Option<usize>,
+    #[command(flatten)]
+    kdf: KdfArgs,
+}
+
+#[derive(Debug, clap::Args)]
+struct Change {
+    #[command(flatten)]
+    place: Place,
+    #[command(flatten)]
+    limits: LimitArgs,
+    /// The passphrase to replace: the file's bytes, all of them; `-` is standard input.
+    #[arg(long, value_name = "FILE")]
+    key_file: PathBuf,
+    /// The passphrase that takes its place; `-` is standard input.
+    #[arg(long, value_name = "FILE")]
+    new_key_file: PathBuf,
+    /// The keyslot that holds the old one; by default the first that it opens.
+    #[arg(short = 'S', long, value_name = "N")]
+    key_slot: Option<usize>,
+    #[command(flatten)]
+    kdf: KdfArgs,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("which").required(true))]
+struct Remove {
+    #[command(flatten)]
+    place: Place,
+    #[command(flatten)]
+    limits: LimitArgs,
+    /// The passphrase to remove: the file's bytes, all of them; `-` is standard input.
+    #[arg(long, value_name = "FILE", group = "which")]
+    key_file: Option<PathBuf>,
+    /// The keyslot to clear, whatever passphrase is in it.
+    #[arg(short = 'S', long, value_name = "N", group = "which")]
+    key_slot: Option<usize>,
+    /// Remove even the last key, after which nobody can ever read the data.
+    #[arg(long)]
+    force: bool,
+}
+
+impl Place {
+    fn path(&self) -> &Path {
+        self.header.header.as_ref().unwrap_or(&self.device)
+    }
+
+    fn open(&self) -> Result<FileStore> {
+        Ok(disk::open(self.path(), Access::ReadWrite, Caching::PageCache)?)
+    }
+}
+
+pub(super) fn run(args: Args) -> Result<()> {
+    process::protect_secrets();
+    match args.command {
+        Command::List(args) => list(&args),
+        Command::Add(args) => {
+            let name = args.place.path().display().to_string();
+            add(&args)
+                .with_context(|| name.clone())
+                .and_then(|slot| tell(format_args!("{name}: key in keyslot {slot}\n")))
+        }
+        Command::Change(args) => {
+            let name = args.place.path().display().to_string();
+            change(&args)
+                .with_context(|| name.clone())
+                .and_then(|slot| tell(format_args!("{name}: new key in keyslot {slot}\n")))
+        }
+        Command::Remove(args) => {
+            let name = args.place.path().display().to_string();
+            remove(&args)
+                .with_context(|| name.clone())
+                .and_then(|slot| tell(format_args!("{name}: keyslot {slot} cleared\n")))
+        }
+    }
+}
+
+fn add(args: &Add) -> Result<usize> {
+    let disk = args.place.open()?;
+    let limits = args.limits.limits();
+    let volume = luks::read_for_keys(&disk, &limits)?;
+    let unlocked = volume.unlock(&disk, &passphrase(&args.key_file)?)?;
+    let new = passphrase(&args.new_key_file)?;
+    let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
+    Ok(volume.add_key(&disk, &limits, &unlocked.key, &new, args.key_slot, &mut system::random)?)
+}
+
+fn change(args: &Change) -> Result<usize> {
+    let disk = args.place.open()?;
+    let limits = args.limits.limits();
+    let volume = luks::read_for_keys(&disk, &limits)?;
+    let unlocked = volume.unlock_keyslot(&disk, args.key_slot, &passphrase(&args.key_file)?, &limits)?;
+    let new = passphrase(&args.new_key_file)?;
+    let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
+    Ok(volume.change_key(&disk, &limits, &unlocked.key, unlocked.keyslot, &new, &mut system::random)?)
+}
+
+fn remove(args: &Remove) -> Result<usize> {
+    let disk = args.place.open()?;
+    let limits = args.limits.limits();
+    let volume = luks::read_for_keys(&disk, &limits)?;
+    let slot = match (&args.key_file, args.key_slot) {
+        (Some(file), _) => volume.unlock(&disk, &passphrase(file)?)?.keyslot,
+        (None, slot) => slot.context("neither --key-file nor --key-slot")?,
+    };
+    volume.remove_key(&disk, slot, args.force, &mut system::random)?;
+    Ok(slot)
+}
+
+fn passphrase(file: &Path) -> Result<Passphrase> {
+    Ok(FileKey::new(key_file(file)).passphrase()?)
+}
+
+fn kdf(args: &KdfArgs, volume: &LockedVolume) -> Result<KdfOptions> {
+    match volume {
+        LockedVolume::Luks2(_) => args.options(Pbkdf::Argon2id),
+        // With the volume's own hash, whatever `--hash` says: LUKS1 has one for all.
+        LockedVolume::Luks1(_) => Ok(KdfOptions::Pbkdf2 { hash: args.hash, iterations: args.pbkdf2_iterations()? }),
+    }
+}
+
+fn list(args: &List) -> Result<()> {
+    let path = args.place.path();
+    let name = || path.display().to_string();
+    // No lock: a header may be looked at while its volume is up.
+    let disk = FileStore::open(path, Access::ReadOnly, Caching::PageCache).with_context(name)?;
+    let rows = rows(&luks::dump(&disk).with_context(name)?);
+    if args.json {
+        return tell(format_args!("{:#}\n", Value::Array(rows)));
+    }
+    let line = |row: &Value| {
+        let text = |name: &str| row[name].as_str().map_or_else(|| row[name].to_string(), str::to_owned);
+        format!("{:>2}  {:<8}  {}\n", text("keyslot"), text("priority"), text("kdf"))
+    };
+    tell(rows.iter().map(line).collect::<String>())
+}
+
+fn rows(dump: &Dump) -> Vec<Value> {
+    match dump {
+        Dump::Luks1(header) => {
+            let used = header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled);
+            let row = |(index, slot): (usize, &luks::luks1::Keyslot)| {
+                let kdf = format!("pbkdf2-{}, {} iterations", header.hash_spec, slot.iterations);
+                json!({ "keyslot": index, "priority": "normal", "kdf": kdf })
+            };
+            used.map(row).collect()
+        }
+        Dump::Luks2(header) => {
+            let row = |(id, slot): (&u32, &luks::luks2::Keyslot)| {
+                let kdf = match slot.opening.as_ref().map(|(kdf, _)| kdf) {
+                    Some(Kdf::Pbkdf2 { hash, iterations, .. }) => format!("pbkdf2-{hash}, {iterations} iterations"),
+                    Some(Kdf::Argon2 { is_id, time, memory, cpus, .. }) => {
+                        let name = if *is_id { "argon2id" } else { "argon2i" };
+                        format!("{name}, {time} passes, {memory} KiB, {cpus} lanes")
+                    }
+                    Some(Kdf::Other(name)) => name.clone(),
+                    None => slot.kind.clone(),
+                };
+                let priority = match slot.priority {
+                    0 => "ignored",
+                    2 => "preferred",
+                    _ => "normal",
+                };
+                json!({ "keyslot": id, "priority": priority, "kdf": kdf })
+            };
+            header.metadata.keyslots.iter().map(row).collect()
+        }
+    }
+}
