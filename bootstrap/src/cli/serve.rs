@@ -231,9 +231,9 @@ async fn listen_and_serve(args: &Args, names: &[String], server: &Server) -> Res
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (listener, addresses, _socket) = bind(args, names).await?;
     let mut stdout = std::io::stdout();
-    for address in addresses {
-        writeln!(stdout, "{address}")?;
-    }
+    // With one call: whoever needs the first alone may close the pipe behind it.
+    let lines: String = addresses.iter().map(|address| format!("{address}\n")).collect();
+    stdout.write_all(lines.as_bytes())?;
     stdout.flush()?;
     if stdout.is_terminal() {
         let devices: Vec<String> = args.devices.iter().map(|device| device.display().to_string()).collect();
