@@ -7,8 +7,10 @@ pub mod server;
 pub mod session;
 mod shutdown;
 pub mod statistics;
+pub mod tls;
 
 pub use export::{Export, Exports, ExportsError};
 pub use server::{Listener, PlainSocket, Server, SessionKind, Settings};
 pub use session::SessionError;
 pub use shutdown::{Shutdown, Trigger, shutdown};
+pub use tls::Tls;

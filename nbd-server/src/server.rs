@@ -6,15 +6,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::sockopt;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
+use tokio_rustls::server::TlsStream;
 
 use crate::export::{Export, Exports};
+use crate::session::tokio::Haggled;
 use crate::session::workers::Workers;
 use crate::session::{SessionError, Work, tokio as session, uring};
 use crate::shutdown::Shutdown;
+use crate::tls::Tls;
 
 /// Kernel memory for each direction of a unix socket, in bytes. The usual 208 KiB make sender and receiver take turns;
 /// with a few megabytes they run side by side, at twice the throughput.
@@ -60,8 +64,14 @@ impl PlainSocket for TcpStream {
 pub struct Settings {
     /// Connections served at once; further ones wait in the listener's queue.
     pub max_connections: usize,
-    /// How long a client may take to come to transmission.
+    /// How long a client may take to come to transmission, TLS included.
     pub handshake_timeout: Duration,
+    /// A client in transmission that neither sends nor takes a byte for so long, while nothing is carried out for it, is
+    /// cut off: one without requests as well as one that stopped in the middle of a message. Up to an eighth longer may
+    /// pass. `None`: never, as a filesystem wants it, which may have nothing to ask for hours.
+    pub idle_timeout: Option<Duration>,
+    /// Whether conversations are encrypted. Connections that have no handshake are not concerned.
+    pub tls: Tls,
     /// Threads that read and write the disks: how many requests they have at once, over all connections.
     pub workers: usize,
     /// Which session serves plain sockets.
@@ -73,6 +83,8 @@ impl Default for Settings {
         Self {
             max_connections: 256,
             handshake_timeout: Duration::from_secs(10),
+            idle_timeout: None,
+            tls: Tls::Off,
             workers: 16,
             session: SessionKind::Auto,
         }
@@ -136,6 +148,12 @@ enum Accepted {
     Tcp(TcpStream),
 }
 
+/// A client that chose an export, and the stream on which it sends its requests: the socket itself, or TLS in it.
+enum Settled<S> {
+    Plain(S, Export),
+    Tls(Box<TlsStream<S>>, Export),
+}
+
 impl Server {
     /// Starts the threads; nothing is served yet.
     ///
@@ -180,11 +198,8 @@ impl Server {
                 () = shutdown.requested() => break,
             };
             match accepted {
-                Ok(Accepted::Unix(stream)) => {
-                    connections.spawn(self.clone().serve_logged(stream, shutdown.clone(), place));
-                }
-                Ok(Accepted::Tcp(stream)) => {
-                    connections.spawn(self.clone().serve_logged(stream, shutdown.clone(), place));
+                Ok(accepted) => {
+                    connections.spawn(self.clone().serve_logged(accepted, shutdown.clone(), place));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "no connection could be accepted");
@@ -203,16 +218,47 @@ impl Server {
     ///
     /// # Errors
     /// [`SessionError`] when it ended otherwise than by the client's leave or the shutdown.
-    pub async fn serve_stream<S>(&self, mut stream: S, mut shutdown: Shutdown) -> Result<(), SessionError>
+    pub async fn serve_stream<S>(&self, stream: S, mut shutdown: Shutdown) -> Result<(), SessionError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let limit = self.settings.handshake_timeout;
-        let Some(export) = session::handshake(&mut stream, &self.exports, limit, &mut shutdown).await? else {
-            return Ok(());
+        let settled = self.settle(stream, &mut shutdown).await?;
+        self.transmit(settled, shutdown).await
+    }
+
+    /// Takes a client through the handshake, and through TLS where the two agree on it. `None` when it took its leave.
+    async fn settle<S>(&self, mut stream: S, shutdown: &mut Shutdown) -> Result<Option<Settled<S>>, SessionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let Self { exports, settings, .. } = self;
+        // One for all of it, so that no stage of it can be drawn out.
+        let deadline = Instant::now() + settings.handshake_timeout;
+        let late = |_| SessionError::HandshakeTimeout;
+        let greeted = session::greet(&mut stream, settings.tls.policy(), exports, shutdown);
+        let handshake = match timeout_at(deadline, greeted).await.map_err(late)?? {
+            Haggled::Chosen(export) => {
+                tracing::debug!(export = export.info().name, "a client entered transmission");
+                return Ok(Some(Settled::Plain(stream, export)));
+            }
+            Haggled::Left => return Ok(None),
+            Haggled::StartTls(handshake) => handshake,
         };
-        tracing::debug!(export = export.info().name, "a client entered transmission");
-        self.serve_transmission(stream, &export, shutdown).await
+        let stream = timeout_at(deadline, settings.tls.accept(stream)).await.map_err(late)?;
+        let mut stream = Box::new(stream.map_err(SessionError::Tls)?);
+        let haggled = session::haggle(&mut stream, handshake, exports, shutdown);
+        match timeout_at(deadline, haggled).await.map_err(late)?? {
+            Haggled::Chosen(export) => {
+                tracing::debug!(export = export.info().name, "a client entered transmission under TLS");
+                Ok(Some(Settled::Tls(stream, export)))
+            }
+            // TLS does not begin twice: the handshake sees to it.
+            Haggled::Left | Haggled::StartTls(_) => {
+                // The client may be gone already.
+                let _ = stream.shutdown().await;
+                Ok(None)
+            }
+        }
     }
 
     /// Serves one client that needs no handshake: the kernel, which was given the other end of a socketpair and told of
@@ -229,20 +275,20 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite,
     {
-        session::transmission(stream, export, &self.workers, shutdown).await
+        session::transmission(stream, export, &self.workers, self.settings.idle_timeout, shutdown).await
     }
 
-    /// Serves one client on a plain socket, from the first word on: by io_uring where that is possible.
+    /// Serves one client on a plain socket, from the first word on: by io_uring where that is possible, unless the client
+    /// goes on under TLS.
     ///
     /// # Errors
     /// [`SessionError`] when it ended otherwise than by the client's leave or the shutdown.
-    pub async fn serve_socket(&self, mut socket: impl PlainSocket, mut shutdown: Shutdown) -> Result<(), SessionError> {
-        let limit = self.settings.handshake_timeout;
-        let Some(export) = session::handshake(&mut socket, &self.exports, limit, &mut shutdown).await? else {
-            return Ok(());
-        };
-        tracing::debug!(export = export.info().name, "a client entered transmission");
-        self.serve_socket_transmission(socket, &export, shutdown).await
+    pub async fn serve_socket(&self, socket: impl PlainSocket, mut shutdown: Shutdown) -> Result<(), SessionError> {
+        match self.settle(socket, &mut shutdown).await? {
+            None => Ok(()),
+            Some(Settled::Plain(socket, export)) => self.serve_socket_transmission(socket, &export, shutdown).await,
+            Some(Settled::Tls(stream, export)) => self.serve_transmission(stream, &export, shutdown).await,
+        }
     }
 
     /// Serves one client on a plain socket that needs no handshake: the kernel, which was given the other end of a
@@ -257,17 +303,33 @@ impl Server {
         shutdown: Shutdown,
     ) -> Result<(), SessionError> {
         if self.by_uring {
-            return uring::transmission(socket.into_owned_fd()?, export, &self.workers, shutdown).await;
+            let idle = self.settings.idle_timeout;
+            return uring::transmission(socket.into_owned_fd()?, export, &self.workers, idle, shutdown).await;
         }
-        session::transmission(socket, export, &self.workers, shutdown).await
+        self.serve_transmission(socket, export, shutdown).await
     }
 
-    async fn serve_logged<P: Send>(self, socket: impl PlainSocket, shutdown: Shutdown, place: P) {
-        match self.serve_socket(socket, shutdown).await {
+    async fn serve_logged<P: Send>(self, accepted: Accepted, shutdown: Shutdown, place: P) {
+        let served = match accepted {
+            Accepted::Unix(socket) => self.serve_socket(socket, shutdown).await,
+            Accepted::Tcp(socket) => self.serve_socket(socket, shutdown).await,
+        };
+        match served {
             Ok(()) => tracing::debug!("a client left"),
             Err(error) => tracing::info!(%error, "a connection ended"),
         }
         drop(place);
+    }
+
+    async fn transmit<S>(&self, settled: Option<Settled<S>>, shutdown: Shutdown) -> Result<(), SessionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        match settled {
+            Some(Settled::Plain(stream, export)) => self.serve_transmission(stream, &export, shutdown).await,
+            Some(Settled::Tls(stream, export)) => self.serve_transmission(stream, &export, shutdown).await,
+            None => Ok(()),
+        }
     }
 
     async fn flush(&self) -> io::Result<()> {

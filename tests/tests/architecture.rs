@@ -122,7 +122,7 @@ fn the_engine_imports_downwards() {
 fn the_protocol_is_a_pure_core() {
     may_name("nbd-server/src/proto", &["proto"]);
     only_in(
-        &["nbd-server/src/session", "nbd-server/src/server", "nbd-server/src/shutdown"],
+        &["nbd-server/src/session", "nbd-server/src/server", "nbd-server/src/shutdown", "nbd-server/src/tls"],
         &["nbd-server"],
         &["tokio::", "std::net", "std::os", "async fn", "rustix::"],
     );

@@ -56,7 +56,7 @@ enum Command {
     Status(status::Args),
     /// Make a LUKS volume on a blank disk or a new file.
     Format(format::Args),
-    /// Serve a volume to NBD clients, in the foreground.
+    /// Serve volumes to NBD clients, in the foreground.
     Serve(serve::Args),
     /// The header of a volume, as `cryptsetup luksDump` shows it.
     Dump(dump::Args),

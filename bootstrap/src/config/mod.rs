@@ -24,7 +24,7 @@ use crate::new_volume::Strength;
 
 pub use error::{ConfigError, Fault};
 pub use instance_store::{DeviceError, SYSFS};
-pub use value::{KeyFile, S3Object, SecretPlace, VolumeName, parse_size};
+pub use value::{KeyFile, S3Object, SecretPlace, VolumeName, parse_duration, parse_size};
 
 /// One volume: where it lies, what unlocks it, how the kernel comes to see it, and what is mounted where.
 #[derive(Clone, Debug, PartialEq, Eq)]

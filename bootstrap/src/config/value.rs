@@ -119,7 +119,7 @@ pub fn parse_size(text: &str) -> Option<u64> {
 }
 
 /// A duration from `90s`, `2m` or `1h`.
-pub(super) fn parse_duration(text: &str) -> Option<Duration> {
+pub fn parse_duration(text: &str) -> Option<Duration> {
     let (at, unit) = text.char_indices().last()?;
     let seconds = match unit {
         's' => 1,

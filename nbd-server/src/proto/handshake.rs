@@ -7,6 +7,7 @@
 //!   C: data                                    ExpectOptionData    │  or SkipOptionData
 //!   S: replies                                                   ──┘  until GO or EXPORT_NAME
 //! ```
+//! After `NBD_OPT_STARTTLS` was acknowledged, the same goes on under TLS, from `ExpectOption`, with all options forgotten.
 
 use super::MAX_PAYLOAD;
 use super::option::{ExportQuery, OptionError, OptionRequest};
@@ -51,6 +52,19 @@ impl ExportInfo {
     }
 }
 
+/// What a server does about TLS ("TLS support"): NOTLS, SELECTIVETLS without an export that is TLS-only, or FORCEDTLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TlsPolicy {
+    /// There is none; a client that asks for it is told so.
+    #[default]
+    Off,
+    /// Clients may ask for it. Someone between client and server can keep them from it unnoticed, unless the client
+    /// insists.
+    Offered,
+    /// A client is told of nothing and let into nothing before it.
+    Required,
+}
+
 /// What the handshake settled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Negotiated {
@@ -71,6 +85,9 @@ pub enum HandshakeError {
     /// `NBD_OPT_EXPORT_NAME` for an export that is not there; that option has no way to say so.
     #[error("the client asked by NBD_OPT_EXPORT_NAME for an export that does not exist")]
     NoSuchExport,
+    /// `NBD_OPT_EXPORT_NAME` without TLS where it is required; that option has no way to say so.
+    #[error("the client asked by NBD_OPT_EXPORT_NAME for an export without TLS, which is required")]
+    TlsRequired,
     /// Option data longer than anything sensible.
     #[error("the client announced an option of {0} bytes")]
     OptionTooLong(u32),
@@ -98,7 +115,15 @@ impl From<Truncated> for HandshakeError {
 pub struct Handshake {
     expect: Expect,
     client: Client,
+    tls: Channel,
     shutting_down: bool,
+}
+
+/// What carries the conversation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Channel {
+    Plaintext(TlsPolicy),
+    Tls,
 }
 
 /// What comes after a step.
@@ -108,6 +133,13 @@ pub enum Next {
     Continue(Handshake),
     /// An export was chosen; what the client sends from now on are requests.
     Transmission(Negotiated),
+    /// TLS was agreed on. Send what there is to send; then the TLS handshake begins with the very next byte that the
+    /// client sends, and this handshake goes on under TLS.
+    ///
+    /// # Contract
+    /// What the session received of the client in plaintext is never given to a handshake that goes on under TLS: not a
+    /// byte beyond [`Handshake::wanted`] may have been taken from the stream, or it must be part of the TLS handshake.
+    StartTls(Handshake),
     /// The client took its leave. Send what there is to send and close.
     Aborted,
 }
@@ -129,11 +161,16 @@ enum Expect {
 
 impl Handshake {
     /// Begins a handshake: what the server says first is added to `out`.
-    pub fn greeting(out: &mut Vec<u8>) -> Self {
+    pub fn greeting(tls: TlsPolicy, out: &mut Vec<u8>) -> Self {
         out.extend(NBDMAGIC.to_be_bytes());
         out.extend(IHAVEOPT.to_be_bytes());
         out.extend((NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES).to_be_bytes());
-        Self { expect: Expect::ClientFlags, client: Client::default(), shutting_down: false }
+        Self {
+            expect: Expect::ClientFlags,
+            client: Client::default(),
+            tls: Channel::Plaintext(tls),
+            shutting_down: false,
+        }
     }
 
     /// How many bytes the next step takes: at least one, at most some thousands.
@@ -144,6 +181,11 @@ impl Handshake {
             Expect::OptionData { len, .. } => len,
             Expect::SkipOptionData { left, .. } => left.min(SKIP_CHUNK),
         }
+    }
+
+    /// Whether nothing is told or agreed on before TLS.
+    fn insists_on_tls(&self) -> bool {
+        self.tls == Channel::Plaintext(TlsPolicy::Required)
     }
 
     /// Answers every further option but `NBD_OPT_ABORT` with `NBD_REP_ERR_SHUTDOWN`.
@@ -200,6 +242,9 @@ impl Handshake {
             return Err(HandshakeError::TooManyOptions);
         }
         let len = usize::try_from(announced).map_err(|_| HandshakeError::OptionTooLong(announced))?;
+        if option == NBD_OPT_EXPORT_NAME && self.insists_on_tls() {
+            return Err(HandshakeError::TlsRequired);
+        }
         match len {
             0 => self.option(option, &[], exports, out),
             // No data is held for options whose data means nothing here.
@@ -232,6 +277,9 @@ impl Handshake {
                 replies.error(NBD_REP_ERR_SHUTDOWN, "the server is shutting down");
                 return Ok(self.then(Expect::Option));
             }
+            Ok(OptionRequest::StartTls) => return Ok(self.start_tls(replies)),
+            // Whatever it is, known or not, well formed or not.
+            _ if self.insists_on_tls() && option != NBD_OPT_STARTTLS => return self.refuse_unread(option, out),
             Err(_) if option == NBD_OPT_EXPORT_NAME => return Err(HandshakeError::NoSuchExport),
             Err(OptionError::Unknown) => return self.refuse_unread(option, out),
             Err(OptionError::Invalid(why)) => {
@@ -255,7 +303,8 @@ impl Handshake {
                 }
                 Ok(Next::Transmission(Negotiated { export }))
             }
-            OptionRequest::Abort => Ok(Next::Aborted),
+            // Seen to above.
+            OptionRequest::Abort | OptionRequest::StartTls => Ok(Next::Aborted),
             OptionRequest::List => {
                 for export in exports {
                     replies.server(export);
@@ -274,6 +323,27 @@ impl Handshake {
         }
     }
 
+    /// Answers `NBD_OPT_STARTTLS`.
+    fn start_tls(mut self, mut replies: Replies<'_>) -> Next {
+        match self.tls {
+            Channel::Tls => replies.error(NBD_REP_ERR_INVALID, "TLS is there already"),
+            Channel::Plaintext(TlsPolicy::Off) => {
+                replies.error(NBD_REP_ERR_POLICY, "this server is set up without TLS");
+            }
+            Channel::Plaintext(TlsPolicy::Offered | TlsPolicy::Required) => {
+                replies.ack();
+                // "the server MUST NOT preserve any negotiation state": someone else may have negotiated it. The client
+                // flags are no option, and a client under TLS can't send them again; the count is a bound.
+                let Client { no_zeroes, options } = self.client;
+                self.client = Client { no_zeroes, options };
+                self.tls = Channel::Tls;
+                self.expect = Expect::Option;
+                return Next::StartTls(self);
+            }
+        }
+        self.then(Expect::Option)
+    }
+
     /// Answers an option whose data was not looked at.
     fn refuse_unread(self, option: u32, out: &mut Vec<u8>) -> Result<Next, HandshakeError> {
         let mut replies = Replies { option, out };
@@ -283,6 +353,9 @@ impl Handshake {
                 return Ok(Next::Aborted);
             }
             _ if self.shutting_down => replies.error(NBD_REP_ERR_SHUTDOWN, "the server is shutting down"),
+            _ if self.insists_on_tls() && option != NBD_OPT_STARTTLS => {
+                replies.error(NBD_REP_ERR_TLS_REQD, "this server speaks of its exports under TLS alone");
+            }
             NBD_OPT_LIST => replies.error(NBD_REP_ERR_INVALID, "NBD_OPT_LIST carries no data"),
             _ if OptionRequest::is_known(option) => {
                 replies.error(NBD_REP_ERR_TOO_BIG, "the option's data is too long");
@@ -359,5 +432,85 @@ impl Replies<'_> {
         for piece in data {
             self.out.extend(*piece);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::transcript::{End, GOOD_HANDSHAKE, Transcript, example_exports};
+    use super::*;
+
+    fn option(option: u32, data: &[u8]) -> Vec<u8> {
+        let mut bytes = IHAVEOPT.to_be_bytes().to_vec();
+        bytes.extend(option.to_be_bytes());
+        bytes.extend(u32::try_from(data.len()).unwrap().to_be_bytes());
+        bytes.extend(data);
+        bytes
+    }
+
+    /// What a server with this policy replies to the options, in turn; and how it ended.
+    fn replies(tls: TlsPolicy, options: &[Vec<u8>]) -> (Vec<(u32, u32)>, End) {
+        let bytes = [vec![0, 0, 0, 3], options.concat()].concat();
+        let transcript = Transcript::with_tls(tls, &example_exports(), [bytes.as_slice()]);
+        let mut sent = &transcript.sent[18..];
+        let mut replies = Vec::new();
+        while let Some((header, rest)) = sent.split_first_chunk::<20>() {
+            let word = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().unwrap());
+            replies.push((word(8), word(12)));
+            sent = &rest[word(16) as usize..];
+        }
+        (replies, transcript.end)
+    }
+
+    #[test]
+    fn without_tls_the_option_is_refused_and_nothing_else() {
+        let (replies, end) = replies(TlsPolicy::Off, &[option(NBD_OPT_STARTTLS, &[]), option(NBD_OPT_LIST, &[])]);
+        assert_eq!(replies[0], (NBD_OPT_STARTTLS, NBD_REP_ERR_POLICY));
+        assert_eq!(replies[1], (NBD_OPT_LIST, NBD_REP_SERVER));
+        assert_eq!(end, End::Waiting);
+    }
+
+    #[test]
+    fn where_tls_is_required_every_option_waits_for_it() {
+        let long = vec![0; MAX_OPTION_DATA + 1];
+        for (kind, data) in [
+            (NBD_OPT_LIST, &[][..]),
+            (NBD_OPT_LIST, &[1]),
+            (NBD_OPT_INFO, &[0; 6]),
+            (NBD_OPT_INFO, &[0; 5]),
+            (NBD_OPT_GO, &[0; 6]),
+            (NBD_OPT_GO, &long),
+            (NBD_OPT_STRUCTURED_REPLY, &[]),
+            (4711, &[]),
+            (4711, &long),
+        ] {
+            let asked = [option(kind, data), option(NBD_OPT_STARTTLS, &[]), option(NBD_OPT_LIST, &[])];
+            let (replies, _) = replies(TlsPolicy::Required, &asked);
+            let expected = [(kind, NBD_REP_ERR_TLS_REQD), (NBD_OPT_STARTTLS, NBD_REP_ACK)];
+            assert_eq!(replies[..2], expected, "{kind} {}", data.len());
+            assert_eq!(replies[2], (NBD_OPT_LIST, NBD_REP_SERVER));
+        }
+        let (said, end) = replies(TlsPolicy::Required, &[option(NBD_OPT_ABORT, &[])]);
+        assert_eq!((said, end), (vec![(NBD_OPT_ABORT, NBD_REP_ACK)], End::Disconnected));
+        for name in [&b""[..], b"disk", b"nowhere"] {
+            let (said, end) = replies(TlsPolicy::Required, &[option(NBD_OPT_EXPORT_NAME, name)]);
+            assert_eq!((said, end), (vec![], End::Handshake(HandshakeError::TlsRequired)));
+        }
+    }
+
+    #[test]
+    fn tls_begins_once_and_carries_no_data() {
+        for policy in [TlsPolicy::Offered, TlsPolicy::Required] {
+            let twice = [option(NBD_OPT_STARTTLS, &[0]), option(NBD_OPT_STARTTLS, &[]), option(NBD_OPT_STARTTLS, &[])];
+            let (replies, _) = replies(policy, &twice);
+            let kinds: Vec<u32> = replies.iter().map(|(_, kind)| *kind).collect();
+            assert_eq!(kinds, [NBD_REP_ERR_INVALID, NBD_REP_ACK, NBD_REP_ERR_INVALID]);
+        }
+    }
+
+    #[test]
+    fn where_tls_is_offered_a_client_may_do_without() {
+        let transcript = Transcript::with_tls(TlsPolicy::Offered, &example_exports(), [GOOD_HANDSHAKE]);
+        assert_eq!(transcript, Transcript::of(&example_exports(), [GOOD_HANDSHAKE]));
     }
 }

@@ -26,7 +26,7 @@ pub mod transcript;
 pub mod transmission;
 pub mod wire;
 
-pub use handshake::{ExportInfo, Handshake, HandshakeError, Negotiated};
+pub use handshake::{ExportInfo, Handshake, HandshakeError, Negotiated, TlsPolicy};
 pub use reply::{ErrorCode, Reply};
 pub use request::{Command, Range, Request};
 pub use transmission::{ExpectPayload, ExpectRequest, ExpectSkipped, Received, TransmissionError};

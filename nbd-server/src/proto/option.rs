@@ -9,6 +9,7 @@ pub(super) enum OptionRequest<'a> {
     ExportName(&'a str),
     Abort,
     List,
+    StartTls,
     Info(ExportQuery<'a>),
     Go(ExportQuery<'a>),
 }
@@ -54,6 +55,8 @@ impl<'a> OptionRequest<'a> {
             NBD_OPT_ABORT => Ok(Self::Abort),
             NBD_OPT_LIST if data.is_empty() => Ok(Self::List),
             NBD_OPT_LIST => Err(OptionError::Invalid("NBD_OPT_LIST carries no data")),
+            NBD_OPT_STARTTLS if data.is_empty() => Ok(Self::StartTls),
+            NBD_OPT_STARTTLS => Err(OptionError::Invalid("NBD_OPT_STARTTLS carries no data")),
             NBD_OPT_INFO => Ok(Self::Info(ExportQuery::parse(data)?)),
             NBD_OPT_GO => Ok(Self::Go(ExportQuery::parse(data)?)),
             _ => Err(OptionError::Unknown),
@@ -62,7 +65,10 @@ impl<'a> OptionRequest<'a> {
 
     /// Whether this server knows the option, however its data is.
     pub(super) fn is_known(option: u32) -> bool {
-        matches!(option, NBD_OPT_EXPORT_NAME | NBD_OPT_ABORT | NBD_OPT_LIST | NBD_OPT_INFO | NBD_OPT_GO)
+        matches!(
+            option,
+            NBD_OPT_EXPORT_NAME | NBD_OPT_ABORT | NBD_OPT_LIST | NBD_OPT_STARTTLS | NBD_OPT_INFO | NBD_OPT_GO
+        )
     }
 }
 

@@ -1,7 +1,7 @@
 //! A whole conversation without a connection: what a client that sends given bytes is told, and what it asked for. For
 //! tests and fuzzers, which ask whether any bytes, cut anywhere, do harm.
 
-use super::handshake::{ExportInfo, Handshake, HandshakeError, Next};
+use super::handshake::{ExportInfo, Handshake, HandshakeError, Next, TlsPolicy};
 use super::transmission::{ExpectRequest, Received, TransmissionError};
 use super::{Command, ErrorCode};
 
@@ -59,8 +59,14 @@ impl Transcript {
     /// Plays the client's bytes, which arrive in these pieces, to a server of these exports. Each write, trim and so on
     /// succeeds.
     pub fn of<'a>(exports: &[ExportInfo], pieces: impl IntoIterator<Item = &'a [u8]>) -> Self {
+        Self::with_tls(TlsPolicy::Off, exports, pieces)
+    }
+
+    /// The same with a server that offers or requires TLS. Where TLS begins, the bytes that follow stand for what comes
+    /// out of it.
+    pub fn with_tls<'a>(tls: TlsPolicy, exports: &[ExportInfo], pieces: impl IntoIterator<Item = &'a [u8]>) -> Self {
         let mut transcript = Self::default();
-        let mut state = State::Handshake(Handshake::greeting(&mut transcript.sent));
+        let mut state = State::Handshake(Handshake::greeting(tls, &mut transcript.sent));
         let mut held = Vec::new();
         for piece in pieces {
             held.extend_from_slice(piece);
@@ -85,7 +91,7 @@ impl Transcript {
     fn step(&mut self, state: State, bytes: &[u8], exports: &[ExportInfo]) -> State {
         match state {
             State::Handshake(handshake) => match handshake.handle(bytes, exports, &mut self.sent) {
-                Ok(Next::Continue(next)) => State::Handshake(next),
+                Ok(Next::Continue(next) | Next::StartTls(next)) => State::Handshake(next),
                 Ok(Next::Transmission(negotiated)) => {
                     State::Transmission(ExpectRequest::new(&exports[negotiated.export]))
                 }

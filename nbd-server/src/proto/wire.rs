@@ -58,8 +58,12 @@ pub const NBD_REP_SERVER: u32 = 2;
 pub const NBD_REP_INFO: u32 = 3;
 /// Option error: the server does not know the option.
 pub const NBD_REP_ERR_UNSUP: u32 = (1 << 31) + 1;
+/// Option error: the server knows the option, and is set up not to carry it out.
+pub const NBD_REP_ERR_POLICY: u32 = (1 << 31) + 2;
 /// Option error: the option is malformed.
 pub const NBD_REP_ERR_INVALID: u32 = (1 << 31) + 3;
+/// Option error: nothing but `NBD_OPT_STARTTLS` and `NBD_OPT_ABORT` before TLS.
+pub const NBD_REP_ERR_TLS_REQD: u32 = (1 << 31) + 5;
 /// Option error: there is no such export.
 pub const NBD_REP_ERR_UNKNOWN: u32 = (1 << 31) + 6;
 /// Option error: the server is shutting down.

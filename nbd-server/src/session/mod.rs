@@ -29,6 +29,12 @@ pub enum SessionError {
     /// The handshake took too long.
     #[error("the client did not finish the handshake in time")]
     HandshakeTimeout,
+    /// Certificates or ciphers did not fit, or what the client sent was no TLS.
+    #[error("no TLS with the client: {0}")]
+    Tls(std::io::Error),
+    /// Nothing came and nothing was taken for as long as the settings allow.
+    #[error("the client was idle for too long")]
+    Idle,
     /// The requests went wrong.
     #[error(transparent)]
     Transmission(#[from] TransmissionError),

@@ -22,7 +22,7 @@ use super::buffers::{Buffer, Buffers};
 use super::workers::Workers;
 use super::{MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, Work, perform_unharmed};
 use crate::export::{Export, Exports};
-use crate::proto::handshake::Next;
+use crate::proto::handshake::{Next, TlsPolicy};
 use crate::proto::{Command, ExpectRequest, Handshake, Received, Reply, Request};
 use crate::shutdown::Shutdown;
 
@@ -45,53 +45,77 @@ const DEAF: Duration = Duration::from_secs(2);
 /// After the shutdown, a client that neither finishes what it began to send nor takes its replies is cut off.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
-/// Takes a client through the handshake: which export it chose, or `None` when it took its leave.
+/// What came of a handshake, as far as it went on one stream.
+pub(crate) enum Haggled {
+    /// The client chose this export.
+    Chosen(Export),
+    /// The client took its leave, or the server has to.
+    Left,
+    /// TLS is to begin with the next byte of the stream, of which nothing was read ahead.
+    StartTls(Handshake),
+}
+
+/// Greets a client and takes it through the handshake.
 ///
 /// # Errors
 /// [`SessionError`]; the connection is of no more use.
-pub(crate) async fn handshake<S>(
+pub(crate) async fn greet<S>(
     stream: &mut S,
+    tls: TlsPolicy,
     exports: &Exports,
-    limit: Duration,
     shutdown: &mut Shutdown,
-) -> Result<Option<Export>, SessionError>
+) -> Result<Haggled, SessionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let deadline = Instant::now() + limit;
-    match timeout_at(deadline, haggle(stream, exports, shutdown)).await {
-        Ok(outcome) => outcome,
-        Err(_) => Err(SessionError::HandshakeTimeout),
-    }
+    let mut out = Vec::new();
+    let handshake = Handshake::greeting(tls, &mut out);
+    send(stream, &mut out).await?;
+    haggle(stream, handshake, exports, shutdown).await
 }
 
-async fn haggle<S>(stream: &mut S, exports: &Exports, shutdown: &mut Shutdown) -> Result<Option<Export>, SessionError>
+/// Takes a client through the rest of a handshake.
+///
+/// # Errors
+/// [`SessionError`]; the connection is of no more use.
+pub(crate) async fn haggle<S>(
+    stream: &mut S,
+    mut handshake: Handshake,
+    exports: &Exports,
+    shutdown: &mut Shutdown,
+) -> Result<Haggled, SessionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut out = Vec::new();
     let mut bytes = Vec::new();
-    let mut handshake = Handshake::greeting(&mut out);
     loop {
-        send(stream, &mut out).await?;
-        // Exactly as much as belongs to the handshake: what follows may be the business of another layer.
+        // Exactly as much as belongs to the handshake: what follows is the business of another layer. Were anything read
+        // ahead of NBD_OPT_STARTTLS, what someone put into the plaintext could count as said under TLS.
         bytes.resize(handshake.wanted(), 0);
         ::tokio::select! {
             biased;
             read = stream.read_exact(&mut bytes) => read?,
             // The client is between two messages, or too slow to be waited for.
-            () = shutdown.requested() => return Ok(None),
+            () = shutdown.requested() => return Ok(Haggled::Left),
         };
         match handshake.handle(&bytes, exports.infos(), &mut out) {
-            Ok(Next::Continue(next)) => handshake = next,
+            Ok(Next::Continue(next)) => {
+                send(stream, &mut out).await?;
+                handshake = next;
+            }
             Ok(Next::Transmission(negotiated)) => {
                 send(stream, &mut out).await?;
-                return Ok(exports.all().get(negotiated.export).cloned());
+                return Ok(exports.all().get(negotiated.export).cloned().map_or(Haggled::Left, Haggled::Chosen));
+            }
+            Ok(Next::StartTls(next)) => {
+                send(stream, &mut out).await?;
+                return Ok(Haggled::StartTls(next));
             }
             Ok(Next::Aborted) => {
                 // The client may be gone already; the document tells us to bear with it.
                 let _ = send(stream, &mut out).await;
-                return Ok(None);
+                return Ok(Haggled::Left);
             }
             Err(error) => {
                 let _ = send(stream, &mut out).await;
@@ -116,6 +140,7 @@ pub(crate) async fn transmission<S>(
     stream: S,
     export: &Export,
     workers: &Workers<Work>,
+    idle: Option<Duration>,
     shutdown: Shutdown,
 ) -> Result<(), SessionError>
 where
@@ -128,6 +153,8 @@ where
         buffers: Mutex::new(Buffers::new(MAX_BYTES_IN_FLIGHT)),
         outbox: Mutex::default(),
         in_flight: AtomicUsize::new(0),
+        with_workers: AtomicUsize::new(0),
+        moved: AtomicU32::new(0),
         received_all: AtomicBool::new(false),
         yielded: AtomicBool::new(false),
         pace: Pace::new(),
@@ -137,6 +164,7 @@ where
         biased;
         outcome = converse(stream, &connection, workers, shutdown.clone()) => outcome,
         () = too_late(shutdown) => Err(SessionError::Shutdown),
+        () = connection.idled(idle) => Err(SessionError::Idle),
     };
     connection.settled().await;
     outcome
@@ -193,7 +221,11 @@ impl Task {
     /// Carries it out and has the answer sent.
     pub(super) fn run(self) {
         let connection = Arc::clone(&self.place.connection);
-        connection.finish(self.carry_out(), true);
+        let finished = self.carry_out();
+        connection.with_workers.fetch_sub(1, Ordering::Relaxed);
+        // The client is given its time from here on.
+        connection.has_moved();
+        connection.finish(finished, true);
     }
 
     /// Blocks for as long as the disk takes.
@@ -281,6 +313,10 @@ pub(crate) struct Connection {
     outbox: Mutex<Outbox>,
     /// Requests taken on whose replies are not sent.
     in_flight: AtomicUsize,
+    /// Requests that are being carried out, or wait for a worker: the client waits for us.
+    with_workers: AtomicUsize,
+    /// Changes with whatever the client sends or takes.
+    moved: AtomicU32,
     received_all: AtomicBool,
     /// The receiving half wants to go on when the sending half had its turn.
     yielded: AtomicBool,
@@ -288,6 +324,23 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
+    /// Returns when the client has neither sent nor taken a byte for so long, and nothing is done for it. No clock is
+    /// read for a byte that moves: the time is taken in eighths.
+    async fn idled(&self, limit: Option<Duration>) {
+        let Some(limit) = limit else { return std::future::pending().await };
+        let (mut seen, mut still) = (self.moved.load(Ordering::Relaxed), 0);
+        while still < 8 {
+            ::tokio::time::sleep((limit / 8).max(Duration::from_millis(1))).await;
+            let moved = self.moved.load(Ordering::Relaxed);
+            still = if moved == seen && self.with_workers.load(Ordering::Relaxed) == 0 { still + 1 } else { 0 };
+            seen = moved;
+        }
+    }
+
+    fn has_moved(&self) {
+        self.moved.fetch_add(1, Ordering::Relaxed);
+    }
+
     async fn receive(
         self: &Arc<Self>,
         mut reader: impl AsyncRead + Unpin,
@@ -305,6 +358,7 @@ impl Connection {
                 if deaf_at.is_some() {
                     expect.shut_down();
                 }
+                self.has_moved();
                 match more {
                     More::Bytes | More::Shutdown => {}
                     More::End if intake.len() == 0 => return Ok(()),
@@ -327,6 +381,7 @@ impl Connection {
                         while at < bytes.len() {
                             self.submit(workers, &mut batch).await;
                             at += intake.receive(&mut reader, &mut bytes[at..]).await?;
+                            self.has_moved();
                         }
                     }
                     let (request, next) = expect.received();
@@ -349,6 +404,7 @@ impl Connection {
                         if intake.fill(&mut reader).await? == 0 {
                             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
                         }
+                        self.has_moved();
                     }
                 }
                 Ok(Received::Disconnect) => {
@@ -432,6 +488,7 @@ impl Connection {
             return;
         }
         if !self.pace.is_fast() || batch.iter().any(|task| !task.is_small()) {
+            self.with_workers.fetch_add(batch.len(), Ordering::Relaxed);
             workers.submit(batch.drain(..).map(Work::Task));
             return;
         }
@@ -485,7 +542,7 @@ impl Connection {
         while self.finished(&mut replies).await {
             for group in replies.chunks(SLICES / 2) {
                 headers.clear();
-                send_group(&mut writer, group, &mut headers).await?;
+                send_group(&mut writer, group, &mut headers, &self.moved).await?;
             }
             replies.clear();
         }
@@ -595,6 +652,7 @@ async fn send_group(
     writer: &mut (impl AsyncWrite + Unpin),
     replies: &[Finished],
     headers: &mut Vec<u8>,
+    moved: &AtomicU32,
 ) -> io::Result<()> {
     // Where each reply's header ends.
     let mut ends = [0; SLICES / 2];
@@ -616,15 +674,23 @@ async fn send_group(
         slices[count] = IoSlice::new(&headers[start..]);
         count += 1;
     }
-    write_all_vectored(writer, &mut slices[..count]).await?;
+    write_all_vectored(writer, &mut slices[..count], moved).await?;
     writer.flush().await
 }
 
-async fn write_all_vectored(writer: &mut (impl AsyncWrite + Unpin), mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+/// Sends it all, and lets `moved` change with each piece that the client took.
+async fn write_all_vectored(
+    writer: &mut (impl AsyncWrite + Unpin),
+    mut slices: &mut [IoSlice<'_>],
+    moved: &AtomicU32,
+) -> io::Result<()> {
     while !slices.is_empty() {
         match writer.write_vectored(slices).await? {
             0 => return Err(io::ErrorKind::WriteZero.into()),
-            count => IoSlice::advance_slices(&mut slices, count),
+            count => {
+                moved.fetch_add(1, Ordering::Relaxed);
+                IoSlice::advance_slices(&mut slices, count);
+            }
         }
     }
     Ok(())

@@ -149,6 +149,12 @@ pub(super) struct Connection<'a> {
     /// Requests whose replies are not sent, and what they hold of the budget in bytes.
     requests: usize,
     bytes: usize,
+    /// Requests that workers have.
+    handed: usize,
+    /// A client that neither sends nor takes a byte for so long, while nothing is carried out for it, is cut off.
+    idle: Option<Duration>,
+    /// When the client last did, or was last kept waiting.
+    moved: Instant,
     last_words: Option<LastWords>,
     outcome: Result<(), SessionError>,
     /// The socket takes nothing any more.
@@ -161,6 +167,7 @@ impl<'a> Connection<'a> {
         socket: &'a OwnedFd,
         export: &'a Export,
         workers: &'a Workers<Work>,
+        idle: Option<Duration>,
         doorbell: &'a Arc<Doorbell>,
     ) -> Result<(), SessionError> {
         let _connected = export.statistics().connected();
@@ -195,6 +202,9 @@ impl<'a> Connection<'a> {
             large_writes: false,
             requests: 0,
             bytes: 0,
+            handed: 0,
+            idle,
+            moved: Instant::now(),
             last_words: None,
             outcome: Ok(()),
             broken: false,
@@ -237,17 +247,33 @@ impl<'a> Connection<'a> {
 
     /// How long to wait for the next event.
     fn limit(&self) -> Option<Duration> {
-        let now = Instant::now();
+        if self.broken {
+            return None;
+        }
+        let until = |moment: Instant| Some(moment.saturating_duration_since(Instant::now()));
+        let idle = self.idle.and_then(|idle| until(self.moved + idle));
         match &self.last_words {
-            Some(last) if matches!(self.stream, Stream::Ended) => Some(last.end.saturating_duration_since(now)),
-            Some(last) => Some(last.quiet.min(last.deaf).saturating_duration_since(now)),
-            None => (self.requests == 0 && self.buffers.is_large()).then_some(IDLE),
+            Some(last) if matches!(self.stream, Stream::Ended) => until(last.end),
+            Some(last) => until(last.quiet.min(last.deaf)),
+            None if self.requests == 0 && self.buffers.is_large() => Some(idle.map_or(IDLE, |idle| idle.min(IDLE))),
+            None => idle,
         }
     }
 
     fn watch_the_clock(&mut self) {
+        if self.broken {
+            return;
+        }
         if self.doorbell.is_abandoned() {
-            self.give_up(Ok(()));
+            return self.give_up(Ok(()));
+        }
+        if let Some(idle) = self.idle {
+            let now = Instant::now();
+            if self.is_carrying_out() {
+                self.moved = now;
+            } else if now.duration_since(self.moved) >= idle {
+                return self.give_up(Err(SessionError::Idle));
+            }
         }
         let Some(last) = &self.last_words else { return };
         let now = Instant::now();
@@ -262,6 +288,19 @@ impl<'a> Connection<'a> {
                 last.quiet = last.end;
                 last.deaf = last.end;
             }
+        }
+    }
+
+    /// Whether a disk is at work for the client: beside what is counted here, the ring listens to the doorbell.
+    fn is_carrying_out(&self) -> bool {
+        let for_client = usize::from(self.receiving) + usize::from(self.sending) + 1;
+        self.handed > 0 || self.ring.under_way() > for_client
+    }
+
+    /// The client sent or took something.
+    fn has_moved(&mut self) {
+        if self.idle.is_some() {
+            self.moved = Instant::now();
         }
     }
 
@@ -350,6 +389,7 @@ impl<'a> Connection<'a> {
             Ok(0) if is_clean => self.end(Ok(())),
             Ok(0) => self.end(Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())),
             Ok(_) => {
+                self.has_moved();
                 if let Some(last) = &mut self.last_words {
                     last.quiet = Instant::now() + QUIET;
                 }
@@ -661,6 +701,7 @@ impl<'a> Connection<'a> {
     fn hand_over(&mut self, request: Request, payload: Option<Buffer>, is_encrypted: bool) {
         let cost = cost(request.command().payload_len());
         let (export, doorbell) = (self.export.clone(), Arc::clone(self.doorbell));
+        self.handed += 1;
         self.workers.submit([Work::Handed(Errand { request, payload, is_encrypted, cost, export, doorbell })]);
     }
 
@@ -705,7 +746,10 @@ impl<'a> Connection<'a> {
 
     fn sent(&mut self, result: io::Result<usize>, mut batch: Batch) {
         match result {
-            Ok(count) => batch.advance(count),
+            Ok(count) => {
+                self.has_moved();
+                batch.advance(count);
+            }
             Err(error) if is_transient(&error) => {}
             Err(error) => {
                 self.sending = false;
@@ -824,6 +868,7 @@ impl<'a> Connection<'a> {
     fn doorbell_rang(&mut self) {
         self.ring.listen(self.doorbell.as_fd(), Tag::Doorbell);
         for Done { reply, payload, cost } in self.doorbell.take() {
+            self.handed -= 1;
             self.shared = self.shared.saturating_sub(usize::from(cost >= SHARED));
             self.answer(&reply, payload, cost);
         }

@@ -21,6 +21,7 @@ mod ring;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 
@@ -49,6 +50,7 @@ pub(crate) async fn transmission(
     socket: OwnedFd,
     export: &Export,
     workers: &Arc<Workers<Work>>,
+    idle: Option<Duration>,
     mut shutdown: Shutdown,
 ) -> Result<(), SessionError> {
     let doorbell = Arc::new(Doorbell::new()?);
@@ -56,7 +58,7 @@ pub(crate) async fn transmission(
     {
         let (export, workers, doorbell) = (export.clone(), Arc::clone(workers), Arc::clone(&doorbell));
         std::thread::Builder::new().name("nbd-session".to_owned()).spawn(move || {
-            let outcome = Connection::serve(&socket, &export, &workers, &doorbell);
+            let outcome = Connection::serve(&socket, &export, &workers, idle, &doorbell);
             // Nobody may be left to hear of it.
             let _ = ended.send(outcome);
         })?;

@@ -125,7 +125,7 @@ impl<'fd, T> Ring<'fd, T> {
         self.push(entry, tag, Held::Buffer(buffer));
     }
 
-    /// Sends what is left of the batch.
+    /// Sends what is left of the batch, or as much of it as the socket takes.
     pub(super) fn send(&mut self, socket: BorrowedFd<'fd>, batch: Batch, tag: T) {
         let mut message = match self.spare.take() {
             Some(mut message) => {
@@ -147,7 +147,7 @@ impl<'fd, T> Ring<'fd, T> {
         message.slices.extend(slices);
         message.header.msg_iov = message.slices.as_mut_ptr();
         message.header.msg_iovlen = message.slices.len();
-        let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL).cast_unsigned();
+        let flags = libc::MSG_NOSIGNAL.cast_unsigned();
         let entry = opcode::SendMsg::new(Fd(socket.as_raw_fd()), &raw const message.header).flags(flags).build();
         self.push(entry, tag, Held::Message(message));
     }

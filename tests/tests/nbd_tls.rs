@@ -1,0 +1,498 @@
+//! `nbdcrypt serve` under TLS, several exports at once, and the limits on connections: with the clients that people use,
+//! and with raw bytes where a well-behaved client would not say what is to be tested.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use harness::nbd::{RawClient, connect, option_bytes, query};
+use harness::nbdcrypt::{binary, told};
+use nbd_server::proto::wire::*;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+const DATA: u64 = 1 << 20;
+const FLAGS: u32 = NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES;
+
+/// A folder with plain volumes of a mebibyte, their key, and certificates.
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        let folder = Self(tempfile::tempdir().unwrap());
+        fs::write(folder.path("key"), (0..64).collect::<Vec<u8>>()).unwrap();
+        fs::set_permissions(folder.path("key"), fs::Permissions::from_mode(0o600)).unwrap();
+        for disk in ["alpha.img", "beta.img"] {
+            fs::File::create(folder.path(disk)).unwrap().set_len(DATA).unwrap();
+        }
+        folder
+    }
+
+    /// With `pki/`, a server's and a client's certificates by one authority; `other/`, by another; `bare/`, a client's
+    /// directory with nothing but the authority.
+    fn with_certificates() -> Self {
+        let folder = Self::new();
+        for pki in ["pki", "other"] {
+            folder.authority(pki);
+            folder.certificate(pki, "server", "serverAuth");
+            folder.certificate(pki, "client", "clientAuth");
+        }
+        fs::create_dir(folder.path("bare")).unwrap();
+        fs::copy(folder.path("pki/ca-cert.pem"), folder.path("bare/ca-cert.pem")).unwrap();
+        folder
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn authority(&self, pki: &str) {
+        fs::create_dir(self.path(pki)).unwrap();
+        let (key, certificate) = (format!("{pki}/ca-key.pem"), format!("{pki}/ca-cert.pem"));
+        self.run(&format!(
+            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN={pki} \
+             -addext keyUsage=critical,keyCertSign,cRLSign -keyout {key} -out {certificate}"
+        ));
+    }
+
+    fn certificate(&self, pki: &str, who: &str, usage: &str) {
+        let extensions = format!(
+            "basicConstraints=critical,CA:FALSE\nextendedKeyUsage={usage}\nsubjectAltName=DNS:localhost,IP:127.0.0.1\n"
+        );
+        fs::write(self.path("extensions"), extensions).unwrap();
+        self.run(&format!(
+            "openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=localhost \
+             -keyout {pki}/{who}-key.pem -out request.pem"
+        ));
+        self.run(&format!(
+            "openssl x509 -req -in request.pem -CA {pki}/ca-cert.pem -CAkey {pki}/ca-key.pem -CAcreateserial -days 2 \
+             -extfile extensions -out {pki}/{who}-cert.pem"
+        ));
+    }
+
+    /// Takes the client's certificate back.
+    fn revoke_client(&self) {
+        fs::write(self.path("index"), "").unwrap();
+        fs::write(
+            self.path("ca.cnf"),
+            "[ca]\ndefault_ca=it\n[it]\ndatabase=index\ndefault_md=sha256\ndefault_crl_days=2\ncrlnumber=crlnumber\n\
+             crl_extensions=crl\n[crl]\nauthorityKeyIdentifier=keyid\n",
+        )
+        .unwrap();
+        fs::write(self.path("crlnumber"), "01\n").unwrap();
+        let by = "-config ca.cnf -cert pki/ca-cert.pem -keyfile pki/ca-key.pem";
+        self.run(&format!("openssl ca {by} -revoke pki/client-cert.pem"));
+        self.run(&format!("openssl ca {by} -gencrl -out pki/ca-crl.pem"));
+    }
+
+    /// Runs a command line, in which no word has a blank; it must succeed.
+    #[track_caller]
+    fn run(&self, line: &str) -> String {
+        let output = self.try_run(line);
+        assert!(output.status.success(), "{line}: {}", told(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn try_run(&self, line: &str) -> Output {
+        let mut words = line.split_whitespace();
+        let program = words.next().unwrap();
+        let path = if program == "nbdcrypt" { binary() } else { Path::new(program) };
+        let run = Command::new(path).args(words).current_dir(self.0.path()).stdin(Stdio::null()).output();
+        run.unwrap_or_else(|error| panic!("{program} is needed here: {error}; run `make test`"))
+    }
+
+    /// Runs a command line that must fail, and say these words.
+    #[track_caller]
+    fn refused(&self, line: &str, words: &[&str]) {
+        let output = self.try_run(line);
+        assert!(!output.status.success(), "{line}: {}", told(&output));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        for word in words {
+            assert!(said.contains(word), "{line}: `{word}` is missing: {said}");
+        }
+    }
+
+    /// Serves `alpha.img`, and what else is named.
+    #[track_caller]
+    fn serve(&self, more: &str) -> Server {
+        let mut child = Command::new(binary())
+            .args("-v serve --type plain --key-file key alpha.img".split(' '))
+            .args(more.split_whitespace())
+            .current_dir(self.0.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let address = lines.next().unwrap_or_else(|| panic!("{more}: the server did not come up")).unwrap();
+        Server { child, address }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.path("socket")
+    }
+
+    fn client(&self) -> RawClient<UnixStream> {
+        RawClient::new(connect(&self.socket()))
+    }
+}
+
+struct Server {
+    child: Child,
+    /// The first export's.
+    address: String,
+}
+
+impl Server {
+    /// The address with a client's certificates.
+    fn uri(&self, certificates: &str) -> String {
+        let and = if self.address.contains('?') { '&' } else { '?' };
+        format!("{}{and}tls-certificates={certificates}", self.address)
+    }
+
+    fn port(&self) -> &str {
+        self.address.trim_end_matches('/').rsplit(':').next().unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+            let _ = self.child.wait();
+        }
+    }
+}
+
+const TCP: &str = "--listen 127.0.0.1:0";
+const UNIX: &str = "--socket socket";
+const REQUIRED: &str = "--tls require --tls-certificates pki --tls-verify-peer";
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs openssl and libnbd's programs: run `make test`")]
+fn libnbd_reads_and_writes_under_tls_over_unix_sockets_and_tcp() {
+    let folder = Folder::with_certificates();
+    fs::write(folder.path("data"), vec![0x5a; 1 << 20]).unwrap();
+    for (place, scheme) in [(TCP, "nbds://"), (UNIX, "nbds+unix://")] {
+        let server = folder.serve(&format!("{place} {REQUIRED}"));
+        assert!(server.address.starts_with(scheme), "{}", server.address);
+        let uri = server.uri("pki");
+        let info = folder.run(&format!("nbdinfo {uri}"));
+        assert!(info.contains("newstyle-fixed with TLS") && info.contains("export-size: 1048576"), "{info}");
+        folder.run(&format!("nbdcopy --connections=4 --flush data {uri}"));
+        folder.run(&format!("nbdcopy --connections=4 {uri} back"));
+        assert_eq!(fs::read(folder.path("back")).unwrap(), vec![0x5a; 1 << 20]);
+        fs::remove_file(folder.path("back")).unwrap();
+    }
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs openssl and python3-libnbd: run `make test`")]
+fn libnbd_in_python_has_many_requests_in_flight_under_tls() {
+    let script = "import nbd, sys\n\
+        h = nbd.NBD()\n\
+        h.set_tls(nbd.TLS_REQUIRE)\n\
+        h.set_tls_certificates('pki')\n\
+        h.connect_tcp('127.0.0.1', sys.argv[1])\n\
+        assert h.get_tls_negotiated()\n\
+        done = []\n\
+        for n in range(64):\n\
+        \x20   b = nbd.Buffer.from_bytearray(bytearray([n + 1]) * 16384)\n\
+        \x20   h.aio_pwrite(b, n * 16384, completion=lambda e, n=n: done.append((n, e.value)) or 1)\n\
+        while len(done) < 64:\n\
+        \x20   h.poll(-1)\n\
+        assert sorted(done) == [(n, 0) for n in range(64)], done\n\
+        whole = h.pread(1 << 20, 0)\n\
+        assert whole == b''.join(bytes([n + 1]) * 16384 for n in range(64))\n\
+        h.shutdown()\n\
+        print('all well')\n";
+    let folder = Folder::with_certificates();
+    fs::write(folder.path("script"), script).unwrap();
+    let server = folder.serve(&format!("{TCP} {REQUIRED}"));
+    assert_eq!(folder.run(&format!("/usr/bin/python3 script {}", server.port())), "all well\n");
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs openssl and qemu: run `make test`")]
+fn qemu_reads_and_writes_under_tls() {
+    let folder = Folder::with_certificates();
+    let server = folder.serve(&format!("{TCP} {REQUIRED}"));
+    let tls = "--object tls-creds-x509,id=tls,dir=pki,endpoint=client,verify-peer=yes --image-opts";
+    let image = format!("driver=nbd,host=127.0.0.1,port={},tls-creds=tls", server.port());
+    assert!(folder.run(&format!("qemu-img info {tls} {image}")).contains("virtual size: 1 MiB"));
+    let io = Command::new("qemu-io")
+        .args(tls.split(' '))
+        .args([&format!("{image},file.driver=nbd").replace(",file.driver=nbd", ""), "-c", "write -P 7 4k 900k"])
+        .args(["-c", "flush", "-c", "read -P 7 4k 900k"])
+        .current_dir(folder.0.path())
+        .output()
+        .expect("qemu-io is needed here: run `make test`");
+    let said = told(&io);
+    assert!(io.status.success() && !said.contains("failed") && said.matches("921600/921600").count() == 2, "{said}");
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs openssl and nbdinfo: run `make test`")]
+fn strangers_are_kept_out() {
+    let folder = Folder::with_certificates();
+    let server = folder.serve(&format!("{TCP} {REQUIRED}"));
+    folder.run(&format!("nbdinfo --size {}", server.uri("pki")));
+    // No TLS at all; a server that is not the client's; no certificate; one by another authority.
+    let plain = server.address.replace("nbds:", "nbd:");
+    folder.refused(&format!("nbdinfo --size {plain}"), &["requires", "TLS"]);
+    folder.refused(&format!("nbdinfo --list {plain}"), &[]);
+    folder.refused(&format!("nbdinfo --size {}", server.uri("other")), &["certificate"]);
+    folder.refused(&format!("nbdinfo --size {}", server.uri("bare")), &[]);
+    fs::copy(folder.path("other/client-cert.pem"), folder.path("bare/client-cert.pem")).unwrap();
+    fs::copy(folder.path("other/client-key.pem"), folder.path("bare/client-key.pem")).unwrap();
+    folder.refused(&format!("nbdinfo --size {}", server.uri("bare")), &[]);
+    // The server is as it was.
+    folder.run(&format!("nbdinfo --size {}", server.uri("pki")));
+    drop(server);
+
+    // Without --tls-verify-peer, who has no certificate may come; and with `on`, who has no TLS.
+    fs::remove_file(folder.path("bare/client-cert.pem")).unwrap();
+    fs::remove_file(folder.path("bare/client-key.pem")).unwrap();
+    let server = folder.serve(&format!("{TCP} --tls require --tls-certificates pki"));
+    folder.run(&format!("nbdinfo --size {}", server.uri("bare")));
+    folder.refused(&format!("nbdinfo --size {}", server.address.replace("nbds:", "nbd:")), &["TLS"]);
+    drop(server);
+    let server = folder.serve(&format!("{TCP} --tls on --tls-certificates pki"));
+    folder.run(&format!("nbdinfo --size {}", server.uri("bare")));
+    folder.run(&format!("nbdinfo --size {}", server.address.replace("nbds:", "nbd:")));
+    drop(server);
+
+    folder.revoke_client();
+    let server = folder.serve(&format!("{TCP} {REQUIRED}"));
+    folder.refused(&format!("nbdinfo --size {}", server.uri("pki")), &[]);
+    folder.certificate("pki", "client", "clientAuth");
+    folder.run(&format!("nbdinfo --size {}", server.uri("pki")));
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
+fn tls_has_version_1_2_or_1_3_and_nothing_older() {
+    let folder = Folder::with_certificates();
+    let server = folder.serve(&format!("{TCP} --tls require --tls-certificates pki"));
+    for (version, served) in [("-tls1_2", true), ("-tls1_3", true), ("-tls1_1", false)] {
+        // A proxy for the first words, which `openssl s_client` can't say: NBD, then TLS.
+        let mut upstream = TcpStream::connect(("127.0.0.1", server.port().parse().unwrap())).unwrap();
+        upstream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        begin_tls(&mut upstream);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let pump = std::thread::spawn(move || {
+            let (mut client, _) = listener.accept().unwrap();
+            let (mut from, mut to) = (client.try_clone().unwrap(), upstream.try_clone().unwrap());
+            let up = std::thread::spawn(move || {
+                std::io::copy(&mut from, &mut to).map(|_| to.shutdown(std::net::Shutdown::Write))
+            });
+            let _ = std::io::copy(&mut upstream, &mut client);
+            let _ = client.shutdown(std::net::Shutdown::Both);
+            let _ = up.join();
+        });
+        let line = format!(
+            "openssl s_client -connect 127.0.0.1:{port} {version} -cipher ALL:@SECLEVEL=0 -CAfile pki/ca-cert.pem"
+        );
+        let output = folder.try_run(&line);
+        pump.join().unwrap();
+        let said = told(&output);
+        assert_eq!(said.contains("Server certificate"), served, "{version}: {said}");
+    }
+}
+
+/// Goes as far as the acknowledgement of `NBD_OPT_STARTTLS`.
+fn begin_tls(stream: &mut (impl Read + Write)) {
+    let mut client = RawClient::new(stream);
+    client.haggle(FLAGS);
+    let replies = client.option(NBD_OPT_STARTTLS, &[]);
+    assert_eq!(replies.last().map(|reply| reply.kind), Some(NBD_REP_ACK));
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
+fn what_is_slipped_in_behind_starttls_is_never_carried_out() {
+    let folder = Folder::with_certificates();
+    let _server = folder.serve(&format!("{UNIX} --tls on --tls-certificates pki"));
+    // In one packet, so that a server that reads ahead has it all: STARTTLS, and in plaintext behind it a choice of the
+    // export and a write. Someone between client and server would send this before the client's own TLS.
+    let mut client = folder.client();
+    client.greeting();
+    let mut bytes = FLAGS.to_be_bytes().to_vec();
+    bytes.extend(option_bytes(NBD_OPT_STARTTLS, &[]));
+    bytes.extend(option_bytes(NBD_OPT_GO, &query("", &[])));
+    bytes.extend(harness::nbd::request_bytes(0, NBD_CMD_WRITE, 1, 0, 4));
+    bytes.extend(b"evil");
+    client.send(&bytes);
+    let reply = client.option_reply();
+    assert_eq!((reply.option, reply.kind), (NBD_OPT_STARTTLS, NBD_REP_ACK));
+    // It stood where TLS begins, and is no TLS: all that follows is an alert (RFC 8446, section 5.1: 21), no NBD.
+    let rest = client.receive_rest();
+    assert!(rest.is_empty() || (rest[0] == 21 && rest.len() == 7), "{rest:?}");
+    assert!(!rest.windows(4).any(|word| word == NBD_SIMPLE_REPLY_MAGIC.to_be_bytes()));
+    assert!(fs::read(folder.path("alpha.img")).unwrap().iter().all(|byte| *byte == 0));
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
+fn before_required_tls_nothing_is_told() {
+    let folder = Folder::with_certificates();
+    let _server = folder.serve(&format!("{UNIX} {REQUIRED}"));
+    let mut client = folder.client();
+    client.haggle(FLAGS);
+    for (option, data) in [
+        (NBD_OPT_LIST, vec![]),
+        (NBD_OPT_INFO, query("", &[])),
+        (NBD_OPT_GO, query("", &[])),
+        (NBD_OPT_STRUCTURED_REPLY, vec![]),
+        (4711, vec![1, 2, 3]),
+    ] {
+        let replies = client.option(option, &data);
+        assert_eq!(replies.len(), 1);
+        assert_eq!((replies[0].option, replies[0].kind), (option, NBD_REP_ERR_TLS_REQD));
+        assert!(!String::from_utf8_lossy(&replies[0].data).contains("alpha"));
+    }
+    // "as this request cannot error, it MUST terminate the session"
+    client.send_option(NBD_OPT_EXPORT_NAME, b"");
+    assert!(client.is_closed());
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
+fn a_client_that_is_silent_where_tls_begins_is_cut_off() {
+    let folder = Folder::with_certificates();
+    let _server = folder.serve(&format!("{UNIX} {REQUIRED} --handshake-timeout 1s"));
+    let mut client = folder.client();
+    let begun = Instant::now();
+    begin_tls(&mut client.stream);
+    assert!(client.is_closed());
+    assert!((Duration::from_millis(800)..Duration::from_secs(10)).contains(&begun.elapsed()));
+}
+
+#[test]
+fn an_idle_client_is_cut_off_and_a_busy_one_is_not() {
+    let folder = Folder::new();
+    let _server = folder.serve(&format!("{UNIX} --idle-timeout 1s"));
+    let enter = || {
+        let mut client = folder.client();
+        client.enter("");
+        client
+    };
+    let (mut busy, mut idle, mut halting) = (enter(), enter(), enter());
+    // Stops in the middle of a payload.
+    halting.send(&harness::nbd::request_bytes(0, NBD_CMD_WRITE, 1, 0, 4096));
+    halting.send(&[1; 100]);
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(3) {
+        busy.read(0, 512).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    busy.stream.set_nonblocking(true).unwrap();
+    assert!(busy.stream.read(&mut [0]).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock));
+    for client in [&mut idle, &mut halting] {
+        // It was cut off by now.
+        client.stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        assert!(client.is_closed());
+    }
+}
+
+#[test]
+fn further_connections_wait_until_there_is_a_place() {
+    let folder = Folder::new();
+    let _server = folder.serve(&format!("{UNIX} --max-connections 2"));
+    let mut first = folder.client();
+    first.enter("");
+    let mut second = folder.client();
+    second.enter("");
+    let mut third = folder.client();
+    third.stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    assert!(third.stream.read(&mut [0]).is_err());
+    first.send_request(0, NBD_CMD_DISC, 0, 0);
+    third.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    third.enter("");
+    second.read(0, 512).unwrap();
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs nbdinfo and nbdcopy: run `make test`")]
+fn several_devices_are_exports_by_name() {
+    let folder = Folder::new();
+    let list = |server: &Server| {
+        let base = server.address.split("///").next().unwrap();
+        let list = folder.run(&format!("nbdinfo --json --list {base}:///?socket=socket").replace("::", ":"));
+        let list: serde_json::Value = serde_json::from_str(&list).unwrap();
+        let export = |export: &serde_json::Value| {
+            let text = |field: &str| export[field].as_str().unwrap_or_default().to_owned();
+            (text("export-name"), text("description"), export["is_read_only"] == true)
+        };
+        list["exports"].as_array().unwrap().iter().map(export).collect::<Vec<_>>()
+    };
+    let server = folder.serve(&format!("beta.img {UNIX}"));
+    let row = |name: &str, description: &str, read_only| (name.to_owned(), description.to_owned(), read_only);
+    assert_eq!(list(&server), [row("alpha.img", "alpha.img", false), row("beta.img", "beta.img", false)]);
+    // Each is its own disk.
+    fs::write(folder.path("data"), vec![9; 1 << 20]).unwrap();
+    folder.run("nbdcopy --flush data nbd+unix:///beta.img?socket=socket");
+    assert!(fs::read(folder.path("alpha.img")).unwrap().iter().all(|byte| *byte == 0));
+    assert!(fs::read(folder.path("beta.img")).unwrap().iter().any(|byte| *byte != 0));
+    folder.refused("nbdinfo nbd+unix:///gamma?socket=socket", &["gamma"]);
+    drop(server);
+    let server = folder.serve(&format!(
+        "beta.img {UNIX} --name a --name b/c --description first --description second --read-only --key-file key"
+    ));
+    assert_eq!(list(&server), [row("a", "first", true), row("b/c", "second", true)]);
+    folder.run("nbdcopy nbd+unix:///b/c?socket=socket back");
+    assert_eq!(fs::read(folder.path("back")).unwrap(), vec![9; 1 << 20]);
+}
+
+#[test]
+fn mistakes_on_the_command_line_are_told_apart() {
+    let folder = Folder::new();
+    let serve = "nbdcrypt serve --type plain --key-file key --socket socket";
+    folder.refused(&format!("{serve} alpha.img beta.img --name one"), &["--name is given 1 times for 2 devices"]);
+    folder.refused(&format!("{serve} alpha.img beta.img --name one --name one"), &["as `one`", "--name"]);
+    folder.refused(&format!("{serve} alpha.img --key-file key --key-file key"), &["--key-file is given 3 times"]);
+    folder.refused(&format!("{serve} alpha.img beta.img --key-file - --key-file -"), &["--key-file"]);
+    folder.refused(&format!("{serve} alpha.img --idle-timeout 5"), &["90s, 2m, 1h"]);
+    folder.refused(&format!("{serve} alpha.img --max-connections 0"), &["max-connections"]);
+    folder.refused(&format!("{serve} alpha.img --tls require"), &["--tls-certificates"]);
+    folder.refused(&format!("{serve} alpha.img --tls-certificates none"), &["--tls require"]);
+    folder.refused(&format!("{serve} alpha.img --tls-verify-peer"), &["--tls require"]);
+    folder.refused(
+        &format!("{serve} alpha.img --tls require --tls-certificates none"),
+        &["none/server-cert.pem", "No such file"],
+    );
+    assert!(!folder.socket().exists());
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
+fn certificates_that_cannot_be_used_are_named() {
+    let folder = Folder::with_certificates();
+    let line = format!("nbdcrypt serve --type plain --key-file key --socket socket alpha.img {REQUIRED}");
+    let chmod =
+        |mode| fs::set_permissions(folder.path("pki/server-key.pem"), fs::Permissions::from_mode(mode)).unwrap();
+    chmod(0o644);
+    folder.refused(&line, &["pki/server-key.pem", "mode 644", "chmod 600"]);
+    chmod(0o600);
+    let key = fs::read(folder.path("pki/server-key.pem")).unwrap();
+    fs::copy(folder.path("other/server-key.pem"), folder.path("pki/server-key.pem")).unwrap();
+    folder.refused(&line, &["pki/server-cert.pem", "cannot be used together"]);
+    folder.run("openssl pkcs8 -topk8 -in other/server-key.pem -passout pass:x -out pki/server-key.pem");
+    folder.refused(&line, &["pki/server-key.pem", "the key is encrypted"]);
+    fs::write(folder.path("pki/server-key.pem"), key).unwrap();
+    fs::write(folder.path("pki/ca-crl.pem"), "").unwrap();
+    folder.refused(&line, &["pki/ca-crl.pem", "no revocation list"]);
+    fs::write(folder.path("pki/ca-crl.pem"), "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n").unwrap();
+    folder.refused(&line, &["pki/ca-crl.pem", "cannot be understood"]);
+    fs::remove_file(folder.path("pki/ca-crl.pem")).unwrap();
+    fs::remove_file(folder.path("pki/ca-cert.pem")).unwrap();
+    folder.refused(&line, &["pki/ca-cert.pem", "clients' authorities"]);
+    fs::write(folder.path("pki/ca-cert.pem"), "no certificate").unwrap();
+    folder.refused(&line, &["pki/ca-cert.pem", "no certificate"]);
+}
