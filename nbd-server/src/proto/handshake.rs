@@ -33,6 +33,8 @@ pub struct ExportInfo {
     pub size: u64,
     /// Whether writes, trims and zeroes are refused.
     pub read_only: bool,
+    /// Whether space may be given back to the disk; without it, trims are refused.
+    pub discards: bool,
     /// The block size, in bytes, from which on aligned requests are served without reading first: a power of two, at
     /// least 512.
     pub preferred_block: u32,
@@ -46,7 +48,8 @@ impl ExportInfo {
             | NBD_FLAG_SEND_FUA
             | NBD_FLAG_CAN_MULTI_CONN
             | NBD_FLAG_SEND_CACHE;
-        let writing = NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
+        let trim = if self.discards { NBD_FLAG_SEND_TRIM } else { 0 };
+        let writing = NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO | trim;
         always | if self.read_only { NBD_FLAG_READ_ONLY } else { writing }
     }
 }

@@ -15,6 +15,7 @@ pub fn example_exports() -> [ExportInfo; 2] {
         description: format!("the export {name}"),
         size: 1 << 20,
         read_only,
+        discards: true,
         preferred_block: 4096,
     };
     [export("disk", false), export("fixed", true)]

@@ -35,6 +35,7 @@ impl From<Truncated> for TransmissionError {
 pub struct ExpectRequest {
     size: u64,
     read_only: bool,
+    discards: bool,
     shutting_down: bool,
 }
 
@@ -72,7 +73,7 @@ pub enum Received {
 impl ExpectRequest {
     /// The beginning of transmission.
     pub fn new(export: &ExportInfo) -> Self {
-        Self { size: export.size, read_only: export.read_only, shutting_down: false }
+        Self { size: export.size, read_only: export.read_only, discards: export.discards, shutting_down: false }
     }
 
     /// How many bytes the next header has.
@@ -136,7 +137,7 @@ impl ExpectRequest {
             NBD_CMD_READ => Ok(Command::Read(self.payload(self.range(header, ErrorCode::Inval)?)?)),
             NBD_CMD_WRITE => Ok(Command::Write { range: self.payload(self.written(header, ErrorCode::NoSpc)?)?, fua }),
             NBD_CMD_FLUSH if header.offset == 0 && header.len == 0 => Ok(Command::Flush),
-            NBD_CMD_TRIM => Ok(Command::Trim { range: self.written(header, ErrorCode::Inval)?, fua }),
+            NBD_CMD_TRIM if self.discards => Ok(Command::Trim { range: self.written(header, ErrorCode::Inval)?, fua }),
             NBD_CMD_CACHE => Ok(Command::Cache(self.range(header, ErrorCode::Inval)?)),
             NBD_CMD_WRITE_ZEROES => Ok(Command::WriteZeroes {
                 range: self.written(header, ErrorCode::NoSpc)?,

@@ -43,6 +43,7 @@ pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) ->
     let statistics = export.statistics();
     let volume = export.volume();
     statistics.answered();
+    let discards = export.info().discards;
     let outcome = match *command {
         Command::Read(range) => volume.read(range.offset, payload).map(|()| statistics.read(range.len)),
         Command::Write { range, fua } => {
@@ -52,7 +53,7 @@ pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) ->
         Command::Flush => volume.flush(),
         Command::Trim { range, fua } => durable(volume, volume.discard(range.offset, range.len), fua),
         Command::WriteZeroes { range, fua, may_punch, fast: true } => {
-            let zeroed = match may_punch {
+            let zeroed = match may_punch && discards {
                 true => volume.write_zeroes_fast(range.offset, range.len),
                 // To provide the space in full is to write.
                 false => Ok(false),
@@ -64,7 +65,7 @@ pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) ->
             durable(volume, zeroed.map(drop), fua)
         }
         Command::WriteZeroes { range, fua, may_punch, fast: false } => {
-            durable(volume, volume.write_zeroes(range.offset, range.len, may_punch), fua)
+            durable(volume, volume.write_zeroes(range.offset, range.len, may_punch && discards), fua)
         }
         // A hint; what caches there are fill as they are read.
         Command::Cache(_) => Ok(()),
