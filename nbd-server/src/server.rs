@@ -11,6 +11,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::export::{Export, Exports};
+use crate::proto::Negotiated;
 use crate::session::tokio::Task;
 use crate::session::workers::Workers;
 use crate::session::{SessionError, tokio as session};
@@ -157,11 +158,10 @@ impl Server {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let limit = self.settings.handshake_timeout;
-        let Some(export) = session::handshake(&mut stream, &self.exports, limit, &mut shutdown).await? else {
-            return Ok(());
-        };
+        let settled = session::handshake(&mut stream, &self.exports, limit, &mut shutdown).await?;
+        let Some((export, negotiated)) = settled else { return Ok(()) };
         tracing::debug!(export = export.info().name, "a client entered transmission");
-        self.serve_transmission(stream, &export, shutdown).await
+        session::transmission(stream, &export, negotiated, &self.workers, shutdown).await
     }
 
     /// Serves one client that needs no handshake: the kernel, which was given the other end of a socketpair and told of
@@ -178,7 +178,7 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite,
     {
-        session::transmission(stream, export, &self.workers, shutdown).await
+        session::transmission(stream, export, Negotiated::default(), &self.workers, shutdown).await
     }
 
     async fn serve_logged<S, P>(self, stream: S, shutdown: Shutdown, place: P)

@@ -3,7 +3,7 @@
 
 use super::handshake::{ExportInfo, Handshake, HandshakeError, Next};
 use super::transmission::{ExpectRequest, Received, TransmissionError};
-use super::{Command, ErrorCode};
+use super::{Answer, Command, ErrorCode};
 
 /// A client's side of a handshake that ends in transmission with the default export: flags, then `NBD_OPT_GO`.
 pub const GOOD_HANDSHAKE: &[u8] = b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0";
@@ -88,7 +88,7 @@ impl Transcript {
             State::Handshake(handshake) => match handshake.handle(bytes, exports, &mut self.sent) {
                 Ok(Next::Continue(next)) => State::Handshake(next),
                 Ok(Next::Transmission(negotiated)) => {
-                    State::Transmission(ExpectRequest::new(&exports[negotiated.export]))
+                    State::Transmission(ExpectRequest::new(&exports[negotiated.export], &negotiated))
                 }
                 Ok(Next::Aborted) => self.ended(End::Disconnected),
                 Err(error) => self.ended(End::Handshake(error)),
@@ -129,7 +129,7 @@ impl Transcript {
         self.commands.push(command);
         let outcome = match command {
             Command::WriteZeroes { fast: true, .. } => Err(ErrorCode::NotSup),
-            _ => Ok(()),
+            _ => Ok(Answer::Done),
         };
         request.finish(outcome).encode(&mut self.sent);
     }

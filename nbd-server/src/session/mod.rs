@@ -8,7 +8,9 @@ pub(crate) mod workers;
 use engine::volume::{Volume, VolumeError};
 
 use crate::export::Export;
-use crate::proto::{Command, ErrorCode, HandshakeError, MAX_PAYLOAD, TransmissionError};
+use crate::proto::{
+    Answer, Command, ErrorCode, Extent, HandshakeError, MAX_EXTENTS, MAX_PAYLOAD, Range, TransmissionError,
+};
 
 /// Payload bytes of one connection's requests that are held at once: received and not yet answered, or answered and not
 /// yet sent. A client that has more under way, or does not read its replies, waits. The largest request fits.
@@ -39,7 +41,7 @@ pub enum SessionError {
 
 /// Carries out a command; blocks for as long as the disk takes. `payload` is as long as [`Command::payload_len`] says:
 /// a write is encrypted in it, a read fills it.
-pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) -> Result<(), ErrorCode> {
+pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) -> Result<Answer, ErrorCode> {
     let statistics = export.statistics();
     let volume = export.volume();
     statistics.answered();
@@ -67,17 +69,44 @@ pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) ->
         Command::WriteZeroes { range, fua, may_punch, fast: false } => {
             durable(volume, volume.write_zeroes(range.offset, range.len, may_punch && discards), fua)
         }
-        // A hint; what caches there are fill as they are read.
-        Command::Cache(_) => Ok(()),
-    };
-    outcome.map_err(|error| {
-        if statistics.failed() {
-            tracing::warn!(export = export.info().name, %error, ?command, "a request failed");
-        } else {
-            tracing::debug!(export = export.info().name, %error, ?command, "a request failed");
+        Command::Cache(range) => volume.will_read(range.offset, range.len),
+        Command::BlockStatus { range, one } => {
+            return extents(volume, range, one).map(Answer::Extents).map_err(|error| failed(export, command, &error));
         }
-        error_code(&error)
-    })
+    };
+    outcome.map(|()| Answer::Done).map_err(|error| failed(export, command, &error))
+}
+
+/// Counts and logs a failure; what the client is told of it.
+fn failed(export: &Export, command: &Command, error: &VolumeError) -> ErrorCode {
+    if export.statistics().failed() {
+        tracing::warn!(export = export.info().name, %error, ?command, "a request failed");
+    } else {
+        tracing::debug!(export = export.info().name, %error, ?command, "a request failed");
+    }
+    error_code(error)
+}
+
+/// What is allocated in the range: all of it, or what the first [`MAX_EXTENTS`] stretches of the disk are.
+fn extents(volume: &Volume, range: Range, one: bool) -> Result<Vec<Extent>, VolumeError> {
+    let end = range.offset + range.len;
+    let mut extents: Vec<Extent> = Vec::new();
+    let mut at = range.offset;
+    for _ in 0..if one { 1 } else { MAX_EXTENTS } {
+        let stretch = volume.allocation(at)?;
+        let until = stretch.end.min(end);
+        let hole = stretch.is_hole;
+        let extent = Extent { len: until - at, hole, zero: hole && !volume.is_encrypted() };
+        match extents.last_mut() {
+            Some(last) if last.hole == hole => last.len += extent.len,
+            _ => extents.push(extent),
+        }
+        at = until;
+        if at == end {
+            break;
+        }
+    }
+    Ok(extents)
 }
 
 /// Forced unit access: what was done is durable before it is answered.

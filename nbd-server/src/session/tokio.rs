@@ -24,7 +24,7 @@ use super::workers::{self, Workers};
 use super::{MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, perform};
 use crate::export::{Export, Exports};
 use crate::proto::handshake::Next;
-use crate::proto::{Command, ErrorCode, ExpectRequest, Handshake, Received, Reply, Request};
+use crate::proto::{Command, ErrorCode, ExpectRequest, Handshake, Negotiated, Received, Reply, Request};
 use crate::shutdown::Shutdown;
 
 /// Bytes that are received at once where requests are small.
@@ -55,7 +55,7 @@ pub(crate) async fn handshake<S>(
     exports: &Exports,
     limit: Duration,
     shutdown: &mut Shutdown,
-) -> Result<Option<Export>, SessionError>
+) -> Result<Option<(Export, Negotiated)>, SessionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -66,7 +66,11 @@ where
     }
 }
 
-async fn haggle<S>(stream: &mut S, exports: &Exports, shutdown: &mut Shutdown) -> Result<Option<Export>, SessionError>
+async fn haggle<S>(
+    stream: &mut S,
+    exports: &Exports,
+    shutdown: &mut Shutdown,
+) -> Result<Option<(Export, Negotiated)>, SessionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -87,7 +91,8 @@ where
             Ok(Next::Continue(next)) => handshake = next,
             Ok(Next::Transmission(negotiated)) => {
                 send(stream, &mut out).await?;
-                return Ok(exports.all().get(negotiated.export).cloned());
+                let export = exports.all().get(negotiated.export).cloned();
+                return Ok(export.map(|export| (export, negotiated)));
             }
             Ok(Next::Aborted) => {
                 // The client may be gone already; the document tells us to bear with it.
@@ -116,6 +121,7 @@ async fn send<S: AsyncWrite + Unpin>(stream: &mut S, out: &mut Vec<u8>) -> io::R
 pub(crate) async fn transmission<S>(
     stream: S,
     export: &Export,
+    negotiated: Negotiated,
     workers: &Workers<Task>,
     shutdown: Shutdown,
 ) -> Result<(), SessionError>
@@ -125,6 +131,7 @@ where
     let _connected = export.statistics().connected();
     let connection = Arc::new(Connection {
         export: export.clone(),
+        negotiated,
         budget: Semaphore::new(MAX_REQUESTS_IN_FLIGHT),
         buffers: Mutex::new(Buffers::new(MAX_BYTES_IN_FLIGHT)),
         outbox: Mutex::default(),
@@ -213,7 +220,6 @@ impl Task {
     fn is_small(&self) -> bool {
         match self.request.command() {
             Command::Read(range) | Command::Write { range, fua: false } => range.len <= SMALL,
-            Command::Cache(_) => true,
             _ => false,
         }
     }
@@ -279,6 +285,7 @@ impl Drop for Place {
 /// What both halves and the workers share.
 pub(crate) struct Connection {
     export: Export,
+    negotiated: Negotiated,
     budget: Semaphore,
     buffers: Mutex<Buffers>,
     outbox: Mutex<Outbox>,
@@ -299,7 +306,7 @@ impl Connection {
     ) -> Result<(), SessionError> {
         let mut intake = Intake::new();
         let mut batch = Vec::new();
-        let mut expect = ExpectRequest::new(self.export.info());
+        let mut expect = ExpectRequest::new(self.export.info(), &self.negotiated);
         let mut deaf_at = None;
         loop {
             while intake.len() < expect.header_len() {
