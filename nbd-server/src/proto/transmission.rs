@@ -142,9 +142,6 @@ impl ExpectRequest {
         let fua = has(NBD_CMD_FLAG_FUA);
         match header.kind {
             NBD_CMD_READ => Ok(Command::Read(self.payload(self.range(header, ErrorCode::Inval)?)?)),
-            NBD_CMD_WRITE if self.headers == Headers::Extended && !has(NBD_CMD_FLAG_PAYLOAD_LEN) => {
-                Err(invalid("a write without NBD_CMD_FLAG_PAYLOAD_LEN carries nothing to write"))
-            }
             NBD_CMD_WRITE => Ok(Command::Write { range: self.payload(self.written(header, ErrorCode::NoSpc)?)?, fua }),
             NBD_CMD_FLUSH if header.offset == 0 && header.len == 0 => Ok(Command::Flush),
             NBD_CMD_FLUSH => Err(invalid("a flush has no offset and no length")),
@@ -276,14 +273,93 @@ impl Header {
 
     /// How many bytes of payload follow, whether they make sense or not.
     fn payload(&self) -> u64 {
-        let follows = match self.headers {
-            Headers::Extended => self.flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0,
-            Headers::Simple | Headers::Structured => self.kind == NBD_CMD_WRITE,
-        };
-        if follows { self.len } else { 0 }
+        // An extended write MUST set the flag, yet qemu 10.0's client does not, and sends the payload all the same.
+        let announced = self.headers == Headers::Extended && self.flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0;
+        if announced || self.kind == NBD_CMD_WRITE { self.len } else { 0 }
     }
 
     fn asked(&self) -> Asked {
         Asked { headers: self.headers, cookie: self.cookie, offset: self.offset }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn expect(headers: Headers, allocation: bool) -> ExpectRequest {
+        let [info, _] = super::super::transcript::example_exports();
+        ExpectRequest::new(&info, &Negotiated { export: 0, headers, allocation })
+    }
+
+    fn extended(flags: u16, kind: u16, offset: u64, len: u64) -> Vec<u8> {
+        let mut bytes = NBD_EXTENDED_REQUEST_MAGIC.to_be_bytes().to_vec();
+        bytes.extend(flags.to_be_bytes());
+        bytes.extend(kind.to_be_bytes());
+        bytes.extend(7u64.to_be_bytes());
+        bytes.extend(offset.to_be_bytes());
+        bytes.extend(len.to_be_bytes());
+        bytes
+    }
+
+    fn received(bytes: &[u8]) -> Result<Received, TransmissionError> {
+        let expect = expect(Headers::Extended, true);
+        assert_eq!(expect.header_len(), bytes.len());
+        expect.handle(bytes)
+    }
+
+    #[test]
+    fn an_extended_write_carries_its_payload_whether_it_says_so_or_not() {
+        for flags in [0, NBD_CMD_FLAG_PAYLOAD_LEN, NBD_CMD_FLAG_FUA] {
+            let got = received(&extended(flags, NBD_CMD_WRITE, 512, 100)).unwrap();
+            assert!(matches!(got, Received::Payload(payload) if payload.len() == 100), "{flags}");
+        }
+    }
+
+    #[test]
+    fn a_payload_that_the_command_does_not_take_is_skipped_and_refused() {
+        for kind in [NBD_CMD_READ, NBD_CMD_BLOCK_STATUS, NBD_CMD_TRIM, 99] {
+            let got = received(&extended(NBD_CMD_FLAG_PAYLOAD_LEN, kind, 0, 12)).unwrap();
+            let Received::Skip(reply, skip) = got else { panic!("{kind}: {got:?}") };
+            assert_eq!((reply.error(), skip.left()), (Some(ErrorCode::Inval), 12));
+        }
+    }
+
+    #[test]
+    fn an_extended_payload_longer_than_advertised_is_cut_off_and_an_effect_is_not() {
+        let len = u64::from(MAX_PAYLOAD) + 1;
+        let cut = received(&extended(NBD_CMD_FLAG_PAYLOAD_LEN, NBD_CMD_WRITE, 0, len)).unwrap_err();
+        assert_eq!(cut, TransmissionError::PayloadTooLong(len));
+        let got = received(&extended(0, NBD_CMD_WRITE_ZEROES, 0, u64::MAX)).unwrap();
+        assert!(matches!(got, Received::Refused(reply, _) if reply.error() == Some(ErrorCode::NoSpc)));
+        let got = received(&extended(0, NBD_CMD_BLOCK_STATUS, 0, 1 << 20)).unwrap();
+        assert!(matches!(got, Received::Request(..)));
+    }
+
+    #[test]
+    fn status_needs_a_context_and_df_needs_chunks() {
+        let header = |flags, kind| Header { headers: Headers::Simple, flags, kind, cookie: 0, offset: 0, len: 512 };
+        for headers in [Headers::Simple, Headers::Structured] {
+            let plain = expect(headers, false);
+            assert!(plain.check(&header(0, NBD_CMD_BLOCK_STATUS)).is_err());
+            let fragments = plain.check(&header(NBD_CMD_FLAG_DF, NBD_CMD_READ));
+            assert_eq!(fragments.is_ok(), headers == Headers::Structured);
+        }
+        let status = expect(Headers::Structured, true).check(&header(NBD_CMD_FLAG_REQ_ONE, NBD_CMD_BLOCK_STATUS));
+        assert!(matches!(status, Ok(Command::BlockStatus { one: true, .. })));
+    }
+
+    #[test]
+    fn an_error_past_the_end_names_the_first_byte_past_it_within_the_request() {
+        let expect = expect(Headers::Structured, false);
+        for (offset, len, at) in [
+            ((1 << 20) - 10, 20, Some(1 << 20)),
+            (2 << 20, 20, Some(2 << 20)),
+            (2 << 20, 0, None),
+            (u64::MAX, 20, None),
+        ] {
+            let header = Header { headers: Headers::Structured, flags: 0, kind: NBD_CMD_READ, cookie: 0, offset, len };
+            assert_eq!(expect.check(&header).unwrap_err().at, at, "{offset} {len}");
+        }
     }
 }
