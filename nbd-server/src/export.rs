@@ -26,6 +26,7 @@ impl Export {
             description: String::new(),
             size: volume.len(),
             read_only: volume.is_read_only(),
+            discards: true,
             preferred_block,
         };
         Self { info, volume, statistics: Arc::default() }
@@ -42,6 +43,14 @@ impl Export {
     #[must_use]
     pub fn read_only(mut self) -> Self {
         self.info.read_only = true;
+        self
+    }
+
+    /// Never gives space back to the disk: `NBD_CMD_TRIM` is not offered, and zeroes are written. A hole tells whoever
+    /// sees the disk which parts of the volume are not in use.
+    #[must_use]
+    pub fn without_discard(mut self) -> Self {
+        self.info.discards = false;
         self
     }
 

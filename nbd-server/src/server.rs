@@ -14,6 +14,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::server::TlsStream;
 
 use crate::export::{Export, Exports};
+use crate::proto::Negotiated;
 use crate::session::tokio::Haggled;
 use crate::session::workers::Workers;
 use crate::session::{SessionError, Work, tokio as session, uring};
@@ -150,8 +151,8 @@ enum Accepted {
 
 /// A client that chose an export, and the stream on which it sends its requests: the socket itself, or TLS in it.
 enum Settled<S> {
-    Plain(S, Export),
-    Tls(Box<TlsStream<S>>, Export),
+    Plain(S, Export, Negotiated),
+    Tls(Box<TlsStream<S>>, Export, Negotiated),
 }
 
 impl Server {
@@ -237,9 +238,9 @@ impl Server {
         let late = |_| SessionError::HandshakeTimeout;
         let greeted = session::greet(&mut stream, settings.tls.policy(), exports, shutdown);
         let handshake = match timeout_at(deadline, greeted).await.map_err(late)?? {
-            Haggled::Chosen(export) => {
+            Haggled::Chosen(export, negotiated) => {
                 tracing::debug!(export = export.info().name, "a client entered transmission");
-                return Ok(Some(Settled::Plain(stream, export)));
+                return Ok(Some(Settled::Plain(stream, export, negotiated)));
             }
             Haggled::Left => return Ok(None),
             Haggled::StartTls(handshake) => handshake,
@@ -248,9 +249,9 @@ impl Server {
         let mut stream = Box::new(stream.map_err(SessionError::Tls)?);
         let haggled = session::haggle(&mut stream, handshake, exports, shutdown);
         match timeout_at(deadline, haggled).await.map_err(late)?? {
-            Haggled::Chosen(export) => {
+            Haggled::Chosen(export, negotiated) => {
                 tracing::debug!(export = export.info().name, "a client entered transmission under TLS");
-                Ok(Some(Settled::Tls(stream, export)))
+                Ok(Some(Settled::Tls(stream, export, negotiated)))
             }
             // TLS does not begin twice: the handshake sees to it.
             Haggled::Left | Haggled::StartTls(_) => {
@@ -275,7 +276,7 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite,
     {
-        session::transmission(stream, export, &self.workers, self.settings.idle_timeout, shutdown).await
+        self.serve_negotiated(stream, export, Negotiated::default(), shutdown).await
     }
 
     /// Serves one client on a plain socket, from the first word on: by io_uring where that is possible, unless the client
@@ -286,8 +287,12 @@ impl Server {
     pub async fn serve_socket(&self, socket: impl PlainSocket, mut shutdown: Shutdown) -> Result<(), SessionError> {
         match self.settle(socket, &mut shutdown).await? {
             None => Ok(()),
-            Some(Settled::Plain(socket, export)) => self.serve_socket_transmission(socket, &export, shutdown).await,
-            Some(Settled::Tls(stream, export)) => self.serve_transmission(stream, &export, shutdown).await,
+            Some(Settled::Plain(socket, export, negotiated)) => {
+                self.serve_socket_negotiated(socket, &export, negotiated, shutdown).await
+            }
+            Some(Settled::Tls(stream, export, negotiated)) => {
+                self.serve_negotiated(stream, &export, negotiated, shutdown).await
+            }
         }
     }
 
@@ -302,11 +307,35 @@ impl Server {
         export: &Export,
         shutdown: Shutdown,
     ) -> Result<(), SessionError> {
-        if self.by_uring {
-            let idle = self.settings.idle_timeout;
-            return uring::transmission(socket.into_owned_fd()?, export, &self.workers, idle, shutdown).await;
+        self.serve_socket_negotiated(socket, export, Negotiated::default(), shutdown).await
+    }
+
+    async fn serve_socket_negotiated(
+        &self,
+        socket: impl PlainSocket,
+        export: &Export,
+        negotiated: Negotiated,
+        shutdown: Shutdown,
+    ) -> Result<(), SessionError> {
+        if !self.by_uring {
+            return self.serve_negotiated(socket, export, negotiated, shutdown).await;
         }
-        self.serve_transmission(socket, export, shutdown).await
+        let idle = self.settings.idle_timeout;
+        uring::transmission(socket.into_owned_fd()?, export, negotiated, &self.workers, idle, shutdown).await
+    }
+
+    async fn serve_negotiated<S>(
+        &self,
+        stream: S,
+        export: &Export,
+        negotiated: Negotiated,
+        shutdown: Shutdown,
+    ) -> Result<(), SessionError>
+    where
+        S: AsyncRead + AsyncWrite,
+    {
+        let idle = self.settings.idle_timeout;
+        session::transmission(stream, export, negotiated, &self.workers, idle, shutdown).await
     }
 
     async fn serve_logged<P: Send>(self, accepted: Accepted, shutdown: Shutdown, place: P) {
@@ -326,8 +355,12 @@ impl Server {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         match settled {
-            Some(Settled::Plain(stream, export)) => self.serve_transmission(stream, &export, shutdown).await,
-            Some(Settled::Tls(stream, export)) => self.serve_transmission(stream, &export, shutdown).await,
+            Some(Settled::Plain(stream, export, negotiated)) => {
+                self.serve_negotiated(stream, &export, negotiated, shutdown).await
+            }
+            Some(Settled::Tls(stream, export, negotiated)) => {
+                self.serve_negotiated(stream, &export, negotiated, shutdown).await
+            }
             None => Ok(()),
         }
     }

@@ -164,12 +164,13 @@ fn what_cannot_be_is_refused_with_the_disk_untouched() {
         let locked = volume(&store);
         let (limits, mut random) = (Limits::default(), noise(12));
         let passphrase = Passphrase::new(THIRD.to_vec());
-        let mut told = Vec::new();
-        told.push(locked.remove_key(&store, 0, false, &mut random).unwrap_err());
-        told.push(locked.remove_key(&store, 1, false, &mut random).unwrap_err());
-        told.push(locked.add_key(&store, &limits, &key(64), &new_key(&passphrase), Some(0), &mut random).unwrap_err());
-        told.push(locked.add_key(&store, &limits, &key(64), &new_key(&passphrase), Some(99), &mut random).unwrap_err());
-        told.push(locked.add_key(&store, &limits, &key(32), &new_key(&passphrase), None, &mut random).unwrap_err());
+        let told = vec![
+            locked.remove_key(&store, 0, false, &mut random).unwrap_err(),
+            locked.remove_key(&store, 1, false, &mut random).unwrap_err(),
+            locked.add_key(&store, &limits, &key(64), &new_key(&passphrase), Some(0), &mut random).unwrap_err(),
+            locked.add_key(&store, &limits, &key(64), &new_key(&passphrase), Some(99), &mut random).unwrap_err(),
+            locked.add_key(&store, &limits, &key(32), &new_key(&passphrase), None, &mut random).unwrap_err(),
+        ];
         let told: Vec<String> = told.iter().map(ToString::to_string).collect();
         for (told, words) in told.iter().zip(["last key", "no key in keyslot 1", "already", "99", "does not belong"]) {
             assert!(told.contains(words), "{told}");

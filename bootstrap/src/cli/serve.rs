@@ -81,6 +81,10 @@ pub(super) struct Args {
     /// Serve only those who have a certificate by an authority in ca-cert.pem.
     #[arg(long)]
     tls_verify_peer: bool,
+    /// Give no space back to the disk: TRIM is refused, and zeros are written. Holes show whoever reads the disk which
+    /// parts of it are in use.
+    #[arg(long)]
+    no_discard: bool,
     /// Let the kernel cache the ciphertext. Without it, `O_DIRECT` where the filesystem allows.
     #[arg(long)]
     page_cache: bool,
@@ -222,6 +226,9 @@ fn exports(args: &Args, names: &[String]) -> Result<Exports> {
         let mut export = Export::new(name.clone(), volume).described(description);
         if args.read_only {
             export = export.read_only();
+        }
+        if args.no_discard {
+            export = export.without_discard();
         }
         exports.push(export);
     }

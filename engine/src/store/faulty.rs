@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::BlockStore;
+use super::{Allocation, BlockStore};
 
 /// What the store is asked to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,5 +75,13 @@ impl<S: BlockStore> BlockStore for FaultyStore<S> {
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check(Operation::Discard(offset, len))?;
         self.inner.discard(offset, len)
+    }
+
+    fn allocation(&self, offset: u64) -> io::Result<Allocation> {
+        self.inner.allocation(offset)
+    }
+
+    fn will_read(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.inner.will_read(offset, len)
     }
 }

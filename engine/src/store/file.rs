@@ -2,12 +2,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FallocateFlags, OFlags, StatxFlags};
+use rustix::fs::{Advice, AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
+use rustix::io::Errno;
 
-use super::{BlockStore, Medium};
+use super::{Allocation, BlockStore, Medium};
 use crate::buffer::{AlignedBuffer, DIRECT_ALIGNMENT};
 
 /// No disk has smaller blocks, in bytes.
@@ -15,6 +17,10 @@ const SMALLEST_BLOCK: usize = 512;
 
 /// Filesystems whose files are memory: `TMPFS_MAGIC` and `RAMFS_MAGIC` of linux/magic.h.
 const RESIDENT: [rustix::fs::FsWord; 2] = [0x0102_1994, 0x8584_58f6];
+
+/// Bytes that one announcement of a read brings into the page cache, at most: reading further ahead than this would drive
+/// out what others have there.
+const READ_AHEAD: u64 = 64 << 20;
 
 /// What the file is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,6 +161,31 @@ impl BlockStore for FileStore {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         Ok(rustix::fs::fallocate(&self.file, flags, offset, len)?)
     }
+
+    fn allocation(&self, offset: u64) -> io::Result<Allocation> {
+        let kept = |end| Ok(Allocation { end, is_hole: false });
+        // The file's own position moves with it, which nobody uses.
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) if data > offset => Ok(Allocation { end: data.min(self.len), is_hole: true }),
+            Ok(_) => match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
+                Ok(hole) if hole > offset => kept(hole.min(self.len)),
+                // It was punched in between, or the file was cut short.
+                Ok(_) | Err(Errno::NXIO) => kept(offset + 1),
+                Err(error) => Err(error.into()),
+            },
+            // No data from here to the end.
+            Err(Errno::NXIO) => Ok(Allocation { end: self.len, is_hole: true }),
+            // A block device knows no holes, nor do some filesystems.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => kept(self.len),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn will_read(&self, offset: u64, len: u64) -> io::Result<()> {
+        // Direct I/O goes past the page cache: what were brought there, nobody would read.
+        let Some(len) = NonZeroU64::new(len.min(READ_AHEAD)).filter(|_| self.alignment == 1) else { return Ok(()) };
+        Ok(rustix::fs::fadvise(&self.file, offset, Some(len), Advice::WillNeed)?)
+    }
 }
 
 #[cfg(test)]
@@ -192,6 +223,22 @@ mod tests {
         let mut back = [9; 16384];
         store.read_at(&mut back, 0).unwrap();
         assert!(back[..4096].iter().all(|b| *b == 1) && back[4096..12288].iter().all(|b| *b == 0));
+    }
+
+    #[test]
+    fn a_sparse_file_tells_its_holes_and_a_full_one_has_none() {
+        for caching in [Caching::Direct, Caching::PageCache] {
+            let file = file_of(1 << 20);
+            let store = FileStore::open(file.path(), Access::ReadWrite, caching).unwrap();
+            assert_eq!(store.allocation(4096).unwrap(), Allocation { end: 1 << 20, is_hole: true });
+            store.write_at(&[1; 128 << 10], 256 << 10).unwrap();
+            assert_eq!(store.allocation(0).unwrap(), Allocation { end: 256 << 10, is_hole: true });
+            assert_eq!(store.allocation(300 << 10).unwrap(), Allocation { end: 384 << 10, is_hole: false });
+            store.discard(320 << 10, 64 << 10).unwrap();
+            assert_eq!(store.allocation(256 << 10).unwrap(), Allocation { end: 320 << 10, is_hole: false });
+            assert_eq!(store.allocation(320 << 10).unwrap(), Allocation { end: 1 << 20, is_hole: true });
+            store.will_read(0, u64::MAX).unwrap();
+        }
     }
 
     #[test]

@@ -30,6 +30,15 @@ pub enum Medium<'a> {
     Other,
 }
 
+/// How far from some offset on a disk keeps its bytes in one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allocation {
+    /// The first byte after the stretch; past the offset that was asked about.
+    pub end: u64,
+    /// Nothing is kept there, and it reads as zeros.
+    pub is_hole: bool,
+}
+
 /// A disk, or something that answers like one. Calls may come from many threads at once; what overlapping calls see of
 /// each other is the caller's affair.
 pub trait BlockStore: Send + Sync {
@@ -80,4 +89,22 @@ pub trait BlockStore: Send + Sync {
     /// # Errors
     /// `Unsupported` where there is no such thing, else what the disk said.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// What is kept from `offset`, which is before the end, on. All of it, where the disk cannot tell.
+    ///
+    /// # Errors
+    /// What the disk said.
+    fn allocation(&self, offset: u64) -> io::Result<Allocation> {
+        let _ = offset;
+        Ok(Allocation { end: self.len(), is_hole: false })
+    }
+
+    /// Says that the range will be read soon. Only a cache has a use for it.
+    ///
+    /// # Errors
+    /// What the disk said.
+    fn will_read(&self, offset: u64, len: u64) -> io::Result<()> {
+        let _ = (offset, len);
+        Ok(())
+    }
 }

@@ -12,7 +12,7 @@ use crate::layout::Linear;
 use crate::luks::Segment;
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
 use crate::signature::ReadAt;
-use crate::store::{BlockStore, Medium};
+use crate::store::{Allocation, BlockStore, Medium};
 use crate::xts::Xts;
 pub use in_flight::{Place, Writing};
 use region_lock::RegionLock;
@@ -256,6 +256,31 @@ impl Volume {
             Err(error) if is_unsupported(&error) => Ok(()),
             result => Ok(result?),
         }
+    }
+
+    /// What the disk keeps from `offset`, which is before the end, on. Blocks that it keeps in part count as kept. A hole
+    /// reads as zeros on a plaintext volume; an encrypted one shows what zeros decrypt to.
+    ///
+    /// # Errors
+    /// [`VolumeError`].
+    pub fn allocation(&self, offset: u64) -> Result<Allocation, VolumeError> {
+        let place = self.locate(offset, 1)?;
+        let told = self.store.allocation(place)?;
+        let end = told.end.saturating_sub(self.layout.offset).min(self.len());
+        let whole = self.block_floor(end);
+        if told.is_hole && whole > offset {
+            return Ok(Allocation { end: whole, is_hole: true });
+        }
+        Ok(Allocation { end: self.block_ceil(end.max(offset + 1)), is_hole: false })
+    }
+
+    /// Says that the range will be read soon.
+    ///
+    /// # Errors
+    /// [`VolumeError`].
+    pub fn will_read(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        let place = self.locate(offset, len)?;
+        Ok(self.store.will_read(place, len)?)
     }
 
     /// Makes the range read as zeros. `may_discard` allows to give the space back where it then reads as zeros, which

@@ -10,8 +10,9 @@
 //! After `NBD_OPT_STARTTLS` was acknowledged, the same goes on under TLS, from `ExpectOption`, with all options forgotten.
 
 use super::MAX_PAYLOAD;
-use super::option::{ExportQuery, OptionError, OptionRequest};
+use super::option::{CARRIES_NO_DATA, ContextQuery, ExportQuery, OptionError, OptionRequest};
 use super::reader::{Reader, Truncated};
+use super::reply::Headers;
 use super::wire::*;
 
 /// The longest option data that is taken in, in bytes: a name and some thousand information requests.
@@ -34,20 +35,23 @@ pub struct ExportInfo {
     pub size: u64,
     /// Whether writes, trims and zeroes are refused.
     pub read_only: bool,
+    /// Whether space may be given back to the disk; without it, trims are refused.
+    pub discards: bool,
     /// The block size, in bytes, from which on aligned requests are served without reading first: a power of two, at
     /// least 512.
     pub preferred_block: u32,
 }
 
 impl ExportInfo {
-    /// The transmission flags: what can be asked of the export.
+    /// The transmission flags: what can be asked of the export where nothing further was negotiated.
     pub fn transmission_flags(&self) -> u16 {
         let always = NBD_FLAG_HAS_FLAGS
             | NBD_FLAG_SEND_FLUSH
             | NBD_FLAG_SEND_FUA
             | NBD_FLAG_CAN_MULTI_CONN
             | NBD_FLAG_SEND_CACHE;
-        let writing = NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
+        let trim = if self.discards { NBD_FLAG_SEND_TRIM } else { 0 };
+        let writing = NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO | trim;
         always | if self.read_only { NBD_FLAG_READ_ONLY } else { writing }
     }
 }
@@ -65,11 +69,15 @@ pub enum TlsPolicy {
     Required,
 }
 
-/// What the handshake settled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What the handshake settled. The default is what a client has that came without one: the first export, nothing more.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Negotiated {
     /// Which of the exports was chosen: its place in the list that the handshake was given.
     pub export: usize,
+    /// How requests and replies look.
+    pub headers: Headers,
+    /// `base:allocation` was selected: `NBD_CMD_BLOCK_STATUS` is served.
+    pub allocation: bool,
 }
 
 /// Why a client is cut off in the middle of the handshake. The document lets a server do so where "mandatory
@@ -88,6 +96,9 @@ pub enum HandshakeError {
     /// `NBD_OPT_EXPORT_NAME` without TLS where it is required; that option has no way to say so.
     #[error("the client asked by NBD_OPT_EXPORT_NAME for an export without TLS, which is required")]
     TlsRequired,
+    /// `NBD_OPT_EXPORT_NAME` where the client had negotiated extended headers.
+    #[error("the client sent NBD_OPT_EXPORT_NAME after NBD_OPT_EXTENDED_HEADERS")]
+    ExportNameWithExtendedHeaders,
     /// Option data longer than anything sensible.
     #[error("the client announced an option of {0} bytes")]
     OptionTooLong(u32),
@@ -147,6 +158,9 @@ pub enum Next {
 /// What was learned of the client so far.
 #[derive(Debug, Clone, Copy, Default)]
 struct Client {
+    headers: Headers,
+    /// The export for which `base:allocation` was selected.
+    allocation: Option<usize>,
     no_zeroes: bool,
     options: u32,
 }
@@ -257,13 +271,17 @@ impl Handshake {
     }
 
     fn option(
-        self,
+        mut self,
         option: u32,
         data: &[u8],
         exports: &[ExportInfo],
         out: &mut Vec<u8>,
     ) -> Result<Next, HandshakeError> {
-        let mut replies = Replies { option, out };
+        if option == NBD_OPT_SET_META_CONTEXT {
+            // "replaces all previously-set metadata contexts (including when this command fails)"
+            self.client.allocation = None;
+        }
+        let mut replies = Replies { option, headers: self.client.headers, out };
         let request = match OptionRequest::parse(option, data) {
             Ok(OptionRequest::Abort) => {
                 replies.ack();
@@ -293,15 +311,18 @@ impl Handshake {
             Ok(request) => request,
         };
         match request {
+            OptionRequest::ExportName(_) if self.client.headers == Headers::Extended => {
+                Err(HandshakeError::ExportNameWithExtendedHeaders)
+            }
             OptionRequest::ExportName(name) => {
                 let export = find(exports, name).ok_or(HandshakeError::NoSuchExport)?;
                 let info = &exports[export];
                 out.extend(info.size.to_be_bytes());
-                out.extend(info.transmission_flags().to_be_bytes());
+                out.extend(flags_under(info, self.client.headers).to_be_bytes());
                 if !self.client.no_zeroes {
                     out.extend([0; 124]);
                 }
-                Ok(Next::Transmission(Negotiated { export }))
+                Ok(Next::Transmission(self.negotiated(export)))
             }
             // Seen to above.
             OptionRequest::Abort | OptionRequest::StartTls => Ok(Next::Aborted),
@@ -317,9 +338,34 @@ impl Handshake {
                 Ok(self.then(Expect::Option))
             }
             OptionRequest::Go(query) => match replies.export(&query, exports) {
-                Some(export) => Ok(Next::Transmission(Negotiated { export })),
+                Some(export) => Ok(Next::Transmission(self.negotiated(export))),
                 None => Ok(self.then(Expect::Option)),
             },
+            OptionRequest::StructuredReply if self.client.headers == Headers::Extended => {
+                replies.error(NBD_REP_ERR_EXT_HEADER_REQD, "extended headers are negotiated, which go before");
+                Ok(self.then(Expect::Option))
+            }
+            OptionRequest::StructuredReply => {
+                replies.ack();
+                self.client.headers = Headers::Structured;
+                Ok(self.then(Expect::Option))
+            }
+            OptionRequest::ExtendedHeaders => {
+                replies.ack();
+                self.client.headers = Headers::Extended;
+                Ok(self.then(Expect::Option))
+            }
+            OptionRequest::ListMetaContext(query) => {
+                let wanted = query.is_empty || query.all_of_base || query.allocation;
+                // "The metadata context ID in these replies is reserved and SHOULD be set to zero"
+                replies.contexts(&query, wanted.then_some(0), exports);
+                Ok(self.then(Expect::Option))
+            }
+            OptionRequest::SetMetaContext(query) => {
+                let selected = query.allocation.then_some(ALLOCATION_CONTEXT);
+                self.client.allocation = replies.contexts(&query, selected, exports).filter(|_| query.allocation);
+                Ok(self.then(Expect::Option))
+            }
         }
     }
 
@@ -334,8 +380,8 @@ impl Handshake {
                 replies.ack();
                 // "the server MUST NOT preserve any negotiation state": someone else may have negotiated it. The client
                 // flags are no option, and a client under TLS can't send them again; the count is a bound.
-                let Client { no_zeroes, options } = self.client;
-                self.client = Client { no_zeroes, options };
+                let Client { no_zeroes, options, .. } = self.client;
+                self.client = Client { no_zeroes, options, ..Client::default() };
                 self.tls = Channel::Tls;
                 self.expect = Expect::Option;
                 return Next::StartTls(self);
@@ -344,9 +390,17 @@ impl Handshake {
         self.then(Expect::Option)
     }
 
+    /// What is settled once the export is chosen.
+    fn negotiated(&self, export: usize) -> Negotiated {
+        Negotiated { export, headers: self.client.headers, allocation: self.client.allocation == Some(export) }
+    }
+
     /// Answers an option whose data was not looked at.
-    fn refuse_unread(self, option: u32, out: &mut Vec<u8>) -> Result<Next, HandshakeError> {
-        let mut replies = Replies { option, out };
+    fn refuse_unread(mut self, option: u32, out: &mut Vec<u8>) -> Result<Next, HandshakeError> {
+        if option == NBD_OPT_SET_META_CONTEXT {
+            self.client.allocation = None;
+        }
+        let mut replies = Replies { option, headers: self.client.headers, out };
         match option {
             NBD_OPT_ABORT => {
                 replies.ack();
@@ -356,7 +410,7 @@ impl Handshake {
             _ if self.insists_on_tls() && option != NBD_OPT_STARTTLS => {
                 replies.error(NBD_REP_ERR_TLS_REQD, "this server speaks of its exports under TLS alone");
             }
-            NBD_OPT_LIST => replies.error(NBD_REP_ERR_INVALID, "NBD_OPT_LIST carries no data"),
+            _ if OptionRequest::is_bare(option) => replies.error(NBD_REP_ERR_INVALID, CARRIES_NO_DATA),
             _ if OptionRequest::is_known(option) => {
                 replies.error(NBD_REP_ERR_TOO_BIG, "the option's data is too long");
             }
@@ -376,9 +430,16 @@ fn find(exports: &[ExportInfo], name: &str) -> Option<usize> {
     exports.iter().position(|export| export.name == name).or((name.is_empty() && !exports.is_empty()).then_some(0))
 }
 
+/// The transmission flags of an export for a client with these headers.
+fn flags_under(export: &ExportInfo, headers: Headers) -> u16 {
+    // "MUST leave this flag clear if neither structured replies nor extended headers have been negotiated"
+    export.transmission_flags() | if headers == Headers::Simple { 0 } else { NBD_FLAG_SEND_DF }
+}
+
 /// Writes the replies to one option.
 struct Replies<'a> {
     option: u32,
+    headers: Headers,
     out: &'a mut Vec<u8>,
 }
 
@@ -405,7 +466,7 @@ impl Replies<'_> {
         };
         let export = &exports[place];
         let info = |kind: u16| kind.to_be_bytes();
-        let flags = export.transmission_flags().to_be_bytes();
+        let flags = flags_under(export, self.headers).to_be_bytes();
         self.reply(NBD_REP_INFO, &[&info(NBD_INFO_EXPORT), &export.size.to_be_bytes(), &flags]);
         if query.asks_for(NBD_INFO_NAME) {
             self.reply(NBD_REP_INFO, &[&info(NBD_INFO_NAME), export.name.as_bytes()]);
@@ -417,6 +478,24 @@ impl Replies<'_> {
             let (minimum, preferred) = (1u32.to_be_bytes(), export.preferred_block.to_be_bytes());
             let sizes: [&[u8]; 4] = [&info(NBD_INFO_BLOCK_SIZE), &minimum, &preferred, &MAX_PAYLOAD.to_be_bytes()];
             self.reply(NBD_REP_INFO, &sizes);
+        }
+        self.ack();
+        Some(place)
+    }
+
+    /// Answers `NBD_OPT_LIST_META_CONTEXT` or `NBD_OPT_SET_META_CONTEXT`, with `base:allocation` under this number if there
+    /// is one; gives the export's place if that went well.
+    fn contexts(&mut self, query: &ContextQuery<'_>, allocation: Option<u32>, exports: &[ExportInfo]) -> Option<usize> {
+        if self.headers == Headers::Simple {
+            self.error(NBD_REP_ERR_INVALID, "metadata contexts need structured replies: negotiate these first");
+            return None;
+        }
+        let Some(place) = find(exports, query.name) else {
+            self.error(NBD_REP_ERR_UNKNOWN, "there is no export of that name");
+            return None;
+        };
+        if let Some(number) = allocation {
+            self.reply(NBD_REP_META_CONTEXT, &[&number.to_be_bytes(), BASE_ALLOCATION.as_bytes()]);
         }
         self.ack();
         Some(place)

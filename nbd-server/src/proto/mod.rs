@@ -27,13 +27,16 @@ pub mod transmission;
 pub mod wire;
 
 pub use handshake::{ExportInfo, Handshake, HandshakeError, Negotiated, TlsPolicy};
-pub use reply::{ErrorCode, Reply};
+pub use reply::{Answer, ErrorCode, Extent, Headers, Reply};
 pub use request::{Command, Range, Request};
 pub use transmission::{ExpectPayload, ExpectRequest, ExpectSkipped, Received, TransmissionError};
 
 /// The longest payload of one request or reply that is served, in bytes: 2²⁵, the least that the document ("Size
 /// constraints") asks a server to take. It is advertised as the maximum payload size.
 pub const MAX_PAYLOAD: u32 = 1 << 25;
+
+/// Extents in one reply to `NBD_CMD_BLOCK_STATUS`, at most: they take 16 KiB. The client asks again for the rest.
+pub const MAX_EXTENTS: usize = 1024;
 
 /// A write longer than [`MAX_PAYLOAD`] is refused and its payload skipped, up to so many bytes; beyond, the client is
 /// taken for hostile and cut off.

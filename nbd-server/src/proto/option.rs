@@ -3,6 +3,9 @@
 use super::reader::{Reader, Truncated};
 use super::wire::*;
 
+/// What a client is told that sent data with an option that has none.
+pub(super) const CARRIES_NO_DATA: &str = "the option carries no data";
+
 /// An option and its data, as sent, that means something.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum OptionRequest<'a> {
@@ -12,6 +15,10 @@ pub(super) enum OptionRequest<'a> {
     StartTls,
     Info(ExportQuery<'a>),
     Go(ExportQuery<'a>),
+    StructuredReply,
+    ExtendedHeaders,
+    ListMetaContext(ContextQuery<'a>),
+    SetMetaContext(ContextQuery<'a>),
 }
 
 /// The data of `NBD_OPT_INFO` and `NBD_OPT_GO`.
@@ -27,6 +34,18 @@ impl ExportQuery<'_> {
     pub(super) fn asks_for(&self, info: u16) -> bool {
         self.requests.chunks_exact(2).any(|pair| pair == info.to_be_bytes())
     }
+}
+
+/// The data of `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`, as far as it means something here.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct ContextQuery<'a> {
+    pub(super) name: &'a str,
+    /// Nothing in particular was asked for.
+    pub(super) is_empty: bool,
+    /// `base:`, which lists all of the namespace and selects none of it.
+    pub(super) all_of_base: bool,
+    /// `base:allocation`.
+    pub(super) allocation: bool,
 }
 
 /// Why an option means nothing.
@@ -53,10 +72,13 @@ impl<'a> OptionRequest<'a> {
             NBD_OPT_EXPORT_NAME => Ok(Self::ExportName(name(data)?)),
             // "a server SHOULD ignore any data sent by the client rather than rejecting the request"
             NBD_OPT_ABORT => Ok(Self::Abort),
-            NBD_OPT_LIST if data.is_empty() => Ok(Self::List),
-            NBD_OPT_LIST => Err(OptionError::Invalid("NBD_OPT_LIST carries no data")),
-            NBD_OPT_STARTTLS if data.is_empty() => Ok(Self::StartTls),
-            NBD_OPT_STARTTLS => Err(OptionError::Invalid("NBD_OPT_STARTTLS carries no data")),
+            _ if Self::is_bare(option) && !data.is_empty() => Err(OptionError::Invalid(CARRIES_NO_DATA)),
+            NBD_OPT_LIST => Ok(Self::List),
+            NBD_OPT_STARTTLS => Ok(Self::StartTls),
+            NBD_OPT_STRUCTURED_REPLY => Ok(Self::StructuredReply),
+            NBD_OPT_EXTENDED_HEADERS => Ok(Self::ExtendedHeaders),
+            NBD_OPT_LIST_META_CONTEXT => Ok(Self::ListMetaContext(ContextQuery::parse(data)?)),
+            NBD_OPT_SET_META_CONTEXT => Ok(Self::SetMetaContext(ContextQuery::parse(data)?)),
             NBD_OPT_INFO => Ok(Self::Info(ExportQuery::parse(data)?)),
             NBD_OPT_GO => Ok(Self::Go(ExportQuery::parse(data)?)),
             _ => Err(OptionError::Unknown),
@@ -65,18 +87,21 @@ impl<'a> OptionRequest<'a> {
 
     /// Whether this server knows the option, however its data is.
     pub(super) fn is_known(option: u32) -> bool {
-        matches!(
-            option,
-            NBD_OPT_EXPORT_NAME | NBD_OPT_ABORT | NBD_OPT_LIST | NBD_OPT_STARTTLS | NBD_OPT_INFO | NBD_OPT_GO
-        )
+        let haggling = matches!(option, NBD_OPT_LIST_META_CONTEXT | NBD_OPT_SET_META_CONTEXT);
+        let choosing = matches!(option, NBD_OPT_EXPORT_NAME | NBD_OPT_ABORT | NBD_OPT_INFO | NBD_OPT_GO);
+        Self::is_bare(option) || haggling || choosing
+    }
+
+    /// Whether the option must not carry data.
+    pub(super) fn is_bare(option: u32) -> bool {
+        matches!(option, NBD_OPT_LIST | NBD_OPT_STARTTLS | NBD_OPT_STRUCTURED_REPLY | NBD_OPT_EXTENDED_HEADERS)
     }
 }
 
 impl<'a> ExportQuery<'a> {
     fn parse(data: &'a [u8]) -> Result<Self, OptionError> {
         let mut reader = Reader::new(data);
-        let len = usize::try_from(reader.u32()?).map_err(|_| Truncated)?;
-        let name = name(reader.bytes(len)?)?;
+        let name = name(string(&mut reader)?)?;
         let count = usize::from(reader.u16()?);
         let requests = reader.bytes(count * 2)?;
         if !reader.is_empty() {
@@ -84,6 +109,38 @@ impl<'a> ExportQuery<'a> {
         }
         Ok(Self { name, requests })
     }
+}
+
+impl<'a> ContextQuery<'a> {
+    fn parse(data: &'a [u8]) -> Result<Self, OptionError> {
+        let mut reader = Reader::new(data);
+        let name = name(string(&mut reader)?)?;
+        let count = reader.u32()?;
+        let mut query = Self { name, is_empty: count == 0, all_of_base: false, allocation: false };
+        // As many as there are bytes for, whatever the count claims.
+        for _ in 0..count {
+            let asked = string(&mut reader)?;
+            if asked.len() > MAX_STRING {
+                return Err(OptionError::TooBig("a query has at most 4096 bytes"));
+            }
+            if !asked.contains(&b':') {
+                return Err(OptionError::Invalid("a query begins with a namespace and a colon"));
+            }
+            // "the server MUST ignore query strings belonging to an unknown namespace", and unknown leaf-names of this one.
+            query.all_of_base |= asked == BASE_NAMESPACE.as_bytes();
+            query.allocation |= asked == BASE_ALLOCATION.as_bytes();
+        }
+        if !reader.is_empty() {
+            return Err(OptionError::Invalid("the option is longer than its fields"));
+        }
+        Ok(query)
+    }
+}
+
+/// A length of 32 bits and so many bytes.
+fn string<'a>(reader: &mut Reader<'a>) -> Result<&'a [u8], Truncated> {
+    let len = usize::try_from(reader.u32()?).map_err(|_| Truncated)?;
+    reader.bytes(len)
 }
 
 /// A string as "Conventions" has it: UTF-8, no NUL, at most [`MAX_STRING`] bytes.

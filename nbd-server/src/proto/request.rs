@@ -1,6 +1,6 @@
 //! Requests: what a client wants of an export, checked against the export before anyone acts on it.
 
-use super::reply::{ErrorCode, Reply};
+use super::reply::{Answer, Asked, Body, ErrorCode, Extent, Reply};
 
 /// Bytes of the export, all of them within it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +45,13 @@ pub enum Command {
     },
     /// `NBD_CMD_CACHE`: a hint that the range will be read.
     Cache(Range),
+    /// `NBD_CMD_BLOCK_STATUS`: which parts of the range, at least a byte long, are allocated.
+    BlockStatus {
+        /// Where. It may be of any length; the answer may stop before its end.
+        range: Range,
+        /// `NBD_CMD_FLAG_REQ_ONE`: the first extent alone.
+        one: bool,
+    },
 }
 
 impl Command {
@@ -53,6 +60,7 @@ impl Command {
         match *self {
             Self::Read(range) | Self::Cache(range) => Some(range),
             Self::Write { range, .. } | Self::Trim { range, .. } | Self::WriteZeroes { range, .. } => Some(range),
+            Self::BlockStatus { range, .. } => Some(range),
             Self::Flush => None,
         }
     }
@@ -71,7 +79,7 @@ impl Command {
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "every request is answered"]
 pub struct Request {
-    pub(super) cookie: u64,
+    pub(super) asked: Asked,
     pub(super) command: Command,
 }
 
@@ -82,11 +90,17 @@ impl Request {
     }
 
     /// Answers the request. After `Ok` the reply to a read carries its payload, all of it.
-    pub fn finish(self, outcome: Result<(), ErrorCode>) -> Reply {
-        let payload = match (&self.command, outcome) {
-            (Command::Read(_), Ok(())) => self.command.payload_len(),
-            _ => 0,
+    pub fn finish(self, outcome: Result<Answer, ErrorCode>) -> Reply {
+        let body = match (self.command, outcome) {
+            (Command::Read(_), Ok(_)) => Body::Data(self.command.payload_len()),
+            (Command::BlockStatus { .. }, Ok(Answer::Extents(extents))) => Body::Extents(extents),
+            // "The status flags are intentionally defined so that a server MAY always safely report a status of 0".
+            (Command::BlockStatus { range, .. }, Ok(Answer::Done)) => {
+                Body::Extents(vec![Extent { len: range.len, hole: false, zero: false }])
+            }
+            (_, Ok(_)) => Body::Done,
+            (_, Err(code)) => Body::Error(code.into()),
         };
-        Reply::new(self.cookie, outcome, payload)
+        Reply::new(self.asked, body)
     }
 }

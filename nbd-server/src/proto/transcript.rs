@@ -3,7 +3,7 @@
 
 use super::handshake::{ExportInfo, Handshake, HandshakeError, Next, TlsPolicy};
 use super::transmission::{ExpectRequest, Received, TransmissionError};
-use super::{Command, ErrorCode};
+use super::{Answer, Command, ErrorCode};
 
 /// A client's side of a handshake that ends in transmission with the default export: flags, then `NBD_OPT_GO`.
 pub const GOOD_HANDSHAKE: &[u8] = b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0";
@@ -15,6 +15,7 @@ pub fn example_exports() -> [ExportInfo; 2] {
         description: format!("the export {name}"),
         size: 1 << 20,
         read_only,
+        discards: true,
         preferred_block: 4096,
     };
     [export("disk", false), export("fixed", true)]
@@ -93,7 +94,7 @@ impl Transcript {
             State::Handshake(handshake) => match handshake.handle(bytes, exports, &mut self.sent) {
                 Ok(Next::Continue(next) | Next::StartTls(next)) => State::Handshake(next),
                 Ok(Next::Transmission(negotiated)) => {
-                    State::Transmission(ExpectRequest::new(&exports[negotiated.export]))
+                    State::Transmission(ExpectRequest::new(&exports[negotiated.export], &negotiated))
                 }
                 Ok(Next::Aborted) => self.ended(End::Disconnected),
                 Err(error) => self.ended(End::Handshake(error)),
@@ -134,7 +135,7 @@ impl Transcript {
         self.commands.push(command);
         let outcome = match command {
             Command::WriteZeroes { fast: true, .. } => Err(ErrorCode::NotSup),
-            _ => Ok(()),
+            _ => Ok(Answer::Done),
         };
         request.finish(outcome).encode(&mut self.sent);
     }

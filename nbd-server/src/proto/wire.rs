@@ -28,6 +28,8 @@ pub const NBD_FLAG_SEND_FUA: u16 = 1 << 3;
 pub const NBD_FLAG_SEND_TRIM: u16 = 1 << 5;
 /// Transmission flag: `NBD_CMD_WRITE_ZEROES` is served.
 pub const NBD_FLAG_SEND_WRITE_ZEROES: u16 = 1 << 6;
+/// Transmission flag: `NBD_CMD_FLAG_DF` is served; never set unless replies come in chunks.
+pub const NBD_FLAG_SEND_DF: u16 = 1 << 7;
 /// Transmission flag: a flush on one connection covers what was answered on all.
 pub const NBD_FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 /// Transmission flag: `NBD_CMD_CACHE` is served.
@@ -49,6 +51,12 @@ pub const NBD_OPT_INFO: u32 = 6;
 pub const NBD_OPT_GO: u32 = 7;
 /// Option: use structured replies.
 pub const NBD_OPT_STRUCTURED_REPLY: u32 = 8;
+/// Option: tell of the metadata contexts there are.
+pub const NBD_OPT_LIST_META_CONTEXT: u32 = 9;
+/// Option: choose metadata contexts.
+pub const NBD_OPT_SET_META_CONTEXT: u32 = 10;
+/// Option: use extended headers.
+pub const NBD_OPT_EXTENDED_HEADERS: u32 = 11;
 
 /// Option reply: done.
 pub const NBD_REP_ACK: u32 = 1;
@@ -56,6 +64,8 @@ pub const NBD_REP_ACK: u32 = 1;
 pub const NBD_REP_SERVER: u32 = 2;
 /// Option reply: one thing about an export.
 pub const NBD_REP_INFO: u32 = 3;
+/// Option reply: one metadata context.
+pub const NBD_REP_META_CONTEXT: u32 = 4;
 /// Option error: the server does not know the option.
 pub const NBD_REP_ERR_UNSUP: u32 = (1 << 31) + 1;
 /// Option error: the server knows the option, and is set up not to carry it out.
@@ -70,6 +80,8 @@ pub const NBD_REP_ERR_UNKNOWN: u32 = (1 << 31) + 6;
 pub const NBD_REP_ERR_SHUTDOWN: u32 = (1 << 31) + 7;
 /// Option error: the request is too large to process.
 pub const NBD_REP_ERR_TOO_BIG: u32 = (1 << 31) + 9;
+/// Option error: extended headers are negotiated, and there is no way back.
+pub const NBD_REP_ERR_EXT_HEADER_REQD: u32 = (1 << 31) + 10;
 
 /// Information: size and transmission flags.
 pub const NBD_INFO_EXPORT: u16 = 0;
@@ -85,10 +97,24 @@ pub const NBD_REQUEST_MAGIC: u32 = 0x2560_9513;
 /// First word of a simple reply.
 pub const NBD_SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 
+/// First word of an extended request.
+pub const NBD_EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// First word of a structured reply chunk.
+pub const NBD_STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// First word of an extended reply chunk.
+pub const NBD_EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
+
 /// Bytes of a request's header.
 pub const REQUEST_LEN: usize = 28;
+/// Bytes of an extended request's header.
+pub const EXTENDED_REQUEST_LEN: usize = 32;
 /// Bytes of a simple reply's header.
 pub const SIMPLE_REPLY_LEN: usize = 16;
+
+/// Bytes of a structured reply chunk's header.
+pub const STRUCTURED_REPLY_LEN: usize = 20;
+/// Bytes of an extended reply chunk's header.
+pub const EXTENDED_REPLY_LEN: usize = 32;
 
 /// Command: read.
 pub const NBD_CMD_READ: u16 = 0;
@@ -104,13 +130,47 @@ pub const NBD_CMD_TRIM: u16 = 4;
 pub const NBD_CMD_CACHE: u16 = 5;
 /// Command: make the range read as zeroes.
 pub const NBD_CMD_WRITE_ZEROES: u16 = 6;
+/// Command: tell which parts of the range are allocated.
+pub const NBD_CMD_BLOCK_STATUS: u16 = 7;
 
 /// Command flag: answer when the data is durable.
 pub const NBD_CMD_FLAG_FUA: u16 = 1 << 0;
 /// Command flag: zero without making a hole.
 pub const NBD_CMD_FLAG_NO_HOLE: u16 = 1 << 1;
+/// Command flag: at most one content chunk.
+pub const NBD_CMD_FLAG_DF: u16 = 1 << 2;
+/// Command flag: one extent.
+pub const NBD_CMD_FLAG_REQ_ONE: u16 = 1 << 3;
 /// Command flag: zero only where that is faster than writing.
 pub const NBD_CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
+/// Command flag of extended requests: the length is that of a payload, which follows.
+pub const NBD_CMD_FLAG_PAYLOAD_LEN: u16 = 1 << 5;
+
+/// Reply flag: the reply's last chunk.
+pub const NBD_REPLY_FLAG_DONE: u16 = 1 << 0;
+/// Chunk: nothing more to say.
+pub const NBD_REPLY_TYPE_NONE: u16 = 0;
+/// Chunk: an offset and the bytes there.
+pub const NBD_REPLY_TYPE_OFFSET_DATA: u16 = 1;
+/// Chunk: extents of a metadata context.
+pub const NBD_REPLY_TYPE_BLOCK_STATUS: u16 = 5;
+/// Chunk: extents of a metadata context, in 64 bits.
+pub const NBD_REPLY_TYPE_BLOCK_STATUS_EXT: u16 = 6;
+/// Chunk: an error.
+pub const NBD_REPLY_TYPE_ERROR: u16 = (1 << 15) + 1;
+/// Chunk: an error and where it is.
+pub const NBD_REPLY_TYPE_ERROR_OFFSET: u16 = (1 << 15) + 2;
+
+/// The namespace of the metadata contexts that the document defines.
+pub const BASE_NAMESPACE: &str = "base:";
+/// The metadata context of what is allocated.
+pub const BASE_ALLOCATION: &str = "base:allocation";
+/// The number this server gives to [`BASE_ALLOCATION`].
+pub const ALLOCATION_CONTEXT: u32 = 1;
+/// Allocation status: nothing is allocated.
+pub const NBD_STATE_HOLE: u32 = 1 << 0;
+/// Allocation status: it reads as zeroes.
+pub const NBD_STATE_ZERO: u32 = 1 << 1;
 
 /// A string ("Conventions") is at most so many bytes long.
 pub const MAX_STRING: usize = 4096;

@@ -11,7 +11,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use engine::volume::{Volume, VolumeError};
 
 use crate::export::Export;
-use crate::proto::{Command, ErrorCode, HandshakeError, MAX_PAYLOAD, TransmissionError};
+use crate::proto::{
+    Answer, Command, ErrorCode, Extent, HandshakeError, MAX_EXTENTS, MAX_PAYLOAD, Range, TransmissionError,
+};
 
 /// Payload bytes of one connection's requests that are held at once: received and not yet answered, or answered and not
 /// yet sent. A client that has more under way, or does not read its replies, waits. The largest request fits.
@@ -65,16 +67,17 @@ impl workers::Job for Work {
 
 /// Carries out a command. A fault in what does so must not leave the client, and the filesystem on top of it, waiting:
 /// it is answered as a disk's error.
-pub(crate) fn perform_unharmed(export: &Export, command: &Command, payload: &mut [u8]) -> Result<(), ErrorCode> {
+pub(crate) fn perform_unharmed(export: &Export, command: &Command, payload: &mut [u8]) -> Result<Answer, ErrorCode> {
     catch_unwind(AssertUnwindSafe(|| perform(export, command, payload))).unwrap_or(Err(ErrorCode::Io))
 }
 
 /// Carries out a command; blocks for as long as the disk takes. `payload` is as long as [`Command::payload_len`] says:
 /// a write is encrypted in it, a read fills it.
-pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) -> Result<(), ErrorCode> {
+pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) -> Result<Answer, ErrorCode> {
     let statistics = export.statistics();
     let volume = export.volume();
     statistics.answered();
+    let discards = export.info().discards;
     let outcome = match *command {
         Command::Read(range) => volume.read(range.offset, payload).map(|()| statistics.read(range.len)),
         Command::Write { range, fua } => {
@@ -84,7 +87,7 @@ pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) ->
         Command::Flush => volume.flush(),
         Command::Trim { range, fua } => durable(volume, volume.discard(range.offset, range.len), fua),
         Command::WriteZeroes { range, fua, may_punch, fast: true } => {
-            let zeroed = match may_punch {
+            let zeroed = match may_punch && discards {
                 true => volume.write_zeroes_fast(range.offset, range.len),
                 // To provide the space in full is to write.
                 false => Ok(false),
@@ -96,21 +99,23 @@ pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) ->
             durable(volume, zeroed.map(drop), fua)
         }
         Command::WriteZeroes { range, fua, may_punch, fast: false } => {
-            durable(volume, volume.write_zeroes(range.offset, range.len, may_punch), fua)
+            durable(volume, volume.write_zeroes(range.offset, range.len, may_punch && discards), fua)
         }
-        // A hint; what caches there are fill as they are read.
-        Command::Cache(_) => Ok(()),
+        Command::Cache(range) => volume.will_read(range.offset, range.len),
+        Command::BlockStatus { range, one } => {
+            return extents(volume, range, one).map(Answer::Extents).map_err(|error| failed(export, command, &error));
+        }
     };
-    outcome.map_err(|error| failed(export, command, &error))
+    outcome.map(|()| Answer::Done).map_err(|error| failed(export, command, &error))
 }
 
 /// Carries out a write to whole blocks whose payload is encrypted already; blocks for as long as the disk takes.
-pub(crate) fn write_encrypted(export: &Export, command: &Command, payload: &[u8]) -> Result<(), ErrorCode> {
+pub(crate) fn write_encrypted(export: &Export, command: &Command, payload: &[u8]) -> Result<Answer, ErrorCode> {
     let Command::Write { range, fua } = *command else { return Err(ErrorCode::Inval) };
     export.statistics().answered();
     let written = export.volume().write_encrypted(range.offset, payload);
     let written = written.map(|()| export.statistics().written(range.len));
-    durable(export.volume(), written, fua).map_err(|error| failed(export, command, &error))
+    durable(export.volume(), written, fua).map(|()| Answer::Done).map_err(|error| failed(export, command, &error))
 }
 
 /// Counts and logs a volume's error: what the client is told.
@@ -121,6 +126,28 @@ pub(crate) fn failed(export: &Export, command: &Command, error: &VolumeError) ->
         tracing::debug!(export = export.info().name, %error, ?command, "a request failed");
     }
     error_code(error)
+}
+
+/// What is allocated in the range: all of it, or what the first [`MAX_EXTENTS`] stretches of the disk are.
+fn extents(volume: &Volume, range: Range, one: bool) -> Result<Vec<Extent>, VolumeError> {
+    let end = range.offset + range.len;
+    let mut extents: Vec<Extent> = Vec::new();
+    let mut at = range.offset;
+    for _ in 0..if one { 1 } else { MAX_EXTENTS } {
+        let stretch = volume.allocation(at)?;
+        let until = stretch.end.min(end);
+        let hole = stretch.is_hole;
+        let extent = Extent { len: until - at, hole, zero: hole && !volume.is_encrypted() };
+        match extents.last_mut() {
+            Some(last) if last.hole == hole => last.len += extent.len,
+            _ => extents.push(extent),
+        }
+        at = until;
+        if at == end {
+            break;
+        }
+    }
+    Ok(extents)
 }
 
 /// Forced unit access: what was done is durable before it is answered.

@@ -23,7 +23,7 @@ use super::workers::Workers;
 use super::{MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, Work, perform_unharmed};
 use crate::export::{Export, Exports};
 use crate::proto::handshake::{Next, TlsPolicy};
-use crate::proto::{Command, ExpectRequest, Handshake, Received, Reply, Request};
+use crate::proto::{Command, ExpectRequest, Handshake, Negotiated, Received, Reply, Request};
 use crate::shutdown::Shutdown;
 
 /// Bytes that are received at once where requests are small.
@@ -48,7 +48,7 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 /// What came of a handshake, as far as it went on one stream.
 pub(crate) enum Haggled {
     /// The client chose this export.
-    Chosen(Export),
+    Chosen(Export, Negotiated),
     /// The client took its leave, or the server has to.
     Left,
     /// TLS is to begin with the next byte of the stream, of which nothing was read ahead.
@@ -88,11 +88,10 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut out = Vec::new();
-    let mut bytes = Vec::new();
     loop {
         // Exactly as much as belongs to the handshake: what follows is the business of another layer. Were anything read
         // ahead of NBD_OPT_STARTTLS, what someone put into the plaintext could count as said under TLS.
-        bytes.resize(handshake.wanted(), 0);
+        let mut bytes = vec![0; handshake.wanted()];
         ::tokio::select! {
             biased;
             read = stream.read_exact(&mut bytes) => read?,
@@ -106,7 +105,8 @@ where
             }
             Ok(Next::Transmission(negotiated)) => {
                 send(stream, &mut out).await?;
-                return Ok(exports.all().get(negotiated.export).cloned().map_or(Haggled::Left, Haggled::Chosen));
+                let export = exports.all().get(negotiated.export).cloned();
+                return Ok(export.map_or(Haggled::Left, |export| Haggled::Chosen(export, negotiated)));
             }
             Ok(Next::StartTls(next)) => {
                 send(stream, &mut out).await?;
@@ -139,6 +139,7 @@ async fn send<S: AsyncWrite + Unpin>(stream: &mut S, out: &mut Vec<u8>) -> io::R
 pub(crate) async fn transmission<S>(
     stream: S,
     export: &Export,
+    negotiated: Negotiated,
     workers: &Workers<Work>,
     idle: Option<Duration>,
     shutdown: Shutdown,
@@ -149,6 +150,7 @@ where
     let _connected = export.statistics().connected();
     let connection = Arc::new(Connection {
         export: export.clone(),
+        negotiated,
         budget: Semaphore::new(MAX_REQUESTS_IN_FLIGHT),
         buffers: Mutex::new(Buffers::new(MAX_BYTES_IN_FLIGHT)),
         outbox: Mutex::default(),
@@ -242,7 +244,6 @@ impl Task {
     fn is_small(&self) -> bool {
         match self.request.command() {
             Command::Read(range) | Command::Write { range, fua: false } => range.len <= SMALL,
-            Command::Cache(_) => true,
             _ => false,
         }
     }
@@ -308,6 +309,7 @@ impl Drop for Place {
 /// What both halves and the workers share.
 pub(crate) struct Connection {
     export: Export,
+    negotiated: Negotiated,
     budget: Semaphore,
     buffers: Mutex<Buffers>,
     outbox: Mutex<Outbox>,
@@ -349,7 +351,7 @@ impl Connection {
     ) -> Result<(), SessionError> {
         let mut intake = Intake::new();
         let mut batch = Vec::new();
-        let mut expect = ExpectRequest::new(self.export.info());
+        let mut expect = ExpectRequest::new(self.export.info(), &self.negotiated);
         let mut deaf_at = None;
         loop {
             while intake.len() < expect.header_len() {

@@ -14,7 +14,9 @@ use super::errand::Errand;
 use super::intake::Intake;
 use super::ring::{Completion, Memory, Ring};
 use crate::export::Export;
-use crate::proto::{Command, ErrorCode, ExpectPayload, ExpectRequest, ExpectSkipped, Received, Reply, Request};
+use crate::proto::{
+    Answer, Command, ErrorCode, ExpectPayload, ExpectRequest, ExpectSkipped, Negotiated, Received, Reply, Request,
+};
 use crate::session::buffers::{Buffer, Buffers};
 use crate::session::workers::Workers;
 use crate::session::{
@@ -166,6 +168,7 @@ impl<'a> Connection<'a> {
     pub(super) fn serve(
         socket: &'a OwnedFd,
         export: &'a Export,
+        negotiated: Negotiated,
         workers: &'a Workers<Work>,
         idle: Option<Duration>,
         doorbell: &'a Arc<Doorbell>,
@@ -190,7 +193,7 @@ impl<'a> Connection<'a> {
             direct,
             ring: Ring::new()?,
             intake: Intake::new(buffers.take(INTAKE)),
-            stream: Stream::Header(ExpectRequest::new(export.info())),
+            stream: Stream::Header(ExpectRequest::new(export.info(), &negotiated)),
             buffers,
             outbox: Batch::default(),
             spare: Batch::default(),
@@ -707,7 +710,7 @@ impl<'a> Connection<'a> {
 
     // --- answering
 
-    fn answer_empty(&mut self, request: Request, outcome: Result<(), ErrorCode>) {
+    fn answer_empty(&mut self, request: Request, outcome: Result<Answer, ErrorCode>) {
         let cost = cost(request.command().payload_len());
         self.answer(&request.finish(outcome), None, cost);
     }
@@ -791,7 +794,7 @@ impl<'a> Connection<'a> {
             (Tag::Read(read), Memory::Buffer(buffer)) => self.read_more(read, result, buffer),
             (Tag::Write(write), Memory::Buffer(buffer)) => self.write_more(write, result, buffer),
             (Tag::Sync { request }, _) => {
-                let outcome = result.map(drop).map_err(VolumeError::Store);
+                let outcome = result.map(|_| Answer::Done).map_err(VolumeError::Store);
                 let outcome = outcome.map_err(|error| failed(self.export, request.command(), &error));
                 self.export.statistics().answered();
                 self.answer_empty(request, outcome);
@@ -821,7 +824,7 @@ impl<'a> Connection<'a> {
             Ok(()) => {
                 self.volume.after_read(offset, &mut buffer.bytes);
                 self.export.statistics().read(len as u64);
-                Ok(())
+                Ok(Answer::Done)
             }
             Err(error) => Err(failed(self.export, request.command(), &VolumeError::Store(error))),
         };
@@ -852,7 +855,10 @@ impl<'a> Connection<'a> {
         let WriteUnderWay { request, writing, .. } = write;
         drop(writing);
         self.export.statistics().answered();
-        let outcome = outcome.map(|()| self.export.statistics().written(len as u64));
+        let outcome = outcome.map(|()| {
+            self.export.statistics().written(len as u64);
+            Answer::Done
+        });
         let outcome = outcome.map_err(|error| failed(self.export, request.command(), &VolumeError::Store(error)));
         self.buffers.give_back(buffer);
         self.answer_empty(request, outcome);

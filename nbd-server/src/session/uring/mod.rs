@@ -27,6 +27,7 @@ use tokio::sync::oneshot;
 
 use super::{SessionError, Work};
 use crate::export::Export;
+use crate::proto::Negotiated;
 use crate::session::workers::Workers;
 use crate::shutdown::Shutdown;
 use connection::Connection;
@@ -49,6 +50,7 @@ pub(crate) fn is_available() -> io::Result<()> {
 pub(crate) async fn transmission(
     socket: OwnedFd,
     export: &Export,
+    negotiated: Negotiated,
     workers: &Arc<Workers<Work>>,
     idle: Option<Duration>,
     mut shutdown: Shutdown,
@@ -58,7 +60,7 @@ pub(crate) async fn transmission(
     {
         let (export, workers, doorbell) = (export.clone(), Arc::clone(workers), Arc::clone(&doorbell));
         std::thread::Builder::new().name("nbd-session".to_owned()).spawn(move || {
-            let outcome = Connection::serve(&socket, &export, &workers, idle, &doorbell);
+            let outcome = Connection::serve(&socket, &export, negotiated, &workers, idle, &doorbell);
             // Nobody may be left to hear of it.
             let _ = ended.send(outcome);
         })?;
