@@ -15,7 +15,6 @@ use super::contestant::Contestant;
 use super::device::{Client, image_size, seconds};
 use super::machine::Machine;
 use super::sample::{Cost, Sample};
-use super::server_process::Times;
 use super::stage::{self, Stage};
 use super::workload::{Pattern, TYPICAL, Workload};
 use super::{chart, fio, interrupt, lean, report};
@@ -185,23 +184,14 @@ pub(super) fn measure(
 ) -> Result<Sample> {
     interrupt::check()?;
     let server = contestant.start(stage, page_cache)?;
-    let (server_before, client_before) = (server.cpu_seconds()?, Times::of_this()?);
+    let before = server.cpu_seconds()?;
     let drive = match client {
         Client::Fio => fio::drive,
         Client::Lean => lean::drive,
     };
     let seen = drive(server.socket(), workload, stage.region, runtime)
         .with_context(|| format!("{}, {}", contestant.name(), workload.name()))?;
-    let client_after = Times::of_this()?;
-    let cost = Cost {
-        // fio is a child that ended; the lean client is this process.
-        client: match client {
-            Client::Fio => client_after.children - client_before.children,
-            Client::Lean => client_after.own - client_before.own,
-        },
-        server: Some(server.cpu_seconds()? - server_before),
-        peak_rss: Some(server.peak_rss()?),
-    };
+    let cost = Cost { server: Some(server.cpu_seconds()? - before), peak_rss: Some(server.peak_rss()?) };
     Ok(Sample::new(&seen, &cost))
 }
 

@@ -92,11 +92,14 @@ fn seen(output: &str, workload: &Workload) -> Result<Seen> {
     ensure!(job["error"].as_u64() == Some(0), "error {}", job["error"]);
     let side = &job[if workload.pattern.writes() { "write" } else { "read" }];
     let number = |value: &Value, what: &str| value.as_f64().with_context(|| format!("no {what}"));
+    // In percent of the jobs' time. What fio does besides, before and after, is not the server's to wait for.
+    let busy = number(&job["usr_cpu"], "usr_cpu")? + number(&job["sys_cpu"], "sys_cpu")?;
     let seen = Seen {
         bytes: side["io_bytes"].as_u64().context("no io_bytes")?,
         requests: side["total_ios"].as_u64().context("no total_ios")?,
         seconds: number(&side["runtime"], "runtime")? / 1e3,
         p99_us: number(&side["clat_ns"]["percentile"]["99.000000"], "99th percentile")? / 1e3,
+        client_cpu: busy / 100.0 * number(&job["job_runtime"], "job_runtime")? / 1e3,
     };
     ensure!(seen.requests > 0 && seen.seconds > 0.0, "not one request was done");
     Ok(seen)
@@ -110,12 +113,13 @@ mod tests {
     #[test]
     fn the_answer_is_found_behind_notes() {
         let answer = r#"fio: a note
-            {"jobs": [{"error": 0, "read": {"io_bytes": 0, "total_ios": 0, "runtime": 0},
+            {"jobs": [{"error": 0, "usr_cpu": 20, "sys_cpu": 60, "job_runtime": 500, "read": {"io_bytes": 0, "total_ios": 0, "runtime": 0},
              "write": {"io_bytes": 8192, "total_ios": 2, "runtime": 500,
                        "clat_ns": {"percentile": {"99.000000": 1500}}}}]}"#;
         let seen_of = |workload| seen(answer, workload);
         let written = seen_of(&TYPICAL[1]).unwrap();
         assert_eq!((written.bytes, written.requests, written.seconds, written.p99_us), (8192, 2, 0.5, 1.5));
+        assert!((written.client_cpu - 0.4).abs() < 1e-9);
         assert!(seen_of(&TYPICAL[0]).is_err(), "nothing was read");
         assert!(seen("no JSON", &TYPICAL[0]).is_err());
     }

@@ -13,6 +13,7 @@ use nbd_server::proto::wire::*;
 
 use super::interrupt;
 use super::sample::Seen;
+use super::server_process::cpu_seconds as cpu_seconds_of;
 use super::stage::Region;
 use super::workload::Workload;
 use super::yardstick::{be32, be64};
@@ -25,6 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub(super) fn drive(socket: &Path, workload: &Workload, region: Region, runtime: Duration) -> Result<Seen> {
     interrupt::check()?;
     let share = region.len / u64::from(workload.connections);
+    let before = cpu_seconds()?;
     let started = Instant::now();
     let parts: Vec<Result<(u64, Vec<u64>)>> = thread::scope(|scope| {
         let threads: Vec<_> = (0..u64::from(workload.connections))
@@ -36,6 +38,7 @@ pub(super) fn drive(socket: &Path, workload: &Workload, region: Region, runtime:
         threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| bail!("the lean client panicked"))).collect()
     });
     let seconds = started.elapsed().as_secs_f64();
+    let client_cpu = cpu_seconds()? - before;
     let (mut requests, mut latencies) = (0, Vec::new());
     for part in parts {
         let (done, mut took) = part?;
@@ -45,7 +48,12 @@ pub(super) fn drive(socket: &Path, workload: &Workload, region: Region, runtime:
     ensure!(requests > 0, "not one request was done");
     latencies.sort_unstable();
     let p99 = latencies.get(latencies.len() * 99 / 100).copied().unwrap_or(0);
-    Ok(Seen { bytes: requests * u64::from(workload.block), requests, seconds, p99_us: p99 as f64 / 1e3 })
+    Ok(Seen { bytes: requests * u64::from(workload.block), requests, seconds, p99_us: p99 as f64 / 1e3, client_cpu })
+}
+
+/// Of this process, which has nothing else to do meanwhile.
+fn cpu_seconds() -> Result<f64> {
+    cpu_seconds_of("self")
 }
 
 struct Client {

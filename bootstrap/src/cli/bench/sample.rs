@@ -10,6 +10,8 @@ pub(super) struct Seen {
     pub(super) seconds: f64,
     /// The time that 99 of 100 requests took at most, in microseconds.
     pub(super) p99_us: f64,
+    /// CPU seconds that the client's threads used up meanwhile.
+    pub(super) client_cpu: f64,
 }
 
 /// What a client saw, and what it cost.
@@ -31,10 +33,9 @@ pub(super) struct Sample {
     pub(super) peak_rss_mib: Option<f64>,
 }
 
-/// CPU seconds that each side used up meanwhile, and the server's memory.
+/// What the server used up meanwhile: CPU seconds, and bytes of memory.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Cost {
-    pub(super) client: f64,
     pub(super) server: Option<f64>,
     pub(super) peak_rss: Option<u64>,
 }
@@ -47,9 +48,9 @@ impl Sample {
             iops: seen.requests as f64 / seen.seconds,
             p99_us: seen.p99_us,
             server_cpu_s_per_gb: cost.server.map(|server| server / gb),
-            client_cpu_s_per_gb: cost.client / gb,
+            client_cpu_s_per_gb: seen.client_cpu / gb,
             server_cores: cost.server.map(|server| server / seen.seconds),
-            client_cores: cost.client / seen.seconds,
+            client_cores: seen.client_cpu / seen.seconds,
             peak_rss_mib: cost.peak_rss.map(|bytes| bytes as f64 / f64::from(1 << 20)),
         }
     }
@@ -129,8 +130,9 @@ mod tests {
     use super::*;
 
     fn sample(mb_per_s: f64, server: Option<f64>) -> Sample {
-        let seen = Seen { bytes: 1_000_000_000, requests: 1000, seconds: 1000.0 / mb_per_s, p99_us: 5.0 };
-        Sample::new(&seen, &Cost { client: 0.5, server, peak_rss: Some(3 << 20) })
+        let seen =
+            Seen { bytes: 1_000_000_000, requests: 1000, seconds: 1000.0 / mb_per_s, p99_us: 5.0, client_cpu: 0.5 };
+        Sample::new(&seen, &Cost { server, peak_rss: Some(3 << 20) })
     }
 
     #[test]

@@ -52,9 +52,7 @@ impl ServerProcess {
 
     /// CPU seconds that all its threads have used so far.
     pub(super) fn cpu_seconds(&self) -> Result<f64> {
-        let path = format!("/proc/{}/stat", self.child.id());
-        let stat = fs::read_to_string(&path).with_context(|| format!("{path}: the server is gone"))?;
-        Times::parse(&stat).map(|times| times.own).with_context(|| path)
+        cpu_seconds(&self.child.id().to_string())
     }
 
     /// The most memory that it ever had resident, in bytes.
@@ -84,30 +82,21 @@ impl Drop for ServerProcess {
     }
 }
 
-/// CPU seconds, as /proc/PID/stat has them (proc_pid_stat(5): fields 14 to 17).
-pub(super) struct Times {
-    pub(super) own: f64,
-    /// Of children that ended and were waited for.
-    pub(super) children: f64,
+/// CPU seconds that all threads of a process have used so far; `self` is this one.
+pub(super) fn cpu_seconds(pid: &str) -> Result<f64> {
+    let path = format!("/proc/{pid}/stat");
+    let stat = fs::read_to_string(&path).with_context(|| format!("{path}: the process is gone"))?;
+    parse_stat(&stat).context(path)
 }
 
-impl Times {
-    /// Those of this process.
-    pub(super) fn of_this() -> Result<Self> {
-        Self::parse(&fs::read_to_string("/proc/self/stat")?).context("/proc/self/stat")
-    }
-
-    fn parse(stat: &str) -> Option<Self> {
-        // The second field is the program's name in parentheses, and may have anything in it.
-        let (_, rest) = stat.rsplit_once(')')?;
-        let ticks: Vec<u64> = rest.split_whitespace().skip(11).take(4).map_while(|field| field.parse().ok()).collect();
-        let [user, system, children_user, children_system] = ticks[..] else { return None };
-        let a_second = rustix::param::clock_ticks_per_second() as f64;
-        Some(Self {
-            own: (user + system) as f64 / a_second,
-            children: (children_user + children_system) as f64 / a_second,
-        })
-    }
+/// User and system time together (proc_pid_stat(5), fields 14 and 15).
+fn parse_stat(stat: &str) -> Option<f64> {
+    // The second field is the program's name in parentheses, and may have anything in it.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut fields = rest.split_whitespace().skip(11);
+    let mut ticks = || fields.next()?.parse::<u64>().ok();
+    let all = ticks()? + ticks()?;
+    Some(all as f64 / rustix::param::clock_ticks_per_second() as f64)
 }
 
 fn one_line(log: &Path) -> String {
@@ -124,10 +113,8 @@ mod tests {
     #[test]
     fn the_times_stand_behind_a_name_with_anything_in_it() {
         let stat = "42 (a ) b) S 1 42 42 0 -1 4194560 1 2 3 4 250 150 1000 500 20 0 1";
-        let times = Times::parse(stat).unwrap();
-        let a_second = rustix::param::clock_ticks_per_second() as f64;
-        assert_eq!((times.own, times.children), (400.0 / a_second, 1500.0 / a_second));
-        assert!(Times::parse("42 (cut off) S 1").is_none());
+        assert_eq!(parse_stat(stat), Some(400.0 / rustix::param::clock_ticks_per_second() as f64));
+        assert_eq!(parse_stat("42 (cut off) S 1"), None);
     }
 
     #[test]
