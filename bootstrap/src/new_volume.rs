@@ -67,7 +67,11 @@ fn argon2id_for(time: Duration) -> Result<KdfOptions> {
     }
 }
 
-fn luks1_options(iterations: std::num::NonZeroU32) -> Result<luks1::Options> {
+/// A LUKS1 volume whose passphrase is derived so many times, with everything else as usual.
+///
+/// # Errors
+/// What the source of randomness said.
+pub(crate) fn luks1_options(iterations: std::num::NonZeroU32) -> Result<luks1::Options> {
     Ok(luks1::Options {
         hash: HashAlgorithm::Sha256,
         keyslot_iterations: iterations,

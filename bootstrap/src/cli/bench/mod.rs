@@ -1,6 +1,25 @@
 //! `nbdcrypt bench`: throughput on this machine.
+//!
+//! `xts` computes in this process. `device` and `compare` start servers as processes of their own (`contestant`), one at a
+//! time, and drive them with fio or with the lean client; `yardstick` and `plaintext` are servers for that alone.
 
+mod bars;
+mod chart;
+mod compare;
+mod contestant;
+mod device;
+mod fio;
+mod interrupt;
+mod lean;
+mod machine;
+mod plaintext;
+mod report;
+mod sample;
+mod server_process;
+mod stage;
+mod workload;
 mod xts;
+mod yardstick;
 
 use anyhow::Result;
 
@@ -14,10 +33,26 @@ pub(super) struct Args {
 enum What {
     /// AES-256-XTS on every path that this CPU has, beside the limit of its AES units and beside memcpy.
     Xts(xts::Args),
+    /// This server through a unix socket, encrypted beside plaintext, driven by fio.
+    Device(device::Args),
+    /// This server beside every other that is installed: qemu-nbd, nbdkit, dm-crypt; in turns, driven by fio.
+    Compare(compare::Args),
+    /// A server that does nothing but move bytes: one blocking thread a connection, no encryption.
+    ///
+    /// It is a part of the program so that `compare` has it wherever the program is, with no source and no compiler.
+    #[command(hide = true)]
+    Yardstick(yardstick::Args),
+    /// This server without its cipher.
+    #[command(hide = true)]
+    Plaintext(plaintext::Args),
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
     match args.what {
         What::Xts(args) => xts::run(args),
+        What::Device(args) => device::run(args),
+        What::Compare(args) => compare::run(&args),
+        What::Yardstick(args) => yardstick::run(&args),
+        What::Plaintext(args) => plaintext::run(&args),
     }
 }

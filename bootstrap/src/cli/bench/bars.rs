@@ -1,0 +1,114 @@
+//! What this server is to reach beside the others, and whether it did.
+
+use super::compare::{Comparison, Section};
+use super::contestant::Contestant;
+use super::device::Client;
+use super::sample::{Sample, median};
+use super::workload::{Pattern, TYPICAL, Workload};
+
+/// The rate over those of nbdkit luks and of qemu-nbd LUKS, for each of [`TYPICAL`].
+const AGAINST_PEERS: [(f64, f64); 4] = [(4.5, 12.0), (4.0, 10.0), (1.8, 4.5), (3.0, 4.5)];
+/// The rate over that of this server's own plaintext export.
+const OF_PLAINTEXT: f64 = 0.92;
+/// In MiB.
+const MEMORY: f64 = 256.0;
+
+pub(super) struct Bar {
+    pub(super) what: String,
+    pub(super) bar: f64,
+    pub(super) at_least: bool,
+    pub(super) measured: Option<f64>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Met,
+    Missed,
+    NotMeasured,
+}
+
+impl Bar {
+    pub(super) fn verdict(&self) -> Verdict {
+        match self.measured {
+            None => Verdict::NotMeasured,
+            Some(measured) if self.at_least && measured >= self.bar => Verdict::Met,
+            Some(measured) if !self.at_least && measured <= self.bar => Verdict::Met,
+            Some(_) => Verdict::Missed,
+        }
+    }
+}
+
+/// The median over the rounds of the one's figure over the other's. None where either has none.
+pub(super) fn ratio(
+    section: &Section,
+    one: Contestant,
+    other: Contestant,
+    figure: impl Fn(&Sample) -> Option<f64>,
+) -> Option<f64> {
+    let (one, other) = (section.of(one)?, section.of(other)?);
+    let ratios: Option<Vec<f64>> =
+        one.rounds.iter().zip(&other.rounds).map(|(one, other)| Some(figure(one)? / figure(other)?)).collect();
+    ratios.filter(|ratios| !ratios.is_empty()).map(median)
+}
+
+pub(super) fn all(comparison: &Comparison) -> Vec<Bar> {
+    let find = |workload: Workload| {
+        comparison.sections.iter().find(|section| section.client == Client::Fio && section.workload == workload)
+    };
+    let against = |workload: Workload, peer: Contestant, figure: fn(&Sample) -> Option<f64>| {
+        find(workload).and_then(|section| ratio(section, Contestant::Nbdcrypt, peer, figure))
+    };
+    let rate = |sample: &Sample| Some(sample.mb_per_s);
+    let cpu = |sample: &Sample| sample.server_cpu_s_per_gb;
+    let p99 = |sample: &Sample| Some(sample.p99_us);
+    let mut bars = Vec::new();
+    let mut add = |what: String, bar: f64, at_least: bool, measured: Option<f64>| {
+        bars.push(Bar { what, bar, at_least, measured });
+    };
+    for (workload, (nbdkit, qemu)) in TYPICAL.into_iter().zip(AGAINST_PEERS) {
+        let name = workload.name();
+        for (peer, bar) in [
+            (Contestant::NbdkitLuks, nbdkit),
+            (Contestant::QemuNbdLuks, qemu),
+            (Contestant::Yardstick, 1.0),
+            (Contestant::NbdcryptPlaintext, OF_PLAINTEXT),
+        ] {
+            add(format!("{name}: rate over {}", peer.name()), bar, true, against(workload, peer, rate));
+        }
+        for peer in [Contestant::NbdkitLuks, Contestant::QemuNbdLuks] {
+            add(format!("{name}: server CPU over {}", peer.name()), 1.0, false, against(workload, peer, cpu));
+            add(format!("{name}: p99 over {}", peer.name()), 1.0, false, against(workload, peer, p99));
+        }
+        if matches!(workload.pattern, Pattern::RandomRead | Pattern::RandomWrite) {
+            let yardstick = Contestant::Yardstick;
+            add(format!("{name}: server CPU over {}", yardstick.name()), 1.0, false, against(workload, yardstick, cpu));
+        }
+        let several = comparison.sections.iter().find(|section| {
+            section.client == Client::Fio
+                && section.workload.connections > 1
+                && section.workload.with(workload.connections) == workload
+        });
+        let median_of = |section: &Section| Some(section.of(Contestant::Nbdcrypt)?.median.mb_per_s);
+        let gain = several.and_then(median_of).zip(find(workload).and_then(median_of));
+        let gain = gain.map(|(several, one)| several / one);
+        add(format!("{name}: rate of several connections over one"), 1.0, true, gain);
+    }
+    add("resident, 4 connections, 128 requests of 1 MiB each (MiB)".to_owned(), MEMORY, false, comparison.peak_rss_mib);
+    bars
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bar_is_met_from_its_own_side() {
+        let bar = |at_least, measured| Bar { what: String::new(), bar: 1.0, at_least, measured }.verdict();
+        assert_eq!(bar(true, Some(1.1)), Verdict::Met);
+        assert_eq!(bar(true, Some(0.9)), Verdict::Missed);
+        assert_eq!(bar(false, Some(0.9)), Verdict::Met);
+        assert_eq!(bar(false, Some(1.1)), Verdict::Missed);
+        assert_eq!((bar(true, Some(f64::NAN)), bar(false, Some(f64::NAN))), (Verdict::Missed, Verdict::Missed));
+        assert_eq!(bar(false, None), Verdict::NotMeasured);
+    }
+}

@@ -1,0 +1,106 @@
+//! A comparison in words: tables, the machine, the bars, and how to repeat it.
+
+use std::fmt::Write;
+
+use super::bars::{self, Verdict};
+use super::chart;
+use super::compare::{Comparison, Section};
+use super::contestant::Contestant;
+use super::device::Client;
+
+/// One workload's table.
+pub(super) fn section(section: &Section) -> String {
+    let client = match section.client {
+        Client::Fio => "",
+        Client::Lean => " (lean client)",
+    };
+    let mut out = format!(
+        "\n### {}{client}\n\n| | MB/s | IOPS | nbdcrypt is faster by | p99 µs | server CPU s/GB | server cores | client cores \
+         | limited by | peak RSS MiB |\n|---|--:|--:|--:|--:|--:|--:|--:|---|--:|\n",
+        section.workload.name()
+    );
+    for turns in &section.results {
+        let sample = &turns.median;
+        let faster = bars::ratio(section, Contestant::Nbdcrypt, turns.contestant, |sample| Some(sample.mb_per_s));
+        let faster = match turns.contestant {
+            Contestant::Nbdcrypt => String::new(),
+            _ => known(faster, 2),
+        };
+        let limit = sample.limit(section.workload.connections, super::machine::cores()).name();
+        let _ = writeln!(
+            out,
+            "| {} | {:.0} | {:.0} | {faster} | {:.0} | {} | {} | {:.2} | {limit} | {} |",
+            turns.contestant.name(),
+            sample.mb_per_s,
+            sample.iops,
+            sample.p99_us,
+            known(sample.server_cpu_s_per_gb, 3),
+            known(sample.server_cores, 2),
+            sample.client_cores,
+            known(sample.peak_rss_mib, 0),
+        );
+    }
+    out
+}
+
+fn known(figure: Option<f64>, digits: usize) -> String {
+    figure.map_or_else(|| "–".to_owned(), |figure| format!("{figure:.digits$}"))
+}
+
+/// Bars, and who is missing.
+pub(super) fn closing(comparison: &Comparison) -> String {
+    let mut out = String::from("\n### Bars\n\n| | bar | measured | |\n|---|--:|--:|---|\n");
+    for bar in bars::all(comparison) {
+        let sign = if bar.at_least { "≥" } else { "≤" };
+        let verdict = match bar.verdict() {
+            Verdict::Met => "met",
+            Verdict::Missed => "missed",
+            Verdict::NotMeasured => "not measured",
+        };
+        let _ = writeln!(out, "| {} | {sign} {} | {} | {verdict} |", bar.what, bar.bar, known(bar.measured, 2));
+    }
+    if !comparison.missing.is_empty() {
+        out.push_str("\n### Missing\n\n");
+        for missing in &comparison.missing {
+            let _ = writeln!(out, "- {}: {}", missing.contestant.name(), missing.reason);
+        }
+    }
+    out
+}
+
+/// All of it.
+pub(super) fn markdown(comparison: &Comparison) -> String {
+    let machine = &comparison.machine;
+    let mut out = format!(
+        "# Encrypted network block devices, compared\n\n{} cores of {}, {} GiB, Linux {}. Storage: {}. LUKS1, 512-byte \
+         sectors, AES-256-XTS, unix socket. Medians of {} rounds of {} s, everybody in turn in each round, each figure from a \
+         server just started; ratios are medians of the ratios within a round.\n\n",
+        machine.cores,
+        machine.cpu,
+        machine.memory_gib,
+        machine.kernel,
+        comparison.storage,
+        comparison.rounds,
+        comparison.seconds
+    );
+    for (program, version) in &machine.versions {
+        let _ = writeln!(out, "- {program}: {version}");
+    }
+    for (name, _) in chart::all(comparison) {
+        let _ = writeln!(out, "\n![{name}]({name})");
+    }
+    for one in &comparison.sections {
+        out += &section(one);
+    }
+    out += "\nThe yardstick is one blocking thread a connection, pread and write, no encryption. A client is the limit where \
+            its threads are busy for nine tenths of the time or more.\n";
+    if let Some(peak) = comparison.peak_rss_mib {
+        let _ = writeln!(out, "\nResident at most, serving 4 connections with 128 requests of 1 MiB: {peak:.0} MiB.");
+    }
+    out += &closing(comparison);
+    out += "\n### To repeat it\n\n```sh\nnbdcrypt bench compare --report DIR\n";
+    for command in &comparison.commands {
+        let _ = writeln!(out, "{command}");
+    }
+    out + "```\n"
+}

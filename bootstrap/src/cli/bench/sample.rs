@@ -1,0 +1,162 @@
+//! What one measurement gave, and medians of several.
+
+use serde::Serialize;
+
+/// What a client saw.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Seen {
+    pub(super) bytes: u64,
+    pub(super) requests: u64,
+    pub(super) seconds: f64,
+    /// The time that 99 of 100 requests took at most, in microseconds.
+    pub(super) p99_us: f64,
+    /// CPU seconds that the client's threads used up meanwhile.
+    pub(super) client_cpu: f64,
+}
+
+/// What a client saw, and what it cost.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Sample {
+    /// 10⁶ bytes a second.
+    pub(super) mb_per_s: f64,
+    pub(super) iops: f64,
+    pub(super) p99_us: f64,
+    /// CPU seconds of the server for 10⁹ bytes; none where the kernel is the server, since its work is nobody's.
+    pub(super) server_cpu_s_per_gb: Option<f64>,
+    /// The same of the client.
+    pub(super) client_cpu_s_per_gb: f64,
+    /// How many cores the server kept busy, as a mean.
+    pub(super) server_cores: Option<f64>,
+    /// The same of the client.
+    pub(super) client_cores: f64,
+    /// The most memory that the server ever had resident (`VmHWM`), in MiB.
+    pub(super) peak_rss_mib: Option<f64>,
+}
+
+/// What the server used up meanwhile: CPU seconds, and bytes of memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cost {
+    pub(super) server: Option<f64>,
+    pub(super) peak_rss: Option<u64>,
+}
+
+impl Sample {
+    pub(super) fn new(seen: &Seen, cost: &Cost) -> Self {
+        let gb = seen.bytes as f64 / 1e9;
+        Self {
+            mb_per_s: gb * 1e3 / seen.seconds,
+            iops: seen.requests as f64 / seen.seconds,
+            p99_us: seen.p99_us,
+            server_cpu_s_per_gb: cost.server.map(|server| server / gb),
+            client_cpu_s_per_gb: seen.client_cpu / gb,
+            server_cores: cost.server.map(|server| server / seen.seconds),
+            client_cores: seen.client_cpu / seen.seconds,
+            peak_rss_mib: cost.peak_rss.map(|bytes| bytes as f64 / f64::from(1 << 20)),
+        }
+    }
+
+    /// Each figure's median.
+    pub(super) fn median(samples: &[Self]) -> Self {
+        let of = |figure: fn(&Self) -> f64| median(samples.iter().map(figure));
+        let of_known = |figure: fn(&Self) -> Option<f64>| {
+            let known: Vec<f64> = samples.iter().filter_map(figure).collect();
+            (!known.is_empty()).then(|| median(known))
+        };
+        Self {
+            mb_per_s: of(|sample| sample.mb_per_s),
+            iops: of(|sample| sample.iops),
+            p99_us: of(|sample| sample.p99_us),
+            server_cpu_s_per_gb: of_known(|sample| sample.server_cpu_s_per_gb),
+            client_cpu_s_per_gb: of(|sample| sample.client_cpu_s_per_gb),
+            server_cores: of_known(|sample| sample.server_cores),
+            client_cores: of(|sample| sample.client_cores),
+            peak_rss_mib: of_known(|sample| sample.peak_rss_mib),
+        }
+    }
+
+    /// Who kept the rate from being higher: a client thread can use one core, and there is one a connection.
+    pub(super) fn limit(&self, connections: u32, cores: usize) -> Limit {
+        let Some(server) = self.server_cores else { return Limit::Unknown };
+        let client_threads = (connections as usize).min(cores);
+        if self.client_cores >= 0.9 * client_threads as f64 {
+            Limit::Client
+        } else if self.client_cores + server >= 0.9 * cores as f64 {
+            Limit::Machine
+        } else if server >= 0.9 {
+            Limit::Server
+        } else {
+            Limit::Waiting
+        }
+    }
+}
+
+/// What keeps a rate from being higher.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Limit {
+    /// The client's threads are busy throughout.
+    Client,
+    /// Client and server together use up every core.
+    Machine,
+    /// The server is busy, and the client has time left.
+    Server,
+    /// Neither is busy: they wait for each other.
+    Waiting,
+    /// The kernel is the server.
+    Unknown,
+}
+
+impl Limit {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Machine => "all cores",
+            Self::Server => "server",
+            Self::Waiting => "waiting",
+            Self::Unknown => "–",
+        }
+    }
+}
+
+/// The middle one; of an even number, the upper of the two in the middle. `NaN` of none.
+pub(super) fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(mb_per_s: f64, server: Option<f64>) -> Sample {
+        let seen =
+            Seen { bytes: 1_000_000_000, requests: 1000, seconds: 1000.0 / mb_per_s, p99_us: 5.0, client_cpu: 0.5 };
+        Sample::new(&seen, &Cost { server, peak_rss: Some(3 << 20) })
+    }
+
+    #[test]
+    fn figures_are_per_second_and_per_gigabyte() {
+        let sample = sample(500.0, Some(1.0));
+        assert_eq!((sample.mb_per_s, sample.iops), (500.0, 500.0));
+        assert_eq!((sample.server_cpu_s_per_gb, sample.client_cpu_s_per_gb), (Some(1.0), 0.5));
+        assert_eq!((sample.server_cores, sample.client_cores, sample.peak_rss_mib), (Some(0.5), 0.25, Some(3.0)));
+    }
+
+    #[test]
+    fn a_median_is_taken_figure_by_figure() {
+        let middle = Sample::median(&[sample(900.0, Some(3.0)), sample(100.0, Some(1.0)), sample(500.0, Some(2.0))]);
+        assert_eq!((middle.mb_per_s, middle.server_cpu_s_per_gb), (500.0, Some(2.0)));
+        assert_eq!(Sample::median(&[sample(1.0, None)]).server_cpu_s_per_gb, None);
+    }
+
+    #[test]
+    fn the_limit_is_whoever_has_no_time_left() {
+        let busy = |client_cores, server_cores| Sample { client_cores, server_cores, ..sample(1.0, None) };
+        assert_eq!(busy(0.97, Some(0.6)).limit(1, 2), Limit::Client);
+        assert_eq!(busy(0.97, Some(0.95)).limit(2, 2), Limit::Machine);
+        assert_eq!(busy(0.5, Some(1.0)).limit(1, 2), Limit::Server);
+        assert_eq!(busy(0.5, Some(0.6)).limit(1, 2), Limit::Waiting);
+        assert_eq!(busy(0.5, None).limit(1, 2), Limit::Unknown);
+    }
+}

@@ -1,0 +1,129 @@
+//! A server as a child process: started, waited for, asked what it used up, and stopped in any case.
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal};
+
+use super::interrupt;
+
+/// How long a server may take to listen: it derives a key first.
+const START: Duration = Duration::from_secs(20);
+/// How long a server may take to stop when it is asked to.
+const STOP: Duration = Duration::from_secs(5);
+const POLL: Duration = Duration::from_millis(5);
+
+/// A running server. It is gone when this is dropped.
+pub(super) struct ServerProcess {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl ServerProcess {
+    /// Starts `command`, which is to listen on `socket`, and returns once it does. What it says goes to `log`.
+    pub(super) fn start(mut command: Command, socket: &Path, log: &Path) -> Result<Self> {
+        let program = command.get_program().to_string_lossy().into_owned();
+        let said = File::create(log).with_context(|| log.display().to_string())?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said);
+        let child = command.spawn().with_context(|| format!("could not start {program}"))?;
+        let mut server = Self { child, socket: socket.to_owned() };
+        let started = Instant::now();
+        while UnixStream::connect(socket).is_err() {
+            interrupt::check()?;
+            if let Some(status) = server.child.try_wait()? {
+                bail!("{program} ended at once ({status}): {}", one_line(log));
+            }
+            if started.elapsed() > START {
+                bail!("{program} does not listen after {} s: {}", START.as_secs(), one_line(log));
+            }
+            thread::sleep(POLL);
+        }
+        Ok(server)
+    }
+
+    pub(super) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// CPU seconds that all its threads have used so far.
+    pub(super) fn cpu_seconds(&self) -> Result<f64> {
+        cpu_seconds(&self.child.id().to_string())
+    }
+
+    /// The most memory that it ever had resident, in bytes.
+    pub(super) fn peak_rss(&self) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = fs::read_to_string(&path).with_context(|| format!("{path}: the server is gone"))?;
+        let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        let kib: u64 = kib.and_then(|kib| kib.trim().parse().ok()).with_context(|| format!("{path}: no VmHWM"))?;
+        Ok(kib << 10)
+    }
+}
+
+impl Drop for ServerProcess {
+    fn drop(&mut self) {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        if let Some(pid) = pid.filter(|_| matches!(self.child.try_wait(), Ok(None))) {
+            let _ = rustix::process::kill_process(pid, Signal::TERM);
+            let asked = Instant::now();
+            while asked.elapsed() < STOP && matches!(self.child.try_wait(), Ok(None)) {
+                thread::sleep(POLL);
+            }
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // nbdkit and qemu-nbd leave theirs.
+        let _ = fs::remove_file(&self.socket);
+    }
+}
+
+/// CPU seconds that all threads of a process have used so far; `self` is this one.
+pub(super) fn cpu_seconds(pid: &str) -> Result<f64> {
+    let path = format!("/proc/{pid}/stat");
+    let stat = fs::read_to_string(&path).with_context(|| format!("{path}: the process is gone"))?;
+    parse_stat(&stat).context(path)
+}
+
+/// User and system time together (proc_pid_stat(5), fields 14 and 15).
+fn parse_stat(stat: &str) -> Option<f64> {
+    // The second field is the program's name in parentheses, and may have anything in it.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut fields = rest.split_whitespace().skip(11);
+    let mut ticks = || fields.next()?.parse::<u64>().ok();
+    let all = ticks()? + ticks()?;
+    Some(all as f64 / rustix::param::clock_ticks_per_second() as f64)
+}
+
+fn one_line(log: &Path) -> String {
+    let said = fs::read(log).unwrap_or_default();
+    let said = String::from_utf8_lossy(&said);
+    let said = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ");
+    if said.is_empty() { "it says nothing".to_owned() } else { said }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_times_stand_behind_a_name_with_anything_in_it() {
+        let stat = "42 (a ) b) S 1 42 42 0 -1 4194560 1 2 3 4 250 150 1000 500 20 0 1";
+        assert_eq!(parse_stat(stat), Some(400.0 / rustix::param::clock_ticks_per_second() as f64));
+        assert_eq!(parse_stat("42 (cut off) S 1"), None);
+    }
+
+    #[test]
+    fn a_server_that_ends_at_once_is_quoted() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo no such luck >&2; exit 3"]);
+        let result = ServerProcess::start(command, &folder.path().join("socket"), &folder.path().join("log"));
+        let error = result.err().unwrap().to_string();
+        assert!(error.contains("no such luck") && error.contains('3'), "{error}");
+    }
+}

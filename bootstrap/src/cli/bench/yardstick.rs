@@ -1,0 +1,126 @@
+//! `nbdcrypt bench yardstick`: what moving the bytes costs, and nothing else. A thread a connection: receive a request,
+//! pread or pwrite, send the reply. Blocking, no encryption, none of this project's server code.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Error, ErrorKind, Read, Result as IoResult, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+
+use anyhow::{Context, Result};
+use nbd_server::proto::wire::*;
+use rustix::net::sockopt;
+
+const SEND_BUFFER: usize = 4 << 20;
+/// What a request may carry; no client here asks for more.
+const MAX_PAYLOAD: usize = 32 << 20;
+const EINVAL: u32 = 22;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The file to serve, as it is.
+    file: PathBuf,
+    /// Listen on a unix socket.
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let file = OpenOptions::new().read(true).write(true).open(&args.file);
+    let file = Arc::new(file.with_context(|| args.file.display().to_string())?);
+    let listener = UnixListener::bind(&args.socket).with_context(|| args.socket.display().to_string())?;
+    for stream in listener.incoming() {
+        let (stream, file) = (stream?, Arc::clone(&file));
+        thread::spawn(move || serve(stream, &file));
+    }
+    Ok(())
+}
+
+fn serve(mut stream: UnixStream, file: &File) -> IoResult<()> {
+    if sockopt::set_socket_send_buffer_size_force(&stream, SEND_BUFFER).is_err() {
+        let _ = sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER);
+    }
+    handshake(&mut stream, file.metadata()?.len())?;
+    // A reply's header, then its payload: one send.
+    let mut buffer = vec![0; SIMPLE_REPLY_LEN + (1 << 20)];
+    loop {
+        let mut request = [0; REQUEST_LEN];
+        stream.read_exact(&mut request)?;
+        let (kind, offset, len) = (be16(&request[6..]), be64(&request[16..]), be32(&request[24..]) as usize);
+        if be32(&request) != NBD_REQUEST_MAGIC || len > MAX_PAYLOAD {
+            return Err(Error::from(ErrorKind::InvalidData));
+        }
+        let whole = SIMPLE_REPLY_LEN + len;
+        if matches!(kind, NBD_CMD_READ | NBD_CMD_WRITE) && buffer.len() < whole {
+            buffer.resize(whole, 0);
+        }
+        let (error, replied) = match kind {
+            NBD_CMD_READ => match file.read_exact_at(&mut buffer[SIMPLE_REPLY_LEN..whole], offset) {
+                Ok(()) => (0, whole),
+                Err(_) => (EINVAL, SIMPLE_REPLY_LEN),
+            },
+            NBD_CMD_WRITE => {
+                stream.read_exact(&mut buffer[SIMPLE_REPLY_LEN..whole])?;
+                let written = file.write_all_at(&buffer[SIMPLE_REPLY_LEN..whole], offset);
+                (if written.is_ok() { 0 } else { EINVAL }, SIMPLE_REPLY_LEN)
+            }
+            NBD_CMD_FLUSH => (if file.sync_data().is_ok() { 0 } else { EINVAL }, SIMPLE_REPLY_LEN),
+            NBD_CMD_DISC => return Ok(()),
+            _ => (EINVAL, SIMPLE_REPLY_LEN),
+        };
+        buffer[..4].copy_from_slice(&NBD_SIMPLE_REPLY_MAGIC.to_be_bytes());
+        buffer[4..8].copy_from_slice(&error.to_be_bytes());
+        buffer[8..16].copy_from_slice(&request[8..16]);
+        stream.write_all(&buffer[..replied])?;
+    }
+}
+
+/// As little as fio's libnbd needs: `NBD_OPT_GO`, and no to everything else.
+fn handshake(stream: &mut UnixStream, size: u64) -> IoResult<()> {
+    let mut greeting = NBDMAGIC.to_be_bytes().to_vec();
+    greeting.extend(IHAVEOPT.to_be_bytes());
+    greeting.extend((NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES).to_be_bytes());
+    stream.write_all(&greeting)?;
+    stream.read_exact(&mut [0; 4])?;
+    loop {
+        let mut header = [0; 16];
+        stream.read_exact(&mut header)?;
+        let (option, len) = (be32(&header[8..]), be32(&header[12..]) as usize);
+        if header[..8] != IHAVEOPT.to_be_bytes() || len > 2 * MAX_STRING {
+            return Err(Error::from(ErrorKind::InvalidData));
+        }
+        stream.read_exact(&mut vec![0; len])?;
+        let mut reply = |kind: u32, data: &[u8]| {
+            let mut bytes = NBD_REP_MAGIC.to_be_bytes().to_vec();
+            bytes.extend(option.to_be_bytes());
+            bytes.extend(kind.to_be_bytes());
+            bytes.extend(u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
+            bytes.extend(data);
+            stream.write_all(&bytes)
+        };
+        match option {
+            NBD_OPT_GO => {
+                let flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_CAN_MULTI_CONN;
+                let info = [&NBD_INFO_EXPORT.to_be_bytes()[..], &size.to_be_bytes(), &flags.to_be_bytes()].concat();
+                reply(NBD_REP_INFO, &info)?;
+                return reply(NBD_REP_ACK, &[]);
+            }
+            NBD_OPT_ABORT => return Err(Error::from(ErrorKind::ConnectionAborted)),
+            _ => reply(NBD_REP_ERR_UNSUP, &[])?,
+        }
+    }
+}
+
+pub(super) fn be16(bytes: &[u8]) -> u16 {
+    bytes.first_chunk().map_or(0, |bytes| u16::from_be_bytes(*bytes))
+}
+
+pub(super) fn be32(bytes: &[u8]) -> u32 {
+    bytes.first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes))
+}
+
+pub(super) fn be64(bytes: &[u8]) -> u64 {
+    bytes.first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes))
+}
