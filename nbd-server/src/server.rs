@@ -96,7 +96,7 @@ impl Default for Settings {
 ///
 /// # Memory
 /// A connection holds at most [`MAX_BYTES_IN_FLIGHT`](crate::session::MAX_BYTES_IN_FLIGHT) bytes of payload, as much
-/// again in buffers to be used again, and some hundred kilobytes beside.
+/// again in buffers to be used again, and a megabyte beside. (The kernel holds what is in the socket: up to 4 MiB.)
 #[derive(Clone)]
 pub struct Server {
     exports: Exports,

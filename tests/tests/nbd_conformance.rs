@@ -176,7 +176,7 @@ mod handshake {
         // server MUST NOT respond to any option request with NBD_REP_ERR_TLS_REQD."
         let server = server();
         let replies = haggling(&server).option(NBD_OPT_STARTTLS, &[]);
-        assert_eq!(replies[0].kind, NBD_REP_ERR_UNSUP);
+        assert_eq!(replies[0].kind, NBD_REP_ERR_POLICY);
     }
 
     #[test]

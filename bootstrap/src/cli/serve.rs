@@ -153,6 +153,9 @@ pub(super) fn run(args: Args) -> Result<()> {
 /// What clients ask for, a name a device.
 fn names(args: &Args) -> Result<Vec<String>> {
     let several = args.devices.len() > 1;
+    if several && args.header.header.is_some() {
+        bail!("a header is one volume's: with --header, give one DEVICE");
+    }
     once_a_device(args, "--name", args.names.len())?;
     once_a_device(args, "--description", args.descriptions.len())?;
     if args.key_files.len() > 1 {

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use engine::key::VolumeKey;
 use engine::luks::{luks1, luks2};
 
@@ -70,6 +70,16 @@ impl Disk {
         let disks = boot.outside.disks;
         let path = &boot.disk_path;
         if let (Some(size), false) = (boot.config.volume.size, disks.exists(path)?) {
+            if let Some(header) = &boot.config.volume.header
+                && disks.exists(header)?
+            {
+                bail!(
+                    "{} is missing, but its header {} is there: is the filesystem that it lies on mounted? For a new \
+                     volume, move the header away",
+                    path.display(),
+                    header.display()
+                );
+            }
             disks.make(path, size)?;
             self.made.push(path.clone());
         }

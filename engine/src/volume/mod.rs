@@ -289,6 +289,20 @@ impl Volume {
     /// # Errors
     /// [`VolumeError`].
     pub fn write_zeroes(&self, offset: u64, len: u64, may_discard: bool) -> Result<(), VolumeError> {
+        self.write_zeroes_while(offset, len, may_discard, &|| true)
+    }
+
+    /// The same, which on a large volume can take hours: asks before each mebibyte whether to `go_on`.
+    ///
+    /// # Errors
+    /// [`VolumeError`]; of kind `Interrupted` when it was not to go on.
+    pub fn write_zeroes_while(
+        &self,
+        offset: u64,
+        len: u64,
+        may_discard: bool,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<(), VolumeError> {
         self.writable()?;
         self.locate(offset, len)?;
         let end = offset + len;
@@ -298,6 +312,9 @@ impl Volume {
         let mut zeros = AlignedBuffer::zeroed(span(len.min(ZERO_CHUNK as u64))?);
         let mut at = offset;
         while at < end {
+            if !go_on() {
+                return Err(VolumeError::Store(io::ErrorKind::Interrupted.into()));
+            }
             let chunk = span((end - at).min(ZERO_CHUNK as u64))?;
             zeros[..chunk].fill(0);
             self.write(at, &mut zeros[..chunk])?;

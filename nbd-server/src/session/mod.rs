@@ -67,13 +67,23 @@ impl workers::Job for Work {
 
 /// Carries out a command. A fault in what does so must not leave the client, and the filesystem on top of it, waiting:
 /// it is answered as a disk's error.
-pub(crate) fn perform_unharmed(export: &Export, command: &Command, payload: &mut [u8]) -> Result<Answer, ErrorCode> {
-    catch_unwind(AssertUnwindSafe(|| perform(export, command, payload))).unwrap_or(Err(ErrorCode::Io))
+pub(crate) fn perform_unharmed(
+    export: &Export,
+    command: &Command,
+    payload: &mut [u8],
+    go_on: &dyn Fn() -> bool,
+) -> Result<Answer, ErrorCode> {
+    catch_unwind(AssertUnwindSafe(|| perform(export, command, payload, go_on))).unwrap_or(Err(ErrorCode::Io))
 }
 
 /// Carries out a command; blocks for as long as the disk takes. `payload` is as long as [`Command::payload_len`] says:
-/// a write is encrypted in it, a read fills it.
-pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) -> Result<Answer, ErrorCode> {
+/// a write is encrypted in it, a read fills it. What takes long asks now and then whether to `go_on`.
+fn perform(
+    export: &Export,
+    command: &Command,
+    payload: &mut [u8],
+    go_on: &dyn Fn() -> bool,
+) -> Result<Answer, ErrorCode> {
     let statistics = export.statistics();
     let volume = export.volume();
     statistics.answered();
@@ -99,7 +109,8 @@ pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) ->
             durable(volume, zeroed.map(drop), fua)
         }
         Command::WriteZeroes { range, fua, may_punch, fast: false } => {
-            durable(volume, volume.write_zeroes(range.offset, range.len, may_punch && discards), fua)
+            let zeroed = volume.write_zeroes_while(range.offset, range.len, may_punch && discards, go_on);
+            durable(volume, zeroed, fua)
         }
         Command::Cache(range) => volume.will_read(range.offset, range.len),
         Command::BlockStatus { range, one } => {
@@ -113,9 +124,12 @@ pub(crate) fn perform(export: &Export, command: &Command, payload: &mut [u8]) ->
 pub(crate) fn write_encrypted(export: &Export, command: &Command, payload: &[u8]) -> Result<Answer, ErrorCode> {
     let Command::Write { range, fua } = *command else { return Err(ErrorCode::Inval) };
     export.statistics().answered();
-    let written = export.volume().write_encrypted(range.offset, payload);
-    let written = written.map(|()| export.statistics().written(range.len));
-    durable(export.volume(), written, fua).map(|()| Answer::Done).map_err(|error| failed(export, command, &error))
+    let write = || {
+        let written = export.volume().write_encrypted(range.offset, payload);
+        let written = written.map(|()| export.statistics().written(range.len));
+        durable(export.volume(), written, fua).map(|()| Answer::Done).map_err(|error| failed(export, command, &error))
+    };
+    catch_unwind(AssertUnwindSafe(write)).unwrap_or(Err(ErrorCode::Io))
 }
 
 /// Counts and logs a volume's error: what the client is told.

@@ -158,6 +158,7 @@ where
         with_workers: AtomicUsize::new(0),
         moved: AtomicU32::new(0),
         received_all: AtomicBool::new(false),
+        unwanted: AtomicBool::new(false),
         yielded: AtomicBool::new(false),
         pace: Pace::new(),
     });
@@ -235,7 +236,8 @@ impl Task {
         let Self { request, mut place } = self;
         let bytes = place.payload.as_mut().map_or(&mut [][..], |buffer| &mut buffer.bytes);
         let begun = Instant::now();
-        let outcome = perform_unharmed(&place.connection.export, request.command(), bytes);
+        let outcome =
+            perform_unharmed(&place.connection.export, request.command(), bytes, &|| place.connection.is_wanted());
         place.connection.pace.took(begun.elapsed());
         Finished { reply: request.finish(outcome), place }
     }
@@ -320,6 +322,8 @@ pub(crate) struct Connection {
     /// Changes with whatever the client sends or takes.
     moved: AtomicU32,
     received_all: AtomicBool,
+    /// Nobody waits for answers any more: what takes long may be left undone.
+    unwanted: AtomicBool,
     /// The receiving half wants to go on when the sending half had its turn.
     yielded: AtomicBool,
     pace: Pace,
@@ -553,11 +557,16 @@ impl Connection {
 
     /// Waits for the workers to finish what they have of this connection, whose replies nobody wants any more.
     async fn settled(&self) {
+        self.unwanted.store(true, Ordering::Release);
         self.received_all.store(true, Ordering::Release);
         let mut unwanted = Vec::new();
         while self.finished(&mut unwanted).await {
             unwanted.clear();
         }
+    }
+
+    fn is_wanted(&self) -> bool {
+        !self.unwanted.load(Ordering::Acquire)
     }
 
     fn buffers(&self) -> MutexGuard<'_, Buffers> {

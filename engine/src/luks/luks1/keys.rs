@@ -14,6 +14,7 @@
 use std::num::NonZeroU32;
 
 use subtle::ConstantTimeEq;
+use zeroize::Zeroizing;
 
 use super::header::{HEADER_LEN, KEYSLOTS, SALT_LEN};
 use super::{Header, digest_of, read_header};
@@ -81,12 +82,22 @@ pub fn add_key(
 pub fn remove_key(store: &dyn BlockStore, index: usize, force: bool, random: Random<'_>) -> Result<(), LuksError> {
     let mut header = read_header(store)?;
     let slot = header.keyslots.get(index).filter(|slot| slot.enabled).ok_or(LuksError::NoSuchKeyslot(index))?;
-    if !force && header.keyslots.iter().filter(|slot| slot.enabled).count() == 1 {
+    // No truncation: a header's key is at most 256 bytes.
+    let len = keyslot::material_len(header.key_bytes as usize);
+    let place = u64::from(slot.material_offset) * LBA_UNIT;
+    let mut is_last = true;
+    for (other, slot) in header.keyslots.iter().enumerate() {
+        if other != index && slot.enabled {
+            // One whose removal was cut off opens nothing any more.
+            let mut material = Zeroizing::new(vec![0; len]);
+            read_unaligned(store, &mut material, u64::from(slot.material_offset) * LBA_UNIT)?;
+            is_last = is_last && keyslot::damaged_sector(&material).is_some();
+        }
+    }
+    if is_last && !force {
         return Err(LuksError::LastKeyslot(index));
     }
-    // No truncation: a header's key is at most 256 bytes.
-    let len = keyslot::material_len(header.key_bytes as usize) as u64;
-    keyslot::wipe(store, u64::from(slot.material_offset) * LBA_UNIT, len, random)?;
+    keyslot::wipe(store, place, len as u64, random)?;
     header.keyslots[index].enabled = false;
     write_header(store, &header)?;
     (header.keyslots[index].iterations, header.keyslots[index].salt) = (0, [0; SALT_LEN]);

@@ -10,6 +10,7 @@
 //! header forgets it, as with cryptsetup, so that no cut leaves any that nobody looks for.
 
 use serde_json::{Value, json};
+use zeroize::Zeroizing;
 
 use super::KdfOptions;
 use super::format::{AREA_ALIGNMENT, CIPHER, SLOT_SALT_LEN, kdf_json, slot_key};
@@ -18,7 +19,7 @@ use super::update::Update;
 use crate::key::{Passphrase, VolumeKey};
 use crate::luks::hash::HashAlgorithm;
 use crate::luks::{Limits, LuksError, Random, keyslot};
-use crate::store::{BlockStore, write_unaligned};
+use crate::store::{BlockStore, read_unaligned, write_unaligned};
 
 /// Puts `key` into a free keyslot, or the one that is named, under `passphrase`; returns its number.
 ///
@@ -89,15 +90,29 @@ pub fn change_key(
 pub fn remove_key(store: &dyn BlockStore, index: usize, force: bool, random: Random<'_>) -> Result<(), LuksError> {
     let update = Update::open(store, random)?;
     let id = existing(&update, index)?;
-    let is_last = update
-        .metadata
-        .digests
-        .values()
-        .any(|digest| !digest.segments.is_empty() && digest.keyslots.iter().all(|keyslot| *keyslot == id));
+    let (metadata, mut others) = (&update.metadata, Vec::new());
+    for digest in metadata.digests.values().filter(|digest| !digest.segments.is_empty()) {
+        if digest.keyslots.contains(&id) {
+            others.extend(digest.keyslots.iter().copied().filter(|keyslot| *keyslot != id));
+        }
+    }
+    let mut is_last =
+        metadata.digests.values().any(|digest| !digest.segments.is_empty() && digest.keyslots.contains(&id));
+    for other in others {
+        is_last = is_last && !is_whole(&update, other)?;
+    }
     if is_last && !force {
         return Err(LuksError::LastKeyslot(index));
     }
     remove(update, id)
+}
+
+/// Whether a keyslot is one that may still open: its material is not that of a removal which was cut off.
+fn is_whole(update: &Update<'_, '_>, id: u32) -> Result<bool, LuksError> {
+    let Some(slot) = update.metadata.keyslots.get(&id).filter(|slot| slot.opening.is_some()) else { return Ok(false) };
+    let mut material = Zeroizing::new(vec![0; keyslot::material_len(slot.key_size as usize)]);
+    read_unaligned(update.store, &mut material, slot.area.offset)?;
+    Ok(keyslot::damaged_sector(&material).is_none())
 }
 
 fn remove(mut update: Update<'_, '_>, id: u32) -> Result<(), LuksError> {

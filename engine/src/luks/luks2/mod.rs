@@ -77,12 +77,32 @@ enum ReadyKdf {
     Argon2 { is_id: bool, cost: Argon2Cost, salt: Vec<u8> },
 }
 
-/// A keyslot that is passed over, since it uses what nbdcrypt does not do; others may open.
+/// A keyslot that is passed over, since it uses what nbdcrypt does not do, or costs more than is allowed; others may open.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Unusable {
-    what: &'static str,
-    found: String,
-    supported: &'static str,
+enum Unusable {
+    Unsupported { what: &'static str, found: String, supported: &'static str },
+    TooExpensive { field: String, found: u32, limit: u32 },
+    TooManyIterations { field: String, found: u32, limit: u32 },
+}
+
+impl Unusable {
+    /// What stands in the keyslot's way, if that is the keyslot's alone.
+    fn from_error(error: LuksError) -> Result<Self, LuksError> {
+        match error {
+            LuksError::Unsupported { what, found, supported } => Ok(Self::Unsupported { what, found, supported }),
+            LuksError::TooExpensive { field, found, limit } => Ok(Self::TooExpensive { field, found, limit }),
+            LuksError::TooManyIterations { field, found, limit } => Ok(Self::TooManyIterations { field, found, limit }),
+            other => Err(other),
+        }
+    }
+
+    fn error(&self) -> LuksError {
+        match self.clone() {
+            Self::Unsupported { what, found, supported } => LuksError::Unsupported { what, found, supported },
+            Self::TooExpensive { field, found, limit } => LuksError::TooExpensive { field, found, limit },
+            Self::TooManyIterations { field, found, limit } => LuksError::TooManyIterations { field, found, limit },
+        }
+    }
 }
 
 /// Reads the newer of the headers that are whole, whatever ciphers it names: enough to show it.
@@ -140,10 +160,7 @@ impl Locked {
         keyslots.sort_by_key(|(id, slot)| (std::cmp::Reverse(slot.priority), *id));
         let openings = keyslots.into_iter().map(|(id, slot)| match Opening::new(id, slot, key_bytes, limits) {
             Ok(opening) => Ok((id, Ok(opening))),
-            Err(LuksError::Unsupported { what, found, supported }) => {
-                Ok((id, Err(Unusable { what, found, supported })))
-            }
-            Err(error) => Err(error),
+            Err(error) => Ok((id, Err(Unusable::from_error(error)?))),
         });
         let keyslots = openings.collect::<Result<Vec<_>, LuksError>>()?;
         if digest.kind != "pbkdf2" {
@@ -163,7 +180,7 @@ impl Locked {
     ///
     /// # Errors
     /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`],
-    /// [`LuksError::Unsupported`] or [`LuksError::OutOfMemory`] when it opens none, and not all could be tried.
+    /// [`LuksError::Unsupported`], [`LuksError::TooExpensive`] or [`LuksError::OutOfMemory`] when it opens none, and not all could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         let mut refusal = LuksError::NoKeyslot;
         for (id, opening) in &self.keyslots {
@@ -174,9 +191,7 @@ impl Locked {
                     Err(error @ (LuksError::Store(_) | LuksError::Key(_))) => return Err(error),
                     Err(error) => error,
                 },
-                Err(Unusable { what, found, supported }) => {
-                    LuksError::Unsupported { what, found: found.clone(), supported }
-                }
+                Err(unusable) => unusable.error(),
             };
             // What kept a keyslot from being tried is told before what was tried in vain.
             if matches!(refusal, LuksError::NoKeyslot | LuksError::WrongPassphrase) {

@@ -8,12 +8,17 @@ use crate::session::buffers::{Buffer, Buffers};
 /// which is room for a reply's header before it.
 const LINE: usize = 64;
 
+/// Memory for headers that an empty batch keeps, in bytes.
+const KEPT_HEADERS: usize = 64 * 1024;
+
 /// Bytes to be sent, in order, and the buffers that they lie in.
 #[derive(Default)]
 pub(super) struct Batch {
     headers: Vec<u8>,
     buffers: Vec<Buffer>,
     slices: Vec<Slice>,
+    /// The buffer that replies share, and how much of it is used.
+    tail: Option<(usize, usize)>,
     len: usize,
     sent: usize,
     requests: usize,
@@ -93,22 +98,16 @@ impl Batch {
     pub(super) fn clear(&mut self, pool: &mut Buffers) {
         self.buffers.drain(..).for_each(|buffer| pool.give_back(buffer));
         self.headers.clear();
+        self.headers.shrink_to(KEPT_HEADERS);
         self.slices.clear();
+        self.tail = None;
         (self.len, self.sent, self.requests, self.cost) = (0, 0, 0, 0);
-    }
-
-    /// Gives one buffer that was attached last back, and what of it is used.
-    fn last(&mut self) -> Option<(usize, usize)> {
-        match self.slices.last() {
-            Some(Slice::Buffer(place, range)) => Some((*place, range.end)),
-            _ => None,
-        }
     }
 
     /// Room for a reply of `len` bytes of payload with its header before it, in the buffer used last if it fits there,
     /// else in a new one of at least `size` bytes.
     pub(super) fn reserve(&mut self, len: usize, size: usize, pool: &mut Buffers) -> Room {
-        if let Some((place, end)) = self.last() {
+        if let Some((place, end)) = self.tail {
             let start = (end + LINE).next_multiple_of(LINE);
             if start + len <= self.buffers[place].bytes.len() {
                 return Room { place, start, len };
@@ -116,7 +115,9 @@ impl Batch {
         }
         let buffer = pool.take(size.max(LINE + len));
         self.buffers.push(buffer);
-        Room { place: self.buffers.len() - 1, start: LINE, len }
+        let place = self.buffers.len() - 1;
+        self.tail = Some((place, 0));
+        Room { place, start: LINE, len }
     }
 
     /// The payload's memory.
@@ -126,6 +127,9 @@ impl Batch {
 
     /// The reply is there: its header goes before the payload, of which `len` bytes are sent, all or none.
     pub(super) fn commit(&mut self, room: &Room, header: &[u8], len: usize) {
+        if len > 0 {
+            self.tail = Some((room.place, room.start + len));
+        }
         if len == 0 || header.len() > LINE {
             self.append(header);
             if len > 0 {

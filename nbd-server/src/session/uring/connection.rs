@@ -38,6 +38,8 @@ const LONG: u64 = 1 << 20;
 const SHARED: usize = 256 * 1024;
 /// So many requests on memory are other threads' at once, while this thread is at the next.
 const HELPERS: usize = 2;
+/// The memory of a reply to `NBD_CMD_BLOCK_STATUS`, in bytes, as it is carried out and as it is sent.
+const STATUS: usize = 64 * 1024;
 /// How long a connection without requests keeps its large buffers.
 const IDLE: Duration = Duration::from_secs(1);
 /// After the shutdown, a client that sends nothing for so long has nothing more to say...
@@ -213,7 +215,10 @@ impl<'a> Connection<'a> {
             broken: false,
         };
         connection.ring.listen(doorbell.as_fd(), Tag::Doorbell);
-        connection.run()?;
+        if let Err(error) = connection.run() {
+            connection.wait_for_workers();
+            return Err(error);
+        }
         // All is answered; the client reads the end of the stream behind the last reply.
         let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Write);
         connection.outcome
@@ -240,6 +245,15 @@ impl<'a> Connection<'a> {
                 self.buffers.shrink();
             }
             self.watch_the_clock();
+        }
+    }
+
+    /// Waits for what the workers have, when the ring cannot be waited with any more.
+    fn wait_for_workers(&mut self) {
+        self.doorbell.give_up();
+        while self.handed > 0 {
+            self.handed -= self.doorbell.take().len();
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -314,6 +328,7 @@ impl<'a> Connection<'a> {
         }
         self.take_nothing_more();
         self.broken = true;
+        self.doorbell.give_up();
         // Ends the ring's receive and send.
         let _ = rustix::net::shutdown(self.socket, rustix::net::Shutdown::Both);
         self.drop_outbox();
@@ -330,7 +345,7 @@ impl<'a> Connection<'a> {
         if let Stream::Arriving(arriving) = std::mem::replace(&mut self.stream, Stream::Ended) {
             // What did not come whole is not written, and nobody waits for the answer.
             self.requests -= 1;
-            self.bytes -= cost(arriving.expect.len());
+            self.bytes -= cost(arriving.expect.command());
         }
     }
 
@@ -353,7 +368,9 @@ impl<'a> Connection<'a> {
             Stream::Payload(expect) if expect.len() <= SMALL_PAYLOAD && self.intake.len() < expect.len() => {
                 self.receive_into_intake(INTAKE);
             }
-            Stream::Skip(_) => self.receive_into_intake(INTAKE),
+            Stream::Skip(_) if self.intake.len() == 0 => self.receive_into_intake(INTAKE),
+            // It is all there, and waits for its turn.
+            Stream::Arriving(arriving) if arriving.filled == arriving.expect.len() => {}
             Stream::Arriving(arriving) => {
                 let Some(buffer) = arriving.buffer.take() else { return };
                 let range = arriving.filled..buffer.bytes.len();
@@ -361,7 +378,7 @@ impl<'a> Connection<'a> {
                 self.ring.receive(self.socket, buffer, range, Tag::ReceivePayload);
             }
             // They wait for room.
-            Stream::Payload(_) | Stream::Request(..) | Stream::Ended => {}
+            Stream::Payload(_) | Stream::Skip(_) | Stream::Request(..) | Stream::Ended => {}
         }
     }
 
@@ -434,24 +451,25 @@ impl<'a> Connection<'a> {
                     }
                 }
                 Stream::Request(request, next) => {
-                    let len = request.command().payload_len();
-                    if !self.has_room(len) {
+                    let cost = cost(request.command());
+                    if !self.has_room(cost) {
                         self.stream = Stream::Request(request, next);
                         return true;
                     }
-                    self.admit(len);
+                    self.admit(cost);
                     self.begin(request);
                     self.stream = Stream::Header(next);
                 }
                 Stream::Payload(expect) => {
                     let len = expect.len();
                     let is_small = len <= SMALL_PAYLOAD;
-                    if !self.has_room(len) || self.receiving || is_small && self.intake.len() < len {
+                    let cost = cost(expect.command());
+                    if !self.has_room(cost) || self.receiving || is_small && self.intake.len() < len {
                         self.stream = Stream::Payload(expect);
                         return true;
                     }
                     self.large_writes = !is_small;
-                    self.admit(len);
+                    self.admit(cost);
                     if is_small {
                         let (request, next) = expect.received();
                         self.begin_small_write(request);
@@ -508,13 +526,13 @@ impl<'a> Connection<'a> {
         self.requests >= MAX_REQUESTS_IN_FLIGHT || self.outbox.len() >= ENOUGH_TO_SEND
     }
 
-    fn has_room(&self, len: usize) -> bool {
-        self.bytes == 0 || self.bytes + cost(len) <= MAX_BYTES_IN_FLIGHT
+    fn has_room(&self, cost: usize) -> bool {
+        self.bytes == 0 || self.bytes + cost <= MAX_BYTES_IN_FLIGHT
     }
 
-    fn admit(&mut self, len: usize) {
+    fn admit(&mut self, cost: usize) {
         self.requests += 1;
-        self.bytes += cost(len);
+        self.bytes += cost;
     }
 
     fn refuse(&mut self, reply: &Reply) {
@@ -598,7 +616,7 @@ impl<'a> Connection<'a> {
         match self.lane(request.command()) {
             Lane::Here if self.can_share(buffer.bytes.len()) => self.share(request, buffer, false),
             Lane::Here => {
-                let outcome = perform_unharmed(self.export, request.command(), &mut buffer.bytes);
+                let outcome = perform_unharmed(self.export, request.command(), &mut buffer.bytes, &|| true);
                 self.buffers.give_back(buffer);
                 self.answer_empty(request, outcome);
             }
@@ -612,7 +630,7 @@ impl<'a> Connection<'a> {
         let len = command.payload_len();
         if let Lane::Here = self.lane(&command) {
             let payload = self.intake.take(len);
-            let outcome = perform_unharmed(self.export, &command, payload);
+            let outcome = perform_unharmed(self.export, &command, payload, &|| true);
             self.answer_empty(request, outcome);
             return;
         }
@@ -686,23 +704,31 @@ impl<'a> Connection<'a> {
 
     fn read_here(&mut self, request: Request) {
         let command = *request.command();
-        let len = command.payload_len();
+        let (len, cost) = (command.payload_len(), cost(&command));
+        if len == 0 {
+            return self.perform_here(request, &mut []);
+        }
+        if len >= SHARED {
+            let mut buffer = self.buffers.take(len);
+            let outcome = perform_unharmed(self.export, &command, &mut buffer.bytes, &|| true);
+            return self.answer(&request.finish(outcome), Some(buffer), cost);
+        }
         let room = self.outbox.reserve(len, GATHERED, &mut self.buffers);
-        let outcome = perform_unharmed(self.export, &command, self.outbox.payload(&room));
+        let outcome = perform_unharmed(self.export, &command, self.outbox.payload(&room), &|| true);
         let reply = request.finish(outcome);
         self.header.clear();
         reply.encode(&mut self.header);
         self.outbox.commit(&room, &self.header, reply.payload_len());
-        self.outbox.count(cost(len));
+        self.outbox.count(cost);
     }
 
     fn perform_here(&mut self, request: Request, payload: &mut [u8]) {
-        let outcome = perform_unharmed(self.export, request.command(), payload);
+        let outcome = perform_unharmed(self.export, request.command(), payload, &|| true);
         self.answer_empty(request, outcome);
     }
 
     fn hand_over(&mut self, request: Request, payload: Option<Buffer>, is_encrypted: bool) {
-        let cost = cost(request.command().payload_len());
+        let cost = cost(request.command());
         let (export, doorbell) = (self.export.clone(), Arc::clone(self.doorbell));
         self.handed += 1;
         self.workers.submit([Work::Handed(Errand { request, payload, is_encrypted, cost, export, doorbell })]);
@@ -711,12 +737,14 @@ impl<'a> Connection<'a> {
     // --- answering
 
     fn answer_empty(&mut self, request: Request, outcome: Result<Answer, ErrorCode>) {
-        let cost = cost(request.command().payload_len());
+        let cost = cost(request.command());
         self.answer(&request.finish(outcome), None, cost);
     }
 
     /// Puts a reply into the outbox, with its payload, if it has one, in the buffer.
     fn answer(&mut self, reply: &Reply, buffer: Option<Buffer>, cost: usize) {
+        // The client is given its time from here on.
+        self.has_moved();
         if self.broken {
             self.requests -= 1;
             self.bytes -= cost;
@@ -828,7 +856,8 @@ impl<'a> Connection<'a> {
             }
             Err(error) => Err(failed(self.export, request.command(), &VolumeError::Store(error))),
         };
-        self.answer(&request.finish(outcome), Some(buffer), cost(len));
+        let cost = cost(request.command());
+        self.answer(&request.finish(outcome), Some(buffer), cost);
     }
 
     fn read_rest(&mut self, read: ReadUnderWay, buffer: Buffer) {
@@ -885,9 +914,13 @@ impl<'a> Connection<'a> {
     }
 }
 
-/// What a request with so much payload takes of the budget, in bytes.
-fn cost(len: usize) -> usize {
-    if len == 0 { 0 } else { Buffer::capacity(len) }
+/// What a request takes of the connection's budget, in bytes: its payload's memory, or what its reply may be.
+fn cost(command: &Command) -> usize {
+    match command {
+        Command::BlockStatus { .. } => STATUS,
+        _ if command.payload_len() == 0 => 0,
+        _ => Buffer::capacity(command.payload_len()),
+    }
 }
 
 /// Nothing happened; the operation is to be begun again.

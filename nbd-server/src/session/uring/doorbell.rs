@@ -24,6 +24,7 @@ pub(super) struct Doorbell {
     done: Mutex<Vec<Done>>,
     shutting_down: AtomicBool,
     abandoned: AtomicBool,
+    given_up: AtomicBool,
 }
 
 impl Doorbell {
@@ -33,6 +34,7 @@ impl Doorbell {
             done: Mutex::default(),
             shutting_down: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
+            given_up: AtomicBool::new(false),
         })
     }
 
@@ -65,6 +67,15 @@ impl Doorbell {
 
     pub(super) fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
+    }
+
+    /// Nobody waits for answers any more: what takes long may be left undone.
+    pub(super) fn give_up(&self) {
+        self.given_up.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Acquire)
     }
 
     fn ring(&self) {

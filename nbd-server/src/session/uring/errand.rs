@@ -27,7 +27,7 @@ impl Errand {
         let bytes = payload.as_mut().map_or(&mut [][..], |buffer| &mut buffer.bytes);
         let outcome = match is_encrypted {
             true => write_encrypted(&export, request.command(), bytes),
-            false => perform_unharmed(&export, request.command(), bytes),
+            false => perform_unharmed(&export, request.command(), bytes, &|| !doorbell.is_given_up()),
         };
         doorbell.deliver(Done { reply: request.finish(outcome), payload, cost });
     }

@@ -102,8 +102,6 @@ impl<'fd, T> Ring<'fd, T> {
         if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        // Saves the kernel a look at the file table with each call; Linux 5.18.
-        let _ = ring.submitter().register_ring_fd();
         Ok(Self {
             ring,
             operations: ManuallyDrop::new(Vec::new()),
@@ -120,6 +118,7 @@ impl<'fd, T> Ring<'fd, T> {
 
     /// Receives into `range` of the buffer, as much as there is.
     pub(super) fn receive(&mut self, socket: BorrowedFd<'fd>, mut buffer: Buffer, range: Range<usize>, tag: T) {
+        debug_assert!(!range.is_empty(), "a receive of nothing would look like the end of the stream");
         let (address, len) = span(&mut buffer.bytes[range]);
         let entry = opcode::Recv::new(Fd(socket.as_raw_fd()), address, len).build();
         self.push(entry, tag, Held::Buffer(buffer));
@@ -260,8 +259,10 @@ impl<'fd, T> Ring<'fd, T> {
         // until the completion was taken (`next`) or every operation was seen to be over (`drop`): nothing else reads,
         // writes or frees it meanwhile, and moving the owner moves no heap memory. The files outlive the ring (`'fd`).
         while unsafe { self.ring.submission().push(entry) }.is_err() {
-            // The queue is full. What the kernel does not take now it takes later.
-            let _ = self.ring.submit();
+            // The queue is full. What the kernel cannot take now, for want of memory, it takes later.
+            if self.ring.submit().is_err() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
     }
 }
