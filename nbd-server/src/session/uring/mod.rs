@@ -39,7 +39,9 @@ pub(crate) use errand::Errand;
 /// # Errors
 /// `Unsupported` or `ENOSYS` where the kernel is too old, `EPERM` where it is forbidden.
 pub(crate) fn is_available() -> io::Result<()> {
-    ring::Ring::<()>::new().map(drop)
+    // On a thread of its own: when the ring goes, the kernel interrupts what its maker is waiting for.
+    let probe = std::thread::Builder::new().spawn(|| ring::Ring::<()>::new().map(drop))?;
+    probe.join().unwrap_or_else(|_| Err(io::Error::other("the probe for io_uring panicked")))
 }
 
 /// Serves requests on a socket until the client takes its leave, breaks the protocol, or is told of the shutdown. Returns
