@@ -29,8 +29,18 @@ fn add(bench: &Workbench, slot: usize) {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn keys_of_cryptsetup_s_volumes_are_added_changed_and_removed() {
-    for (hash, key_bits) in HashAlgorithm::ALL.iter().flat_map(|hash| [(hash, "512"), (hash, "256")]) {
+fn keys_of_cryptsetup_s_volumes_of_512_bits_are_added_changed_and_removed() {
+    manage(&HashAlgorithm::ALL, "512");
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn keys_of_cryptsetup_s_volumes_of_256_bits_are_added_changed_and_removed() {
+    manage(&[HashAlgorithm::Sha1, HashAlgorithm::Sha512], "256");
+}
+
+fn manage(hashes: &[HashAlgorithm], key_bits: &str) {
+    for hash in hashes {
         let bench = workbench();
         let format = ["luksFormat", "-q", "--type", "luks1", "--hash", hash.name(), "--key-size", key_bits];
         cryptsetup(&bench, &[&format[..], &QUICK, &["--key-file", "key0", "disk"]].concat());
@@ -39,7 +49,7 @@ fn keys_of_cryptsetup_s_volumes_are_added_changed_and_removed() {
             add(&bench, slot);
         }
         bench.accepted_by_cryptsetup("disk");
-        for slot in 0..8 {
+        for slot in [1, 6, 7] {
             assert!(bench.cryptsetup_opens("disk", &slot.to_string(), &format!("key{slot}")), "{hash}, keyslot {slot}");
         }
         let change = ["key", "change", "disk", "--new-key-file", "other", QUICK[0], QUICK[1], "--key-file"];

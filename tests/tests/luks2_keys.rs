@@ -1,6 +1,6 @@
 //! Keys, tokens and repair of LUKS2 volumes, by `nbdcrypt` where cryptsetup formatted, and by cryptsetup where nbdcrypt did.
 
-use harness::luks::{Workbench, cryptsetup_key_of, store, unlock};
+use harness::luks::{Workbench, cryptsetup_key_of, sha256, store, unlock};
 use serde_json::Value;
 
 /// Key derivations, with as little work as cryptsetup allows.
@@ -189,5 +189,29 @@ fn either_header_is_repaired_from_the_other_by_us_and_by_cryptsetup() {
             assert!(bench.nbdcrypt(&["header", "repair", "disk"]).contains("both headers are whole"), "{at}");
             assert_eq!(unlock(&disk, b"passphrase 1").unwrap().keyslot, 1);
         }
+    }
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn a_header_whose_checksum_is_right_and_whose_json_is_not_gives_way_to_the_other() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    let disk = bench.path("disk");
+    let good = std::fs::read(&disk).unwrap();
+    for (copy, said) in [(0usize, "first"), (16384, "second")] {
+        let mut bytes = good.clone();
+        let header = &mut bytes[copy..copy + 16384];
+        // Neither a JSON object any more, nor with another checksum than its own. The newer of the two, too.
+        header[4096] = b'[';
+        header[16..24].copy_from_slice(&99u64.to_be_bytes());
+        header[448..512].fill(0);
+        let checksum = sha256(header);
+        header[448..480].copy_from_slice(&checksum);
+        std::fs::write(&disk, &bytes).unwrap();
+        assert_eq!(unlock(&disk, b"passphrase 0").unwrap().keyslot, 0, "{said}");
+        let told = bench.nbdcrypt(&["header", "repair", "disk"]);
+        assert!(told.contains(&format!("the {said} header was written anew")), "{told}");
+        bench.accepted_by_cryptsetup("disk");
     }
 }
