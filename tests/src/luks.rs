@@ -117,7 +117,11 @@ fn printed(program: &str, command: &mut Command) -> String {
 }
 
 fn output(program: &str, command: &mut Command) -> Output {
-    command.env("LC_ALL", "C").output().unwrap_or_else(|error| panic!("{program} cannot be run: {error}"))
+    command
+        .env("LC_ALL", "C")
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("{program} cannot be run: {error}"))
 }
 
 /// The disk image as a store.

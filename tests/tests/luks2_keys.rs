@@ -47,7 +47,7 @@ fn json(text: &str) -> Value {
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
 fn keys_of_cryptsetup_s_volumes_are_added_changed_and_removed() {
-    for (index, key_bits) in (0..KDFS.len()).flat_map(|index| [(index, "512"), (index, "256")]) {
+    for (index, key_bits) in [(0, "512"), (1, "512"), (2, "256"), (3, "256"), (4, "512")] {
         let kdf = KDFS[index];
         let bench = workbench();
         luks_format(&bench, kdf, key_bits);
@@ -99,7 +99,7 @@ fn the_last_key_stays_and_a_wrong_one_removes_nothing() {
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
 fn cryptsetup_manages_the_keys_of_our_volumes() {
-    for (index, key_bits) in (0..KDFS.len()).flat_map(|index| [(index, "512"), (index, "256")]) {
+    for (index, key_bits) in [(0, "512"), (1, "512"), (2, "256"), (3, "256"), (4, "512")] {
         let kdf = KDFS[index];
         let bench = workbench();
         bench.nbdcrypt(&[&["format", "disk", "--key-file", "key0", "--key-size", key_bits], kdf].concat());
