@@ -164,7 +164,7 @@ fn what_cannot_be_is_refused_with_the_disk_untouched() {
         let locked = volume(&store);
         let (limits, mut random) = (Limits::default(), noise(12));
         let passphrase = Passphrase::new(THIRD.to_vec());
-        let told = vec![
+        let told = [
             locked.remove_key(&store, 0, false, &mut random).unwrap_err(),
             locked.remove_key(&store, 1, false, &mut random).unwrap_err(),
             locked.add_key(&store, &limits, &key(64), &new_key(&passphrase), Some(0), &mut random).unwrap_err(),
