@@ -51,6 +51,47 @@ impl Workbench {
         printed(program, Command::new(program).args(arguments).current_dir(self.dir.path()))
     }
 
+    /// Runs nbdcrypt in the directory; a run that fails, fails the test.
+    pub fn nbdcrypt(&self, arguments: &[&str]) -> String {
+        let output = self.try_nbdcrypt(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", crate::nbdcrypt::told(&output));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What nbdcrypt says that refuses to do something; a run that succeeds, fails the test.
+    pub fn refusal(&self, arguments: &[&str]) -> String {
+        let output = self.try_nbdcrypt(arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {}", crate::nbdcrypt::told(&output));
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    fn try_nbdcrypt(&self, arguments: &[&str]) -> Output {
+        let name = crate::nbdcrypt::binary();
+        output("nbdcrypt", Command::new(name).args(arguments).current_dir(self.dir.path()))
+    }
+
+    /// Whether cryptsetup opens a keyslot of `disk` with the key file.
+    pub fn cryptsetup_opens(&self, disk: &str, keyslot: &str, key_file: &str) -> bool {
+        let arguments = ["open", "--test-passphrase", "--key-slot", keyslot, "--key-file", key_file, disk];
+        output("cryptsetup", Command::new("cryptsetup").args(arguments).current_dir(self.dir.path())).status.success()
+    }
+
+    /// cryptsetup finds nothing to complain of in the header of `disk`; returns its dump.
+    pub fn accepted_by_cryptsetup(&self, disk: &str) -> String {
+        let dump = |options: &[&str]| {
+            let arguments = [&["luksDump"], options, &[disk]].concat();
+            output("cryptsetup", Command::new("cryptsetup").args(arguments).current_dir(self.dir.path()))
+        };
+        let debug = dump(&["--debug"]);
+        let said = String::from_utf8_lossy(&debug.stdout);
+        for complaint in ["ecover", "mismatch", "nvalid", "ailed", "arning", "WARNING"] {
+            assert!(!said.contains(complaint), "{complaint}: {said}");
+        }
+        let plain = dump(&[]);
+        assert!(plain.status.success() && plain.stderr.is_empty(), "{}", crate::nbdcrypt::told(&plain));
+        String::from_utf8(plain.stdout).unwrap()
+    }
+
     /// A sparse file of `len` bytes.
     pub fn disk(&self, name: &str, len: u64) -> PathBuf {
         let path = self.path(name);
@@ -76,7 +117,11 @@ fn printed(program: &str, command: &mut Command) -> String {
 }
 
 fn output(program: &str, command: &mut Command) -> Output {
-    command.env("LC_ALL", "C").output().unwrap_or_else(|error| panic!("{program} cannot be run: {error}"))
+    command
+        .env("LC_ALL", "C")
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("{program} cannot be run: {error}"))
 }
 
 /// The disk image as a store.

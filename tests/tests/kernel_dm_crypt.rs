@@ -9,7 +9,7 @@ const FUNCTIONS: &str = r#"
 modprobe -a loop dm-crypt
 printf ThisIs-a-SecretPassword > key; chmod 600 key
 head -c 64 /dev/urandom > raw; chmod 600 raw
-head -c 24M /dev/urandom > noise
+head -c 20M /dev/urandom > noise
 head -c 24M /dev/urandom > other
 uri="nbd+unix:///?socket=socket"
 serve() {

@@ -1,5 +1,5 @@
 //! Everything that a LUKS volume can be here, both ways: what cryptsetup makes the engine opens, and what the engine makes
-//! cryptsetup opens and adds keyslots to. Each format, key derivation, sector size, key size, header attached and detached,
+//! cryptsetup opens, and both add keyslots to. Each format, key derivation, sector size, key size, header attached and detached,
 //! and 1 to 8 keyslots. That the data is the same is in `kernel_dm_crypt`.
 
 use std::num::NonZeroU32;
@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use engine::key::{Passphrase, VolumeKey};
 use engine::luks::kdf::Argon2Cost;
 use engine::luks::luks2::KdfOptions;
-use engine::luks::{self, Disks, FormatOptions, HashAlgorithm, Limits, LuksError, UnlockedVolume};
+use engine::luks::{self, Disks, FormatOptions, HashAlgorithm, Limits, LuksError, NewKey, UnlockedVolume};
 use engine::sector::SectorSize;
 use harness::luks::{PASSPHRASE, Workbench, key, noise, quick_luks1, quick_luks2, store};
 
@@ -20,6 +20,18 @@ enum Kdf {
     Pbkdf2(HashAlgorithm),
     Argon2i,
     Argon2id,
+}
+
+impl Kdf {
+    /// With little work, and the hash of the rest of the keyslot.
+    fn options(self) -> (KdfOptions, HashAlgorithm) {
+        let cost = Argon2Cost { time: 4, memory: 256, lanes: 2 };
+        match self {
+            Self::Pbkdf2(hash) => (KdfOptions::Pbkdf2 { hash, iterations: NonZeroU32::new(1000).unwrap() }, hash),
+            Self::Argon2i => (KdfOptions::Argon2i(cost), HashAlgorithm::Sha256),
+            Self::Argon2id => (KdfOptions::Argon2id(cost), HashAlgorithm::Sha256),
+        }
+    }
 }
 
 /// One volume of the matrix.
@@ -100,16 +112,10 @@ impl Stage {
     /// What we make, as `nbdcrypt format` does.
     fn format(&self) {
         let Cell { luks1, kdf, sector, key_len, .. } = self.cell;
-        let cost = Argon2Cost { time: 4, memory: 256, lanes: 2 };
-        let hash = if let Kdf::Pbkdf2(hash) = kdf { hash } else { HashAlgorithm::Sha256 };
+        let (kdf, hash) = kdf.options();
         let options = if luks1 {
             FormatOptions::Luks1(quick_luks1(hash))
         } else {
-            let kdf = match kdf {
-                Kdf::Pbkdf2(hash) => KdfOptions::Pbkdf2 { hash, iterations: NonZeroU32::new(1000).unwrap() },
-                Kdf::Argon2i => KdfOptions::Argon2i(cost),
-                Kdf::Argon2id => KdfOptions::Argon2id(cost),
-            };
             let mut options = quick_luks2();
             (options.kdf, options.hash, options.sector_size) = (kdf, hash, sector);
             (options.label, options.subsystem) = ("a label".to_owned(), "a subsystem".to_owned());
@@ -133,12 +139,27 @@ impl Stage {
         }
     }
 
-    /// A keyslot more, by cryptsetup.
+    /// A keyslot more: every other one by nbdcrypt, the rest by cryptsetup.
     fn add_key(&self, slot: usize) {
+        if slot % 2 == 1 {
+            return self.add_key_of_ours(slot);
+        }
         let new = format!("key{slot}");
         self.cryptsetup(
             &[&["luksAddKey", "-q", "--key-file", "key0"], &self.quick()[..], &[self.header_name(), &new]].concat(),
         );
+    }
+
+    /// What `nbdcrypt key add` does.
+    fn add_key_of_ours(&self, slot: usize) {
+        let (store, limits) = (store(&self.header), Limits::default());
+        let volume = luks::read_for_keys(store.as_ref(), &limits).unwrap();
+        let unlocked = volume.unlock(store.as_ref(), &Passphrase::new(passphrase(0))).unwrap();
+        let (kdf, hash) = self.cell.kdf.options();
+        let passphrase = Passphrase::new(passphrase(slot));
+        let new = NewKey { passphrase: &passphrase, kdf, hash };
+        let added = volume.add_key(store.as_ref(), &limits, &unlocked.key, &new, None, &mut noise(slot as u64));
+        assert_eq!(added.unwrap(), slot, "{:?}", self.cell);
     }
 
     fn header_name(&self) -> &'static str {

@@ -11,18 +11,17 @@ use uuid::Uuid;
 
 use super::header_args::HeaderArgs;
 use super::kdf_args::{KdfArgs, Pbkdf};
-use super::tell;
-use crate::config::{self, KeyFile};
-use crate::keys::{FileKey, KeySource};
+use super::{passphrase, tell};
+use crate::config;
 use crate::{content, disk, new_volume, process, status, system};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// A block device, or a regular file.
     device: PathBuf,
-    /// The passphrase: the file's bytes, all of them; `-` is standard input.
+    /// The passphrase: the file's bytes, all of them; `-` is standard input. Without it, it is asked for, twice.
     #[arg(long, value_name = "FILE")]
-    key_file: PathBuf,
+    key_file: Option<PathBuf>,
     /// The format on the disk.
     #[arg(long = "type", value_enum, default_value_t = Type::Luks2)]
     kind: Type,
@@ -86,7 +85,7 @@ pub(super) fn run(args: Args) -> Result<()> {
 /// Makes the volume, and returns what there is to tell of it. `made` are the files that were not there before.
 fn format(args: &Args, made: &mut Vec<PathBuf>) -> Result<String> {
     let path = &args.device;
-    let passphrase = FileKey::new(key_file(&args.key_file)).passphrase()?;
+    let passphrase = passphrase::new(args.key_file.as_deref(), path, "--key-file")?;
     let key_len = args.key_size / 8;
     match args.size {
         Some(size) if !path.exists() => make(path, size, made)?,
@@ -150,7 +149,7 @@ fn options(args: &Args) -> Result<FormatOptions> {
         refuse_luks2_only(args)?;
         return Ok(FormatOptions::Luks1(luks1::Options {
             hash: args.kdf.hash,
-            keyslot_iterations: args.kdf.pbkdf2_iterations()?,
+            keyslot_iterations: args.kdf.pbkdf2_iterations(args.kdf.hash)?,
             // There is nothing to guess in a random key.
             digest_iterations: kdf::MIN_ITERATIONS,
             uuid,
@@ -199,11 +198,6 @@ fn header_len(args: &Args, key_len: usize) -> u64 {
         Type::Luks1 => luks1::header_len(key_len),
         Type::Luks2 => layout(args, args.offset.map(|sectors| sectors.saturating_mul(LBA_UNIT))).header_len(),
     }
-}
-
-/// Where `--key-file` points to.
-pub(super) fn key_file(path: &Path) -> KeyFile {
-    if path == Path::new("-") { KeyFile::Stdin } else { KeyFile::Path(path.to_owned()) }
 }
 
 fn size(text: &str) -> Result<u64, String> {

@@ -1,10 +1,13 @@
 //! `nbdcrypt header`: a LUKS header as a whole.
 
-use std::path::PathBuf;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use engine::luks::{self, Dump, luks2};
-use engine::store::{Access, Caching};
+use engine::luks::{self, Backup, Dump, luks2};
+use engine::store::{Access, Caching, FileStore};
 
 use super::tell;
 use crate::{disk, system};
@@ -22,12 +25,37 @@ enum Command {
         /// The disk or file that holds the header.
         device: PathBuf,
     },
+    /// Save the header with its keys into a new file, as `cryptsetup luksHeaderBackup` does. Whoever has the file and a
+    /// passphrase of today reads the volume, even when the passphrase is removed from it later.
+    Backup {
+        /// The disk or file that holds the header.
+        device: PathBuf,
+        /// The file to make, with mode 400.
+        file: PathBuf,
+    },
+    /// Put a saved header with its keys back. What it replaces is saved in FILE.before first.
+    Restore {
+        /// The disk or file that holds the header.
+        device: PathBuf,
+        /// What `header backup` or `cryptsetup luksHeaderBackup` made.
+        file: PathBuf,
+        /// Restore even where the disk's header is gone, or has another UUID, format or size than the one in FILE.
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
-    let Command::Repair { device } = args.command;
+    match args.command {
+        Command::Repair { device } => repair(&device),
+        Command::Backup { device, file } => backup(&device, &file),
+        Command::Restore { device, file, force } => restore(&device, &file, force),
+    }
+}
+
+fn repair(device: &Path) -> Result<()> {
     let name = || device.display().to_string();
-    let disk = disk::open(&device, Access::ReadWrite, Caching::PageCache)?;
+    let disk = disk::open(device, Access::ReadWrite, Caching::PageCache)?;
     if let Dump::Luks1(_) = luks::dump(&disk).with_context(name)? {
         bail!("{}: a LUKS1 volume has one header only, and it is whole", name());
     }
@@ -39,4 +67,48 @@ pub(super) fn run(args: Args) -> Result<()> {
         (true, true) => "both headers were written anew",
     };
     tell(format_args!("{}: {said}\n", name()))
+}
+
+fn backup(device: &Path, file: &Path) -> Result<()> {
+    let name = || device.display().to_string();
+    // No lock: a header may be saved while its volume is up.
+    let disk = FileStore::open(device, Access::ReadOnly, Caching::PageCache).with_context(name)?;
+    let backup = Backup::read(&disk).with_context(name)?;
+    write_new(file, backup.bytes()).with_context(|| file.display().to_string())?;
+    tell(format_args!("{}: header saved in {}, {} bytes\n", name(), file.display(), backup.bytes().len()))
+}
+
+fn restore(device: &Path, file: &Path, force: bool) -> Result<()> {
+    let name = || device.display().to_string();
+    let disk = disk::open(device, Access::ReadWrite, Caching::PageCache)?;
+    let backup = FileStore::open(file, Access::ReadOnly, Caching::PageCache)
+        .map_err(anyhow::Error::from)
+        .and_then(|file| Ok(Backup::read(&file)?))
+        .with_context(|| file.display().to_string())?;
+    backup.refuse_unless_fit(&disk, force).with_context(name)?;
+    let mut before = file.as_os_str().to_owned();
+    before.push(".before");
+    let before = PathBuf::from(before);
+    let replaced = backup.replaced(&disk).with_context(name)?;
+    write_new(&before, &replaced)
+        .with_context(|| format!("what the restore replaces cannot be saved in {}", before.display()))?;
+    backup
+        .restore(&disk, force, &mut system::random)
+        .with_context(|| format!("{}: what was there before is in {}", name(), before.display()))?;
+    tell(format_args!("{}: header restored; what was there before is in {}\n", name(), before.display()))
+}
+
+/// A new file that its owner alone may read, on stable storage when this returns.
+fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o400).open(path)?;
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    let written = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| File::open(folder)?.sync_all());
+    if written.is_err() {
+        // It is ours, and not whole.
+        let _ = std::fs::remove_file(path);
+    }
+    written
 }

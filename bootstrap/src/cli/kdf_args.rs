@@ -47,40 +47,40 @@ impl KdfArgs {
     /// # Errors
     /// What cannot be.
     pub(super) fn options(&self, default: Pbkdf) -> Result<KdfOptions> {
-        let pbkdf = self.pbkdf.unwrap_or(default);
-        let argon2: fn(Argon2Cost) -> KdfOptions = match pbkdf {
-            Pbkdf::Pbkdf2 => return self.pbkdf2(),
+        let argon2: fn(Argon2Cost) -> KdfOptions = match self.pbkdf.unwrap_or(default) {
+            Pbkdf::Pbkdf2 => {
+                return self.pbkdf2(self.hash).map(|iterations| KdfOptions::Pbkdf2 { hash: self.hash, iterations });
+            }
             Pbkdf::Argon2id => KdfOptions::Argon2id,
             Pbkdf::Argon2i => KdfOptions::Argon2i,
         };
         self.argon2().map(argon2)
     }
 
-    /// The iterations of PBKDF2, for a format that has nothing else.
+    /// The iterations of PBKDF2 with `hash`, for a format that has nothing else.
     ///
     /// # Errors
     /// Where Argon2 was asked for.
-    pub(super) fn pbkdf2_iterations(&self) -> Result<NonZeroU32> {
-        match self.options(Pbkdf::Pbkdf2)? {
-            KdfOptions::Pbkdf2 { iterations, .. } => Ok(iterations),
-            _ => bail!("LUKS1 has no other key derivation than pbkdf2: leave --pbkdf out, or make a LUKS2 volume"),
+    pub(super) fn pbkdf2_iterations(&self, hash: HashAlgorithm) -> Result<NonZeroU32> {
+        if self.pbkdf.is_some_and(|pbkdf| pbkdf != Pbkdf::Pbkdf2) {
+            bail!("LUKS1 has no other key derivation than pbkdf2: leave --pbkdf out, or make a LUKS2 volume");
         }
+        self.pbkdf2(hash)
     }
 
-    fn pbkdf2(&self) -> Result<KdfOptions> {
+    fn pbkdf2(&self, hash: HashAlgorithm) -> Result<NonZeroU32> {
         if self.pbkdf_memory.or(self.pbkdf_parallel).is_some() {
             bail!("--pbkdf-memory and --pbkdf-parallel are Argon2's: PBKDF2 takes no memory and has one lane");
         }
         let least = kdf::MIN_ITERATIONS;
-        let iterations = match self.pbkdf_force_iterations {
+        match self.pbkdf_force_iterations {
             Some(iterations) if iterations < least => bail!("PBKDF2 has at least {least} iterations, not {iterations}"),
-            Some(iterations) => iterations,
+            Some(iterations) => Ok(iterations),
             None => {
                 let start = Instant::now();
-                kdf::calibrate(self.hash, VolumeKey::AES_256, self.target(), &mut || start.elapsed())
+                Ok(kdf::calibrate(hash, VolumeKey::AES_256, self.target(), &mut || start.elapsed()))
             }
-        };
-        Ok(KdfOptions::Pbkdf2 { hash: self.hash, iterations })
+        }
     }
 
     fn argon2(&self) -> Result<Argon2Cost> {

@@ -3,17 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use engine::key::Passphrase;
 use engine::luks::luks2::{Kdf, KdfOptions};
 use engine::luks::{self, Dump, LockedVolume, NewKey};
 use engine::store::{Access, Caching, FileStore};
 use serde_json::{Value, json};
 
-use super::format::key_file;
 use super::header_args::{HeaderArgs, LimitArgs};
 use super::kdf_args::{KdfArgs, Pbkdf};
-use super::tell;
-use crate::keys::{FileKey, KeySource};
+use super::{passphrase, tell};
 use crate::{disk, process, system};
 
 #[derive(Debug, clap::Args)]
@@ -57,12 +54,12 @@ struct Add {
     place: Place,
     #[command(flatten)]
     limits: LimitArgs,
-    /// A passphrase that opens the volume: the file's bytes, all of them; `-` is standard input.
+    /// A passphrase that opens the volume: the file's bytes, all of them; `-` is standard input. Without it, it is asked for.
     #[arg(long, value_name = "FILE")]
-    key_file: PathBuf,
-    /// The passphrase to add; `-` is standard input.
+    key_file: Option<PathBuf>,
+    /// The passphrase to add; `-` is standard input. Without it, it is asked for, twice.
     #[arg(long, value_name = "FILE")]
-    new_key_file: PathBuf,
+    new_key_file: Option<PathBuf>,
     /// The keyslot for it; the first free one by default.
     #[arg(short = 'S', long, value_name = "N")]
     key_slot: Option<usize>,
@@ -76,12 +73,12 @@ struct Change {
     place: Place,
     #[command(flatten)]
     limits: LimitArgs,
-    /// The passphrase to replace: the file's bytes, all of them; `-` is standard input.
+    /// The passphrase to replace: the file's bytes, all of them; `-` is standard input. Without it, it is asked for.
     #[arg(long, value_name = "FILE")]
-    key_file: PathBuf,
-    /// The passphrase that takes its place; `-` is standard input.
+    key_file: Option<PathBuf>,
+    /// The passphrase that takes its place; `-` is standard input. Without it, it is asked for, twice.
     #[arg(long, value_name = "FILE")]
-    new_key_file: PathBuf,
+    new_key_file: Option<PathBuf>,
     /// The keyslot that holds the old one; by default the first that it opens.
     #[arg(short = 'S', long, value_name = "N")]
     key_slot: Option<usize>,
@@ -90,13 +87,14 @@ struct Change {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(group = clap::ArgGroup::new("which").required(true))]
+#[command(group = clap::ArgGroup::new("which"))]
 struct Remove {
     #[command(flatten)]
     place: Place,
     #[command(flatten)]
     limits: LimitArgs,
-    /// The passphrase to remove: the file's bytes, all of them; `-` is standard input.
+    /// The passphrase to remove: the file's bytes, all of them; `-` is standard input. Without it and without a keyslot, it
+    /// is asked for.
     #[arg(long, value_name = "FILE", group = "which")]
     key_file: Option<PathBuf>,
     /// The keyslot to clear, whatever passphrase is in it.
@@ -143,21 +141,24 @@ pub(super) fn run(args: Args) -> Result<()> {
 }
 
 fn add(args: &Add) -> Result<usize> {
+    passphrase::refuse_both_on_standard_input(args.key_file.as_deref(), args.new_key_file.as_deref())?;
     let disk = args.place.open()?;
     let limits = args.limits.limits();
     let volume = luks::read_for_keys(&disk, &limits)?;
-    let unlocked = volume.unlock(&disk, &passphrase(&args.key_file)?)?;
-    let new = passphrase(&args.new_key_file)?;
+    let unlocked = volume.unlock(&disk, &passphrase::existing(args.key_file.as_deref(), args.place.path())?)?;
+    let new = passphrase::new(args.new_key_file.as_deref(), args.place.path(), "--new-key-file")?;
     let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
     Ok(volume.add_key(&disk, &limits, &unlocked.key, &new, args.key_slot, &mut system::random)?)
 }
 
 fn change(args: &Change) -> Result<usize> {
+    passphrase::refuse_both_on_standard_input(args.key_file.as_deref(), args.new_key_file.as_deref())?;
     let disk = args.place.open()?;
     let limits = args.limits.limits();
     let volume = luks::read_for_keys(&disk, &limits)?;
-    let unlocked = volume.unlock_keyslot(&disk, args.key_slot, &passphrase(&args.key_file)?, &limits)?;
-    let new = passphrase(&args.new_key_file)?;
+    let old = passphrase::existing(args.key_file.as_deref(), args.place.path())?;
+    let unlocked = volume.unlock_keyslot(&disk, args.key_slot, &old, &limits)?;
+    let new = passphrase::new(args.new_key_file.as_deref(), args.place.path(), "--new-key-file")?;
     let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
     Ok(volume.change_key(&disk, &limits, &unlocked.key, unlocked.keyslot, &new, &mut system::random)?)
 }
@@ -166,23 +167,22 @@ fn remove(args: &Remove) -> Result<usize> {
     let disk = args.place.open()?;
     let limits = args.limits.limits();
     let volume = luks::read_for_keys(&disk, &limits)?;
-    let slot = match (&args.key_file, args.key_slot) {
-        (Some(file), _) => volume.unlock(&disk, &passphrase(file)?)?.keyslot,
-        (None, slot) => slot.context("neither --key-file nor --key-slot")?,
+    let slot = match args.key_slot {
+        Some(slot) => slot,
+        None => volume.unlock(&disk, &passphrase::existing(args.key_file.as_deref(), args.place.path())?)?.keyslot,
     };
     volume.remove_key(&disk, slot, args.force, &mut system::random)?;
     Ok(slot)
-}
-
-fn passphrase(file: &Path) -> Result<Passphrase> {
-    Ok(FileKey::new(key_file(file)).passphrase()?)
 }
 
 fn kdf(args: &KdfArgs, volume: &LockedVolume) -> Result<KdfOptions> {
     match volume {
         LockedVolume::Luks2(_) => args.options(Pbkdf::Argon2id),
         // With the volume's own hash, whatever `--hash` says: LUKS1 has one for all.
-        LockedVolume::Luks1(_) => Ok(KdfOptions::Pbkdf2 { hash: args.hash, iterations: args.pbkdf2_iterations()? }),
+        LockedVolume::Luks1(volume) => {
+            let hash = volume.hash();
+            Ok(KdfOptions::Pbkdf2 { hash, iterations: args.pbkdf2_iterations(hash)? })
+        }
     }
 }
 

@@ -10,6 +10,7 @@ mod header;
 mod header_args;
 mod kdf_args;
 mod key;
+mod passphrase;
 mod plain_args;
 mod plan;
 mod provision;

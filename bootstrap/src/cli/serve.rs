@@ -17,11 +17,10 @@ use nbd_server::{Export, Exports, ExportsError, Listener, Server, SessionKind, S
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::format::key_file;
 use super::header_args::{HeaderArgs, LimitArgs};
+use super::passphrase;
 use super::plain_args::PlainArgs;
 use crate::config::parse_duration;
-use crate::keys::{FileKey, KeySource};
 use crate::{disk, process};
 
 #[derive(Debug, clap::Args)]
@@ -31,8 +30,9 @@ pub(super) struct Args {
     #[arg(required = true, value_name = "DEVICE")]
     devices: Vec<PathBuf>,
     /// The passphrase (with `--type plain`, the volume key): the file's bytes, all of them; `-` is standard input. Given
-    /// once it opens every DEVICE; or once a DEVICE, in their order.
-    #[arg(long = "key-file", value_name = "FILE", required = true)]
+    /// once it opens every DEVICE; or once a DEVICE, in their order. Without it, the passphrase that opens every DEVICE is
+    /// asked for.
+    #[arg(long = "key-file", value_name = "FILE")]
     key_files: Vec<PathBuf>,
     #[command(flatten)]
     header: HeaderArgs,
@@ -213,17 +213,18 @@ fn tls(args: &Args) -> Result<Tls> {
 fn exports(args: &Args, names: &[String]) -> Result<Exports> {
     // One key for all is read once: it may be on standard input.
     let only = match args.key_files.as_slice() {
-        [file] => Some(FileKey::new(key_file(file)).passphrase()?),
+        [] => Some(passphrase::existing(None, &args.devices[0])?),
+        [file] => Some(passphrase::existing(Some(file), &args.devices[0])?),
         _ => None,
     };
     let mut exports = Vec::new();
     for (place, (device, name)) in args.devices.iter().zip(names).enumerate() {
         let own = match (&only, args.key_files.get(place)) {
-            (None, Some(file)) => Some(FileKey::new(key_file(file)).passphrase()?),
+            (None, Some(file)) => Some(passphrase::existing(Some(file), device)?),
             _ => None,
         };
         let Some(passphrase) = own.as_ref().or(only.as_ref()) else { bail!("no --key-file for {}", device.display()) };
-        let key_file = args.key_files.get(place).unwrap_or(&args.key_files[0]);
+        let key_file = args.key_files.get(place).or(args.key_files.first()).map(PathBuf::as_path);
         let volume = Arc::new(open(args, device, key_file, passphrase)?);
         let description = args.descriptions.get(place).cloned().unwrap_or_else(|| device.display().to_string());
         let mut export = Export::new(name.clone(), volume).described(description);
@@ -241,7 +242,7 @@ fn exports(args: &Args, names: &[String]) -> Result<Exports> {
     })
 }
 
-fn open(args: &Args, path: &Path, key_file: &Path, passphrase: &Passphrase) -> Result<Volume> {
+fn open(args: &Args, path: &Path, key_file: Option<&Path>, passphrase: &Passphrase) -> Result<Volume> {
     let name = || path.display().to_string();
     let access = if args.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let caching = if args.page_cache { Caching::PageCache } else { Caching::Direct };
@@ -267,7 +268,8 @@ fn open(args: &Args, path: &Path, key_file: &Path, passphrase: &Passphrase) -> R
                 bail!("a plain volume has no header: leave --header out");
             }
             let key = args.plain.key(passphrase).with_context(|| {
-                format!("{} holds no volume key of {} bits", key_file.display(), args.plain.key_bits())
+                let key = key_file.unwrap_or(Path::new("what was typed")).display();
+                format!("{key} holds no volume key of {} bits", args.plain.key_bits())
             })?;
             (key, args.plain.segment(store.len()).with_context(name)?)
         }

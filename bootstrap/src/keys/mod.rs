@@ -2,6 +2,7 @@
 
 mod aws;
 mod file;
+mod prompt;
 mod token;
 
 use engine::key::Passphrase;
@@ -12,6 +13,7 @@ use crate::provision;
 
 pub use aws::{AwsKey, AwsKeyError, Context, MAX_CIPHERTEXT, Service, Stored};
 pub use file::{FileKey, FileKeyError, MAX_KEY_FILE};
+pub use prompt::{Prompt, PromptError};
 pub use token::KmsToken;
 
 /// Something that knows the secret that opens a volume's keyslot.
@@ -38,6 +40,9 @@ pub enum KeyError {
     /// From a file or standard input.
     #[error(transparent)]
     File(#[from] FileKeyError),
+    /// From the terminal.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
     /// From S3 and KMS.
     #[error(transparent)]
     Aws(#[from] AwsKeyError),

@@ -148,6 +148,18 @@ pub enum LuksError {
         /// On the disk.
         disk: String,
     },
+    /// A header backup is another volume's, as far as can be told.
+    #[error(
+        "the backup may be another volume's: its {what} is {backup}, and {disk}; use --force to restore it all the same"
+    )]
+    BackupOfAnother {
+        /// What differs.
+        what: &'static str,
+        /// In the backup.
+        backup: String,
+        /// What there is on the disk.
+        disk: String,
+    },
     /// No randomness was to be had.
     #[error("no random bytes to be had: {0}")]
     Random(#[source] io::Error),

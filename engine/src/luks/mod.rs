@@ -11,6 +11,7 @@
 //! by [`Limits`].
 
 mod af;
+mod backup;
 mod disks;
 mod error;
 mod format;
@@ -28,6 +29,7 @@ use std::num::NonZeroU32;
 
 use uuid::Uuid;
 
+pub use backup::Backup;
 pub use disks::{DataDisk, Disks};
 pub use error::LuksError;
 pub use format::{PendingFormat, abandon_unfinished};

@@ -144,6 +144,11 @@ impl Locked {
         self.segment
     }
 
+    /// The hash of all its keyslots.
+    pub fn hash(&self) -> HashAlgorithm {
+        self.hash
+    }
+
     /// The length of the volume key in bits, both halves counted.
     pub fn key_bits(&self) -> usize {
         self.key_len * 8

@@ -73,21 +73,21 @@ const _: () = assert!(size_of::<RawHeader>() == 512 && std::mem::offset_of!(RawH
 /// A copy's binary header and JSON area, or what is wrong with it.
 type Found = Result<(BinaryHeader, Vec<u8>), LuksError>;
 
-/// Reads the newer of the two copies that are whole.
+/// Reads the copies that are whole, the newer first: what cannot be understood of the first may be in order in the second.
 ///
 /// # Errors
 /// [`LuksError::NotLuks`] when neither is there, else what is wrong with the primary one.
-pub(super) fn read(store: &dyn BlockStore) -> Result<(BinaryHeader, Vec<u8>), LuksError> {
+pub(super) fn read(store: &dyn BlockStore) -> Result<Vec<(BinaryHeader, Vec<u8>)>, LuksError> {
     let (primary, secondary) = read_copies(store);
     match (primary, secondary) {
-        (Ok(primary), Ok(secondary)) if secondary.0.sequence_id > primary.0.sequence_id => Ok(secondary),
-        (Ok(primary), _) => Ok(primary),
+        (Ok(primary), Ok(secondary)) if secondary.0.sequence_id > primary.0.sequence_id => Ok(vec![secondary, primary]),
+        (Ok(primary), secondary) => Ok([primary].into_iter().chain(secondary).collect()),
         (Err(LuksError::NotLuks), Ok(secondary)) => {
             // The volume may have been given up, and the disk have a new owner: then what is left of it is no volume.
             let new_owner = signature::probe(store)?.into_iter().any(|found| found.kind != Kind::Encryption);
-            if new_owner { Err(LuksError::NotLuks) } else { Ok(secondary) }
+            if new_owner { Err(LuksError::NotLuks) } else { Ok(vec![secondary]) }
         }
-        (Err(_), Ok(secondary)) => Ok(secondary),
+        (Err(_), Ok(secondary)) => Ok(vec![secondary]),
         (Err(error), Err(_)) => Err(error),
     }
 }

@@ -110,9 +110,21 @@ impl Unusable {
 /// # Errors
 /// [`LuksError`] when there is none, or both are corrupt.
 pub fn read_header(store: &dyn BlockStore) -> Result<Header, LuksError> {
-    let (binary, json) = header::read(store)?;
-    let metadata = Metadata::parse(&binary, &json)?;
-    Ok(Header { binary, metadata })
+    read_whole(store).map(|(header, _)| header)
+}
+
+/// The newer of the headers whose checksum is right and whose JSON is in order, and its JSON's area.
+fn read_whole(store: &dyn BlockStore) -> Result<(Header, Vec<u8>), LuksError> {
+    let mut refusal = LuksError::NotLuks;
+    for (binary, area) in header::read(store)? {
+        match Metadata::parse(&binary, &area) {
+            Ok(metadata) => return Ok((Header { binary, metadata }, area)),
+            // Told is what is wrong with the newer one.
+            Err(error) if matches!(refusal, LuksError::NotLuks) => refusal = error,
+            Err(_) => {}
+        }
+    }
+    Err(refusal)
 }
 
 /// Reads the header of a volume that shall be opened.

@@ -7,7 +7,7 @@
 use serde_json::Value;
 
 use super::header::{self, BINARY_LEN, BinaryHeader, Copy, SALT_LEN};
-use super::{Metadata, data_segment};
+use super::{Header, Metadata, data_segment, read_whole};
 use crate::key::VolumeKey;
 use crate::luks::{Limits, LuksError, Random, kdf};
 use crate::store::{BlockStore, write_unaligned};
@@ -52,8 +52,7 @@ impl<'s, 'r> Update<'s, 'r> {
     }
 
     fn with_repaired(store: &'s dyn BlockStore, random: Random<'r>) -> Result<(Self, Repaired), LuksError> {
-        let (binary, area) = header::read(store)?;
-        let metadata = Metadata::parse(&binary, &area)?;
+        let (Header { binary, metadata }, area) = read_whole(store)?;
         let (primary, secondary) = header::read_copies(store);
         let is_good = |copy: Result<(BinaryHeader, Vec<u8>), LuksError>| {
             copy.is_ok_and(|it| it == (binary.clone(), area.clone()))

@@ -1,0 +1,217 @@
+//! Keys, tokens and repair of LUKS2 volumes, by `nbdcrypt` where cryptsetup formatted, and by cryptsetup where nbdcrypt did.
+
+use harness::luks::{Workbench, cryptsetup_key_of, sha256, store, unlock};
+use serde_json::Value;
+
+/// Key derivations, with as little work as cryptsetup allows.
+const KDFS: [&[&str]; 5] = [
+    &["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--hash", "sha1"],
+    &["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--hash", "sha256"],
+    &["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--hash", "sha512"],
+    &["--pbkdf", "argon2i", "--pbkdf-force-iterations", "4", "--pbkdf-memory", "64", "--pbkdf-parallel", "1"],
+    &["--pbkdf", "argon2id", "--pbkdf-force-iterations", "4", "--pbkdf-memory", "256", "--pbkdf-parallel", "2"],
+];
+const TOKEN: &str = r#"{"type":"aws-kms","keyslots":["0"],"unknown":{"kept":[1,{"two":null}],"three":"\"3\""}}"#;
+
+/// A disk, and a key file for each of 8 keyslots, and `other` for none, and a token.
+fn workbench() -> Workbench {
+    let bench = Workbench::new();
+    for slot in 0..8 {
+        std::fs::write(bench.path(&format!("key{slot}")), format!("passphrase {slot}")).unwrap();
+    }
+    std::fs::write(bench.path("other"), "another").unwrap();
+    std::fs::write(bench.path("token"), TOKEN).unwrap();
+    bench.disk("disk", 18 << 20);
+    bench
+}
+
+fn cryptsetup(bench: &Workbench, arguments: &[&str]) -> String {
+    bench.run("cryptsetup", arguments.iter().copied())
+}
+
+fn add(bench: &Workbench, slot: usize, kdf: &[&str]) {
+    let new = format!("key{slot}");
+    let said = bench.nbdcrypt(&[&["key", "add", "disk", "--key-file", "key0", "--new-key-file", &new], kdf].concat());
+    assert_eq!(said, format!("disk: key in keyslot {slot}\n"));
+}
+
+fn luks_format(bench: &Workbench, kdf: &[&str], key_bits: &str) {
+    let format = ["luksFormat", "-q", "--type", "luks2", "--key-size", key_bits, "--key-file", "key0", "disk"];
+    cryptsetup(bench, &[&format[..], kdf].concat());
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn keys_of_cryptsetup_s_volumes_are_added_changed_and_removed() {
+    for (index, key_bits) in [(0, "512"), (1, "512"), (2, "256"), (3, "256"), (4, "512")] {
+        let kdf = KDFS[index];
+        let bench = workbench();
+        luks_format(&bench, kdf, key_bits);
+        let expected = cryptsetup_key_of(&bench, &bench.path("disk"), "key0");
+        for slot in 1..8 {
+            // Keyslots of one volume need not be alike.
+            add(&bench, slot, KDFS[(index + slot) % KDFS.len()]);
+        }
+        bench.accepted_by_cryptsetup("disk");
+        for slot in 0..8 {
+            assert!(bench.cryptsetup_opens("disk", &slot.to_string(), &format!("key{slot}")), "{kdf:?}, {slot}");
+        }
+        cryptsetup(&bench, &["config", "--priority", "prefer", "--key-slot", "6", "disk"]);
+        let change = ["key", "change", "disk", "--key-file", "key6", "--new-key-file", "other"];
+        assert_eq!(bench.nbdcrypt(&[&change[..], kdf].concat()), "disk: new key in keyslot 6\n");
+        assert_eq!(bench.nbdcrypt(&["key", "remove", "disk", "--key-slot", "3"]), "disk: keyslot 3 cleared\n");
+        assert_eq!(bench.nbdcrypt(&["key", "remove", "disk", "--key-file", "key4"]), "disk: keyslot 4 cleared\n");
+        let dump = bench.accepted_by_cryptsetup("disk");
+        for (slot, used) in [(2, true), (3, false), (4, false), (5, true), (6, true), (7, true), (8, false)] {
+            assert_eq!(dump.contains(&format!("\n  {slot}: luks2\n")), used, "keyslot {slot}: {dump}");
+        }
+        assert!(dump.contains("Priority:   preferred"), "{dump}");
+        for (slot, key_file) in [("3", "key3"), ("4", "key4"), ("6", "key6")] {
+            assert!(!bench.cryptsetup_opens("disk", slot, key_file), "{kdf:?}, {key_file}");
+        }
+        assert!(bench.cryptsetup_opens("disk", "6", "other"));
+        assert_eq!(cryptsetup_key_of(&bench, &bench.path("disk"), "other"), expected);
+        // cryptsetup finds the room that we gave back.
+        cryptsetup(&bench, &[&["luksAddKey", "-q", "--key-file", "key0", "disk", "key3"], kdf].concat());
+        assert_eq!(unlock(&bench.path("disk"), b"passphrase 3").unwrap().keyslot, 3);
+    }
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn the_last_key_stays_and_a_wrong_one_removes_nothing() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    let before = std::fs::read(bench.path("disk")).unwrap();
+    assert!(bench.refusal(&["key", "remove", "disk", "--key-slot", "0"]).contains("last key"));
+    assert!(bench.refusal(&["key", "remove", "disk", "--key-file", "other"]).contains("passphrase"));
+    let wrong = ["key", "add", "disk", "--key-file", "other", "--new-key-file", "key1"];
+    assert!(bench.refusal(&[&wrong[..], KDFS[1]].concat()).contains("passphrase"));
+    assert!(std::fs::read(bench.path("disk")).unwrap() == before);
+    bench.nbdcrypt(&["key", "remove", "disk", "--key-slot", "0", "--force"]);
+    assert!(!bench.accepted_by_cryptsetup("disk").contains(": luks2"));
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn cryptsetup_manages_the_keys_of_our_volumes() {
+    for (index, key_bits) in [(0, "512"), (1, "512"), (2, "256"), (3, "256"), (4, "512")] {
+        let kdf = KDFS[index];
+        let bench = workbench();
+        bench.nbdcrypt(&[&["format", "disk", "--key-file", "key0", "--key-size", key_bits], kdf].concat());
+        add(&bench, 1, kdf);
+        add(&bench, 2, kdf);
+        bench.nbdcrypt(&["token", "import", "disk", "--json-file", "token"]);
+        let expected = cryptsetup_key_of(&bench, &bench.path("disk"), "key2");
+        let quick = |arguments: &[&str]| cryptsetup(&bench, &[arguments, &["-q"], kdf].concat());
+        quick(&["luksAddKey", "--key-slot", "6", "--key-file", "key1", "disk", "key6"]);
+        quick(&["luksChangeKey", "--key-slot", "2", "--key-file", "key2", "disk", "other"]);
+        cryptsetup(&bench, &["luksKillSlot", "-q", "--key-file", "key6", "disk", "1"]);
+        cryptsetup(&bench, &["luksRemoveKey", "-q", "disk", "key0"]);
+        std::fs::write(bench.path("token"), TOKEN.replace("\"0\"", "\"6\"")).unwrap();
+        cryptsetup(&bench, &["token", "import", "--json-file", "token", "--token-id", "4", "disk"]);
+        bench.accepted_by_cryptsetup("disk");
+        for (passphrase, opens) in [("passphrase 0", false), ("passphrase 1", false), ("passphrase 2", false)]
+            .into_iter()
+            .chain([("passphrase 6", true), ("another", true)])
+        {
+            let unlocked = unlock(&bench.path("disk"), passphrase.as_bytes());
+            assert_eq!(unlocked.is_ok_and(|it| it.key.expose() == expected), opens, "{kdf:?}: {passphrase}");
+        }
+        let before = std::fs::read(bench.path("disk")).unwrap();
+        cryptsetup(&bench, &["repair", "-q", "disk"]);
+        assert!(std::fs::read(bench.path("disk")).unwrap() == before, "repair finds nothing to do");
+        // And ours go on from there.
+        add_beside(&bench, kdf);
+    }
+}
+
+fn add_beside(bench: &Workbench, kdf: &[&str]) {
+    let add = ["key", "add", "disk", "--key-file", "key6", "--new-key-file", "key7", "--key-slot", "31"];
+    assert_eq!(bench.nbdcrypt(&[&add[..], kdf].concat()), "disk: key in keyslot 31\n");
+    assert!(bench.cryptsetup_opens("disk", "31", "key7"));
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn tokens_go_both_ways_with_all_that_is_in_them() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    assert_eq!(bench.nbdcrypt(&["token", "import", "disk", "--json-file", "token"]), "disk: token 0\n");
+    assert_eq!(json(&cryptsetup(&bench, &["token", "export", "--token-id", "0", "disk"])), json(TOKEN));
+    cryptsetup(&bench, &["token", "import", "--json-file", "token", "--token-id", "9", "disk"]);
+    assert_eq!(json(&bench.nbdcrypt(&["token", "export", "disk", "--token-id", "9"])), json(TOKEN));
+    let listed = json(&bench.nbdcrypt(&["token", "list", "disk", "--json"]));
+    let of = |id: u32| serde_json::json!({ "token": id, "type": "aws-kms", "keyslots": [0] });
+    assert_eq!(listed, Value::from(vec![of(0), of(9)]));
+    assert!(bench.refusal(&["token", "import", "disk", "--json-file", "token", "--token-id", "9"]).contains('9'));
+    cryptsetup(&bench, &["token", "remove", "--token-id", "0", "disk"]);
+    bench.nbdcrypt(&["token", "remove", "disk", "--token-id", "9"]);
+    assert_eq!(json(&bench.nbdcrypt(&["token", "list", "disk", "--json"])), Value::Array(Vec::new()));
+    assert!(!bench.accepted_by_cryptsetup("disk").contains("aws-kms"));
+    // A keyslot that goes leaves no token that points to it.
+    add(&bench, 1, KDFS[1]);
+    bench.nbdcrypt(&["token", "import", "disk", "--json-file", "token"]);
+    bench.nbdcrypt(&["key", "remove", "disk", "--key-slot", "0"]);
+    bench.accepted_by_cryptsetup("disk");
+    let exported = json(&cryptsetup(&bench, &["token", "export", "--token-id", "0", "disk"]));
+    assert_eq!(exported["keyslots"], Value::Array(Vec::new()));
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn either_header_is_repaired_from_the_other_by_us_and_by_cryptsetup() {
+    let bench = workbench();
+    let ours = ["format", "disk", "--key-file", "key0"];
+    for is_ours in [false, true] {
+        if is_ours {
+            bench.disk("disk", 18 << 20);
+            bench.nbdcrypt(&[&ours[..], KDFS[1]].concat());
+        } else {
+            luks_format(&bench, KDFS[1], "512");
+        }
+        add(&bench, 1, KDFS[2]);
+        let disk = bench.path("disk");
+        for (at, said) in [(4096 + 100, "first"), (16384 + 4096 + 100, "second"), (0, "first"), (16384, "second")] {
+            store(&disk).write_at(&[0xff; 3], at).unwrap();
+            let told = bench.nbdcrypt(&["header", "repair", "disk"]);
+            assert!(told.contains(&format!("the {said} header was written anew")), "{at}: {told}");
+            bench.accepted_by_cryptsetup("disk");
+            assert!(bench.cryptsetup_opens("disk", "1", "key1"));
+            assert!(bench.nbdcrypt(&["header", "repair", "disk"]).contains("both headers are whole"));
+
+            store(&disk).write_at(&[0xff; 3], at).unwrap();
+            cryptsetup(&bench, &["repair", "-q", "disk"]);
+            assert!(bench.nbdcrypt(&["header", "repair", "disk"]).contains("both headers are whole"), "{at}");
+            assert_eq!(unlock(&disk, b"passphrase 1").unwrap().keyslot, 1);
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn a_header_whose_checksum_is_right_and_whose_json_is_not_gives_way_to_the_other() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    let disk = bench.path("disk");
+    let good = std::fs::read(&disk).unwrap();
+    for (copy, said) in [(0usize, "first"), (16384, "second")] {
+        let mut bytes = good.clone();
+        let header = &mut bytes[copy..copy + 16384];
+        // Neither a JSON object any more, nor with another checksum than its own. The newer of the two, too.
+        header[4096] = b'[';
+        header[16..24].copy_from_slice(&99u64.to_be_bytes());
+        header[448..512].fill(0);
+        let checksum = sha256(header);
+        header[448..480].copy_from_slice(&checksum);
+        std::fs::write(&disk, &bytes).unwrap();
+        assert_eq!(unlock(&disk, b"passphrase 0").unwrap().keyslot, 0, "{said}");
+        let told = bench.nbdcrypt(&["header", "repair", "disk"]);
+        assert!(told.contains(&format!("the {said} header was written anew")), "{told}");
+        bench.accepted_by_cryptsetup("disk");
+    }
+}
