@@ -6,6 +6,7 @@ use engine::sector::SectorSize;
 use engine::store::{Access, BlockStore, Caching, FileStore, MemoryStore};
 use harness::nbd::{RawClient, TestServer, encrypted};
 use nbd_server::proto::wire::*;
+use nbd_server::{Export, SessionKind, Settings};
 use proptest::prelude::*;
 
 const SIZE: usize = 256 * 1024;
@@ -35,6 +36,27 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// What the ciphertext lies on, which decides who reads and writes it.
+#[derive(Debug, Clone, Copy)]
+enum Medium {
+    Memory,
+    PageCache,
+    Direct,
+}
+
+fn store(medium: Medium) -> (Arc<dyn BlockStore>, Option<tempfile::NamedTempFile>) {
+    let caching = match medium {
+        Medium::Memory => return (Arc::new(MemoryStore::zeroed(SIZE)), None),
+        Medium::PageCache => Caching::PageCache,
+        Medium::Direct => Caching::Direct,
+    };
+    // In the target folder, which lies on a disk where anything does: tmpfs is memory again.
+    let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    file.as_file().set_len(SIZE as u64).unwrap();
+    let store = FileStore::open(file.path(), Access::ReadWrite, caching).unwrap();
+    (Arc::new(store), Some(file))
+}
+
 /// Bytes that differ from place to place, so that a displaced piece shows.
 fn pattern(at: usize, len: usize, byte: u8) -> Vec<u8> {
     (at..at + len).map(|place| byte ^ (place % 251).to_le_bytes()[0]).collect()
@@ -52,11 +74,15 @@ proptest! {
         steps in prop::collection::vec((step(), 0..3usize), 1..60),
         sector_size in prop::sample::select(SectorSize::ALL.to_vec()),
         start in any::<u8>(),
+        medium in prop::sample::select(vec![Medium::Memory, Medium::PageCache, Medium::Direct]),
+        session in prop::sample::select(vec![SessionKind::IoUring, SessionKind::Tokio]),
     ) {
-        let volume = encrypted(Arc::new(MemoryStore::zeroed(SIZE)), sector_size);
+        let (store, _file) = store(medium);
+        let volume = encrypted(store, sector_size);
         let mut model = pattern(0, SIZE, start);
         volume.write(0, &mut model.clone()).unwrap();
-        let server = TestServer::of(volume);
+        let settings = Settings { workers: 4, session, ..Settings::default() };
+        let server = TestServer::with_settings([Export::new("", Arc::new(volume))], settings);
         let mut clients: Vec<_> = (0..3).map(|_| server.client()).collect();
         for (step, client) in steps {
             let client = &mut clients[client];
