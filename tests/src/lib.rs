@@ -5,5 +5,6 @@ pub mod kernel;
 pub mod luks;
 pub mod moto;
 pub mod nbd;
+pub mod nbd_chunks;
 pub mod nbdcrypt;
 pub mod recording;

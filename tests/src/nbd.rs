@@ -13,8 +13,21 @@ use engine::sector::{Lba512, SectorSize};
 use engine::store::BlockStore;
 use engine::volume::Volume;
 use nbd_server::proto::wire::*;
-use nbd_server::{Export, Exports, Server, Settings, Trigger};
+use nbd_server::{Export, Exports, Server, SessionKind, Settings, Trigger};
 use tempfile::TempDir;
+
+/// Makes of each function of a [`SessionKind`] two tests, one a session. Attributes stand before the name.
+#[macro_export]
+macro_rules! on_both_sessions {
+    ($($(#[$attribute:meta])* $name:ident),* $(,)?) => {
+        mod by_io_uring {
+            $(#[test] $(#[$attribute])* fn $name() { super::$name(nbd_server::SessionKind::IoUring); })*
+        }
+        mod by_tokio {
+            $(#[test] $(#[$attribute])* fn $name() { super::$name(nbd_server::SessionKind::Tokio); })*
+        }
+    };
+}
 
 /// No answer takes so long; a test that waits for more than this has failed.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -31,6 +44,11 @@ impl TestServer {
     /// Serves the exports with the usual settings.
     pub fn start(exports: impl IntoIterator<Item = Export>) -> Self {
         Self::with_settings(exports, Settings { workers: 4, ..Settings::default() })
+    }
+
+    /// Serves the exports with the usual settings, by this session.
+    pub fn on(session: SessionKind, exports: impl IntoIterator<Item = Export>) -> Self {
+        Self::with_settings(exports, Settings { workers: 4, session, ..Settings::default() })
     }
 
     /// Serves one volume as the default export.

@@ -9,9 +9,9 @@ use engine::sector::SectorSize;
 use engine::store::{FaultyStore, MemoryStore, Operation};
 use engine::volume::Volume;
 use harness::nbd::{RawClient, TestServer, be16, be32, be64, encrypted, option_bytes, query, request_bytes};
-use nbd_server::Export;
 use nbd_server::proto::wire::*;
 use nbd_server::proto::{ErrorCode, MAX_PAYLOAD};
+use nbd_server::{Export, SessionKind};
 
 const SIZE: u64 = 40 << 20;
 const FIXED: u32 = NBD_FLAG_C_FIXED_NEWSTYLE;
@@ -24,10 +24,18 @@ fn volume() -> Arc<Volume> {
 
 /// A server of an export `disk` and a read-only export `fixed`.
 fn server() -> TestServer {
-    TestServer::start([
-        Export::new("disk", volume()).described("the disk of the tests"),
-        Export::new("fixed", volume()).read_only(),
-    ])
+    server_on(SessionKind::Auto)
+}
+
+fn server_on(session: SessionKind) -> TestServer {
+    TestServer::on(
+        session,
+        [Export::new("disk", volume()).described("the disk of the tests"), Export::new("fixed", volume()).read_only()],
+    )
+}
+
+fn serve(session: SessionKind, volume: Volume) -> TestServer {
+    TestServer::on(session, [Export::new("", Arc::new(volume))])
 }
 
 fn haggling(server: &TestServer) -> RawClient<UnixStream> {
@@ -339,10 +347,9 @@ mod transmission {
         client
     }
 
-    #[test]
-    fn a_reply_must_carry_its_requests_cookie() {
+    fn a_reply_must_carry_its_requests_cookie(session: SessionKind) {
         // "the server MUST use the same value for cookie as was sent by the client"
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         for cookie in [0, 1, u64::MAX, 0x0123_4567_89ab_cdef] {
             client.send(&request_bytes(0, NBD_CMD_FLUSH, cookie, 0, 0));
@@ -350,10 +357,9 @@ mod transmission {
         }
     }
 
-    #[test]
-    fn without_negotiation_every_reply_must_be_simple() {
+    fn without_negotiation_every_reply_must_be_simple(session: SessionKind) {
         // "without client negotiation, the server MUST use only simple replies"
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         assert_eq!(client.write(0, 0, b"plain"), 0);
         assert_eq!(client.read(0, 5), Ok(b"plain".to_vec()));
@@ -361,10 +367,9 @@ mod transmission {
         assert_eq!(client.flush(), 0);
     }
 
-    #[test]
-    fn many_requests_at_once_are_each_answered_once() {
+    fn many_requests_at_once_are_each_answered_once(session: SessionKind) {
         // "Replies need not be sent in the same order as requests"
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         for block in 0..100u64 {
             assert_eq!(client.write(0, block * 4096, &[u8::try_from(block).unwrap(); 4096]), 0);
@@ -383,10 +388,9 @@ mod transmission {
         }
     }
 
-    #[test]
-    fn writes_to_a_read_only_export_must_fail() {
+    fn writes_to_a_read_only_export_must_fail(session: SessionKind) {
         // "If this flag is set, the server MUST error subsequent write operations"; "SHOULD return NBD_EPERM"
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "fixed");
         let perm = ErrorCode::Perm.code();
         assert_eq!(client.write(0, 0, &[1; 512]), perm);
@@ -396,11 +400,10 @@ mod transmission {
         assert_eq!(client.flush(), 0);
     }
 
-    #[test]
-    fn a_write_past_the_end_has_no_space_and_the_rest_is_invalid_there() {
+    fn a_write_past_the_end_has_no_space_and_the_rest_is_invalid_there(session: SessionKind) {
         // "The server SHOULD return NBD_ENOSPC if it receives a write request including one or more sectors beyond the
         // size of the device ... NBD_EINVAL if it receives a read or trim request"
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         let nospc = ErrorCode::NoSpc.code();
         for (offset, len) in [(SIZE - 511, 512), (SIZE, 1), (u64::MAX, 1), (u64::MAX - 511, 512), (1 << 63, 4096)] {
@@ -413,11 +416,10 @@ mod transmission {
         assert_eq!(client.write(0, SIZE - 512, &[1; 512]), 0, "the last sector");
     }
 
-    #[test]
-    fn unknown_commands_and_flags_are_invalid() {
+    fn unknown_commands_and_flags_are_invalid(session: SessionKind) {
         // "The server SHOULD return NBD_EINVAL if it receives an unknown command ... an unknown command flag ... a flag
         // not explicitly documented as applicable to the given request."
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         for command in [7, 8, 9, 255, u16::MAX] {
             assert_eq!(client.request(0, command, 0, 512), EINVAL, "command {command}");
@@ -435,10 +437,9 @@ mod transmission {
         assert_eq!(client.flush(), 0);
     }
 
-    #[test]
-    fn fua_must_be_accepted_with_every_command() {
+    fn fua_must_be_accepted_with_every_command(session: SessionKind) {
         // "the server MUST accept all commands with this bit set (even by ignoring the bit)"
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         let fua = NBD_CMD_FLAG_FUA;
         assert_eq!(client.write(fua, 0, &[1; 512]), 0);
@@ -450,19 +451,17 @@ mod transmission {
         client.receive(512);
     }
 
-    #[test]
-    fn the_offset_and_length_of_a_flush_must_be_zero() {
+    fn the_offset_and_length_of_a_flush_must_be_zero(session: SessionKind) {
         // "For a flush request, length and offset are reserved, and MUST be set to all-zero."
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         assert_eq!(client.request(0, NBD_CMD_FLUSH, 512, 0), EINVAL);
         assert_eq!(client.request(0, NBD_CMD_FLUSH, 0, 512), EINVAL);
     }
 
-    #[test]
-    fn requests_of_no_length_do_not_disconnect() {
+    fn requests_of_no_length_do_not_disconnect(session: SessionKind) {
         // "the behavior of a server on such a request is unspecified although the server SHOULD NOT disconnect"
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         client.request(0, NBD_CMD_READ, 0, 0);
         client.write(0, 0, &[]);
@@ -472,10 +471,9 @@ mod transmission {
         assert_eq!(client.flush(), 0);
     }
 
-    #[test]
-    fn a_payload_of_32_mebibytes_is_served_and_one_longer_is_refused() {
+    fn a_payload_of_32_mebibytes_is_served_and_one_longer_is_refused(session: SessionKind) {
         // "any payload not exceeding 2^25 (33,554,432) bytes SHOULD NOT be considered a denial of service attack"
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         let data: Vec<u8> = (0..MAX_PAYLOAD).map(|n| (n / 512).to_le_bytes()[0]).collect();
         assert_eq!(client.write(0, 4096, &data), 0);
@@ -485,26 +483,23 @@ mod transmission {
         assert_ne!(client.read(0, 512), Ok(vec![7; 512]), "nothing was written, and the connection lives");
     }
 
-    #[test]
-    fn a_payload_of_gigabytes_is_cut_off() {
-        let server = server();
+    fn a_payload_of_gigabytes_is_cut_off(session: SessionKind) {
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         client.send_request(0, NBD_CMD_WRITE, 0, u32::MAX);
         assert!(client.is_closed());
     }
 
-    #[test]
-    fn a_request_without_its_magic_is_cut_off() {
-        let server = server();
+    fn a_request_without_its_magic_is_cut_off(session: SessionKind) {
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         client.send(&[0x25; REQUEST_LEN]);
         assert!(client.is_closed());
     }
 
-    #[test]
-    fn trims_and_zeroes_may_be_longer_than_a_payload() {
+    fn trims_and_zeroes_may_be_longer_than_a_payload(session: SessionKind) {
         // "the client MAY request an effect length larger than the maximum payload size; the server SHOULD NOT disconnect"
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         let all = u32::try_from(SIZE).unwrap();
         assert_eq!(client.write(0, SIZE - 512, &[1; 512]), 0);
@@ -513,10 +508,9 @@ mod transmission {
         assert_eq!(client.request(0, NBD_CMD_TRIM, 0, all), 0);
     }
 
-    #[test]
-    fn zeroes_must_read_back_as_zeroes() {
+    fn zeroes_must_read_back_as_zeroes(session: SessionKind) {
         // "it MUST ensure that the data reads back as zero"; NO_HOLE "MUST [be] support[ed]"
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         for flags in [0, NBD_CMD_FLAG_NO_HOLE, NBD_CMD_FLAG_FUA] {
             assert_eq!(client.write(0, 0, &[0xff; 8192]), 0);
@@ -527,11 +521,10 @@ mod transmission {
         }
     }
 
-    #[test]
-    fn fast_zeroes_must_fail_quickly_where_they_are_not_fast() {
+    fn fast_zeroes_must_fail_quickly_where_they_are_not_fast(session: SessionKind) {
         // "MUST fail quickly with NBD_ENOTSUP unless the request can be serviced in less time than a corresponding
         // NBD_CMD_WRITE, and SHOULD NOT alter the contents"; without the flag "the server MUST NOT fail with NBD_ENOTSUP"
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         assert_eq!(client.write(0, 0, &[0xff; 4096]), 0);
         let fast = NBD_CMD_FLAG_FAST_ZERO;
@@ -542,10 +535,9 @@ mod transmission {
         assert_eq!(client.request(0, NBD_CMD_WRITE_ZEROES, 0, 4096), 0);
     }
 
-    #[test]
-    fn fast_zeroes_succeed_where_they_are_fast() {
+    fn fast_zeroes_succeed_where_they_are_fast(session: SessionKind) {
         let store = Arc::new(MemoryStore::from(vec![0xff; 1 << 20]));
-        let server = TestServer::of(Volume::plaintext(store, SectorSize::B512).unwrap());
+        let server = serve(session, Volume::plaintext(store, SectorSize::B512).unwrap());
         let mut client = server.client();
         assert_eq!(client.request(NBD_CMD_FLAG_FAST_ZERO, NBD_CMD_WRITE_ZEROES, 512, 1024), 0);
         let mut expected = vec![0xff; 2048];
@@ -558,11 +550,10 @@ mod transmission {
         assert_eq!(client.request(no_hole, NBD_CMD_WRITE_ZEROES, 0, 1024), not_fast);
     }
 
-    #[test]
-    fn a_disconnect_must_be_preceded_by_the_answers_that_are_due_and_has_none_itself() {
+    fn a_disconnect_must_be_preceded_by_the_answers_that_are_due_and_has_none_itself(session: SessionKind) {
         // "The server MUST handle all outstanding requests ... and close the TCP session ... There is no reply to an
         // NBD_CMD_DISC."
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         let mut bytes = Vec::new();
         for cookie in 0..50 {
@@ -579,14 +570,34 @@ mod transmission {
         assert_eq!(other.read(0, 50 * 512), Ok(vec![3; 50 * 512]));
     }
 
-    #[test]
-    fn caching_has_no_effect_on_what_is_read() {
+    fn caching_has_no_effect_on_what_is_read(session: SessionKind) {
         // "there MUST NOT be any difference in semantics compared to if the client had not used this command"
-        let server = server();
+        let server = server_on(session);
         let mut client = client(&server, "disk");
         assert_eq!(client.write(0, 5000, b"cached"), 0);
         assert_eq!(client.request(0, NBD_CMD_CACHE, 0, 1 << 20), 0);
         assert_eq!(client.read(5000, 6), Ok(b"cached".to_vec()));
+    }
+
+    harness::on_both_sessions! {
+        a_reply_must_carry_its_requests_cookie,
+        without_negotiation_every_reply_must_be_simple,
+        many_requests_at_once_are_each_answered_once,
+        writes_to_a_read_only_export_must_fail,
+        a_write_past_the_end_has_no_space_and_the_rest_is_invalid_there,
+        unknown_commands_and_flags_are_invalid,
+        fua_must_be_accepted_with_every_command,
+        the_offset_and_length_of_a_flush_must_be_zero,
+        requests_of_no_length_do_not_disconnect,
+        a_payload_of_32_mebibytes_is_served_and_one_longer_is_refused,
+        a_payload_of_gigabytes_is_cut_off,
+        a_request_without_its_magic_is_cut_off,
+        trims_and_zeroes_may_be_longer_than_a_payload,
+        zeroes_must_read_back_as_zeroes,
+        fast_zeroes_must_fail_quickly_where_they_are_not_fast,
+        fast_zeroes_succeed_where_they_are_fast,
+        a_disconnect_must_be_preceded_by_the_answers_that_are_due_and_has_none_itself,
+        caching_has_no_effect_on_what_is_read,
     }
 }
 
@@ -596,14 +607,17 @@ mod durability {
     type Log = Arc<Mutex<Vec<Operation>>>;
 
     /// A server whose disk notes what reaches it; writes and flushes fail when told to.
-    fn server(fail: impl Fn(Operation) -> Option<io::ErrorKind> + Send + Sync + 'static) -> (TestServer, Log) {
+    fn server(
+        session: SessionKind,
+        fail: impl Fn(Operation) -> Option<io::ErrorKind> + Send + Sync + 'static,
+    ) -> (TestServer, Log) {
         let log = Log::default();
         let noted = Arc::clone(&log);
         let store = FaultyStore::new(MemoryStore::zeroed(1 << 20), move |operation| {
             noted.lock().unwrap().push(operation);
             fail(operation)
         });
-        (TestServer::of(encrypted(Arc::new(store), SectorSize::B512)), log)
+        (serve(session, encrypted(Arc::new(store), SectorSize::B512)), log)
     }
 
     fn flushed_after_last_write(log: &Log) -> bool {
@@ -613,11 +627,10 @@ mod durability {
             > last(|operation| matches!(operation, Operation::Write(..) | Operation::Discard(..)))
     }
 
-    #[test]
-    fn a_flush_must_follow_what_was_answered_before_it() {
+    fn a_flush_must_follow_what_was_answered_before_it(session: SessionKind) {
         // "The server MUST NOT send a successful reply header for this request before all write requests for which a reply
         // has already been sent to the client have reached permanent storage"
-        let (server, log) = server(|_| None);
+        let (server, log) = server(session, |_| None);
         let mut client = server.client();
         assert_eq!(client.write(0, 0, &[1; 4096]), 0);
         assert!(!flushed_after_last_write(&log), "a plain write is not flushed");
@@ -625,10 +638,9 @@ mod durability {
         assert!(flushed_after_last_write(&log));
     }
 
-    #[test]
-    fn a_flush_must_cover_what_other_connections_were_answered() {
+    fn a_flush_must_cover_what_other_connections_were_answered(session: SessionKind) {
         // "the effects of NBD_CMD_FLUSH and NBD_CMD_FLAG_FUA MUST be visible across all connections"
-        let (server, log) = server(|_| None);
+        let (server, log) = server(session, |_| None);
         let (mut one, mut other) = (server.client(), server.client());
         assert_eq!(one.write(0, 0, &[1; 4096]), 0);
         assert_eq!(other.flush(), 0);
@@ -636,11 +648,10 @@ mod durability {
         assert_eq!(other.read(0, 4096), Ok(vec![1; 4096]));
     }
 
-    #[test]
-    fn fua_must_be_answered_after_the_data_is_durable() {
+    fn fua_must_be_answered_after_the_data_is_durable(session: SessionKind) {
         // "A server MUST NOT reply to a command that has NBD_CMD_FLAG_FUA set ... until the data (if any) written by that
         // command is persisted to non-volatile storage."
-        let (server, log) = server(|_| None);
+        let (server, log) = server(session, |_| None);
         let mut client = server.client();
         assert_eq!(client.write(NBD_CMD_FLAG_FUA, 100, &[1; 5000]), 0);
         assert!(flushed_after_last_write(&log));
@@ -650,21 +661,28 @@ mod durability {
         }
     }
 
-    #[test]
-    fn a_flush_that_fails_must_say_so() {
-        let (server, _) = server(|operation| (operation == Operation::Flush).then_some(io::ErrorKind::Other));
+    fn a_flush_that_fails_must_say_so(session: SessionKind) {
+        let (server, _) = server(session, |operation| (operation == Operation::Flush).then_some(io::ErrorKind::Other));
         let mut client = server.client();
         assert_eq!(client.flush(), ErrorCode::Io.code());
         assert_eq!(client.write(NBD_CMD_FLAG_FUA, 0, &[1; 512]), ErrorCode::Io.code());
         assert_eq!(client.write(0, 0, &[1; 512]), 0);
     }
 
-    #[test]
-    fn a_full_disk_is_no_space() {
+    fn a_full_disk_is_no_space(session: SessionKind) {
         // "It also SHOULD map the EDQUOT and EFBIG errors to NBD_ENOSPC."
         for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded, io::ErrorKind::FileTooLarge] {
-            let (server, _) = server(move |operation| matches!(operation, Operation::Write(..)).then_some(kind));
+            let (server, _) =
+                server(session, move |operation| matches!(operation, Operation::Write(..)).then_some(kind));
             assert_eq!(server.client().write(0, 0, &[1; 512]), ErrorCode::NoSpc.code(), "{kind}");
         }
+    }
+
+    harness::on_both_sessions! {
+        a_flush_must_follow_what_was_answered_before_it,
+        a_flush_must_cover_what_other_connections_were_answered,
+        fua_must_be_answered_after_the_data_is_durable,
+        a_flush_that_fails_must_say_so,
+        a_full_disk_is_no_space,
     }
 }

@@ -9,19 +9,20 @@ use std::sync::Arc;
 use engine::sector::SectorSize;
 use engine::store::{Access, Caching, FileStore, MemoryStore};
 use harness::nbd::{TestServer, connect, encrypted};
-use nbd_server::Export;
+use nbd_server::{Export, SessionKind};
 
 const SIZE: u64 = 64 << 20;
 
 /// A server of a volume in a file, with and without direct I/O by turns, and another in memory.
-fn server() -> TestServer {
+fn server_on(session: SessionKind) -> TestServer {
     let memory = Arc::new(MemoryStore::zeroed(16 << 20));
     let memory = Export::new("memory", Arc::new(encrypted(memory, SectorSize::B512)));
-    TestServer::start([file_export("disk", Caching::Direct), memory.described("a disk in memory").read_only()])
+    TestServer::on(session, [file_export("disk", Caching::Direct), memory.described("a disk in memory").read_only()])
 }
 
 fn file_export(name: &str, caching: Caching) -> Export {
-    let file = tempfile::NamedTempFile::new().unwrap();
+    // In the target folder, which lies on a disk where anything does: tmpfs is memory.
+    let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.as_file().set_len(SIZE).unwrap();
     // The name may go: the store holds the file.
     let store = FileStore::open(file.path(), Access::ReadWrite, caching).unwrap();
@@ -69,10 +70,8 @@ fn same(one: &Path, other: &Path) -> bool {
     a == b
 }
 
-#[test]
-#[cfg_attr(not(feature = "interop"), ignore = "needs libnbd's nbdinfo: run `make test`")]
-fn nbdinfo_sees_the_exports_as_they_are() {
-    let server = server();
+fn nbdinfo_sees_the_exports_as_they_are(session: SessionKind) {
+    let server = server_on(session);
     let info: serde_json::Value = serde_json::from_str(&run("nbdinfo", &["--json", &server.uri("disk")])).unwrap();
     let export = &info["exports"][0];
     assert_eq!(export["export-size"], SIZE);
@@ -106,10 +105,8 @@ fn nbdinfo_sees_the_exports_as_they_are() {
     assert_eq!(exports[1]["can_trim"], false);
 }
 
-#[test]
-#[cfg_attr(not(feature = "interop"), ignore = "needs libnbd's nbdcopy: run `make test`")]
-fn nbdcopy_copies_a_disk_in_and_out_over_several_connections() {
-    let server = server();
+fn nbdcopy_copies_a_disk_in_and_out_over_several_connections(session: SessionKind) {
+    let server = server_on(session);
     let image = image(server.directory());
     let back = server.directory().join("back");
     for options in [&["--connections=4", "--requests=64"][..], &["--connections=1"], &["--request-size=33554432"]] {
@@ -121,10 +118,8 @@ fn nbdcopy_copies_a_disk_in_and_out_over_several_connections() {
     }
 }
 
-#[test]
-#[cfg_attr(not(feature = "interop"), ignore = "needs qemu-io: run `make test`")]
-fn qemu_io_reads_back_the_patterns_it_wrote() {
-    let server = server();
+fn qemu_io_reads_back_the_patterns_it_wrote(session: SessionKind) {
+    let server = server_on(session);
     let out = run(
         "qemu-io",
         &[
@@ -170,10 +165,8 @@ fn qemu_io_reads_back_the_patterns_it_wrote() {
     assert_eq!(out.matches("read ").count(), 7, "{out}");
 }
 
-#[test]
-#[cfg_attr(not(feature = "interop"), ignore = "needs qemu-img: run `make test`")]
-fn qemu_img_converts_compares_and_benches() {
-    let server = server();
+fn qemu_img_converts_compares_and_benches(session: SessionKind) {
+    let server = server_on(session);
     let uri = server.uri("disk");
     let image = image(server.directory());
     let image = image.to_str().unwrap();
@@ -189,10 +182,8 @@ fn qemu_img_converts_compares_and_benches() {
     run("qemu-img", &writes);
 }
 
-#[test]
-#[cfg_attr(not(feature = "interop"), ignore = "needs fio with its nbd engine: run `make test`")]
-fn fio_verifies_what_it_wrote() {
-    let server = server();
+fn fio_verifies_what_it_wrote(session: SessionKind) {
+    let server = server_on(session);
     let uri = format!("--uri={}", server.uri("disk"));
     for job in [
         &["--rw=randrw", "--bs=4k", "--iodepth=32"][..],
@@ -210,9 +201,7 @@ fn fio_verifies_what_it_wrote() {
     }
 }
 
-#[test]
-#[cfg_attr(not(feature = "interop"), ignore = "needs python3-libnbd: run `make test`")]
-fn libnbd_in_python_finds_what_the_protocol_promises() {
+fn libnbd_in_python_finds_what_the_protocol_promises(session: SessionKind) {
     let script = r#"
 import errno, nbd, sys
 h = nbd.NBD()
@@ -271,15 +260,14 @@ fails(errno.EPERM, h.pwrite, b"x" * 512, 0)
 h.shutdown()
 print("all well")
 "#;
-    let server = server();
+    let server = server_on(session);
     // The system's own Python: the module is Debian's.
     let out = run("/usr/bin/python3", &["-c", script, &server.uri("disk"), server.socket().to_str().unwrap()]);
     assert_eq!(out, "all well\n");
 }
 
-#[test]
-fn the_crate_nbd_reads_and_writes() {
-    let server = TestServer::start([file_export("disk", Caching::PageCache)]);
+fn the_crate_nbd_reads_and_writes(session: SessionKind) {
+    let server = TestServer::on(session, [file_export("disk", Caching::PageCache)]);
     let mut stream = connect(&server.socket());
     let export = nbd::client::handshake(&mut stream, b"disk").unwrap();
     assert_eq!(export.size, SIZE);
@@ -292,4 +280,20 @@ fn the_crate_nbd_reads_and_writes() {
     client.read_exact(&mut back).unwrap();
     assert_eq!(&back, b"told by a client that knows EXPORT_NAME alone");
     assert!(nbd::client::handshake(&mut connect(&server.socket()), b"nowhere").is_err());
+}
+
+harness::on_both_sessions! {
+    #[cfg_attr(not(feature = "interop"), ignore = "needs libnbd's nbdinfo: run `make test`")]
+    nbdinfo_sees_the_exports_as_they_are,
+    #[cfg_attr(not(feature = "interop"), ignore = "needs libnbd's nbdcopy: run `make test`")]
+    nbdcopy_copies_a_disk_in_and_out_over_several_connections,
+    #[cfg_attr(not(feature = "interop"), ignore = "needs qemu-io: run `make test`")]
+    qemu_io_reads_back_the_patterns_it_wrote,
+    #[cfg_attr(not(feature = "interop"), ignore = "needs qemu-img: run `make test`")]
+    qemu_img_converts_compares_and_benches,
+    #[cfg_attr(not(feature = "interop"), ignore = "needs fio with its nbd engine: run `make test`")]
+    fio_verifies_what_it_wrote,
+    #[cfg_attr(not(feature = "interop"), ignore = "needs python3-libnbd: run `make test`")]
+    libnbd_in_python_finds_what_the_protocol_promises,
+    the_crate_nbd_reads_and_writes,
 }
