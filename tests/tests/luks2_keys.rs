@@ -215,3 +215,29 @@ fn a_header_whose_checksum_is_right_and_whose_json_is_not_gives_way_to_the_other
         bench.accepted_by_cryptsetup("disk");
     }
 }
+
+/// The text of the metadata in `disk`.
+fn metadata(bench: &Workbench) -> String {
+    let header = std::fs::read(bench.path("disk")).unwrap();
+    let text = header[4096..16384].split(|byte| *byte == 0).next().unwrap();
+    String::from_utf8(text.to_vec()).unwrap()
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn what_we_do_not_know_is_written_back_to_the_letter() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    let before = metadata(&bench);
+    // Neither in the alphabet's order nor as a number of 64 bits would have it.
+    let token = r#"{"type":"x","keyslots":["0"],"z":1.50,"a":123456789012345678901234567890,"m":{"b":1e+2,"a":-0}}"#;
+    std::fs::write(bench.path("token"), token).unwrap();
+    bench.nbdcrypt(&["token", "import", "disk", "--json-file", "token"]);
+    assert!(metadata(&bench).contains(token), "{}", metadata(&bench));
+    add(&bench, 1, KDFS[1]);
+    bench.nbdcrypt(&["key", "remove", "disk", "--key-slot", "1"]);
+    assert_eq!(bench.nbdcrypt(&["token", "export", "disk", "--token-id", "0"]).trim_end(), token);
+    bench.accepted_by_cryptsetup("disk");
+    bench.nbdcrypt(&["token", "remove", "disk", "--token-id", "0"]);
+    assert_eq!(metadata(&bench), before, "all is as cryptsetup wrote it");
+}

@@ -121,7 +121,8 @@ fn remove(mut update: Update<'_, '_>, id: u32) -> Result<(), LuksError> {
     let mut json = update.metadata.json.clone();
     let name = id.to_string();
     if let Some(keyslots) = json["keyslots"].as_object_mut() {
-        keyslots.remove(&name);
+        // The others keep their order.
+        keyslots.shift_remove(&name);
     }
     for kind in ["digests", "tokens"] {
         for object in json[kind].as_object_mut().into_iter().flat_map(|objects| objects.values_mut()) {

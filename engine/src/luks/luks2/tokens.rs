@@ -88,7 +88,7 @@ pub fn export_token(store: &dyn BlockStore, id: u32) -> Result<Value, LuksError>
 pub fn remove_token(store: &dyn BlockStore, id: u32, random: Random<'_>) -> Result<(), LuksError> {
     let mut update = Update::open(store, random)?;
     let mut document = update.metadata.json.clone();
-    let removed = document["tokens"].as_object_mut().and_then(|tokens| tokens.remove(&id.to_string()));
+    let removed = document["tokens"].as_object_mut().and_then(|tokens| tokens.shift_remove(&id.to_string()));
     removed.ok_or(LuksError::NoSuchToken(id))?;
     update.commit(&document)
 }
