@@ -241,3 +241,26 @@ fn what_we_do_not_know_is_written_back_to_the_letter() {
     bench.nbdcrypt(&["token", "remove", "disk", "--token-id", "0"]);
     assert_eq!(metadata(&bench), before, "all is as cryptsetup wrote it");
 }
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn the_passphrase_that_kms_keeps_is_changed_only_by_force() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    bench.nbdcrypt(&["token", "import", "disk", "--json-file", "token"]);
+    add(&bench, 1, KDFS[1]);
+    let change = |old, new| {
+        let kdf = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
+        [&["key", "change", "disk", "--key-file", old, "--new-key-file", new][..], &kdf].concat()
+    };
+    let said = bench.refusal(&change("key0", "key2"));
+    assert!(said.contains("keyslot 0") && said.contains("token 0") && said.contains("--force"), "{said}");
+    assert!(unlock(&bench.path("disk"), b"passphrase 0").is_ok());
+    bench.nbdcrypt(&change("key1", "key2"));
+    bench.nbdcrypt(&[&change("key0", "key3")[..], &["--force"]].concat());
+    for (passphrase, opens) in
+        [("passphrase 0", false), ("passphrase 1", false), ("passphrase 2", true), ("passphrase 3", true)]
+    {
+        assert_eq!(unlock(&bench.path("disk"), passphrase.as_bytes()).is_ok(), opens, "{passphrase}");
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use engine::luks::luks2::{Kdf, KdfOptions};
 use engine::luks::{self, Dump, LockedVolume, NewKey};
 use engine::store::{Access, Caching, FileStore};
@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::header_args::{HeaderArgs, LimitArgs};
 use super::kdf_args::{KdfArgs, Pbkdf};
 use super::{passphrase, tell};
+use crate::keys::KmsToken;
 use crate::{disk, process, system};
 
 #[derive(Debug, clap::Args)]
@@ -82,6 +83,9 @@ struct Change {
     /// The keyslot that holds the old one; by default the first that it opens.
     #[arg(short = 'S', long, value_name = "N")]
     key_slot: Option<usize>,
+    /// Replace even the passphrase that KMS keeps for `nbdcrypt up`.
+    #[arg(long)]
+    force: bool,
     #[command(flatten)]
     kdf: KdfArgs,
 }
@@ -158,9 +162,25 @@ fn change(args: &Change) -> Result<usize> {
     let volume = luks::read_for_keys(&disk, &limits)?;
     let old = passphrase::existing(args.key_file.as_deref(), args.place.path())?;
     let unlocked = volume.unlock_keyslot(&disk, args.key_slot, &old, &limits)?;
+    if !args.force {
+        refuse_what_kms_keeps(&disk, unlocked.keyslot)?;
+    }
     let new = passphrase::new(args.new_key_file.as_deref(), args.place.path(), "--new-key-file")?;
     let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
     Ok(volume.change_key(&disk, &limits, &unlocked.key, unlocked.keyslot, &new, &mut system::random)?)
+}
+
+/// A token holds its keyslot's passphrase, and would go on to hold the old one.
+fn refuse_what_kms_keeps(disk: &FileStore, keyslot: usize) -> Result<()> {
+    let Dump::Luks2(header) = luks::dump(disk)? else { return Ok(()) };
+    match KmsToken::of_keyslot(&header, keyslot) {
+        None => Ok(()),
+        Some(token) => bail!(
+            "the passphrase in keyslot {keyslot} is the one that token {token} has KMS unlock: with another one there, \
+             `nbdcrypt up` would open the volume no more. Add the new passphrase beside it (`nbdcrypt key add`), or use \
+             --force to mean it"
+        ),
+    }
 }
 
 fn remove(args: &Remove) -> Result<usize> {

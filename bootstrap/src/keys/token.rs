@@ -43,6 +43,13 @@ impl KmsToken {
         Self::from_json(&header.metadata.json["tokens"][id.to_string()]).map(Some)
     }
 
+    /// The number of the token of this type that opens the keyslot, if there is one: its secret is the keyslot's passphrase.
+    pub fn of_keyslot(header: &Header, keyslot: usize) -> Option<u32> {
+        let opens = |id: &u32| usize::try_from(*id) == Ok(keyslot);
+        let mut tokens = header.metadata.tokens.iter();
+        tokens.find(|(_, token)| token.kind == KIND && token.keyslots.iter().any(opens)).map(|(id, _)| *id)
+    }
+
     /// Reads the token.
     ///
     /// # Errors
