@@ -256,6 +256,8 @@ fn the_passphrase_that_kms_keeps_is_changed_only_by_force() {
     let said = bench.refusal(&change("key0", "key2"));
     assert!(said.contains("keyslot 0") && said.contains("token 0") && said.contains("--force"), "{said}");
     assert!(unlock(&bench.path("disk"), b"passphrase 0").is_ok());
+    let said = bench.refusal(&[&change("key0", "key2")[..], &["--key-slot", "1"]].concat());
+    assert!(said.contains("does not open keyslot 1"), "{said}");
     bench.nbdcrypt(&change("key1", "key2"));
     bench.nbdcrypt(&[&change("key0", "key3")[..], &["--force"]].concat());
     for (passphrase, opens) in

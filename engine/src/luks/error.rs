@@ -82,6 +82,9 @@ pub enum LuksError {
     /// The passphrase opens none of the keyslots, all of which were tried.
     #[error("the passphrase is wrong: it opens none of the volume's keyslots")]
     WrongPassphrase,
+    /// The passphrase does not open the keyslot that was named, and no other was tried.
+    #[error("the passphrase is wrong: it does not open keyslot {0}; without --key-slot every keyslot is tried")]
+    WrongPassphraseFor(usize),
     /// No keyslot is in use: the key was erased.
     #[error("no keyslot is in use: the volume's key was erased, and its data is gone for good")]
     NoKeyslot,

@@ -37,7 +37,7 @@ impl LockedVolume {
     /// Tries the passphrase on one keyslot, or on all, in their order, where none is named.
     ///
     /// # Errors
-    /// [`LuksError::NoSuchKeyslot`], and as [`LockedVolume::unlock`] has them.
+    /// [`LuksError::NoSuchKeyslot`], [`LuksError::WrongPassphraseFor`], and as [`LockedVolume::unlock`] has them.
     pub fn unlock_keyslot(
         &self,
         store: &dyn BlockStore,
@@ -45,11 +45,15 @@ impl LockedVolume {
         passphrase: &Passphrase,
         limits: &Limits,
     ) -> Result<UnlockedVolume, LuksError> {
-        match (self, keyslot) {
-            (_, None) => self.unlock(store, passphrase),
-            (Self::Luks1(volume), Some(keyslot)) => volume.unlock_keyslot(store, keyslot, passphrase),
-            (Self::Luks2(volume), Some(keyslot)) => volume.unlock_keyslot(store, keyslot, passphrase, limits),
-        }
+        let Some(keyslot) = keyslot else { return self.unlock(store, passphrase) };
+        let unlocked = match self {
+            Self::Luks1(volume) => volume.unlock_keyslot(store, keyslot, passphrase),
+            Self::Luks2(volume) => volume.unlock_keyslot(store, keyslot, passphrase, limits),
+        };
+        unlocked.map_err(|error| match error {
+            LuksError::WrongPassphrase => LuksError::WrongPassphraseFor(keyslot),
+            error => error,
+        })
     }
 
     /// Puts `key` into a free keyslot, or the one that is named, under a new passphrase; returns its number.
