@@ -3,13 +3,15 @@
 use std::sync::Arc;
 
 use engine::sector::SectorSize;
-use engine::store::{Access, BlockStore, Caching, FileStore, MemoryStore};
+use engine::store::{Access, BlockStore, BusErrorsCaught, Caching, FileStore, MemoryStore};
 use harness::nbd::{RawClient, TestServer, encrypted};
 use nbd_server::proto::wire::*;
 use nbd_server::{Export, SessionKind, Settings};
 use proptest::prelude::*;
 
 const SIZE: usize = 256 * 1024;
+/// "Error values".
+const EIO: u32 = 5;
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -42,6 +44,8 @@ enum Medium {
     Memory,
     PageCache,
     Direct,
+    /// A file on tmpfs.
+    Mapped,
 }
 
 fn store(medium: Medium) -> (Arc<dyn BlockStore>, Option<tempfile::NamedTempFile>) {
@@ -49,12 +53,26 @@ fn store(medium: Medium) -> (Arc<dyn BlockStore>, Option<tempfile::NamedTempFile
         Medium::Memory => return (Arc::new(MemoryStore::zeroed(SIZE)), None),
         Medium::PageCache => Caching::PageCache,
         Medium::Direct => Caching::Direct,
+        Medium::Mapped => {
+            let (store, file) = mapped(SIZE);
+            return (Arc::new(store), Some(file));
+        }
     };
     // In the target folder, which lies on a disk where anything does: tmpfs is memory again.
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.as_file().set_len(SIZE as u64).unwrap();
     let store = FileStore::open(file.path(), Access::ReadWrite, caching).unwrap();
     (Arc::new(store), Some(file))
+}
+
+/// A file in memory that has all its bytes, and so is reached without system calls.
+fn mapped(size: usize) -> (FileStore, tempfile::NamedTempFile) {
+    let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    std::fs::write(file.path(), vec![0; size]).unwrap();
+    let store = FileStore::open(file.path(), Access::ReadWrite, Caching::Direct).unwrap();
+    let store = store.mapped(BusErrorsCaught::new().unwrap());
+    assert!(store.is_mapped(), "/dev/shm is no tmpfs");
+    (store, file)
 }
 
 /// Bytes that differ from place to place, so that a displaced piece shows.
@@ -74,7 +92,7 @@ proptest! {
         steps in prop::collection::vec((step(), 0..3usize), 1..60),
         sector_size in prop::sample::select(SectorSize::ALL.to_vec()),
         start in any::<u8>(),
-        medium in prop::sample::select(vec![Medium::Memory, Medium::PageCache, Medium::Direct]),
+        medium in prop::sample::select(vec![Medium::Memory, Medium::PageCache, Medium::Direct, Medium::Mapped]),
         session in prop::sample::select(vec![SessionKind::IoUring, SessionKind::Tokio]),
     ) {
         let (store, _file) = store(medium);
@@ -153,6 +171,39 @@ fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_a_file() {
         let store = Arc::new(FileStore::open(file.path(), Access::ReadWrite, caching).unwrap());
         owners_of_interleaved_pieces_lose_nothing(store, SectorSize::B4096);
     }
+}
+
+#[test]
+fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_mapped_memory() {
+    for sector_size in SectorSize::ALL {
+        let (store, _file) = mapped(SIZE);
+        owners_of_interleaved_pieces_lose_nothing(Arc::new(store), sector_size);
+    }
+}
+
+#[test]
+fn a_file_in_memory_that_is_cut_short_fails_its_own_requests_alone() {
+    const LARGE: usize = 4 << 20;
+    let (one, file) = mapped(LARGE);
+    let (two, _other) = mapped(LARGE);
+    let volume = |store| Arc::new(encrypted(Arc::new(store), SectorSize::B4096));
+    let server = TestServer::start([Export::new("one", volume(one)), Export::new("two", volume(two))]);
+    let client = |name| {
+        let mut client = server.connect();
+        client.enter(name);
+        client
+    };
+    let (mut one, mut two) = (client("one"), client("two"));
+    let data = pattern(0, 1 << 20, 3);
+    for client in [&mut one, &mut two] {
+        assert_eq!(client.write(0, 2 << 20, &data), 0);
+        assert_eq!(client.read(2 << 20, 1 << 20).as_ref(), Ok(&data));
+    }
+    file.as_file().set_len(1 << 20).unwrap();
+    assert_eq!(one.read(2 << 20, 1 << 20), Err(EIO));
+    assert_eq!(one.read(3 << 20, 4096), Err(EIO));
+    assert_eq!(one.read(0, 4096).map(|bytes| bytes.len()), Ok(4096));
+    assert_eq!(two.read(2 << 20, 1 << 20), Ok(data));
 }
 
 #[test]

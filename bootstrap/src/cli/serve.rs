@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use engine::key::Passphrase;
 use engine::luks::{self, Disks};
-use engine::store::{Access, BlockStore, Caching};
+use engine::store::{Access, BlockStore, BusErrorsCaught, Caching};
 use engine::volume::Volume;
 use nbd_server::tls::{Clients, Credentials};
 use nbd_server::{Export, Exports, ExportsError, Listener, Server, SessionKind, Settings, Tls, shutdown};
@@ -246,7 +246,7 @@ fn open(args: &Args, path: &Path, key_file: Option<&Path>, passphrase: &Passphra
     let name = || path.display().to_string();
     let access = if args.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let caching = if args.page_cache { Caching::PageCache } else { Caching::Direct };
-    let store: Arc<dyn BlockStore> = Arc::new(disk::open(path, access, caching)?);
+    let store: Arc<dyn BlockStore> = Arc::new(disk::open(path, access, caching)?.mapped(BusErrorsCaught::new()?));
     let (key, segment) = match args.kind {
         Type::Luks => {
             args.plain.refuse()?;

@@ -9,6 +9,7 @@ use std::path::Path;
 use rustix::fs::{Advice, AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
+use super::mapping::{BusErrorsCaught, Mapping};
 use super::{Allocation, BlockStore, Medium};
 use crate::buffer::{AlignedBuffer, DIRECT_ALIGNMENT};
 
@@ -48,6 +49,7 @@ pub struct FileStore {
     alignment: usize,
     read_only: bool,
     resident: bool,
+    mapping: Option<Mapping>,
 }
 
 impl FileStore {
@@ -91,7 +93,18 @@ impl FileStore {
             return Self::open(path, access, Caching::PageCache);
         }
         let resident = kind.is_file() && RESIDENT.contains(&rustix::fs::fstatfs(&file)?.f_type);
-        Ok(Self { file, len, alignment, read_only: access == Access::ReadOnly, resident })
+        Ok(Self { file, len, alignment, read_only: access == Access::ReadOnly, resident, mapping: None })
+    }
+
+    /// Maps a file that lies in memory, so that its bytes are encrypted and decrypted where they lie. Any other file, and one
+    /// that cannot be mapped, stays as it is.
+    #[must_use]
+    pub fn mapped(self, caught: BusErrorsCaught) -> Self {
+        if !self.resident || self.is_empty() {
+            return self;
+        }
+        let mapping = Mapping::new(&self.file, self.len, !self.read_only, caught).ok();
+        Self { mapping, ..self }
     }
 
     /// The open file.
@@ -142,11 +155,27 @@ impl BlockStore for FileStore {
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
         if self.is_reachable(data) {
-            return self.file.write_all_at(data, offset);
+            self.file.write_all_at(data, offset)?;
+            if let Some(mapping) = &self.mapping {
+                mapping.written(offset, data.len());
+            }
+            return Ok(());
         }
         let mut bounce = AlignedBuffer::zeroed(data.len());
         bounce.copy_from_slice(data);
         self.file.write_all_at(&bounce, offset)
+    }
+
+    fn is_mapped(&self) -> bool {
+        self.mapping.is_some()
+    }
+
+    fn show(&self, offset: u64, len: usize, each: &mut dyn FnMut(usize, &[u8])) -> bool {
+        self.mapping.as_ref().is_some_and(|mapping| mapping.show(&self.file, offset, len, each))
+    }
+
+    fn fill(&self, offset: u64, len: usize, each: &mut dyn FnMut(usize, &mut [u8])) -> bool {
+        !self.read_only && self.mapping.as_ref().is_some_and(|mapping| mapping.fill(&self.file, offset, len, each))
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -159,7 +188,11 @@ impl BlockStore for FileStore {
         }
         // Block devices take it too: the kernel unmaps such that the range reads back as zeros, or refuses.
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(&self.file, flags, offset, len)?)
+        rustix::fs::fallocate(&self.file, flags, offset, len)?;
+        if let Some(mapping) = &self.mapping {
+            mapping.punched(offset, len);
+        }
+        Ok(())
     }
 
     fn allocation(&self, offset: u64) -> io::Result<Allocation> {

@@ -2,6 +2,7 @@
 
 mod faulty;
 mod file;
+mod mapping;
 mod memory;
 mod unaligned;
 
@@ -9,6 +10,7 @@ use std::io;
 
 pub use faulty::{FaultyStore, Operation};
 pub use file::{Access, Caching, FileStore};
+pub use mapping::BusErrorsCaught;
 pub use memory::MemoryStore;
 pub use unaligned::{read_unaligned, write_unaligned, write_zeros};
 
@@ -77,6 +79,26 @@ pub trait BlockStore: Send + Sync {
     /// # Errors
     /// What the disk said; nothing is promised then of the bytes in the range.
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Whether [`BlockStore::show`] and [`BlockStore::fill`] are worth a try.
+    fn is_mapped(&self) -> bool {
+        false
+    }
+
+    /// Shows the range's bytes where they lie, piece by piece, and tells `each` where in the range a piece begins. Pieces
+    /// end at multiples of 1 MiB of the disk, and at the end. Whoever gets `false` reads the range, of which anything or
+    /// nothing may have been shown.
+    fn show(&self, offset: u64, len: usize, each: &mut dyn FnMut(usize, &[u8])) -> bool {
+        let _ = (offset, len, each);
+        false
+    }
+
+    /// Has `each` fill the range's bytes where they lie, in pieces as [`BlockStore::show`] has them. Whoever gets `false`
+    /// writes the range, of which anything or nothing may have been filled.
+    fn fill(&self, offset: u64, len: usize, each: &mut dyn FnMut(usize, &mut [u8])) -> bool {
+        let _ = (offset, len, each);
+        false
+    }
 
     /// Returns when every write that was answered before the call is on stable storage.
     ///

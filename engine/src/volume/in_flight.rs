@@ -44,6 +44,12 @@ impl Volume {
         self.encrypt(offset, data);
     }
 
+    /// Whether [`Volume::write`] encrypts whole blocks to where they are to lie: then to encrypt a payload before is a
+    /// detour.
+    pub fn encrypts_to_its_place(&self) -> bool {
+        self.is_encrypted() && self.store.is_mapped()
+    }
+
     /// Protects a write to whole blocks that the caller is about to begin. `None` if somebody is at work there who must
     /// be waited for: then [`Volume::write_encrypted`] does the waiting.
     ///

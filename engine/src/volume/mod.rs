@@ -175,6 +175,9 @@ impl Volume {
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), VolumeError> {
         let place = self.locate(offset, data.len() as u64)?;
         if self.is_aligned(offset, data.len() as u64) {
+            if self.decrypt_from_its_place(offset, place, data) {
+                return Ok(());
+            }
             let mut done = 0;
             for chunk in data.chunks_mut(self.chunk()) {
                 self.store.read_at(chunk, place + done)?;
@@ -217,6 +220,7 @@ impl Volume {
         {
             let _held = self.regions.share(first_whole, last_whole);
             let mut at = first_whole;
+            let whole = if self.encrypt_to_its_place(first_whole, whole) { &mut [] } else { whole };
             for chunk in whole.chunks_mut(self.chunk()) {
                 self.encrypt(at, chunk);
                 self.store.write_at(chunk, self.layout.offset + at)?;
@@ -364,6 +368,24 @@ impl Volume {
         Ok(self.store.write_at(&block, place)?)
     }
 
+    /// Decrypts whole blocks from where they lie into `data`, if they lie in memory: no copy comes before the cipher.
+    fn decrypt_from_its_place(&self, offset: u64, place: u64, data: &mut [u8]) -> bool {
+        let Some(cipher) = &self.cipher else { return false };
+        self.store.show(place, data.len(), &mut |at, bytes| {
+            let lba = self.lba(offset + at as u64);
+            cipher.decrypt_to(self.sector_size, lba, bytes, &mut data[at..at + bytes.len()]);
+        })
+    }
+
+    /// Encrypts whole blocks to where they are to lie, if they lie in memory: no copy comes after the cipher.
+    fn encrypt_to_its_place(&self, offset: u64, data: &[u8]) -> bool {
+        let Some(cipher) = &self.cipher else { return false };
+        self.store.fill(self.layout.offset + offset, data.len(), &mut |at, bytes| {
+            let lba = self.lba(offset + at as u64);
+            cipher.encrypt_to(self.sector_size, lba, &data[at..at + bytes.len()], bytes);
+        })
+    }
+
     /// How many bytes are read or written with one call: all of them, where calls are dear.
     fn chunk(&self) -> usize {
         match self.store.medium() {
@@ -395,14 +417,19 @@ impl Volume {
 
     fn encrypt(&self, offset: u64, data: &mut [u8]) {
         if let Some(cipher) = &self.cipher {
-            cipher.encrypt(self.sector_size, self.iv_start.advanced_by(offset / LBA_UNIT), data);
+            cipher.encrypt(self.sector_size, self.lba(offset), data);
         }
     }
 
     fn decrypt(&self, offset: u64, data: &mut [u8]) {
         if let Some(cipher) = &self.cipher {
-            cipher.decrypt(self.sector_size, self.iv_start.advanced_by(offset / LBA_UNIT), data);
+            cipher.decrypt(self.sector_size, self.lba(offset), data);
         }
+    }
+
+    /// Where the cipher counts the sector at `offset`.
+    fn lba(&self, offset: u64) -> Lba512 {
+        self.iv_start.advanced_by(offset / LBA_UNIT)
     }
 }
 
@@ -636,5 +663,53 @@ mod tests {
         assert_eq!(open(Segment { len: 0, ..whole }), Some(GeometryError::Empty));
         assert!(matches!(open(Segment { offset: 512, len: 4096, ..whole }), Some(GeometryError::Misaligned { .. })));
         assert!(matches!(open(Segment { offset: u64::MAX, ..whole }), Some(GeometryError::DiskTooSmall { .. })));
+    }
+
+    /// Reads, writes, holes and zeros on a disk that is mapped, beside the same bytes without a mapping.
+    #[test]
+    fn a_mapped_disk_is_like_any_other() {
+        use crate::store::{Access, BusErrorsCaught, Caching, FileStore};
+        const LEN: u64 = 4 << 20;
+        let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        file.as_file().set_len(OFFSET + LEN).unwrap();
+        let open = || FileStore::open(file.path(), Access::ReadWrite, Caching::Direct).unwrap();
+        let key = VolumeKey::new((0..64).collect()).unwrap();
+        for sector_size in [SectorSize::B512, SectorSize::B4096] {
+            let segment = Segment { offset: OFFSET, len: LEN, sector_size, iv_start: Lba512(7) };
+            let volume = |store| Volume::encrypted(Arc::new(store), segment, &key).unwrap();
+            let store = open().mapped(BusErrorsCaught::new().unwrap());
+            assert!(store.is_mapped());
+            let (mapped, other) = (volume(store), volume(open()));
+            let mut seed = 1u64;
+            let mut random = |below: u64| {
+                seed ^= seed << 13;
+                seed ^= seed >> 7;
+                seed ^= seed << 17;
+                seed % below
+            };
+            for step in 0..400 {
+                let unit = [1, 512, 4096, 65536][random(4) as usize];
+                let offset = random(LEN / unit) * unit;
+                let len = (1 + random(8)) * unit * if step % 20 == 0 { 16 } else { 1 };
+                let len = len.min(LEN - offset);
+                match random(8) {
+                    0 => mapped.discard(offset, len).unwrap(),
+                    1 => mapped.write_zeroes(offset, len, true).unwrap(),
+                    2..5 => {
+                        let data: Vec<u8> = (0..len).map(|at| (at * 7 + step) as u8).collect();
+                        mapped.write(offset, &mut data.clone()).unwrap();
+                        let mut back = vec![0; len as usize];
+                        other.read(offset, &mut back).unwrap();
+                        assert!(back == data, "written at {offset}, {len} bytes, step {step}");
+                    }
+                    _ => {
+                        let (mut one, mut two) = (vec![1; len as usize], vec![2; len as usize]);
+                        mapped.read(offset, &mut one).unwrap();
+                        other.read(offset, &mut two).unwrap();
+                        assert!(one == two, "read at {offset}, {len} bytes, step {step}");
+                    }
+                }
+            }
+        }
     }
 }

@@ -55,13 +55,16 @@ impl ServerProcess {
         cpu_seconds(&self.child.id().to_string())
     }
 
-    /// The most memory that it ever had resident, in bytes.
+    /// The most memory that it ever had resident, in bytes, less the pages of a disk in memory that it has mapped: they are
+    /// there without it, and stay mapped once they are.
     pub(super) fn peak_rss(&self) -> Result<u64> {
         let path = format!("/proc/{}/status", self.child.id());
         let status = fs::read_to_string(&path).with_context(|| format!("{path}: the server is gone"))?;
-        let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
-        let kib: u64 = kib.and_then(|kib| kib.trim().parse().ok()).with_context(|| format!("{path}: no VmHWM"))?;
-        Ok(kib << 10)
+        let kib = |name: &str| -> Result<u64> {
+            let kib = status.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix(" kB"));
+            kib.and_then(|kib| kib.trim().parse().ok()).with_context(|| format!("{path}: no {name}"))
+        };
+        Ok(kib("VmHWM:")?.saturating_sub(kib("RssShmem:")?) << 10)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The paths for x86-64, by the width of the registers that the AES instructions work on.
 //!
-//! This is the one room with `unsafe` in it: Rust asks for it where a function compiled for an instruction set is called
+//! This is a room with `unsafe` in it: Rust asks for it where a function compiled for an instruction set is called
 //! from code that is not, and where a vector is loaded from or stored to memory. Who calls into an instruction set
 //! shows a value ([`AesNi`], [`Vaes256`], [`Vaes512`]) that only a run-time check makes;
 //! within it all functions are safe `#[target_feature]` functions.

@@ -580,7 +580,7 @@ impl<'a> Connection<'a> {
         let mut buffer = self.buffers.take(expect.len());
         let filled = self.intake.move_to(&mut buffer.bytes);
         let offset = match expect.command() {
-            _ if self.resident && self.pipelined => None,
+            _ if self.resident && (self.pipelined || self.volume.encrypts_to_its_place()) => None,
             Command::Write { range, .. } => {
                 self.volume.place(range.offset, range.len).ok().flatten().map(|_| range.offset)
             }
