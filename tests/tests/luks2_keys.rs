@@ -216,6 +216,55 @@ fn a_header_whose_checksum_is_right_and_whose_json_is_not_gives_way_to_the_other
     }
 }
 
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn labels_flags_and_priorities_are_set_as_cryptsetup_sets_them() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    add(&bench, 1, KDFS[1]);
+    let before = metadata(&bench);
+    bench.nbdcrypt(&[
+        "header",
+        "set",
+        "disk",
+        "--label",
+        "mine",
+        "--subsystem",
+        "db",
+        "--flags",
+        "allow-discards,no-journal",
+    ]);
+    bench.nbdcrypt(&["key", "priority", "disk", "--key-slot", "1", "prefer"]);
+    bench.nbdcrypt(&["key", "priority", "disk", "--key-slot", "0", "ignore"]);
+    let dump = bench.accepted_by_cryptsetup("disk");
+    for line in ["Label:         \tmine", "Subsystem:     \tdb", "Flags:       \tallow-discards no-journal"] {
+        assert!(dump.contains(line), "{line}: {dump}");
+    }
+    assert!(dump.contains("Priority:   preferred") && dump.contains("Priority:   ignored"), "{dump}");
+    // What cryptsetup sets, character for character.
+    let ours = metadata(&bench);
+    cryptsetup(&bench, &["config", "--priority", "prefer", "--key-slot", "1", "disk"]);
+    cryptsetup(&bench, &["config", "--priority", "ignore", "--key-slot", "0", "disk"]);
+    assert_eq!(metadata(&bench), ours);
+    assert!(unlock(&bench.path("disk"), b"passphrase 0").is_err(), "an ignored keyslot is not tried");
+    assert!(bench.cryptsetup_opens("disk", "0", "key0"));
+
+    for slot in ["0", "1"] {
+        bench.nbdcrypt(&["key", "priority", "disk", "--key-slot", slot, "normal"]);
+    }
+    bench.nbdcrypt(&["header", "set", "disk", "--label", "", "--subsystem", "", "--flags", ""]);
+    assert_eq!(metadata(&bench), before);
+    assert!(bench.accepted_by_cryptsetup("disk").contains("(no label)"));
+    let refused = |arguments: &[&str], why: &str| {
+        let said = bench.refusal(arguments);
+        assert!(said.contains(why), "{said}");
+    };
+    refused(&["header", "set", "disk", "--flags", "fast"], "allow-discards");
+    refused(&["header", "set", "disk", "--label", &"x".repeat(48)], "47 bytes");
+    refused(&["key", "priority", "disk", "--key-slot", "7", "prefer"], "keyslot 7");
+    assert_eq!(metadata(&bench), before);
+}
+
 /// The text of the metadata in `disk`.
 fn metadata(bench: &Workbench) -> String {
     let header = std::fs::read(bench.path("disk")).unwrap();

@@ -33,6 +33,8 @@ enum Command {
         /// The file to make, with mode 400.
         file: PathBuf,
     },
+    /// Change what a LUKS2 header says beside its keys, as `cryptsetup config` does.
+    Set(Set),
     /// Put a saved header with its keys back. What it replaces is saved in FILE.before first.
     Restore {
         /// The disk or file that holds the header.
@@ -45,8 +47,26 @@ enum Command {
     },
 }
 
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(true))]
+struct Set {
+    /// The disk or file that holds the header.
+    device: PathBuf,
+    /// A label, of at most 47 bytes; an empty one takes it away.
+    #[arg(long, group = "what")]
+    label: Option<String>,
+    /// A second label, likewise.
+    #[arg(long, group = "what")]
+    subsystem: Option<String>,
+    /// The flags with which dm-crypt activates the volume, such as allow-discards, separated by commas; they take the place
+    /// of those that are there, and `--flags ""` takes them away.
+    #[arg(long, group = "what", value_name = "FLAGS")]
+    flags: Option<String>,
+}
+
 pub(super) fn run(args: Args) -> Result<()> {
     match args.command {
+        Command::Set(args) => set(args),
         Command::Repair { device } => repair(&device),
         Command::Backup { device, file } => backup(&device, &file),
         Command::Restore { device, file, force } => restore(&device, &file, force),
@@ -67,6 +87,19 @@ fn repair(device: &Path) -> Result<()> {
         (true, true) => "both headers were written anew",
     };
     tell(format_args!("{}: {said}\n", name()))
+}
+
+fn set(args: Set) -> Result<()> {
+    let Set { device, label, subsystem, flags } = args;
+    let name = || device.display().to_string();
+    let disk = disk::open(&device, Access::ReadWrite, Caching::PageCache)?;
+    if let Dump::Luks1(_) = luks::dump(&disk).with_context(name)? {
+        bail!("{}: {}", name(), luks::LuksError::Luks2Only("labels and flags"));
+    }
+    let flags = flags.map(|flags| flags.split(',').filter(|flag| !flag.is_empty()).map(str::to_owned).collect());
+    luks2::change_settings(&disk, &luks2::Settings { label, subsystem, flags }, &mut system::random)
+        .with_context(name)?;
+    tell(format_args!("{}: header changed\n", name()))
 }
 
 fn backup(device: &Path, file: &Path) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use engine::luks::luks2::{Kdf, KdfOptions};
+use engine::luks::luks2::{self, Kdf, KdfOptions};
 use engine::luks::{self, Dump, LockedVolume, NewKey};
 use engine::store::{Access, Caching, FileStore};
 use serde_json::{Value, json};
@@ -30,6 +30,8 @@ enum Command {
     Change(Change),
     /// Remove a key, by itself or by its keyslot; its key material is overwritten.
     Remove(Remove),
+    /// Say when a keyslot of a LUKS2 volume is tried: only when it is named, in its turn, or before all others.
+    Priority(SetPriority),
 }
 
 #[derive(Debug, clap::Args)]
@@ -109,6 +111,28 @@ struct Remove {
     force: bool,
 }
 
+#[derive(Debug, clap::Args)]
+struct SetPriority {
+    #[command(flatten)]
+    place: Place,
+    /// The keyslot.
+    #[arg(short = 'S', long, value_name = "N")]
+    key_slot: usize,
+    /// When it is tried.
+    #[arg(value_enum)]
+    priority: Priority,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Priority {
+    /// Only when it is named with --key-slot.
+    Ignore,
+    /// In its turn.
+    Normal,
+    /// Before all others.
+    Prefer,
+}
+
 impl Place {
     fn path(&self) -> &Path {
         self.header.header.as_ref().unwrap_or(&self.device)
@@ -134,6 +158,16 @@ pub(super) fn run(args: Args) -> Result<()> {
             change(&args)
                 .with_context(|| name.clone())
                 .and_then(|slot| tell(format_args!("{name}: new key in keyslot {slot}\n")))
+        }
+        Command::Priority(args) => {
+            let name = args.place.path().display().to_string();
+            set_priority(&args).with_context(|| name.clone())?;
+            let said = match args.priority {
+                Priority::Ignore => "is tried only when it is named",
+                Priority::Normal => "is tried in its turn",
+                Priority::Prefer => "is tried before the others",
+            };
+            tell(format_args!("{name}: keyslot {} {said}\n", args.key_slot))
         }
         Command::Remove(args) => {
             let name = args.place.path().display().to_string();
@@ -193,6 +227,19 @@ fn remove(args: &Remove) -> Result<usize> {
     };
     volume.remove_key(&disk, slot, args.force, &mut system::random)?;
     Ok(slot)
+}
+
+fn set_priority(args: &SetPriority) -> Result<()> {
+    let disk = args.place.open()?;
+    if let Dump::Luks1(_) = luks::dump(&disk)? {
+        return Err(luks::LuksError::Luks2Only("priorities of keyslots").into());
+    }
+    let priority = match args.priority {
+        Priority::Ignore => luks2::Priority::Ignore,
+        Priority::Normal => luks2::Priority::Normal,
+        Priority::Prefer => luks2::Priority::Prefer,
+    };
+    Ok(luks2::set_priority(&disk, args.key_slot, priority, &mut system::random)?)
 }
 
 fn kdf(args: &KdfArgs, volume: &LockedVolume) -> Result<KdfOptions> {

@@ -77,10 +77,7 @@ pub fn begin<'d>(
 ) -> Result<PendingFormat, LuksError> {
     let disks = disks.into();
     for (option, text) in [("the label", &options.label), ("the subsystem", &options.subsystem)] {
-        if text.len() > MAX_LABEL || text.contains(char::is_control) {
-            let rule = format!("it is a text of at most {MAX_LABEL} bytes, without control characters");
-            return Err(LuksError::impossible(option, format!("\"{}\"", text.escape_debug()), rule));
-        }
+        check_label(option, text)?;
     }
     let material = keyslot::material_len(key.expose().len()).next_multiple_of(AREA_ALIGNMENT);
     let places = options.layout.places(material as u64, &disks)?;
@@ -94,6 +91,15 @@ pub fn begin<'d>(
     }
     let image = image(options, places, passphrase, &key, random)?;
     begin_format(disks, image, key, segment)
+}
+
+/// Whether a text can be a label.
+pub(super) fn check_label(option: &'static str, text: &str) -> Result<(), LuksError> {
+    if text.len() > MAX_LABEL || text.contains(char::is_control) {
+        let rule = format!("it is a text of at most {MAX_LABEL} bytes, without control characters");
+        return Err(LuksError::impossible(option, format!("\"{}\"", text.escape_debug()), rule));
+    }
+    Ok(())
 }
 
 /// All that stands before the data: both headers and one keyslot, with zeros where the others would be.

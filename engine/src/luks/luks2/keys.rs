@@ -204,7 +204,7 @@ fn free_id(update: &Update<'_, '_>, wanted: Option<usize>) -> Result<u32, LuksEr
     }
 }
 
-fn existing(update: &Update<'_, '_>, index: usize) -> Result<u32, LuksError> {
+pub(super) fn existing(update: &Update<'_, '_>, index: usize) -> Result<u32, LuksError> {
     let id = u32::try_from(index).ok().filter(|id| update.metadata.keyslots.contains_key(id));
     id.ok_or(LuksError::NoSuchKeyslot(index))
 }

@@ -10,6 +10,7 @@ mod header;
 mod keys;
 mod layout;
 mod metadata;
+mod settings;
 mod tokens;
 mod update;
 
@@ -23,6 +24,7 @@ pub use header::BinaryHeader;
 pub use keys::{add_key, change_key, remove_key};
 pub use layout::Layout;
 pub use metadata::{AntiForensic, Area, Config, DataSegment, Digest, Kdf, Keyslot, Metadata, Token};
+pub use settings::{FLAGS, Priority, Settings, change_settings, set_priority};
 pub use tokens::{export_token, import_token, remove_token};
 pub use update::repair;
 

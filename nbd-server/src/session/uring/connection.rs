@@ -148,6 +148,10 @@ pub(super) struct Connection<'a> {
     pipelined: bool,
     /// Requests on memory that another thread has.
     shared: usize,
+    /// There are more cores than this thread and its client keep busy. (A write that another thread encrypts lets this one
+    /// receive the next meanwhile, for which the client waits; a read that another thread decrypts only takes the
+    /// client's core.)
+    has_spare_cores: bool,
     /// The client sends writes that are larger than what is received at once.
     large_writes: bool,
     /// Requests whose replies are not sent, and what they hold of the budget in bytes.
@@ -204,6 +208,7 @@ impl<'a> Connection<'a> {
             sending: false,
             pipelined: false,
             shared: 0,
+            has_spare_cores: std::thread::available_parallelism().is_ok_and(|cores| cores.get() > 2),
             large_writes: false,
             requests: 0,
             bytes: 0,
@@ -547,7 +552,9 @@ impl<'a> Connection<'a> {
     fn begin(&mut self, request: Request) {
         let command = *request.command();
         match (self.lane(&command), command) {
-            (Lane::Here, Command::Read(_)) if self.can_share(command.payload_len()) && self.intake.len() > 0 => {
+            (Lane::Here, Command::Read(_))
+                if self.has_spare_cores && self.can_share(command.payload_len()) && self.intake.len() > 0 =>
+            {
                 let buffer = self.buffers.take(command.payload_len());
                 self.share(request, buffer, false);
             }
