@@ -122,3 +122,51 @@ fn cryptsetup_manages_the_keys_of_our_volumes() {
         assert_eq!(cryptsetup_key(&bench, &bench.path("disk")), expected);
     }
 }
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn what_describes_empty_keyslots_is_mended_as_cryptsetup_mends_it() {
+    for key_bits in ["256", "512"] {
+        let bench = workbench();
+        let format = ["luksFormat", "-q", "--type", "luks1", "--key-size", key_bits, "--key-file", "key0", "disk"];
+        cryptsetup(&bench, &[&format[..], &QUICK].concat());
+        add(&bench, 1);
+        let whole = std::fs::read(bench.path("disk")).unwrap();
+        assert_eq!(bench.nbdcrypt(&["header", "repair", "disk"]), "disk: the header is whole\n");
+        // Keyslot n is described at 208 + 48 n: active, iterations, salt, offset, stripes.
+        let at = |slot: usize, field: usize| 208 + 48 * slot + field;
+        let mut broken = whole.clone();
+        broken[at(2, 40)..at(2, 44)].copy_from_slice(&[0xff; 4]);
+        broken[at(5, 44)..at(5, 48)].copy_from_slice(&[0, 0, 0, 7]);
+        std::fs::write(bench.path("disk"), &broken).unwrap();
+        std::fs::write(bench.path("theirs"), &broken).unwrap();
+        assert!(bench.refusal(&["dump", "disk"]).contains("keyslot"));
+        let said = bench.nbdcrypt(&["header", "repair", "disk"]);
+        assert_eq!(said, "disk: mended what describes keyslots without a key: 2, 5\n");
+        assert!(std::fs::read(bench.path("disk")).unwrap() == whole);
+        cryptsetup(&bench, &["repair", "-q", "theirs"]);
+        assert!(std::fs::read(bench.path("theirs")).unwrap() == whole, "cryptsetup does the same");
+
+        // A state that is none is a keyslot without a key: cryptsetup says nothing of it.
+        broken = whole.clone();
+        broken[at(6, 0)..at(6, 4)].copy_from_slice(&[1, 2, 3, 4]);
+        std::fs::write(bench.path("disk"), &broken).unwrap();
+        bench.nbdcrypt(&["header", "repair", "disk"]);
+        assert!(std::fs::read(bench.path("disk")).unwrap() == whole);
+
+        // What describes a key is not to be found again.
+        for (place, field) in [
+            (at(1, 44), "stripes of keyslot 1"),
+            (at(0, 40), "keyslot 0"),
+            (at(0, 0), "active of keyslot 0"),
+            (108, "key-bytes"),
+        ] {
+            broken = whole.clone();
+            broken[place..place + 4].copy_from_slice(&[0xff; 4]);
+            std::fs::write(bench.path("disk"), &broken).unwrap();
+            let said = bench.refusal(&["header", "repair", "disk"]);
+            assert!(said.contains(field), "{field}: {said}");
+            assert!(std::fs::read(bench.path("disk")).unwrap() == broken);
+        }
+    }
+}

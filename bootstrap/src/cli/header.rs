@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use engine::luks::{self, Backup, Dump, luks2};
+use engine::luks::{self, Backup, Dump, LuksError, luks1, luks2};
 use engine::store::{Access, Caching, FileStore};
 
 use super::tell;
@@ -20,7 +20,8 @@ pub(super) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Write the broken one of a LUKS2 volume's two headers anew, from the whole one.
+    /// LUKS2: write the broken one of the two headers anew, from the whole one. LUKS1: mend what describes keyslots that hold
+    /// no key.
     Repair {
         /// The disk or file that holds the header.
         device: PathBuf,
@@ -76,8 +77,15 @@ pub(super) fn run(args: Args) -> Result<()> {
 fn repair(device: &Path) -> Result<()> {
     let name = || device.display().to_string();
     let disk = disk::open(device, Access::ReadWrite, Caching::PageCache)?;
-    if let Dump::Luks1(_) = luks::dump(&disk).with_context(name)? {
-        bail!("{}: a LUKS1 volume has one header only, and it is whole", name());
+    match luks1::repair(&disk) {
+        Ok(mended) if mended.is_empty() => return tell(format_args!("{}: the header is whole\n", name())),
+        Ok(mended) => {
+            let mended: Vec<String> = mended.iter().map(usize::to_string).collect();
+            let mended = mended.join(", ");
+            return tell(format_args!("{}: mended what describes keyslots without a key: {mended}\n", name()));
+        }
+        Err(LuksError::Version(_)) => {}
+        Err(error) => return Err(error).with_context(name),
     }
     let repaired = luks2::repair(&disk, &mut system::random).with_context(name)?;
     let said = match (repaired.primary, repaired.secondary) {
@@ -94,7 +102,7 @@ fn set(args: Set) -> Result<()> {
     let name = || device.display().to_string();
     let disk = disk::open(&device, Access::ReadWrite, Caching::PageCache)?;
     if let Dump::Luks1(_) = luks::dump(&disk).with_context(name)? {
-        bail!("{}: {}", name(), luks::LuksError::Luks2Only("labels and flags"));
+        bail!("{}: {}", name(), LuksError::Luks2Only("labels and flags"));
     }
     let flags = flags.map(|flags| flags.split(',').filter(|flag| !flag.is_empty()).map(str::to_owned).collect());
     luks2::change_settings(&disk, &luks2::Settings { label, subsystem, flags }, &mut system::random)

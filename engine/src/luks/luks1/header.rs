@@ -70,34 +70,61 @@ pub struct Keyslot {
     pub stripes: u32,
 }
 
+/// The header, byte for byte.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct RawHeader {
+pub(super) struct RawHeader {
     magic: [u8; 6],
     version: U16,
     cipher_name: [u8; 32],
     cipher_mode: [u8; 32],
     hash_spec: [u8; 32],
     payload_offset: U32,
-    key_bytes: U32,
+    pub(super) key_bytes: U32,
     mk_digest: [u8; DIGEST_LEN],
     mk_digest_salt: [u8; SALT_LEN],
     mk_digest_iter: U32,
     uuid: [u8; 40],
-    key_slots: [RawKeyslot; KEYSLOTS],
+    pub(super) key_slots: [RawKeyslot; KEYSLOTS],
 }
 
+/// A keyslot, byte for byte.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct RawKeyslot {
+pub(super) struct RawKeyslot {
     active: U32,
     iterations: U32,
     salt: [u8; SALT_LEN],
-    key_material_offset: U32,
+    pub(super) key_material_offset: U32,
     stripes: U32,
 }
 
 const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
+
+impl RawKeyslot {
+    /// Whether a passphrase may be set: it is, or the state is none, and what only a key has is there.
+    pub(super) fn may_hold_a_key(&self) -> bool {
+        match self.active.get() {
+            ENABLED => true,
+            DISABLED => false,
+            _ => self.iterations.get() != 0 || self.salt != [0; SALT_LEN],
+        }
+    }
+
+    /// Describes a keyslot without a key whose material would begin at sector `offset`; whether it was described otherwise.
+    pub(super) fn lay_out(&mut self, offset: u32) -> bool {
+        let is_right = self.active.get() == DISABLED
+            && self.key_material_offset.get() == offset
+            && self.stripes.get() as usize == STRIPES;
+        if is_right {
+            return false;
+        }
+        let stripes = u32::try_from(STRIPES).unwrap_or(u32::MAX).into();
+        let (active, key_material_offset) = (DISABLED.into(), offset.into());
+        *self = Self { active, iterations: 0.into(), salt: [0; SALT_LEN], key_material_offset, stripes };
+        true
+    }
+}
 
 impl Header {
     /// Reads the header from the first bytes of a disk.
