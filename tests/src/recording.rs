@@ -30,12 +30,13 @@ impl RecordingStore {
     /// Shows `see` what the disk can hold after a power cut, for cuts all along the way, and whether it is the end.
     ///
     /// What was flushed is there. Of what was written since, sector by sector, any part may be: shown are the sectors in
-    /// their order, up to each that `stride` divides, and for each flush a number of mixtures, drawn with `choose`.
+    /// their order, up to each that `stride` divides (1: every one), and for each flush a number of mixtures, drawn with
+    /// `choose`.
     pub fn cut_everywhere(&self, stride: usize, choose: &mut dyn FnMut() -> bool, see: &mut dyn FnMut(&MemoryStore)) {
-        let mut durable = self.before.clone();
+        let durable = MemoryStore::from(self.before.clone());
         let mut volatile: Vec<(usize, &[u8])> = Vec::new();
         let log = self.log.lock().unwrap();
-        see(&MemoryStore::from(durable.clone()));
+        see(&durable);
         for event in log.iter().chain([&Event::Flush]) {
             match event {
                 Event::Write { offset, data } => {
@@ -44,15 +45,15 @@ impl RecordingStore {
                 }
                 Event::Flush => {
                     for _ in 0..8 {
-                        let mut mixture = durable.clone();
-                        volatile.iter().filter(|_| choose()).for_each(|sector| put(&mut mixture, sector));
-                        see(&MemoryStore::from(mixture));
+                        let mixture = MemoryStore::from(durable.snapshot());
+                        volatile.iter().filter(|_| choose()).for_each(|sector| put(&mixture, sector));
+                        see(&mixture);
                     }
                     let last = volatile.len().saturating_sub(1);
                     for (index, sector) in volatile.drain(..).enumerate() {
-                        put(&mut durable, &sector);
+                        put(&durable, &sector);
                         if index < 16 || index % stride == 0 || index == last {
-                            see(&MemoryStore::from(durable.clone()));
+                            see(&durable);
                         }
                     }
                 }
@@ -66,8 +67,8 @@ impl RecordingStore {
     }
 }
 
-fn put(disk: &mut [u8], (offset, sector): &(usize, &[u8])) {
-    disk[*offset..offset + sector.len()].copy_from_slice(sector);
+fn put(disk: &MemoryStore, (offset, sector): &(usize, &[u8])) {
+    disk.write_at(sector, *offset as u64).unwrap();
 }
 
 impl BlockStore for RecordingStore {

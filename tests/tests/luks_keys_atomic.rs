@@ -4,7 +4,7 @@
 use std::num::NonZeroU32;
 
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::{self, HashAlgorithm, Limits, LockedVolume, NewKey, luks1, luks2};
+use engine::luks::{self, Disks, HashAlgorithm, Limits, LockedVolume, NewKey, luks1, luks2};
 use engine::store::{BlockStore, MemoryStore};
 use harness::luks::{PASSPHRASE, key, noise, quick_luks1, quick_luks2, quick_pbkdf2};
 use harness::recording::RecordingStore;
@@ -12,7 +12,8 @@ use harness::recording::RecordingStore;
 const NEW: &[u8] = b"another passphrase";
 const THIRD: &[u8] = b"a third one";
 
-fn formats() -> [Vec<u8>; 2] {
+/// A volume of each format, each with its data behind the header and on another disk.
+fn formats() -> [Vec<u8>; 4] {
     let passphrase = Passphrase::new(PASSPHRASE.to_vec());
     let luks1 = MemoryStore::zeroed(3 << 20);
     let options = quick_luks1(HashAlgorithm::Sha256);
@@ -21,9 +22,24 @@ fn formats() -> [Vec<u8>; 2] {
     let mut options = quick_luks2();
     options.layout.keyslots_size = Some(1 << 20);
     luks2::begin(&luks2, &options, &passphrase, key(64), &mut noise(4)).unwrap().commit(&luks2).unwrap();
+    let data = MemoryStore::zeroed(1 << 20);
+    let luks1_header = MemoryStore::zeroed(3 << 20);
+    let disks = || Disks::detached(&luks1_header, &data);
+    let detached = luks1::begin(disks(), &quick_luks1(HashAlgorithm::Sha256), &passphrase, key(64), &mut noise(3));
+    detached.unwrap().commit(disks()).unwrap();
+    let luks2_header = MemoryStore::zeroed(3 << 20);
+    let disks = || Disks::detached(&luks2_header, &data);
+    luks2::begin(disks(), &options, &passphrase, key(64), &mut noise(4)).unwrap().commit(disks()).unwrap();
     // What lies behind the header is not looked at, and would cost time to copy.
     let cut = |store: MemoryStore, len: usize| store.snapshot()[..len].to_vec();
-    [cut(luks1, 3 << 20), cut(luks2, (2 << 20) + 65536)]
+    let luks2_len = (2 << 20) + 65536;
+    [cut(luks1, 3 << 20), cut(luks2, luks2_len), cut(luks1_header, 3 << 20), cut(luks2_header, luks2_len)]
+}
+
+/// A LUKS2 volume.
+fn luks2_format() -> Vec<u8> {
+    let [_, bytes, ..] = formats();
+    bytes
 }
 
 fn new_key(passphrase: &Passphrase) -> NewKey<'_> {
@@ -59,7 +75,7 @@ fn cut(before: Vec<u8>, alignment: usize, either: &[&[u8]], change: &dyn Fn(&dyn
         byte[0] & 1 == 1
     };
     let mut seen = 0;
-    store.cut_everywhere(61, &mut choose, &mut |disk| {
+    store.cut_everywhere(1, &mut choose, &mut |disk| {
         assert!(either.iter().any(|passphrase| opens(disk, passphrase)), "state {seen}");
         seen += 1;
     });
@@ -125,7 +141,7 @@ fn a_key_is_removed_without_a_moment_in_which_the_other_does_not_open_and_its_ma
 
 #[test]
 fn an_update_after_one_that_was_cut_off_cannot_fall_back_on_what_is_gone() {
-    let [_, bytes] = formats();
+    let bytes = luks2_format();
     // Cut off after the first copy: that names two keys, the second copy one.
     let added = with_key(bytes.clone(), NEW, None);
     let mut torn = added;
@@ -135,13 +151,16 @@ fn an_update_after_one_that_was_cut_off_cannot_fall_back_on_what_is_gone() {
 }
 
 #[test]
-fn tokens_and_repair_are_cut_anywhere_and_the_volume_opens() {
-    let [_, bytes] = formats();
+fn tokens_settings_and_repair_are_cut_anywhere_and_the_volume_opens() {
+    let bytes = luks2_format();
     let token = br#"{"type":"aws-kms","keyslots":["0"],"unknown":{"kept":[1,{"two":null}]}}"#;
     let end = cut(bytes, 4096, &[PASSPHRASE], &|store| {
         assert_eq!(luks2::import_token(store, token, None, false, &mut noise(10)).unwrap(), 0);
         luks2::import_token(store, token, Some(5), false, &mut noise(10)).unwrap();
         luks2::remove_token(store, 0, &mut noise(10)).unwrap();
+        let settings = luks2::Settings { label: Some("a label".to_owned()), ..luks2::Settings::default() };
+        luks2::change_settings(store, &settings, &mut noise(10)).unwrap();
+        luks2::set_priority(store, 0, luks2::Priority::Prefer, &mut noise(10)).unwrap();
     });
     let store = MemoryStore::from(end.clone());
     assert_eq!(luks2::export_token(&store, 5).unwrap(), serde_json::from_slice::<serde_json::Value>(token).unwrap());
@@ -179,7 +198,7 @@ fn what_cannot_be_is_refused_with_the_disk_untouched() {
         locked.remove_key(&store, 0, true, &mut random).unwrap();
         assert!(!opens_at_all(&store));
     }
-    let [_, bytes] = formats();
+    let bytes = luks2_format();
     let store = MemoryStore::from(bytes.clone());
     let large = format!(r#"{{"type":"x","keyslots":[],"y":"{}"}}"#, "z".repeat(12000));
     let deep = format!(r#"{{"type":"x","keyslots":[],"y":{}1{}}}"#, "[".repeat(40), "]".repeat(40));
@@ -205,7 +224,7 @@ fn opens_at_all(store: &dyn BlockStore) -> bool {
 
 #[test]
 fn every_keyslot_of_luks1_can_be_used_and_a_ninth_cannot() {
-    let [mut bytes, _] = formats();
+    let [mut bytes, ..] = formats();
     for number in 1..8 {
         bytes = with_key(bytes, format!("passphrase {number}").as_bytes(), None);
     }
