@@ -1,8 +1,8 @@
 //! The disk that holds the ciphertext: found, made where it is a file, and opened for this process alone.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,10 @@ use crate::mounts;
 
 /// How long udev may look at a block device.
 const UDEV_PATIENCE: Duration = Duration::from_secs(5);
+/// How long cryptsetup may be at work on a header.
+const CRYPTSETUP_PATIENCE: Duration = Duration::from_secs(5);
+/// Where cryptsetup keeps its locks on block devices' headers (`DEFAULT_LUKS2_LOCK_PATH`).
+const HEADER_LOCKS: &str = "/run/cryptsetup";
 
 /// Why a disk cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -68,28 +72,126 @@ pub fn open(path: &Path, access: Access, caching: Caching) -> Result<FileStore, 
         io::ErrorKind::ResourceBusy => DiskError::InUse { path: path.to_owned(), by: user_of(metadata.rdev()) },
         _ => translate(path, error),
     })?;
+    let claim = || match kind.is_file() {
+        true => claim_file(&store, access),
+        false => claim_block_device(&store, access),
+    };
+    // udev holds a lock on a block device for a moment whenever something about it has changed.
+    let patience = if kind.is_block_device() { UDEV_PATIENCE } else { Duration::ZERO };
+    match in_time(patience, claim) {
+        Ok(()) => Ok(store),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(DiskError::InUse {
+            path: path.to_owned(),
+            by: "another process holds a lock on it, such as another nbdcrypt (see `nbdcrypt status`), or qemu"
+                .to_owned(),
+        }),
+        Err(error) => Err(translate(path, error)),
+    }
+}
+
+/// A lock that stands in nobody's way but of who takes such ones: other nbdcrypts, and qemu. cryptsetup's, which is of
+/// another kind, is for the moment in which it looks at a header.
+fn claim_file(store: &FileStore, access: Access) -> io::Result<()> {
+    let kind = match access {
+        Access::ReadOnly => nix::libc::F_RDLCK,
+        Access::ReadWrite => nix::libc::F_WRLCK,
+    };
+    // Of the whole file, however long it is.
+    let lock = nix::libc::flock {
+        l_type: i16::try_from(kind).unwrap_or_default(),
+        l_whence: i16::try_from(nix::libc::SEEK_SET).unwrap_or_default(),
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    match nix::fcntl::fcntl(store.file(), nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)) {
+        Ok(_) => Ok(()),
+        Err(nix::errno::Errno::EACCES) => Err(io::ErrorKind::WouldBlock.into()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn claim_block_device(store: &FileStore, access: Access) -> io::Result<()> {
     let lock = match access {
         Access::ReadOnly => FlockOperation::NonBlockingLockShared,
         Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
     };
-    // udev holds a lock on a block device for a moment whenever something about it has changed.
-    let patience = if kind.is_block_device() { UDEV_PATIENCE } else { Duration::ZERO };
+    Ok(rustix::fs::flock(store.file(), lock)?)
+}
+
+/// Tries until it works, something is wrong, or so much time has passed.
+fn in_time(patience: Duration, mut attempt: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let start = Instant::now();
-    let locked = loop {
-        match rustix::fs::flock(store.file(), lock) {
-            Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < patience => {
+    loop {
+        match attempt() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && start.elapsed() < patience => {
                 std::thread::sleep(Duration::from_millis(20));
             }
-            result => break result,
+            result => return result,
+        }
+    }
+}
+
+/// cryptsetup keeps its hands off a header while this lives.
+pub struct HeaderLock {
+    _file: File,
+}
+
+/// Opens `path` to change its header: as [`open`] does, and with the lock that cryptsetup takes to change one: flock(2) on the
+/// file itself, or for a block device on `/run/cryptsetup/L_MAJOR:MINOR`.
+///
+/// # Errors
+/// [`DiskError`].
+pub fn open_header(path: &Path) -> Result<(FileStore, HeaderLock), DiskError> {
+    let store = open(path, Access::ReadWrite, Caching::PageCache)?;
+    let metadata = std::fs::metadata(path).map_err(|error| translate(path, error))?;
+    let lock = match metadata.file_type().is_file() {
+        true => path.to_owned(),
+        false => {
+            let device = metadata.rdev();
+            let name = format!("L_{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+            header_locks().map_err(|error| translate(Path::new(HEADER_LOCKS), error))?.join(name)
         }
     };
-    match locked {
-        Ok(()) => Ok(store),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(DiskError::InUse {
+    match lock_header(&lock, metadata.file_type().is_file()) {
+        Ok(file) => Ok((store, HeaderLock { _file: file })),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(DiskError::InUse {
             path: path.to_owned(),
-            by: "another process holds a lock on it, such as another nbdcrypt (see `nbdcrypt status`)".to_owned(),
+            by: format!("cryptsetup is at work on its header (the lock is {}): try again", lock.display()),
         }),
-        Err(error) => Err(translate(path, error.into())),
+        Err(error) => Err(translate(&lock, error)),
+    }
+}
+
+/// The folder of cryptsetup's locks, made as cryptsetup makes it.
+fn header_locks() -> io::Result<PathBuf> {
+    match std::fs::DirBuilder::new().mode(0o700).create(HEADER_LOCKS) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(PathBuf::from(HEADER_LOCKS)),
+    }
+}
+
+fn lock_header(path: &Path, is_there: bool) -> io::Result<File> {
+    let nofollow = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+    loop {
+        let file = match is_there {
+            true => OpenOptions::new().read(true).open(path)?,
+            false => OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .custom_flags(nofollow)
+                .open(path)?,
+        };
+        in_time(CRYPTSETUP_PATIENCE, || Ok(rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?))?;
+        // cryptsetup removes the file of a lock that nobody holds: then the lock is on one that nobody else finds.
+        let now = std::fs::metadata(path).ok().map(|now| (now.dev(), now.ino()));
+        let ours = file.metadata()?;
+        if now == Some((ours.dev(), ours.ino())) {
+            return Ok(file);
+        }
     }
 }
 

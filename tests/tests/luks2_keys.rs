@@ -315,3 +315,83 @@ fn the_passphrase_that_kms_keeps_is_changed_only_by_force() {
         assert_eq!(unlock(&bench.path("disk"), passphrase.as_bytes()).is_ok(), opens, "{passphrase}");
     }
 }
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn cryptsetup_works_on_the_header_of_a_volume_that_is_served_and_nbdcrypt_does_not() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    let mut server = std::process::Command::new(harness::nbdcrypt::binary())
+        .args(["serve", "--key-file", "key0", "--socket", "socket", "disk"])
+        .current_dir(bench.path("."))
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It tells its address once it serves.
+    let mut address = String::new();
+    let mut stdout = std::io::BufReader::new(server.stdout.take().unwrap());
+    std::io::BufRead::read_line(&mut stdout, &mut address).unwrap();
+    assert!(address.starts_with("nbd+unix:"), "{address}");
+    let said = bench.refusal(&["key", "add", "disk", "--key-file", "key0", "--new-key-file", "key1"]);
+    assert!(said.contains("in use"), "{said}");
+    // Its own lock on the header it would wait for, for ever.
+    let patiently = |arguments: &[&str]| bench.run("timeout", ["20", "cryptsetup"].iter().chain(arguments).copied());
+    assert!(patiently(&["luksDump", "disk"]).contains("Keyslots:"));
+    patiently(&[
+        "luksAddKey",
+        "-q",
+        "--pbkdf-force-iterations",
+        "1000",
+        "--pbkdf",
+        "pbkdf2",
+        "--key-file",
+        "key0",
+        "disk",
+        "key1",
+    ]);
+    server.kill().unwrap();
+    server.wait().unwrap();
+    assert!(unlock(&bench.path("disk"), b"passphrase 1").is_ok());
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn a_header_that_cryptsetup_is_at_work_on_is_left_alone() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    let label = ["header", "set", "disk", "--label", "mine"];
+    let cryptsetups = std::fs::File::open(bench.path("disk")).unwrap();
+    cryptsetups.lock_shared().unwrap();
+    let before = metadata(&bench);
+    let said = bench.refusal(&label);
+    assert!(said.contains("cryptsetup is at work on its header"), "{said}");
+    assert_eq!(metadata(&bench), before);
+    // It does not take long, and is waited for.
+    let unlocker = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        cryptsetups.unlock().unwrap();
+    });
+    bench.nbdcrypt(&label);
+    unlocker.join().unwrap();
+    assert!(bench.accepted_by_cryptsetup("disk").contains("Label:         \tmine"));
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root and loop devices: run `make test`")]
+fn on_a_block_device_cryptsetups_lock_is_a_file_of_its_own() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    let device = bench.run("losetup", ["--find", "--show", "disk"]).trim().to_owned();
+    let number = bench.run("lsblk", ["--noheadings", "--output", "MAJ:MIN", &device]).trim().to_owned();
+    let label = ["header", "set", &device, "--label", "mine"];
+    let outcome = std::panic::catch_unwind(|| {
+        bench.nbdcrypt(&label);
+        let lock = std::fs::File::open(format!("/run/cryptsetup/L_{number}")).unwrap();
+        lock.lock().unwrap();
+        let said = bench.refusal(&label);
+        assert!(said.contains("cryptsetup is at work") && said.contains(&number), "{said}");
+    });
+    bench.run("losetup", ["--detach", &device]);
+    outcome.unwrap();
+    assert!(bench.accepted_by_cryptsetup("disk").contains("Label:         \tmine"));
+}

@@ -76,7 +76,7 @@ pub(super) fn run(args: Args) -> Result<()> {
 
 fn repair(device: &Path) -> Result<()> {
     let name = || device.display().to_string();
-    let disk = disk::open(device, Access::ReadWrite, Caching::PageCache)?;
+    let (disk, _lock) = disk::open_header(device)?;
     match luks1::repair(&disk) {
         Ok(mended) if mended.is_empty() => return tell(format_args!("{}: the header is whole\n", name())),
         Ok(mended) => {
@@ -84,7 +84,8 @@ fn repair(device: &Path) -> Result<()> {
             let mended = mended.join(", ");
             return tell(format_args!("{}: mended what describes keyslots without a key: {mended}\n", name()));
         }
-        Err(LuksError::Version(_)) => {}
+        // Of a LUKS2 volume the second header may be all there is.
+        Err(LuksError::Version(_) | LuksError::NotLuks) => {}
         Err(error) => return Err(error).with_context(name),
     }
     let repaired = luks2::repair(&disk, &mut system::random).with_context(name)?;
@@ -100,7 +101,7 @@ fn repair(device: &Path) -> Result<()> {
 fn set(args: Set) -> Result<()> {
     let Set { device, label, subsystem, flags } = args;
     let name = || device.display().to_string();
-    let disk = disk::open(&device, Access::ReadWrite, Caching::PageCache)?;
+    let (disk, _lock) = disk::open_header(&device)?;
     if let Dump::Luks1(_) = luks::dump(&disk).with_context(name)? {
         bail!("{}: {}", name(), LuksError::Luks2Only("labels and flags"));
     }
@@ -121,7 +122,7 @@ fn backup(device: &Path, file: &Path) -> Result<()> {
 
 fn restore(device: &Path, file: &Path, force: bool) -> Result<()> {
     let name = || device.display().to_string();
-    let disk = disk::open(device, Access::ReadWrite, Caching::PageCache)?;
+    let (disk, _lock) = disk::open_header(device)?;
     let backup = FileStore::open(file, Access::ReadOnly, Caching::PageCache)
         .map_err(anyhow::Error::from)
         .and_then(|file| Ok(Backup::read(&file)?))

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::header_args::{HeaderArgs, LimitArgs};
 use super::kdf_args::{KdfArgs, Pbkdf};
 use super::{passphrase, tell};
+use crate::disk::HeaderLock;
 use crate::keys::KmsToken;
 use crate::{disk, process, system};
 
@@ -138,8 +139,8 @@ impl Place {
         self.header.header.as_ref().unwrap_or(&self.device)
     }
 
-    fn open(&self) -> Result<FileStore> {
-        Ok(disk::open(self.path(), Access::ReadWrite, Caching::PageCache)?)
+    fn open(&self) -> Result<(FileStore, HeaderLock)> {
+        Ok(disk::open_header(self.path())?)
     }
 }
 
@@ -180,7 +181,7 @@ pub(super) fn run(args: Args) -> Result<()> {
 
 fn add(args: &Add) -> Result<usize> {
     passphrase::refuse_both_on_standard_input(args.key_file.as_deref(), args.new_key_file.as_deref())?;
-    let disk = args.place.open()?;
+    let (disk, _lock) = args.place.open()?;
     let limits = args.limits.limits();
     let volume = luks::read_for_keys(&disk, &limits)?;
     let unlocked = volume.unlock(&disk, &passphrase::existing(args.key_file.as_deref(), args.place.path())?)?;
@@ -191,7 +192,7 @@ fn add(args: &Add) -> Result<usize> {
 
 fn change(args: &Change) -> Result<usize> {
     passphrase::refuse_both_on_standard_input(args.key_file.as_deref(), args.new_key_file.as_deref())?;
-    let disk = args.place.open()?;
+    let (disk, _lock) = args.place.open()?;
     let limits = args.limits.limits();
     let volume = luks::read_for_keys(&disk, &limits)?;
     let old = passphrase::existing(args.key_file.as_deref(), args.place.path())?;
@@ -218,7 +219,7 @@ fn refuse_what_kms_keeps(disk: &FileStore, keyslot: usize) -> Result<()> {
 }
 
 fn remove(args: &Remove) -> Result<usize> {
-    let disk = args.place.open()?;
+    let (disk, _lock) = args.place.open()?;
     let limits = args.limits.limits();
     let volume = luks::read_for_keys(&disk, &limits)?;
     let slot = match args.key_slot {
@@ -230,7 +231,7 @@ fn remove(args: &Remove) -> Result<usize> {
 }
 
 fn set_priority(args: &SetPriority) -> Result<()> {
-    let disk = args.place.open()?;
+    let (disk, _lock) = args.place.open()?;
     if let Dump::Luks1(_) = luks::dump(&disk)? {
         return Err(luks::LuksError::Luks2Only("priorities of keyslots").into());
     }

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::header_args::HeaderArgs;
 use super::tell;
+use crate::disk::HeaderLock;
 use crate::{disk, system};
 
 #[derive(Debug, clap::Args)]
@@ -83,10 +84,10 @@ impl Place {
     }
 
     /// For this process alone, a LUKS2 volume.
-    fn open(&self) -> Result<FileStore> {
-        let disk = disk::open(self.path(), Access::ReadWrite, Caching::PageCache)?;
+    fn open(&self) -> Result<(FileStore, HeaderLock)> {
+        let (disk, lock) = disk::open_header(self.path())?;
         header(&disk, &self.name())?;
-        Ok(disk)
+        Ok((disk, lock))
     }
 }
 
@@ -102,7 +103,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         Command::List { place, json } => list(&place, json),
         Command::Import { place, json_file, token_id, force } => {
             let json = read(&json_file).with_context(|| json_file.display().to_string())?;
-            let disk = place.open()?;
+            let (disk, _lock) = place.open()?;
             let id = luks2::import_token(&disk, &json, token_id, force, &mut system::random)
                 .with_context(|| place.name())?;
             tell(format_args!("{}: token {id}\n", place.name()))
@@ -114,7 +115,8 @@ pub(super) fn run(args: Args) -> Result<()> {
             tell(format_args!("{token}\n"))
         }
         Command::Remove { place, token_id } => {
-            luks2::remove_token(&place.open()?, token_id, &mut system::random).with_context(|| place.name())?;
+            let (disk, _lock) = place.open()?;
+            luks2::remove_token(&disk, token_id, &mut system::random).with_context(|| place.name())?;
             tell(format_args!("{}: token {token_id} removed\n", place.name()))
         }
     }
