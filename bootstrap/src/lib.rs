@@ -16,6 +16,7 @@ pub mod new_volume;
 pub mod process;
 pub mod programs;
 pub mod provision;
+pub mod rewrap;
 pub mod run_dir;
 pub mod status;
 pub mod steps;

@@ -113,6 +113,112 @@ fn a_volume_carries_its_own_secret_and_a_recovery_passphrase_beside_it() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, cryptsetup, root and FUSE: run `make test`")]
+fn a_secret_moves_to_another_kms_key_and_a_recovery_passphrase_comes_by_the_secret_that_kms_keeps() {
+    let moto = Moto::start();
+    let old = moto.make_key("alias/volumes");
+    let new = moto.make_key("alias/new");
+    let instance = Instance::new(&moto, "encryption-context = { volume = \"scratch\" }");
+    instance.succeeds("up");
+    fs::write(instance.path("mnt/file"), "kept").unwrap();
+    instance.succeeds("down");
+    let key = |arguments: &[&str]| {
+        let mut command = instance.0.command(binary());
+        command.arg("key").args(arguments).current_dir(instance.0.dir()).output().unwrap()
+    };
+    let done = |arguments: &[&str]| {
+        let output = key(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", told(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let quick = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
+    instance.0.file("recovery", "written on paper");
+    let add = ["add", "disk", "--config", "scratch.toml", "--new-key-file", "recovery"];
+    assert_eq!(done(&[&add[..], &quick].concat()), "disk: key in keyslot 1\n");
+    instance.0.shell("cryptsetup open --test-passphrase --key-slot 1 --key-file recovery disk");
+
+    // To the same key again: another ciphertext, and nothing else.
+    let before = instance.token();
+    let said = done(&["rewrap", "disk", "--config", "scratch.toml"]);
+    assert!(said.contains("token 0: the secret is encrypted under arn:") && said.contains(&old), "{said}");
+    let mut after = instance.token();
+    assert_ne!(after["ciphertext"], before["ciphertext"]);
+    after["ciphertext"] = before["ciphertext"].clone();
+    assert_eq!(after, before);
+    instance.succeeds("up");
+    instance.succeeds("down");
+
+    // To another one, which the configuration then has to name.
+    let said = done(&["rewrap", "disk", "--config", "scratch.toml", "--new-kms-key", "alias/new"]);
+    assert!(said.contains(&new) && said.contains("write `kms-key = \"alias/new\"`"), "{said}");
+    assert!(instance.token()["kms-key"].as_str().unwrap().ends_with(&new));
+    moto.kms("DisableKey", &json!({ "KeyId": old }));
+    instance.refused("up", &[]);
+    let config = fs::read_to_string(instance.path("scratch.toml")).unwrap().replace("alias/volumes", "alias/new");
+    instance.0.file("scratch.toml", config);
+    instance.succeeds("up");
+    assert_eq!(fs::read_to_string(instance.path("mnt/file")).unwrap(), "kept");
+    instance.succeeds("down");
+    assert!(instance.0.shell("cryptsetup luksDump disk").contains("0: aws-kms\n\tKeyslot:    0\n"));
+
+    // A key that may not encrypt leaves the token as it is.
+    let before = instance.token();
+    let output = key(&["rewrap", "disk", "--config", "scratch.toml", "--new-kms-key", "alias/volumes"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(told(&output).contains("disabled"), "{}", told(&output));
+    assert_eq!(instance.token(), before);
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto, cryptsetup and the AWS CLI: run `make test`")]
+fn a_secret_in_s3_moves_to_another_kms_key_once_it_is_known_to_open_the_volume() {
+    let moto = Moto::start();
+    moto.make_bucket("secrets");
+    moto.make_key("alias/old");
+    let new = moto.make_key("alias/new");
+    let client = moto.client();
+    let dir = client.dir().display().to_string();
+    client.file(
+        "scratch.toml",
+        format!(
+            "[volume]\ndevices = [\"{dir}/disk\"]\n[key]\nsource = \"aws\"\nobject = \"s3://secrets/key\"\n\
+             kms-key = \"alias/old\"\nretry-for = \"5s\"\n"
+        ),
+    );
+    let nbdcrypt =
+        |arguments: &[&str]| client.command(binary()).args(arguments).current_dir(client.dir()).output().unwrap();
+    let done = |arguments: &[&str]| {
+        let output = nbdcrypt(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", told(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    done(&["provision", "scratch.toml"]);
+    let decrypt = "aws s3 cp s3://secrets/key blob > /dev/null; \
+                   aws kms decrypt --ciphertext-blob fileb://blob --query Plaintext --output text | base64 --decode";
+    client.file("secret", client.shell(decrypt));
+    client.file("other", "another passphrase");
+    let quick = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
+    let format = |key| [&["format", "disk", "--size", "24M", "--key-file", key][..], &quick].concat();
+    let rewrap = ["key", "rewrap", "disk", "--config", "scratch.toml", "--new-kms-key", "alias/new"];
+
+    // A volume that the secret does not open: the wrong object, perhaps.
+    done(&format("other"));
+    let before = client.shell("aws s3 cp s3://secrets/key - | sha256sum");
+    let output = nbdcrypt(&rewrap);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(told(&output).contains("does not open the volume"), "{}", told(&output));
+    assert_eq!(client.shell("aws s3 cp s3://secrets/key - | sha256sum"), before);
+
+    client.shell("rm disk");
+    done(&format("secret"));
+    let said = done(&rewrap);
+    assert!(said.starts_with("s3://secrets/key: the secret is encrypted under arn:") && said.contains(&new), "{said}");
+    let key = client.shell("aws s3 cp s3://secrets/key blob > /dev/null; aws kms decrypt --ciphertext-blob fileb://blob --query KeyId --output text");
+    assert!(key.trim().ends_with(&new), "{key}");
+    assert_eq!(client.shell(decrypt).as_bytes(), fs::read(client.dir().join("secret")).unwrap());
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto, cryptsetup, root and FUSE: run `make test`")]
 fn a_token_that_is_not_the_volumes_own_is_refused_by_what_is_wrong_with_it() {
     let moto = Moto::start();
     moto.make_key("alias/volumes");

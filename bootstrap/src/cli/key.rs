@@ -11,8 +11,10 @@ use serde_json::{Value, json};
 use super::header_args::{HeaderArgs, LimitArgs};
 use super::kdf_args::{KdfArgs, Pbkdf};
 use super::{passphrase, tell};
+use crate::config::Config;
 use crate::disk::HeaderLock;
-use crate::keys::KmsToken;
+use crate::keys::{self, KmsToken};
+use crate::rewrap;
 use crate::{disk, process, system};
 
 #[derive(Debug, clap::Args)]
@@ -29,6 +31,9 @@ enum Command {
     Add(Add),
     /// Replace a key by another. The old one opens the volume until the new one does.
     Change(Change),
+    /// Have KMS encrypt anew what it keeps for a volume, under another KMS key or the newest material of the same one: in the
+    /// header's token or in S3, wherever the configuration says it is. Keyslots and keys stay as they are.
+    Rewrap(Rewrap),
     /// Remove a key, by itself or by its keyslot; its key material is overwritten.
     Remove(Remove),
     /// Say when a keyslot of a LUKS2 volume is tried: only when it is named, in its turn, or before all others.
@@ -59,8 +64,11 @@ struct Add {
     #[command(flatten)]
     limits: LimitArgs,
     /// A passphrase that opens the volume: the file's bytes, all of them; `-` is standard input. Without it, it is asked for.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "config")]
     key_file: Option<PathBuf>,
+    /// Get the passphrase that opens the volume from where this configuration has it: S3, a token in the header, a file.
+    #[arg(long, value_name = "CONFIG")]
+    config: Option<PathBuf>,
     /// The passphrase to add; `-` is standard input. Without it, it is asked for, twice.
     #[arg(long, value_name = "FILE")]
     new_key_file: Option<PathBuf>,
@@ -113,6 +121,18 @@ struct Remove {
 }
 
 #[derive(Debug, clap::Args)]
+struct Rewrap {
+    #[command(flatten)]
+    place: Place,
+    /// The volume's configuration, whose `kms-key` decrypts.
+    #[arg(long, value_name = "CONFIG")]
+    config: PathBuf,
+    /// The KMS key to encrypt under, by id, ARN or alias; the configured one without it.
+    #[arg(long, value_name = "KEY")]
+    new_kms_key: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
 struct SetPriority {
     #[command(flatten)]
     place: Place,
@@ -160,6 +180,10 @@ pub(super) fn run(args: Args) -> Result<()> {
                 .with_context(|| name.clone())
                 .and_then(|slot| tell(format_args!("{name}: new key in keyslot {slot}\n")))
         }
+        Command::Rewrap(args) => {
+            let name = args.place.path().display().to_string();
+            rewrap(args).with_context(|| name.clone())
+        }
         Command::Priority(args) => {
             let name = args.place.path().display().to_string();
             set_priority(&args).with_context(|| name.clone())?;
@@ -184,7 +208,14 @@ fn add(args: &Add) -> Result<usize> {
     let (disk, _lock) = args.place.open()?;
     let limits = args.limits.limits();
     let volume = luks::read_for_keys(&disk, &limits)?;
-    let unlocked = volume.unlock(&disk, &passphrase::existing(args.key_file.as_deref(), args.place.path())?)?;
+    let old = match &args.config {
+        Some(config) => {
+            let key = Config::load(config)?.key;
+            keys::secret(&key, &keys::request_for(&key, &disk)?)?.passphrase
+        }
+        None => passphrase::existing(args.key_file.as_deref(), args.place.path())?,
+    };
+    let unlocked = volume.unlock(&disk, &old)?;
     let new = passphrase::new(args.new_key_file.as_deref(), args.place.path(), "--new-key-file")?;
     let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
     Ok(volume.add_key(&disk, &limits, &unlocked.key, &new, args.key_slot, &mut system::random)?)
@@ -228,6 +259,26 @@ fn remove(args: &Remove) -> Result<usize> {
     };
     volume.remove_key(&disk, slot, args.force, &mut system::random)?;
     Ok(slot)
+}
+
+fn rewrap(args: Rewrap) -> Result<()> {
+    let name = args.place.path().display().to_string();
+    let config = Config::load(&args.config)?;
+    let (disk, _lock) = args.place.open()?;
+    let rewrapped = rewrap::rewrap(&config.key, config.volume.limits, &disk, args.new_kms_key.clone())?;
+    if let Err(error) = &rewrapped.read_back {
+        tracing::warn!("the secret is stored, but could not be read back to be checked: {error}");
+    }
+    let place = match rewrapped.place {
+        rewrap::Place::Token(id) => format!("{name}: token {id}"),
+        rewrap::Place::Object(object) => object,
+    };
+    tell(format_args!("{place}: the secret is encrypted under {} now\n", rewrapped.key_arn))?;
+    if let Some(key) = args.new_kms_key {
+        let config = args.config.display();
+        tell(format_args!("{config}: write `kms-key = \"{key}\"` under [key], or `up` is refused\n"))?;
+    }
+    Ok(())
 }
 
 fn set_priority(args: &SetPriority) -> Result<()> {

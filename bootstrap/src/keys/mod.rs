@@ -6,6 +6,8 @@ mod prompt;
 mod token;
 
 use engine::key::Passphrase;
+use engine::luks::{self, Dump, LuksError};
+use engine::store::BlockStore;
 use uuid::Uuid;
 
 use crate::config::{KeyConfig, SecretPlace};
@@ -85,6 +87,33 @@ pub struct Secret {
 /// Whether the secret is in the volume's own header, so that it cannot be had without.
 pub fn is_in_header(config: &KeyConfig) -> bool {
     matches!(config, KeyConfig::Aws(aws) if aws.object == SecretPlace::Token)
+}
+
+/// Why a header does not hold the secret that the configuration says is there.
+#[derive(Debug, thiserror::Error)]
+pub enum NoTokenSecret {
+    /// There is no such header.
+    #[error(transparent)]
+    Luks(#[from] LuksError),
+    /// The token contradicts itself.
+    #[error("the token `aws-kms` in its header cannot be used: {0}")]
+    Unusable(String),
+    /// There is no token.
+    #[error("its header has no token `aws-kms`: see `object` under [key], where the secret may be in S3")]
+    Missing,
+}
+
+/// What is to be asked for to open the volume whose header is on `header`.
+///
+/// # Errors
+/// [`NoTokenSecret`], where the secret is in the header.
+pub fn request_for(config: &KeyConfig, header: &dyn BlockStore) -> Result<SecretRequest, NoTokenSecret> {
+    if !is_in_header(config) {
+        return Ok(SecretRequest::Configured);
+    }
+    let Dump::Luks2(header) = luks::dump(header)? else { return Err(NoTokenSecret::Missing) };
+    let token = KmsToken::find(&header).map_err(NoTokenSecret::Unusable)?.ok_or(NoTokenSecret::Missing)?;
+    Ok(SecretRequest::Unwrap { token, volume: header.binary.uuid })
 }
 
 /// Gets or makes a secret. Blocks, as [`KeySource::passphrase`] does.

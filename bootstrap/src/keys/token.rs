@@ -38,9 +38,13 @@ impl KmsToken {
     /// # Errors
     /// What is wrong with it, in words.
     pub fn find(header: &Header) -> Result<Option<Self>, String> {
-        let found = header.metadata.tokens.iter().find(|(_, token)| token.kind == KIND);
-        let Some((id, _)) = found else { return Ok(None) };
+        let Some(id) = Self::number(header) else { return Ok(None) };
         Self::from_json(&header.metadata.json["tokens"][id.to_string()]).map(Some)
+    }
+
+    /// The number of the token that [`KmsToken::find`] finds.
+    pub fn number(header: &Header) -> Option<u32> {
+        header.metadata.tokens.iter().find(|(_, token)| token.kind == KIND).map(|(id, _)| *id)
     }
 
     /// The number of the token of this type that opens the keyslot, if there is one: its secret is the keyslot's passphrase.
@@ -78,6 +82,16 @@ impl KmsToken {
             "kms-key": self.key_arn,
             "encryption-context": self.encryption_context,
         })
+    }
+
+    /// This token, with the keyslots and whatever else is in the one that it replaces.
+    pub fn in_place_of(&self, old: &Value) -> Value {
+        let mut json = old.clone();
+        let Value::Object(ours) = self.to_json() else { return json };
+        for (name, value) in ours.into_iter().filter(|(name, _)| name != "keyslots") {
+            json[name] = value;
+        }
+        json
     }
 
     /// The encryption context for a volume: what is configured, and the volume's UUID.

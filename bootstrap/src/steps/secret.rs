@@ -1,11 +1,10 @@
 //! The volume's secret, from where the configuration says it is.
 
-use anyhow::{Context, Result, anyhow};
-use engine::luks::{self, Dump};
+use anyhow::{Context, Result};
 
 use super::volume::is_volume;
 use super::{Boot, Step, Undo};
-use crate::keys::{self, KmsToken, SecretRequest};
+use crate::keys::{self, SecretRequest};
 use crate::new_volume;
 
 pub(super) struct Secret;
@@ -47,17 +46,5 @@ fn request(boot: &Boot<'_>) -> Result<SecretRequest> {
         return Ok(SecretRequest::New { volume: new_volume::new_uuid()? });
     }
     let name = || boot.header_path().display().to_string();
-    let found = match luks::dump(disks.header()).with_context(name)? {
-        Dump::Luks2(header) => KmsToken::find(&header)
-            .map_err(|wrong| anyhow!("the token `aws-kms` in its header cannot be used: {wrong}"))
-            .with_context(name)?
-            .map(|token| SecretRequest::Unwrap { token, volume: header.binary.uuid }),
-        Dump::Luks1(_) => None,
-    };
-    found.with_context(|| {
-        format!(
-            "{} holds a volume whose header has no token `aws-kms`: see `object` under [key], where the secret may be in S3",
-            name()
-        )
-    })
+    keys::request_for(&boot.config.key, disks.header()).with_context(name)
 }
