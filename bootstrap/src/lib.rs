@@ -13,6 +13,7 @@ pub mod keys;
 pub mod memory;
 pub mod mounts;
 pub mod new_volume;
+pub mod plain;
 pub mod process;
 pub mod programs;
 pub mod provision;

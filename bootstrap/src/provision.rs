@@ -52,7 +52,7 @@ pub enum ProvisionError {
     Aws(#[from] AwsKeyError),
 }
 
-/// Makes a secret that nobody has seen: random, encrypted by KMS with the configured encryption context, stored in S3,
+/// Makes a secret that nobody has seen: random (for a plain volume, whose key it is, by KMS), encrypted by KMS with the configured encryption context, stored in S3,
 /// read back, decrypted and compared. An object that exists is left as it is unless `replace` says otherwise. Blocks.
 ///
 /// # Errors
@@ -64,8 +64,11 @@ pub fn provision(config: &Config, replace: bool) -> Result<Provisioned, Provisio
         KeyConfig::Aws(aws) => aws,
         KeyConfig::File(file) => return Err(ProvisionError::NotAws { file: file.clone() }),
     };
-    let secret = new_secret().map_err(ProvisionError::Random)?;
-    let stored = AwsKey::new(aws.clone()).store(&secret, replace)?;
+    let aws_key = AwsKey::new(aws.clone());
+    let stored = match aws.raw_key {
+        Some(len) => aws_key.store_new_key(len, replace)?,
+        None => aws_key.store(&new_secret().map_err(ProvisionError::Random)?, replace)?,
+    };
     Ok(Provisioned { object: aws.object.to_string(), key_arn: stored.key_arn, read_back: stored.read_back })
 }
 

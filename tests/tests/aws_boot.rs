@@ -171,3 +171,63 @@ fn a_provisioned_secret_unlocks_and_is_never_replaced_unasked() {
     instance.succeeds("up");
     instance.succeeds("down");
 }
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto, the AWS CLI, libnbd, root and FUSE: run `make test`")]
+fn the_key_of_a_plain_volume_is_made_by_kms_and_lies_on_the_disk_where_it_is_said_to() {
+    let moto = Moto::start();
+    moto.make_bucket("BUCKET");
+    moto.make_key("alias/volumes");
+    let instance = Instance::new(moto.client());
+    let dir = instance.client.dir().display();
+    let config = |skip: u32| {
+        instance.client.file(
+            "scratch.toml",
+            format!(
+                "[volume]\ndevices = [\"{dir}/secretfs\"]\nsize = \"32M\"\ntype = \"plain\"\nsector-size = 4096\n\
+                 offset = 2048\nskip = {skip}\n[key]\nsource = \"aws\"\nobject = \"s3://BUCKET/key\"\n\
+                 kms-key = \"alias/volumes\"\nencryption-context = {{ volume = \"scratch\" }}\nretry-for = \"5s\"\n\
+                 [filesystem]\ntype = \"ext4\"\nmountpoint = \"{dir}/mnt\"\n"
+            ),
+        );
+    };
+    config(16);
+    let provision =
+        || instance.client.command(binary()).arg("provision").arg(instance.path("scratch.toml")).output().unwrap();
+    let made = provision();
+    assert!(made.status.success(), "{}", told(&made));
+    assert!(told(&provision()).contains("s3://BUCKET/key"), "what is there stays");
+    instance.succeeds("up");
+    fs::write(instance.path("mnt/file"), "kept").unwrap();
+    instance.succeeds("down");
+    instance.succeeds("up");
+    assert_eq!(fs::read_to_string(instance.path("mnt/file")).unwrap(), "kept");
+    instance.succeeds("down");
+
+    // With the key in hand, and the same words on the command line, it is the same volume.
+    instance.client.shell(
+        "aws s3 cp s3://BUCKET/key blob > /dev/null\n\
+         aws kms decrypt --ciphertext-blob fileb://blob --encryption-context volume=scratch --query Plaintext \
+         --output text | base64 --decode > raw; chmod 600 raw",
+    );
+    assert_eq!(fs::metadata(instance.path("raw")).unwrap().len(), 64);
+    let filesystem = |skip: &str| {
+        let binary = binary().display();
+        instance.client.shell(&format!(
+            "rm -f socket image\n\
+             {binary} serve --type plain --key-file raw --offset 2048 --skip {skip} --sector-size 4096 --read-only \
+             --socket socket secretfs > address & server=$!\n\
+             for try in $(seq 200); do [ -s address ] && break; sleep 0.05; done\n\
+             nbdcopy \"$(cat address)\" image; kill $server; wait $server || true; rm address\n\
+             blkid -o value -s TYPE image || true"
+        ))
+    };
+    assert_eq!(filesystem("16").trim(), "ext4");
+    assert_eq!(filesystem("24").trim(), "", "another IV is another volume");
+    assert!(fs::read(instance.path("secretfs")).unwrap()[..1 << 20].iter().all(|byte| *byte == 0), "before the offset");
+    // Nothing says that the key or its place is wrong but that there is no filesystem; what is there is not touched.
+    let before = instance.client.shell("sha256sum secretfs");
+    config(24);
+    assert_eq!(instance.run("up").status.code(), Some(1));
+    assert_eq!(instance.client.shell("sha256sum secretfs"), before);
+}

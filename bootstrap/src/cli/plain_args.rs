@@ -1,14 +1,13 @@
 //! A volume without a header: what `cryptsetup open --type plain` is told.
 
 use anyhow::{Result, bail};
-use engine::key::{Passphrase, VolumeKey, VolumeKeyError};
-use engine::luks::plain::{self, PassphraseHash, Place};
-use engine::luks::{HashAlgorithm, LuksError, Segment};
+use engine::key::VolumeKey;
+use engine::luks::HashAlgorithm;
+use engine::luks::plain::{PassphraseHash, Place};
 use engine::sector::{Lba512, SectorSize};
-use engine::xts::Xts;
 
 use super::format::{key_size, sector_size};
-use crate::cpu;
+use crate::plain::PlainVolume;
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "With --type plain, as cryptsetup has them")]
@@ -59,43 +58,16 @@ impl PlainArgs {
         }
     }
 
-    /// The key's length.
-    pub(super) fn key_bits(&self) -> usize {
-        self.key_size.unwrap_or(8 * VolumeKey::AES_256)
-    }
-
-    /// The key that the file's bytes are or make.
-    ///
-    /// # Errors
-    /// That they are none.
-    pub(super) fn key(&self, bytes: &Passphrase) -> Result<VolumeKey, VolumeKeyError> {
-        match self.hash {
-            None => plain::key_from_file(bytes, self.key_bits() / 8),
-            Some(hash) => plain::key_from_passphrase(hash, bytes, self.key_bits() / 8),
-        }
-    }
-
-    /// The cipher, with the IV that was asked for.
-    ///
-    /// # Errors
-    /// That the CPU does not have the path that the environment asks for.
-    pub(super) fn cipher(&self, key: &VolumeKey) -> Result<Xts> {
-        let cipher = cpu::cipher(key)?;
-        Ok(if self.iv_large_sectors { cipher.with_large_sectors() } else { cipher })
-    }
-
-    /// Where the data lies on a disk of so many bytes.
-    ///
-    /// # Errors
-    /// That it does not.
-    pub(super) fn segment(&self, disk_len: u64) -> Result<Segment, LuksError> {
+    /// The volume that was described.
+    pub(super) fn volume(&self) -> PlainVolume {
         let place = Place {
             offset: self.offset.unwrap_or(0),
             size: self.size,
             skip: Lba512(self.skip.unwrap_or(0)),
             sector_size: self.sector_size.unwrap_or(SectorSize::B512),
         };
-        plain::segment(&place, disk_len)
+        let key_len = self.key_size.map_or(VolumeKey::AES_256, |bits| bits / 8);
+        PlainVolume { place, key_len, hash: self.hash, iv_large_sectors: self.iv_large_sectors }
     }
 }
 

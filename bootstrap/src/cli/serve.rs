@@ -247,6 +247,7 @@ fn open(args: &Args, path: &Path, key_file: Option<&Path>, passphrase: &Passphra
     let access = if args.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let caching = if args.page_cache { Caching::PageCache } else { Caching::Direct };
     let store: Arc<dyn BlockStore> = Arc::new(disk::open(path, access, caching)?.mapped(BusErrorsCaught::new()?));
+    let plain = args.plain.volume();
     let (key, segment) = match args.kind {
         Type::Luks => {
             args.plain.refuse()?;
@@ -267,14 +268,14 @@ fn open(args: &Args, path: &Path, key_file: Option<&Path>, passphrase: &Passphra
             if args.header.header.is_some() {
                 bail!("a plain volume has no header: leave --header out");
             }
-            let key = args.plain.key(passphrase).with_context(|| {
+            let key = plain.key(passphrase).with_context(|| {
                 let key = key_file.unwrap_or(Path::new("what was typed")).display();
-                format!("{key} holds no volume key of {} bits", args.plain.key_bits())
+                format!("{key} holds no volume key of {} bits", 8 * plain.key_len)
             })?;
-            (key, args.plain.segment(store.len()).with_context(name)?)
+            (key, plain.segment(store.len()).with_context(name)?)
         }
     };
-    Volume::with_cipher(store, segment, args.plain.cipher(&key)?).with_context(name)
+    Volume::with_cipher(store, segment, plain.cipher(&key)?).with_context(name)
 }
 
 async fn listen_and_serve(args: &Args, names: &[String], server: &Server) -> Result<()> {

@@ -4,7 +4,10 @@ use std::num::NonZeroU32;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use engine::sector::SectorSize;
+use engine::key::VolumeKey;
+use engine::luks::HashAlgorithm;
+use engine::luks::plain::{PassphraseHash, Place};
+use engine::sector::{Lba512, SectorSize};
 use toml::Spanned;
 
 use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawSize, RawVolume};
@@ -14,6 +17,7 @@ use super::{
     VolumeType,
 };
 use crate::new_volume::Strength;
+use crate::plain::PlainVolume;
 
 /// What is wrong, and the bytes of the file that say so.
 pub(super) struct Wrong {
@@ -36,22 +40,15 @@ pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Mean
             "`object = \"token\"` keeps the secret in a token, which only a LUKS2 header has; use luks2".to_owned(),
         )
     });
-    let kind = raw.volume.kind.as_ref().map(|kind| Wrong {
-        span: kind.span(),
-        message:
-            "a plain volume's secret is its key, 64 random bytes, and `source = \"aws\"` gives a text; use luks2, or \
-                  `source = \"file\"`"
-                .to_owned(),
-    });
     let random = raw.key.random == Some(true);
-    let (volume, key) = (volume(raw.volume)?, key(raw.key)?);
+    let (volume, mut key) = (volume(raw.volume)?, key(raw.key)?);
     let is_token = matches!(&key, KeyConfig::Aws(aws) if aws.object == SecretPlace::Token);
     let strength = if random || is_token { Strength::Random } else { Strength::Guessable };
     if let (true, false, Some(wrong)) = (is_token, volume.kind == VolumeType::Luks2, token_kind) {
         return Err(wrong);
     }
-    if let (VolumeType::Plain, KeyConfig::Aws(_), Some(wrong)) = (volume.kind, &key, kind) {
-        return Err(wrong);
+    if let (VolumeType::Plain, None, KeyConfig::Aws(aws)) = (volume.kind, volume.plain.hash, &mut key) {
+        aws.raw_key = Some(volume.plain.key_len);
     }
     Ok(Config {
         name,
@@ -85,17 +82,72 @@ fn volume(raw: RawVolume) -> Meant<VolumeConfig> {
     if let (VolumeType::Plain, Some(header)) = (kind, &raw.header) {
         return Err(wrong(header, "a plain volume has no header".to_owned()));
     }
+    let sector_size = raw.sector_size.as_ref().map_or(Ok(default_sector_size(kind)), |size| sector_size(size, kind))?;
     Ok(VolumeConfig {
         device,
         size: raw.size.as_ref().map(size).transpose()?,
         kind,
-        sector_size: raw.sector_size.as_ref().map_or(Ok(default_sector_size(kind)), |size| sector_size(size, kind))?,
+        sector_size,
+        plain: plain(&raw, kind, sector_size)?,
         header: raw.header.as_ref().map(absolute).transpose()?,
         limits: LimitsConfig {
             kdf_memory: raw.max_kdf_memory.as_ref().map(kdf_memory).transpose()?,
             kdf_iterations: raw.max_kdf_iterations.as_ref().map(kdf_iterations).transpose()?,
         },
     })
+}
+
+/// What cryptsetup is told of a plain volume by options of the same names.
+fn plain(raw: &RawVolume, kind: VolumeType, sector_size: SectorSize) -> Meant<PlainVolume> {
+    let RawVolume { offset, skip, key_size, hash, iv_large_sectors, .. } = raw;
+    if kind != VolumeType::Plain {
+        of_plain("offset", offset.as_ref())?;
+        of_plain("skip", skip.as_ref())?;
+        of_plain("key-size", key_size.as_ref())?;
+        of_plain("hash", hash.as_ref())?;
+        of_plain("iv-large-sectors", iv_large_sectors.as_ref())?;
+        return Ok(PlainVolume::default());
+    }
+    let number = |number: &Option<Spanned<u64>>| number.as_ref().map_or(0, |number| *number.get_ref());
+    if let Some(skip) = skip.as_ref().filter(|skip| !skip.get_ref().is_multiple_of(sector_size.lba_step())) {
+        let step = sector_size.lba_step();
+        return Err(wrong(
+            skip,
+            format!("`skip` counts 512 bytes: with sectors of {sector_size} a multiple of {step}"),
+        ));
+    }
+    let key_len = match key_size {
+        None => VolumeKey::AES_256,
+        Some(bits) => match bits.get_ref() {
+            512 => VolumeKey::AES_256,
+            256 => VolumeKey::AES_128,
+            other => {
+                return Err(wrong(
+                    bits,
+                    format!("a key has 512 bits, or 256 (AES-128), both halves counted; not {other}"),
+                ));
+            }
+        },
+    };
+    let hash = hash.as_ref().map(|hash| {
+        PassphraseHash::from_name(hash.get_ref()).ok_or_else(|| {
+            let names: Vec<_> = HashAlgorithm::ALL.iter().map(|hash| hash.name()).collect();
+            wrong(hash, format!("`{}` is no hash; there are plain, {}", hash.get_ref(), names.join(", ")))
+        })
+    });
+    Ok(PlainVolume {
+        place: Place { offset: number(offset), size: None, skip: Lba512(number(skip)), sector_size },
+        key_len,
+        hash: hash.transpose()?,
+        iv_large_sectors: iv_large_sectors.as_ref().is_some_and(|it| *it.get_ref()),
+    })
+}
+
+fn of_plain<T>(key: &str, value: Option<&Spanned<T>>) -> Meant<()> {
+    match value {
+        Some(value) => Err(wrong(value, format!("`{key}` goes with type = \"plain\": a LUKS volume's header says it"))),
+        None => Ok(()),
+    }
 }
 
 /// What its tools make where nothing is said: cryptsetup 512 for plain volumes, and LUKS1 knows no other. LUKS2 is given the
@@ -230,6 +282,7 @@ fn aws_key(raw: RawKey) -> Meant<AwsKeyConfig> {
                 .ok_or_else(|| wrong(object, format!("`{uri}` is no object; write s3://BUCKET/KEY, or token")))?
                 .into(),
         },
+        raw_key: None,
         kms_key: non_empty(raw.kms_key, "a KMS key's id, its ARN, or alias/NAME")?,
         encryption_context: raw.encryption_context.map(Spanned::into_inner).unwrap_or_default(),
         region: non_empty(raw.region, "a region such as eu-central-1")?,

@@ -21,6 +21,7 @@ use engine::sector::SectorSize;
 
 use crate::memory;
 use crate::new_volume::Strength;
+use crate::plain::PlainVolume;
 
 pub use error::{ConfigError, Fault};
 pub use instance_store::{DeviceError, SYSFS};
@@ -89,6 +90,8 @@ pub struct VolumeConfig {
     pub sector_size: SectorSize,
     /// The disk or file that holds the LUKS header, where that is not the device itself: made where it is missing.
     pub header: Option<PathBuf>,
+    /// What no header says of a plain volume.
+    pub plain: PlainVolume,
     /// The most that a header may ask for.
     pub limits: LimitsConfig,
 }
@@ -154,6 +157,8 @@ pub struct AwsKeyConfig {
     /// Key id, key ARN, alias or alias ARN. `provision` needs it; for decryption, a ciphertext made under another key
     /// is refused where it is given.
     pub kms_key: Option<String>,
+    /// The plaintext is the volume key itself, so many bytes, and no text whose newlines do not count.
+    pub raw_key: Option<usize>,
     /// What the ciphertext is bound to. It is no secret: it stands in CloudTrail's logs.
     pub encryption_context: BTreeMap<String, String>,
     /// Overrides `AWS_REGION`, the profile's region and the instance's.
@@ -263,6 +268,7 @@ mod tests {
                     kind: VolumeType::Luks2,
                     sector_size: SectorSize::B4096,
                     header: None,
+                    plain: PlainVolume::default(),
                     limits: LimitsConfig::default(),
                 },
                 key: KeyConfig::File(KeyFile::Path("/etc/key".into())),
@@ -413,7 +419,13 @@ mod tests {
     #[test]
     fn luks1_has_512_byte_sectors_and_plain_any() {
         refused(with("type = \"luks1\"\nsector-size = 4096", "", "", ""), "4:15", &["LUKS1", "512"]);
-        refused(with("type = \"plain\"", "", "", ""), "3:8", &["plain", "aws"]);
+        let of_kms = |more: &str| match with(&format!("type = \"plain\"\n{more}"), "", "", "").unwrap().key {
+            KeyConfig::Aws(aws) => aws.raw_key,
+            KeyConfig::File(_) => None,
+        };
+        assert_eq!(of_kms(""), Some(64));
+        assert_eq!(of_kms("key-size = 256"), Some(32));
+        assert_eq!(of_kms("hash = \"sha256\""), None);
         let plain = |more: &str| {
             let text =
                 "[volume]\ndevices = [\"/dev/vdb\"]\ntype = \"plain\"\nMORE\n[key]\nsource = \"file\"\npath = \"/k\"\n";
@@ -421,6 +433,16 @@ mod tests {
         };
         let large = plain("sector-size = 4096");
         assert_eq!(large.volume.sector_size, SectorSize::B4096);
+        let placed =
+            plain("offset = 2048\nskip = 16\nhash = \"sha256\"\nkey-size = 256\niv-large-sectors = true").volume.plain;
+        assert_eq!((placed.place.offset, placed.place.skip.0, placed.key_len), (2048, 16, 32));
+        assert!(placed.hash.is_some() && placed.iv_large_sectors);
+        let wrong = |more: &str| with(&format!("type = \"plain\"\n{more}"), "", "", "");
+        refused(wrong("sector-size = 4096\nskip = 9"), "5:8", &["multiple of 8"]);
+        refused(wrong("hash = \"md5\""), "4:8", &["md5", "sha256"]);
+        refused(wrong("key-size = 128"), "4:12", &["512", "256"]);
+        refused(with("offset = 8", "", "", ""), "3:10", &["type = \"plain\"", "header"]);
+        refused(with("type = \"luks1\"\nhash = \"sha1\"", "", "", ""), "4:8", &["plain"]);
         assert_eq!(plain("").volume.sector_size, SectorSize::B512);
     }
 

@@ -28,6 +28,11 @@ pub(super) struct RawVolume {
     pub(super) kind: Option<Spanned<String>>,
     pub(super) sector_size: Option<Spanned<u64>>,
     pub(super) header: Option<Spanned<String>>,
+    pub(super) offset: Option<Spanned<u64>>,
+    pub(super) skip: Option<Spanned<u64>>,
+    pub(super) key_size: Option<Spanned<u64>>,
+    pub(super) hash: Option<Spanned<String>>,
+    pub(super) iv_large_sectors: Option<Spanned<bool>>,
     pub(super) max_kdf_memory: Option<Spanned<RawSize>>,
     pub(super) max_kdf_iterations: Option<Spanned<u64>>,
 }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::{self, Disks, FormatOptions, LockedVolume, Segment, UnlockedVolume, plain};
+use engine::luks::{self, Disks, FormatOptions, LockedVolume, Segment, UnlockedVolume};
 use engine::signature::{self, Content};
 use engine::volume::Volume;
+use engine::xts::Xts;
 
 use super::{Boot, Step, Undo, need};
 use crate::config::VolumeType;
@@ -96,14 +97,19 @@ pub(super) fn is_volume(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<bool> {
 }
 
 fn open_plain(boot: &mut Boot<'_>, secret: &Passphrase) -> Result<()> {
-    let key = plain::key_from_file(secret, VolumeKey::AES_256).context(
-        "the secret is the key of a plain volume, so it must have 64 bytes: make it with `head -c 64 /dev/urandom`",
-    )?;
-    let place = plain::Place { sector_size: boot.config.volume.sector_size, ..plain::Place::default() };
+    let plain = boot.config.volume.plain;
+    let key = plain.key(secret).with_context(|| {
+        format!(
+            "the secret is the key of a plain volume, so it must have {0} bytes: `nbdcrypt provision` has KMS make it, \
+             and for a file `head -c {0} /dev/urandom` (or name the `hash` of a passphrase under [volume])",
+            plain.key_len
+        )
+    })?;
     let disk_len = need(boot.disk.as_ref(), "the open disk")?.len();
-    let segment = plain::segment(&place, disk_len).with_context(|| boot.disk_path.display().to_string())?;
+    let segment = plain.segment(disk_len).with_context(|| boot.disk_path.display().to_string())?;
     boot.facts.kind = Some("plain");
-    boot.volume = Some(open(boot, &key, segment)?);
+    let cipher = plain.cipher(&key)?;
+    boot.volume = Some(open(boot, &key, cipher, segment)?);
     Ok(())
 }
 
@@ -117,7 +123,7 @@ fn unlock(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
         LockedVolume::Luks1(_) => "LUKS1",
         LockedVolume::Luks2(_) => "LUKS2",
     });
-    boot.volume = Some(open(boot, &key, segment)?);
+    boot.volume = Some(open(boot, &key, cpu::cipher(&key)?, segment)?);
     Ok(())
 }
 
@@ -136,7 +142,8 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     let pending = options.begin(disks, passphrase, key, &mut random).with_context(name)?;
     boot.facts.kind = Some(options.name());
     let segment = pending.segment();
-    match open(boot, pending.key(), segment) {
+    let opened = cpu::cipher(pending.key()).and_then(|cipher| open(boot, pending.key(), cipher, segment));
+    match opened {
         Ok(volume) => {
             boot.volume = Some(volume);
             boot.pending = Some(pending);
@@ -149,10 +156,10 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     }
 }
 
-fn open(boot: &mut Boot<'_>, key: &VolumeKey, segment: Segment) -> Result<Arc<Volume>> {
+fn open(boot: &mut Boot<'_>, key: &VolumeKey, cipher: Xts, segment: Segment) -> Result<Arc<Volume>> {
     boot.facts.key_bits = Some(key.bits());
     boot.facts.segment = Some(segment);
     let disk = Arc::clone(need(boot.disk.as_ref(), "the open disk")?);
-    let volume = Volume::with_cipher(disk, segment, cpu::cipher(key)?);
+    let volume = Volume::with_cipher(disk, segment, cipher);
     Ok(Arc::new(volume.with_context(|| boot.disk_path.display().to_string())?))
 }

@@ -70,6 +70,34 @@ pub(super) async fn encrypt(
     .await
 }
 
+/// The ciphertext of a new random key of `len` bytes, and the ARN of the key that it was made under.
+pub(super) async fn new_key(
+    session: &Session,
+    patience: Patience,
+    config: &AwsKeyConfig,
+    len: usize,
+) -> Result<(Vec<u8>, String), AwsKeyError> {
+    let asked = Asked::new(config, session, "kms:GenerateDataKeyWithoutPlaintext");
+    retried(
+        patience,
+        ATTEMPT,
+        || overdue(session),
+        async || {
+            let request = session
+                .kms
+                .generate_data_key_without_plaintext()
+                .set_key_id(config.kms_key.clone())
+                .set_encryption_context(context(config))
+                // A volume key has 64 bytes at most.
+                .number_of_bytes(i32::try_from(len).unwrap_or(i32::MAX));
+            let made = silent(request.send()).await.map_err(|error| failure(&error, session, &asked))?;
+            let key = made.key_id.unwrap_or_else(|| asked.key.clone());
+            Ok((made.ciphertext_blob.map(Blob::into_inner).unwrap_or_default(), key))
+        },
+    )
+    .await
+}
+
 /// The password that a shell's `$(aws kms decrypt … | base64 --decode)` would have held: without the newlines at its end
 /// (POSIX Shell Command Language, 2.6.3), and only those.
 ///

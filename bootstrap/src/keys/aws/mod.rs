@@ -64,6 +64,28 @@ impl AwsKey {
         })
     }
 
+    /// Has KMS make a key of `len` bytes, whose plaintext nobody sees, puts its ciphertext into S3, and reads it back, as
+    /// [`AwsKey::store`] does.
+    ///
+    /// # Errors
+    /// [`AwsKeyError`].
+    pub fn store_new_key(&self, len: usize, replace: bool) -> Result<Stored, AwsKeyError> {
+        block_on(async || {
+            let object = self.object()?;
+            let patience = Patience::from_now(self.config.retry_for);
+            let session = Session::open(&self.config, patience).await?;
+            let (ciphertext, key_arn) = kms::new_key(&session, patience, &self.config, len).await?;
+            s3::put(&session, patience, object, &ciphertext, replace).await?;
+            let read_back = match self.fetch(&session, patience).await {
+                Ok(found) if found.expose().len() == len => Ok(()),
+                Ok(_) => return Err(AwsKeyError::NotAsWritten { object: object.clone() }),
+                Err(denied @ (AwsKeyError::S3Denied { .. } | AwsKeyError::KmsDenied { .. })) => Err(denied),
+                Err(error) => return Err(error),
+            };
+            Ok(Stored { key_arn, read_back })
+        })
+    }
+
     async fn fetch(&self, session: &Session, patience: Patience) -> Result<Passphrase, AwsKeyError> {
         let ciphertext = s3::get(session, patience, self.object()?).await?;
         decrypt(session, patience, &self.config, &ciphertext).await
@@ -119,8 +141,12 @@ async fn decrypt(
     config: &AwsKeyConfig,
     ciphertext: &[u8],
 ) -> Result<Passphrase, AwsKeyError> {
-    let plaintext = kms::decrypt(session, patience, config, ciphertext).await?;
-    let password = Passphrase::new(kms::without_newlines(plaintext));
+    let mut plaintext = kms::decrypt(session, patience, config, ciphertext).await?;
+    let password = Passphrase::new(match config.raw_key {
+        // A key ends as it ends.
+        Some(_) => std::mem::take(&mut *plaintext),
+        None => kms::without_newlines(plaintext),
+    });
     if password.expose().is_empty() {
         return Err(AwsKeyError::EmptySecret { object: config.object.clone() });
     }
