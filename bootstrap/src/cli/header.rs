@@ -5,8 +5,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
-use engine::luks::{self, Backup, Dump, luks2};
+use anyhow::{Context, Result};
+use engine::luks::{self, Backup, Repair};
 use engine::store::{Access, Caching, FileStore};
 
 use super::tell;
@@ -20,7 +20,8 @@ pub(super) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Write the broken one of a LUKS2 volume's two headers anew, from the whole one.
+    /// Write the broken one of a LUKS2 volume's two headers anew, from the whole one; put right what a partition table has
+    /// damaged in the header of a LUKS1 volume. Does what `cryptsetup repair` does.
     Repair {
         /// The disk or file that holds the header.
         device: PathBuf,
@@ -56,17 +57,21 @@ pub(super) fn run(args: Args) -> Result<()> {
 fn repair(device: &Path) -> Result<()> {
     let name = || device.display().to_string();
     let disk = disk::open(device, Access::ReadWrite, Caching::PageCache)?;
-    if let Dump::Luks1(_) = luks::dump(&disk).with_context(name)? {
-        bail!("{}: a LUKS1 volume has one header only, and it is whole", name());
-    }
-    let repaired = luks2::repair(&disk, &mut system::random).with_context(name)?;
-    let said = match (repaired.primary, repaired.secondary) {
-        (false, false) => "both headers are whole",
-        (true, false) => "the first header was written anew",
-        (false, true) => "the second header was written anew",
-        (true, true) => "both headers were written anew",
+    let repair = luks::repair(&disk, &mut system::random).with_context(name)?;
+    let said = match &repair {
+        Repair::Luks1(fixes) if fixes.is_empty() => vec!["the header is whole".to_owned()],
+        Repair::Luks1(fixes) => fixes.iter().map(ToString::to_string).collect(),
+        Repair::Luks2(repaired) => {
+            let said = match (repaired.primary, repaired.secondary) {
+                (false, false) => "both headers are whole",
+                (true, false) => "the first header was written anew",
+                (false, true) => "the second header was written anew",
+                (true, true) => "both headers were written anew",
+            };
+            vec![said.to_owned()]
+        }
     };
-    tell(format_args!("{}: {said}\n", name()))
+    tell(said.iter().map(|said| format!("{}: {said}\n", name())).collect::<String>())
 }
 
 fn backup(device: &Path, file: &Path) -> Result<()> {

@@ -12,7 +12,7 @@ use crate::luks::{Disks, LuksError, Random, Segment, kdf, keyslot};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
 
 /// Keyslots lie on boundaries of so many bytes (cryptsetup's `LUKS_ALIGN_KEYSLOTS`), the first right behind the header.
-const KEYSLOT_ALIGNMENT: usize = 4096;
+pub(super) const KEYSLOT_ALIGNMENT: usize = 4096;
 /// The data begins on a boundary of so many bytes (cryptsetup's `DEFAULT_DISK_ALIGNMENT`).
 const DATA_ALIGNMENT: usize = 1 << 20;
 /// `LBA_UNIT`, as an index.
@@ -40,7 +40,7 @@ pub fn header_len(key_len: usize) -> u64 {
 }
 
 /// Bytes from one keyslot to the next.
-fn spacing(key_len: usize) -> usize {
+pub(super) fn spacing(key_len: usize) -> usize {
     keyslot::material_len(key_len).next_multiple_of(KEYSLOT_ALIGNMENT)
 }
 

@@ -23,9 +23,9 @@ pub const SALT_LEN: usize = 32;
 
 const VERSION: u16 = 1;
 /// `LUKS_KEY_ENABLED`.
-const ENABLED: u32 = 0x00AC_71F3;
+pub(super) const ENABLED: u32 = 0x00AC_71F3;
 /// `LUKS_KEY_DISABLED`.
-const DISABLED: u32 = 0x0000_DEAD;
+pub(super) const DISABLED: u32 = 0x0000_DEAD;
 /// More than any cipher's; it bounds the key material to 1 MiB a slot.
 const MAX_KEY_LEN: u32 = 256;
 
@@ -70,31 +70,33 @@ pub struct Keyslot {
     pub stripes: u32,
 }
 
+/// The header, field by field.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct RawHeader {
-    magic: [u8; 6],
-    version: U16,
-    cipher_name: [u8; 32],
-    cipher_mode: [u8; 32],
-    hash_spec: [u8; 32],
-    payload_offset: U32,
-    key_bytes: U32,
-    mk_digest: [u8; DIGEST_LEN],
-    mk_digest_salt: [u8; SALT_LEN],
-    mk_digest_iter: U32,
-    uuid: [u8; 40],
-    key_slots: [RawKeyslot; KEYSLOTS],
+pub(super) struct RawHeader {
+    pub(super) magic: [u8; 6],
+    pub(super) version: U16,
+    pub(super) cipher_name: [u8; 32],
+    pub(super) cipher_mode: [u8; 32],
+    pub(super) hash_spec: [u8; 32],
+    pub(super) payload_offset: U32,
+    pub(super) key_bytes: U32,
+    pub(super) mk_digest: [u8; DIGEST_LEN],
+    pub(super) mk_digest_salt: [u8; SALT_LEN],
+    pub(super) mk_digest_iter: U32,
+    pub(super) uuid: [u8; 40],
+    pub(super) key_slots: [RawKeyslot; KEYSLOTS],
 }
 
+/// One of its keyslots.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct RawKeyslot {
-    active: U32,
-    iterations: U32,
-    salt: [u8; SALT_LEN],
-    key_material_offset: U32,
-    stripes: U32,
+pub(super) struct RawKeyslot {
+    pub(super) active: U32,
+    pub(super) iterations: U32,
+    pub(super) salt: [u8; SALT_LEN],
+    pub(super) key_material_offset: U32,
+    pub(super) stripes: U32,
 }
 
 const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);

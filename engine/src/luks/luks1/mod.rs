@@ -7,6 +7,7 @@ mod dump;
 mod format;
 mod header;
 mod keys;
+mod repair;
 
 use std::num::NonZeroU32;
 
@@ -16,6 +17,7 @@ use zeroize::Zeroizing;
 pub use format::{Options, begin, header_len};
 pub use header::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, SALT_LEN};
 pub use keys::{add_key, remove_key};
+pub use repair::{Fix, repair};
 
 use super::hash::HashAlgorithm;
 use super::{DataDisk, Disks, Limits, LuksError, Segment, UnlockedVolume, kdf, keyslot};

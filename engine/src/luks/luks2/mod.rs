@@ -24,7 +24,7 @@ pub use keys::{add_key, change_key, remove_key};
 pub use layout::Layout;
 pub use metadata::{AntiForensic, Area, Config, DataSegment, Digest, Kdf, Keyslot, Metadata, Token};
 pub use tokens::{export_token, import_token, remove_token};
-pub use update::repair;
+pub use update::{Repaired, repair};
 
 use super::hash::HashAlgorithm;
 use super::kdf::{self, Argon2Cost, Argon2Error};
