@@ -1,12 +1,17 @@
-//! Any bytes as a LUKS1 header: refused, or read, shown, written the same again, and tried with a passphrase.
+//! Any bytes as a LUKS1 header: refused, or repaired once and for all, or read, shown, written the same again, and tried with
+//! a passphrase.
 #![no_main]
 
 use engine::key::Passphrase;
-use engine::luks::luks1::{Header, Locked};
+use engine::luks::luks1::{self, Header, Locked};
 use engine::luks::{DataDisk, Limits, dump};
 use engine::store::MemoryStore;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let repaired = MemoryStore::from(bytes.to_vec());
+    if luks1::repair(&repaired).is_ok() {
+        assert_eq!(luks1::repair(&repaired).ok(), Some(Vec::new()));
+    }
     let Ok(header) = Header::parse(bytes) else { return };
     assert_eq!(Header::parse(&header.to_bytes()).ok().as_ref(), Some(&header));
     let store = MemoryStore::from(bytes.to_vec());

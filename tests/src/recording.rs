@@ -1,19 +1,25 @@
-//! A disk that remembers what was written to it, so that a test can cut the power at any moment.
+//! Disks that remember what was written to them, so that a test can cut the power at any moment.
 
 use std::io;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use engine::store::{BlockStore, MemoryStore};
+
+use crate::luks::noise;
 
 /// Bytes that a disk writes whole or not at all.
 pub const SECTOR: usize = 512;
 
+/// How many mixtures of what was not flushed yet are drawn for each flush.
+const MIXTURES: usize = 8;
+
 /// A disk in memory, and everything that was done to it.
 pub struct RecordingStore {
+    number: usize,
     now: MemoryStore,
     before: Vec<u8>,
     alignment: usize,
-    log: Mutex<Vec<Event>>,
+    log: Arc<Mutex<Vec<(usize, Event)>>>,
 }
 
 enum Event {
@@ -21,44 +27,50 @@ enum Event {
     Flush,
 }
 
+/// What a disk holds after a power cut. It keeps account of the sectors that are read.
+pub struct CutDisk {
+    disk: MemoryStore,
+    read: Mutex<Vec<bool>>,
+}
+
+/// How much was shown of all that there was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cuts {
+    /// Moments at which the power was cut.
+    pub moments: usize,
+    /// Of these, those at which something was different of what had been read the last time.
+    pub looked_at: usize,
+}
+
 impl RecordingStore {
     /// A disk that holds `bytes` and takes whole blocks of `alignment` bytes alone.
     pub fn new(bytes: Vec<u8>, alignment: usize) -> Self {
-        Self { now: MemoryStore::from(bytes.clone()), before: bytes, alignment, log: Mutex::new(Vec::new()) }
+        Self { number: 0, now: MemoryStore::from(bytes.clone()), before: bytes, alignment, log: Arc::default() }
     }
 
-    /// Shows `see` what the disk can hold after a power cut, for cuts all along the way, and whether it is the end.
+    /// A second disk on the same power line: the header's and the data's, where they are two.
+    pub fn beside(&self, bytes: Vec<u8>) -> Self {
+        let log = Arc::clone(&self.log);
+        Self { number: 1, now: MemoryStore::from(bytes.clone()), before: bytes, alignment: self.alignment, log }
+    }
+
+    /// What the disk holds at the end.
+    pub fn snapshot(&self) -> Vec<u8> {
+        self.now.snapshot()
+    }
+
+    /// Shows `see` what the disk can hold after a power cut, at every sector of every write.
     ///
-    /// What was flushed is there. Of what was written since, sector by sector, any part may be: shown are the sectors in
-    /// their order, up to each that `stride` divides (1: every one), and for each flush a number of mixtures, drawn with
-    /// `choose`.
-    pub fn cut_everywhere(&self, stride: usize, choose: &mut dyn FnMut() -> bool, see: &mut dyn FnMut(&MemoryStore)) {
-        let durable = MemoryStore::from(self.before.clone());
-        let mut volatile: Vec<(usize, &[u8])> = Vec::new();
-        let log = self.log.lock().unwrap();
-        see(&durable);
-        for event in log.iter().chain([&Event::Flush]) {
-            match event {
-                Event::Write { offset, data } => {
-                    let sectors = data.chunks(SECTOR).enumerate();
-                    volatile.extend(sectors.map(|(index, sector)| (offset + index * SECTOR, sector)));
-                }
-                Event::Flush => {
-                    for _ in 0..8 {
-                        let mixture = MemoryStore::from(durable.snapshot());
-                        volatile.iter().filter(|_| choose()).for_each(|sector| put(&mixture, sector));
-                        see(&mixture);
-                    }
-                    let last = volatile.len().saturating_sub(1);
-                    for (index, sector) in volatile.drain(..).enumerate() {
-                        put(&durable, &sector);
-                        if index < 16 || index % stride == 0 || index == last {
-                            see(&durable);
-                        }
-                    }
-                }
-            }
-        }
+    /// What was flushed is there. Of what was written since, any part may be: shown are the sectors in their order, and
+    /// before each flush mixtures of them. What `see` finds must follow from what it reads alone: a sector that it did not
+    /// read the last time changes nothing for it, and it is not asked again.
+    pub fn cut_everywhere(&self, see: &mut dyn FnMut(&CutDisk)) -> Cuts {
+        cut(&[self], &mut |disks| see(&disks[0]))
+    }
+
+    /// The same for this disk and the one beside it, which may be flushed or not whatever this one is.
+    pub fn cut_both_everywhere(&self, other: &Self, see: &mut dyn FnMut(&CutDisk, &CutDisk)) -> Cuts {
+        cut(&[self, other], &mut |disks| see(&disks[0], &disks[1]))
     }
 
     fn check(&self, offset: u64, len: usize) {
@@ -67,8 +79,121 @@ impl RecordingStore {
     }
 }
 
-fn put(disk: &MemoryStore, (offset, sector): &(usize, &[u8])) {
-    disk.write_at(sector, *offset as u64).unwrap();
+type Piece<'l> = (usize, &'l [u8]);
+
+fn cut(stores: &[&RecordingStore], see: &mut dyn FnMut(&[CutDisk])) -> Cuts {
+    let log = stores[0].log.lock().unwrap();
+    let mut random = noise(13);
+    let mut chosen = || {
+        let mut byte = [0];
+        random(&mut byte).unwrap();
+        byte[0] & 1 == 1
+    };
+    let mut durable: Vec<Vec<u8>> = stores.iter().map(|store| store.before.clone()).collect();
+    let mut volatile: Vec<Vec<Piece<'_>>> = vec![Vec::new(); stores.len()];
+    let disks: Vec<CutDisk> = durable.iter().cloned().map(CutDisk::new).collect();
+    let mut cuts = Cuts { moments: 1, looked_at: 1 };
+    see(&disks);
+    let end = (0..stores.len()).map(|number| (number, Event::Flush)).collect::<Vec<_>>();
+    for (number, event) in log.iter().chain(&end) {
+        match event {
+            Event::Write { offset, data } => {
+                for piece in sectors(*offset, data) {
+                    volatile[*number].push(piece);
+                    cuts.moments += 1;
+                    if disks[*number].put(piece) {
+                        disks.iter().for_each(CutDisk::forget);
+                        cuts.looked_at += 1;
+                        see(&disks);
+                    }
+                }
+            }
+            Event::Flush => {
+                // All of one disk and nothing of the others, then whatever chance has it.
+                for mixture in 0..stores.len() + MIXTURES {
+                    let mixed = durable.iter().zip(&volatile).enumerate().map(|(number, (durable, volatile))| {
+                        let mut mixed = durable.clone();
+                        let pieces = volatile.iter();
+                        pieces
+                            .filter(|_| if mixture < stores.len() { mixture == number } else { chosen() })
+                            .for_each(|piece| put(&mut mixed, *piece));
+                        CutDisk::new(mixed)
+                    });
+                    see(&mixed.collect::<Vec<_>>());
+                    cuts.moments += 1;
+                    cuts.looked_at += 1;
+                }
+                volatile[*number].drain(..).for_each(|piece| put(&mut durable[*number], piece));
+            }
+        }
+    }
+    cuts
+}
+
+/// A write as the disk's sectors have it, the first and the last perhaps in part.
+fn sectors(mut offset: usize, mut data: &[u8]) -> Vec<Piece<'_>> {
+    let mut pieces = Vec::with_capacity(data.len() / SECTOR + 2);
+    while !data.is_empty() {
+        let (piece, rest) = data.split_at(data.len().min(SECTOR - offset % SECTOR));
+        pieces.push((offset, piece));
+        (offset, data) = (offset + piece.len(), rest);
+    }
+    pieces
+}
+
+fn put(disk: &mut [u8], (offset, piece): Piece<'_>) {
+    disk[offset..offset + piece.len()].copy_from_slice(piece);
+}
+
+impl CutDisk {
+    fn new(bytes: Vec<u8>) -> Self {
+        let sectors = bytes.len().div_ceil(SECTOR);
+        Self { disk: MemoryStore::from(bytes), read: Mutex::new(vec![false; sectors]) }
+    }
+
+    /// Writes a piece of a sector; whether that makes a difference to who read the disk.
+    fn put(&self, (offset, piece): Piece<'_>) -> bool {
+        let mut now = vec![0; piece.len()];
+        self.disk.read_at(&mut now, offset as u64).unwrap();
+        self.disk.write_at(piece, offset as u64).unwrap();
+        now != piece && self.read.lock().unwrap()[offset / SECTOR]
+    }
+
+    fn forget(&self) {
+        self.read.lock().unwrap().fill(false);
+    }
+
+    /// A copy of what the disk holds.
+    pub fn snapshot(&self) -> Vec<u8> {
+        self.read.lock().unwrap().fill(true);
+        self.disk.snapshot()
+    }
+}
+
+impl BlockStore for CutDisk {
+    fn len(&self) -> u64 {
+        self.disk.len()
+    }
+
+    fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        let start = usize::try_from(offset).unwrap();
+        let end = (start + data.len()).div_ceil(SECTOR);
+        self.disk.read_at(data, offset)?;
+        self.read.lock().unwrap()[start / SECTOR..end].fill(true);
+        Ok(())
+    }
+
+    fn write_at(&self, _data: &[u8], _offset: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
 }
 
 impl BlockStore for RecordingStore {
@@ -89,16 +214,60 @@ impl BlockStore for RecordingStore {
         self.check(offset, data.len());
         self.now.write_at(data, offset)?;
         let event = Event::Write { offset: usize::try_from(offset).unwrap(), data: data.to_vec() };
-        self.log.lock().unwrap().push(event);
+        self.log.lock().unwrap().push((self.number, event));
         Ok(())
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.log.lock().unwrap().push(Event::Flush);
+        self.log.lock().unwrap().push((self.number, Event::Flush));
         Ok(())
     }
 
     fn discard(&self, _offset: u64, _len: u64) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn byte(disk: &dyn BlockStore, at: usize) -> u8 {
+        let mut byte = [0];
+        disk.read_at(&mut byte, at as u64).unwrap();
+        byte[0]
+    }
+
+    #[test]
+    fn every_sector_that_is_read_is_seen_to_change_and_no_other() {
+        let store = RecordingStore::new(vec![0; 64 * SECTOR], 1);
+        store.write_at(&[1; 40 * SECTOR], 100).unwrap();
+        store.flush().unwrap();
+        for sector in 1..40 {
+            let mut found = Vec::new();
+            let cuts = store.cut_everywhere(&mut |disk| found.push(byte(disk, sector * SECTOR)));
+            // The write begins and ends within sectors. At the end there is nothing more to mix.
+            assert_eq!(cuts.moments, 1 + 41 + 2 * (1 + MIXTURES));
+            assert_eq!(cuts.looked_at, 1 + 1 + 2 * (1 + MIXTURES));
+            assert_eq!(found[..2], [0, 1]);
+        }
+        let cuts = store.cut_everywhere(&mut |disk| drop(disk.snapshot()));
+        assert_eq!(cuts.moments, cuts.looked_at);
+    }
+
+    #[test]
+    fn what_is_not_flushed_may_be_missing_and_what_is_may_not() {
+        let first = RecordingStore::new(vec![0; SECTOR], 1);
+        let second = first.beside(vec![0; SECTOR]);
+        first.write_at(&[1], 0).unwrap();
+        second.write_at(&[1], 0).unwrap();
+        second.flush().unwrap();
+        second.write_at(&[2], 0).unwrap();
+        let mut seen = std::collections::BTreeSet::new();
+        first.cut_both_everywhere(&second, &mut |first, second| {
+            seen.insert((byte(first, 0), byte(second, 0)));
+        });
+        let all = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)];
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), all);
     }
 }

@@ -6,7 +6,7 @@ use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::{self, HashAlgorithm, Limits, LuksError, PendingFormat, luks1, luks2};
+use engine::luks::{self, Disks, HashAlgorithm, Limits, LuksError, PendingFormat, luks1, luks2};
 use engine::signature::{Content, examine};
 use engine::store::{BlockStore, FaultyStore, MemoryStore, Operation};
 use engine::xts::Xts;
@@ -32,12 +32,21 @@ impl Format {
         }
     }
 
-    fn begin(self, store: &dyn BlockStore) -> Result<PendingFormat, LuksError> {
+    /// A disk for the header alone.
+    fn header_len(self) -> usize {
+        let len = match self {
+            Luks1 => luks1::header_len(VolumeKey::AES_256),
+            Luks2 => quick_luks2().layout.header_len(),
+        };
+        usize::try_from(len).unwrap()
+    }
+
+    fn begin<'d>(self, disks: impl Into<Disks<'d>>) -> Result<PendingFormat, LuksError> {
         let passphrase = Passphrase::new(PASSPHRASE.to_vec());
         let (key, random) = (key(VolumeKey::AES_256), &mut noise(3));
         match self {
-            Luks1 => luks1::begin(store, &quick_luks1(HashAlgorithm::Sha256), &passphrase, key, random),
-            Luks2 => luks2::begin(store, &quick_luks2(), &passphrase, key, random),
+            Luks1 => luks1::begin(disks, &quick_luks1(HashAlgorithm::Sha256), &passphrase, key, random),
+            Luks2 => luks2::begin(disks, &quick_luks2(), &passphrase, key, random),
         }
     }
 }
@@ -64,37 +73,40 @@ enum State {
     Volume,
 }
 
-fn state(disk: &MemoryStore) -> State {
-    let disk: &dyn BlockStore = disk;
-    match (luks::read(disk, &Limits::default()), examine(disk).unwrap()) {
+fn state<'d>(disks: impl Into<Disks<'d>>) -> State {
+    let disks = disks.into();
+    let disk = disks.header();
+    match (luks::read(disks, &Limits::default()), examine(disk).unwrap()) {
         (Err(LuksError::NotLuks), Content::Blank) => State::Blank,
         (Err(LuksError::Unfinished), Content::Unfinished) => State::Unfinished,
         (Ok(volume), Content::Known(_)) => {
             let volume = volume.unlock(disk, &Passphrase::new(PASSPHRASE.to_vec())).unwrap();
             assert_eq!(volume.key.expose(), key(VolumeKey::AES_256).expose());
-            assert!(has_data(disk, &volume.key, volume.segment), "a volume without its filesystem");
+            assert!(has_data(disks.data(), &volume.key, volume.segment), "a volume without its filesystem");
             State::Volume
         }
         other => panic!("neither blank nor unfinished nor a volume: {other:?}"),
     }
 }
 
-/// Every state in the order of the cuts, each written once in a row.
+/// Every state in the order of the cuts, each once.
 fn states(store: &RecordingStore) -> Vec<State> {
-    let mut random = noise(11);
-    let mut choose = || {
-        let mut byte = [0];
-        random(&mut byte).unwrap();
-        byte[0] & 1 == 1
-    };
     let mut seen: Vec<State> = Vec::new();
-    store.cut_everywhere(4001, &mut choose, &mut |disk| {
-        let state = state(disk);
-        if !seen.contains(&state) {
-            seen.push(state);
-        }
-    });
+    store.cut_everywhere(&mut |disk| note(&mut seen, state(disk)));
     seen
+}
+
+/// The same for a header's disk and its data's.
+fn detached_states(header: &RecordingStore, data: &RecordingStore) -> Vec<State> {
+    let mut seen: Vec<State> = Vec::new();
+    header.cut_both_everywhere(data, &mut |header, data| note(&mut seen, state(Disks::detached(header, data))));
+    seen
+}
+
+fn note(seen: &mut Vec<State>, state: State) {
+    if !seen.contains(&state) {
+        seen.push(state);
+    }
 }
 
 #[test]
@@ -106,6 +118,29 @@ fn a_format_cut_anywhere_leaves_blank_or_unfinished_or_a_whole_volume() {
         pending.commit(&store).unwrap();
         let expected = [State::Blank, State::Unfinished, State::Volume];
         assert_eq!(states(&store), expected, "{format:?}, blocks of {alignment}");
+    }
+}
+
+#[test]
+fn a_format_with_a_detached_header_is_cut_on_either_disk_and_leaves_the_same() {
+    for (format, alignment) in [Luks1, Luks2].into_iter().flat_map(|format| ALIGNMENTS.map(|blocks| (format, blocks))) {
+        let header = RecordingStore::new(vec![0; format.header_len()], alignment);
+        // What the data's disk held before is nobody's concern, and no volume.
+        let data = header.beside(vec![0xa7; 6 << 20]);
+        let disks = Disks::detached(&header, &data);
+        let pending = format.begin(disks).unwrap();
+        write_data(&data, &pending);
+        pending.commit(disks).unwrap();
+        let expected = [State::Blank, State::Unfinished, State::Volume];
+        assert_eq!(detached_states(&header, &data), expected, "{format:?}, blocks of {alignment}");
+
+        let header = RecordingStore::new(vec![0; format.header_len()], alignment);
+        let data = header.beside(vec![0xa7; 6 << 20]);
+        let disks = Disks::detached(&header, &data);
+        format.begin(disks).unwrap().abandon(disks).unwrap();
+        let expected = [State::Blank, State::Unfinished];
+        assert_eq!(detached_states(&header, &data), expected, "{format:?}, blocks of {alignment}");
+        assert_eq!(examine(&header as &dyn BlockStore).unwrap(), Content::Blank);
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use engine::luks::{self, Backup, Dump, LuksError, luks1, luks2};
+use engine::luks::{self, Backup, Dump, LuksError, Repair, luks2};
 use engine::store::{Access, Caching, FileStore};
 
 use super::tell;
@@ -20,8 +20,8 @@ pub(super) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// LUKS2: write the broken one of the two headers anew, from the whole one. LUKS1: mend what describes keyslots that hold
-    /// no key.
+    /// Write the broken one of a LUKS2 volume's two headers anew, from the whole one; put right what a partition table has
+    /// damaged in the header of a LUKS1 volume. Does what `cryptsetup repair` does.
     Repair {
         /// The disk or file that holds the header.
         device: PathBuf,
@@ -77,25 +77,21 @@ pub(super) fn run(args: Args) -> Result<()> {
 fn repair(device: &Path) -> Result<()> {
     let name = || device.display().to_string();
     let (disk, _lock) = disk::open_header(device)?;
-    match luks1::repair(&disk) {
-        Ok(mended) if mended.is_empty() => return tell(format_args!("{}: the header is whole\n", name())),
-        Ok(mended) => {
-            let mended: Vec<String> = mended.iter().map(usize::to_string).collect();
-            let mended = mended.join(", ");
-            return tell(format_args!("{}: mended what describes keyslots without a key: {mended}\n", name()));
+    let repair = luks::repair(&disk, &mut system::random).with_context(name)?;
+    let said = match &repair {
+        Repair::Luks1(fixes) if fixes.is_empty() => vec!["the header is whole".to_owned()],
+        Repair::Luks1(fixes) => fixes.iter().map(ToString::to_string).collect(),
+        Repair::Luks2(repaired) => {
+            let said = match (repaired.primary, repaired.secondary) {
+                (false, false) => "both headers are whole",
+                (true, false) => "the first header was written anew",
+                (false, true) => "the second header was written anew",
+                (true, true) => "both headers were written anew",
+            };
+            vec![said.to_owned()]
         }
-        // Of a LUKS2 volume the second header may be all there is.
-        Err(LuksError::Version(_) | LuksError::NotLuks) => {}
-        Err(error) => return Err(error).with_context(name),
-    }
-    let repaired = luks2::repair(&disk, &mut system::random).with_context(name)?;
-    let said = match (repaired.primary, repaired.secondary) {
-        (false, false) => "both headers are whole",
-        (true, false) => "the first header was written anew",
-        (false, true) => "the second header was written anew",
-        (true, true) => "both headers were written anew",
     };
-    tell(format_args!("{}: {said}\n", name()))
+    tell(said.iter().map(|said| format!("{}: {said}\n", name())).collect::<String>())
 }
 
 fn set(args: Set) -> Result<()> {

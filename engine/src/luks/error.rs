@@ -18,9 +18,17 @@ pub enum LuksError {
     Version(u16),
     /// The header contradicts the specification.
     #[error(
-        "its LUKS header is corrupt: {field} is {found}; restore the header from a backup, or try `cryptsetup repair`"
+        "its LUKS header is corrupt: {field} is {found}; try `nbdcrypt header repair`, or restore the header from a backup"
     )]
     Corrupt {
+        /// The field, as the specification names it.
+        field: String,
+        /// What stands there.
+        found: String,
+    },
+    /// The header contradicts the specification, and what should stand there is not known.
+    #[error("its LUKS header is corrupt, and cannot be repaired: {field} is {found}; restore the header from a backup")]
+    BeyondRepair {
         /// The field, as the specification names it.
         field: String,
         /// What stands there.
@@ -174,6 +182,14 @@ pub enum LuksError {
 impl LuksError {
     pub(super) fn corrupt(field: impl Into<String>, found: impl Into<String>) -> Self {
         Self::Corrupt { field: field.into(), found: found.into() }
+    }
+
+    /// What is wrong with a header, once it was tried to repair it.
+    pub(super) fn beyond_repair(self) -> Self {
+        match self {
+            Self::Corrupt { field, found } => Self::BeyondRepair { field, found },
+            other => other,
+        }
     }
 
     pub(super) fn impossible(option: &'static str, found: impl ToString, rule: impl Into<String>) -> Self {

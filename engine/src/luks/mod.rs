@@ -23,6 +23,7 @@ mod keyslot;
 pub mod luks1;
 pub mod luks2;
 pub mod plain;
+mod repair;
 
 use std::io;
 use std::num::NonZeroU32;
@@ -35,6 +36,7 @@ pub use error::LuksError;
 pub use format::{PendingFormat, abandon_unfinished};
 pub use hash::HashAlgorithm;
 pub use keys::{NewKey, read_for_keys};
+pub use repair::{Repair, repair};
 
 use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{Lba512, SectorSize};

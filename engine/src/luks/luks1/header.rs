@@ -23,9 +23,9 @@ pub const SALT_LEN: usize = 32;
 
 const VERSION: u16 = 1;
 /// `LUKS_KEY_ENABLED`.
-const ENABLED: u32 = 0x00AC_71F3;
+pub(super) const ENABLED: u32 = 0x00AC_71F3;
 /// `LUKS_KEY_DISABLED`.
-const DISABLED: u32 = 0x0000_DEAD;
+pub(super) const DISABLED: u32 = 0x0000_DEAD;
 /// More than any cipher's; it bounds the key material to 1 MiB a slot.
 const MAX_KEY_LEN: u32 = 256;
 
@@ -70,61 +70,36 @@ pub struct Keyslot {
     pub stripes: u32,
 }
 
-/// The header, byte for byte.
+/// The header, field by field.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(super) struct RawHeader {
-    magic: [u8; 6],
-    version: U16,
-    cipher_name: [u8; 32],
-    cipher_mode: [u8; 32],
-    hash_spec: [u8; 32],
-    payload_offset: U32,
+    pub(super) magic: [u8; 6],
+    pub(super) version: U16,
+    pub(super) cipher_name: [u8; 32],
+    pub(super) cipher_mode: [u8; 32],
+    pub(super) hash_spec: [u8; 32],
+    pub(super) payload_offset: U32,
     pub(super) key_bytes: U32,
-    mk_digest: [u8; DIGEST_LEN],
-    mk_digest_salt: [u8; SALT_LEN],
-    mk_digest_iter: U32,
-    uuid: [u8; 40],
+    pub(super) mk_digest: [u8; DIGEST_LEN],
+    pub(super) mk_digest_salt: [u8; SALT_LEN],
+    pub(super) mk_digest_iter: U32,
+    pub(super) uuid: [u8; 40],
     pub(super) key_slots: [RawKeyslot; KEYSLOTS],
 }
 
-/// A keyslot, byte for byte.
+/// One of its keyslots.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(super) struct RawKeyslot {
-    active: U32,
-    iterations: U32,
-    salt: [u8; SALT_LEN],
+    pub(super) active: U32,
+    pub(super) iterations: U32,
+    pub(super) salt: [u8; SALT_LEN],
     pub(super) key_material_offset: U32,
-    stripes: U32,
+    pub(super) stripes: U32,
 }
 
 const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
-
-impl RawKeyslot {
-    /// Whether a passphrase may be set: it is, or the state is none, and what only a key has is there.
-    pub(super) fn may_hold_a_key(&self) -> bool {
-        match self.active.get() {
-            ENABLED => true,
-            DISABLED => false,
-            _ => self.iterations.get() != 0 || self.salt != [0; SALT_LEN],
-        }
-    }
-
-    /// Describes a keyslot without a key whose material would begin at sector `offset`; whether it was described otherwise.
-    pub(super) fn lay_out(&mut self, offset: u32) -> bool {
-        let is_right = self.active.get() == DISABLED
-            && self.key_material_offset.get() == offset
-            && self.stripes.get() as usize == STRIPES;
-        if is_right {
-            return false;
-        }
-        let stripes = u32::try_from(STRIPES).unwrap_or(u32::MAX).into();
-        let (active, key_material_offset) = (DISABLED.into(), offset.into());
-        *self = Self { active, iterations: 0.into(), salt: [0; SALT_LEN], key_material_offset, stripes };
-        true
-    }
-}
 
 impl Header {
     /// Reads the header from the first bytes of a disk.

@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 pub use format::{Options, begin, header_len};
 pub use header::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, SALT_LEN};
 pub use keys::{add_key, remove_key};
-pub use repair::repair;
+pub use repair::{Fix, repair};
 
 use super::hash::HashAlgorithm;
 use super::{DataDisk, Disks, Limits, LuksError, Segment, UnlockedVolume, kdf, keyslot};

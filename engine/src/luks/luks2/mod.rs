@@ -26,7 +26,7 @@ pub use layout::Layout;
 pub use metadata::{AntiForensic, Area, Config, DataSegment, Digest, Kdf, Keyslot, Metadata, Token};
 pub use settings::{FLAGS, Priority, Settings, change_settings, set_priority};
 pub use tokens::{export_token, import_token, remove_token};
-pub use update::repair;
+pub use update::{Repaired, repair};
 
 use super::hash::HashAlgorithm;
 use super::kdf::{self, Argon2Cost, Argon2Error};
