@@ -1,6 +1,8 @@
 //! The same bytes through the kernel's dm-crypt and through `nbdcrypt serve`, both ways and from the first sector to the
 //! last, for each format, sector size and key size, with the header on the disk and detached, and without any.
 
+use std::time::Duration;
+
 use harness::kernel::Kernel;
 use harness::nbdcrypt::binary;
 
@@ -9,8 +11,8 @@ const FUNCTIONS: &str = r#"
 modprobe -a loop dm-crypt
 printf ThisIs-a-SecretPassword > key; chmod 600 key
 head -c 64 /dev/urandom > raw; chmod 600 raw
-head -c 20M /dev/urandom > noise
-head -c 24M /dev/urandom > other
+head -c 4M /dev/urandom > noise
+head -c 4M /dev/urandom > other
 uri="nbd+unix:///?socket=socket"
 serve() {
   rm -f address; mkfifo address
@@ -18,7 +20,8 @@ serve() {
   read -r line < address || { wait $server; exit 1; }
 }
 stop() { kill $server; wait $server; }
-new() { rm -f disk header; truncate -s 20M disk; }
+# `new HEADER`: a disk of as much data as there is noise, behind a header of that size.
+new() { rm -f disk header; truncate -s "$1" disk; truncate -s +4M disk; }
 same() {
   serve $2
   size=$(nbdinfo --size "$uri")
@@ -39,7 +42,8 @@ quick="--pbkdf pbkdf2 --pbkdf-force-iterations 1000"
 "#;
 
 fn expect(steps: &str, same: usize) {
-    let kernel = Kernel::new();
+    // A dozen volumes, each opened four times: minutes, where cores are few and busy.
+    let kernel = Kernel::new().patient(Duration::from_secs(900));
     let output = kernel.expect(&format!("nbdcrypt={}\n{FUNCTIONS}{steps}\necho done\n", binary().display()));
     assert_eq!(output.matches("same: ").count(), same, "{output}");
     assert!(output.ends_with("done\n"), "{output}");
@@ -51,10 +55,10 @@ fn luks_volumes_of_either_are_the_same_for_both() {
     let steps = r#"
         for layout in "luks2 4096 512" "luks2 4096 256" "luks2 512 512" "luks2 2048 512" "luks1 512 256" "luks1 512 512"; do
           set -- $layout
-          sector="--sector-size $2"; if test $1 = luks1; then sector=; fi
-          new; $nbdcrypt format --type $1 $sector --key-size $3 $quick --key-file key disk
+          sector="--sector-size $2"; header=16M; if test $1 = luks1; then sector=; header=2M; fi
+          new $header; $nbdcrypt format --type $1 $sector --key-size $3 $quick --key-file key disk
           same "ours, $layout" "--key-file key disk" "--type $1 --key-file key disk"
-          new; cryptsetup luksFormat -q --type $1 $sector --key-size $3 $quick --key-file key disk
+          new $header; cryptsetup luksFormat -q --type $1 $sector --key-size $3 $quick --key-file key disk
           same "theirs, $layout" "--key-file key disk" "--type $1 --key-file key disk"
         done"#;
     expect(steps, 12);
@@ -64,13 +68,19 @@ fn luks_volumes_of_either_are_the_same_for_both() {
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux, cryptsetup and nbdcopy: run `make test`")]
 fn detached_headers_of_either_are_the_same_for_both() {
     let steps = r#"
-        for layout in "luks2 --sector-size=4096" "luks1" "luks2 --offset=32768" "luks1 --offset=8192"; do
+        while read -r header layout; do
           set -- $layout
-          new; $nbdcrypt format --type $layout $quick --header header --key-file key disk
+          new $header; $nbdcrypt format --type $layout $quick --header header --key-file key disk
           same "ours, $layout" "--key-file key --header header disk" "--type $1 --key-file key --header header disk"
-          new; cryptsetup luksFormat -q --type $layout $quick --header header --key-file key disk
+          new $header; cryptsetup luksFormat -q --type $layout $quick --header header --key-file key disk
           same "theirs, $layout" "--key-file key --header header disk" "--type $1 --key-file key --header header disk"
-        done"#;
+        done << "layouts"
+0 luks2 --sector-size=4096
+0 luks1
+16M luks2 --offset=32768
+4M luks1 --offset=8192
+layouts
+"#;
     expect(steps, 8);
 }
 
@@ -78,7 +88,7 @@ fn detached_headers_of_either_are_the_same_for_both() {
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux, cryptsetup and nbdcopy: run `make test`")]
 fn plain_volumes_are_the_same_for_both() {
     let steps = r#"
-        new
+        new 0
         plain() {
           same "plain $*" "--type plain --key-file raw $* disk" \
             "--type plain --cipher aes-xts-plain64 --key-file raw --key-size 512 $* disk"
@@ -94,7 +104,7 @@ fn plain_volumes_are_the_same_for_both() {
           "--type plain --cipher aes-xts-plain64 --key-file raw --key-size 256 disk"
         # A passphrase, as from a terminal: dm-crypt's comes over standard input, without --key-file.
         for hash in sha256 sha512 ripemd160 sha1 plain; do
-          new; serve --type plain --hash $hash --key-file key disk
+          new 0; serve --type plain --hash $hash --key-file key disk
           nbdcopy noise "$uri"; stop
           cryptsetup open --type plain --cipher aes-xts-plain64 --key-size 512 --hash $hash disk theirs < key
           cmp noise /dev/mapper/theirs
