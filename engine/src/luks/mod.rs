@@ -32,7 +32,7 @@ use uuid::Uuid;
 
 pub use backup::Backup;
 pub use disks::{DataDisk, Disks};
-pub use error::LuksError;
+pub use error::{KeyslotFault, LuksError};
 pub use format::{PendingFormat, abandon_unfinished};
 pub use hash::HashAlgorithm;
 pub use keys::{NewKey, read_for_keys};
@@ -175,8 +175,8 @@ impl LockedVolume {
     /// Tries the passphrase on the keyslots, in their order. `store` is the header's disk.
     ///
     /// # Errors
-    /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`] when it opens none, and
-    /// not all could be tried.
+    /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`],
+    /// [`LuksError::UnreadableKeyslot`] and others when it opens none, and not all could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         match self {
             Self::Luks1(volume) => volume.unlock(store, passphrase),

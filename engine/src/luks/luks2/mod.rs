@@ -194,7 +194,7 @@ impl Locked {
     ///
     /// # Errors
     /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`],
-    /// [`LuksError::Unsupported`], [`LuksError::TooExpensive`] or [`LuksError::OutOfMemory`] when it opens none, and not all could be tried.
+    /// [`LuksError::UnreadableKeyslot`], [`LuksError::Unsupported`], [`LuksError::TooExpensive`] or [`LuksError::OutOfMemory`] when it opens none, and not all could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         let mut refusal = LuksError::NoKeyslot;
         for (id, opening) in &self.keyslots {
@@ -202,7 +202,7 @@ impl Locked {
             let refused = match opening {
                 Ok(opening) => match self.try_keyslot(keyslot, opening, store, passphrase) {
                     Ok(key) => return Ok(UnlockedVolume { key, segment: self.segment, keyslot }),
-                    Err(error @ (LuksError::Store(_) | LuksError::Key(_))) => return Err(error),
+                    Err(error @ LuksError::Key(_)) => return Err(error),
                     Err(error) => error,
                 },
                 Err(unusable) => unusable.error(),
@@ -261,7 +261,8 @@ impl Locked {
         passphrase: &Passphrase,
     ) -> Result<VolumeKey, LuksError> {
         let mut material = Zeroizing::new(vec![0; keyslot::material_len(self.key_len)]);
-        read_unaligned(store, &mut material, opening.offset)?;
+        read_unaligned(store, &mut material, opening.offset)
+            .map_err(|source| LuksError::UnreadableKeyslot { keyslot, source })?;
         if let Some(sector) = keyslot::damaged_sector(&material) {
             let sector = opening.offset / SectorSize::B512.bytes_u64() + sector as u64;
             return Err(LuksError::DamagedKeyslot { keyslot, sector });
