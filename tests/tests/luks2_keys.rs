@@ -334,6 +334,7 @@ fn cryptsetup_works_on_the_header_of_a_volume_that_is_served_and_nbdcrypt_does_n
     assert!(address.starts_with("nbd+unix:"), "{address}");
     let said = bench.refusal(&["key", "add", "disk", "--key-file", "key0", "--new-key-file", "key1"]);
     assert!(said.contains("in use"), "{said}");
+    bench.nbdcrypt(&["header", "backup", "disk", "saved"]);
     // Its own lock on the header it would wait for, for ever.
     let patiently = |arguments: &[&str]| bench.run("timeout", ["20", "cryptsetup"].iter().chain(arguments).copied());
     assert!(patiently(&["luksDump", "disk"]).contains("Keyslots:"));
@@ -366,6 +367,13 @@ fn a_header_that_cryptsetup_is_at_work_on_is_left_alone() {
     let said = bench.refusal(&label);
     assert!(said.contains("cryptsetup is at work on its header"), "{said}");
     assert_eq!(metadata(&bench), before);
+    // It reads. So may we.
+    bench.nbdcrypt(&["header", "backup", "disk", "saved"]);
+    cryptsetups.unlock().unwrap();
+    cryptsetups.lock().unwrap();
+    let said = bench.refusal(&["header", "backup", "disk", "saved while it changes"]);
+    assert!(said.contains("cryptsetup is at work on its header"), "{said}");
+    assert!(!bench.path("saved while it changes").exists());
     // It does not take long, and is waited for.
     let unlocker = std::thread::spawn(move || {
         std::thread::sleep(std::time::Duration::from_secs(1));
@@ -390,6 +398,11 @@ fn on_a_block_device_cryptsetups_lock_is_a_file_of_its_own() {
         lock.lock().unwrap();
         let said = bench.refusal(&label);
         assert!(said.contains("cryptsetup is at work") && said.contains(&number), "{said}");
+        let said = bench.refusal(&["header", "backup", &device, "saved"]);
+        assert!(said.contains("cryptsetup is at work") && said.contains(&number), "{said}");
+        lock.unlock().unwrap();
+        lock.lock_shared().unwrap();
+        bench.nbdcrypt(&["header", "backup", &device, "saved"]);
     });
     bench.run("losetup", ["--detach", &device]);
     outcome.unwrap();
