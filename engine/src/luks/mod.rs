@@ -67,7 +67,8 @@ pub struct Limits {
     pub iterations: NonZeroU32,
     /// The most memory that Argon2 may take, in KiB. The default, 4 GiB, is the most that cryptsetup ever makes.
     pub argon2_memory: u32,
-    /// The most passes of Argon2 over its memory. The default is 100; cryptsetup makes 4 and a few more.
+    /// The most passes of Argon2 over the most memory; over less, so many more as take the same time. The default is 100;
+    /// cryptsetup makes 4 over a GiB, and hundreds over the few MiB that `--pbkdf-memory` leaves it.
     pub argon2_time: u32,
     /// The most lanes of Argon2, each a thread. The default is 16; cryptsetup makes 4 at most.
     pub argon2_lanes: u32,
@@ -85,6 +86,13 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// The most passes of Argon2 over so much memory, in KiB.
+    pub fn argon2_passes(&self, memory: u32) -> u32 {
+        // Over less than this, it is not the memory that takes the time.
+        const LEAST: u32 = 1 << 10;
+        self.argon2_time.saturating_mul((self.argon2_memory / memory.max(LEAST)).max(1))
+    }
+
     /// So many iterations, as `field` asks for them, if that is allowed.
     fn iterations(&self, field: impl Fn() -> String, found: u32) -> Result<NonZeroU32, LuksError> {
         let iterations = NonZeroU32::new(found).ok_or_else(|| LuksError::corrupt(field(), "0"))?;
