@@ -15,7 +15,7 @@ const MAX_KEY_LEN: u32 = 512;
 /// More than any salt or digest has, in bytes.
 const MAX_BYTES: usize = 1024;
 /// The most that the specification allows for all key material.
-pub(super) const MAX_KEYSLOTS_SIZE: u64 = 128 << 20;
+pub(in crate::luks) const MAX_KEYSLOTS_SIZE: u64 = 128 << 20;
 /// Objects of a kind that cryptsetup allows.
 pub(super) const MAX_OBJECTS: u32 = 32;
 
@@ -198,10 +198,17 @@ impl Metadata {
             let missing = wanted.iter().find(|id| !exists(id));
             missing.map_or(Ok(()), |id| Err(field.corrupt(format!("a list with {id}, which is not there"))))
         };
+        // One that is named a thousand times would be tried as often. (Of those that exist, there are few.)
+        let once = |field: Field<'_>, ids: &[u32]| {
+            let twice = (1..ids.len()).find(|at| ids[..*at].contains(&ids[*at]));
+            twice.map_or(Ok(()), |at| Err(field.corrupt(format!("a list with {} twice", ids[at]))))
+        };
         for (id, digest) in &self.digests {
             let field = root.get("digests").get(&id.to_string());
             exist(field.get("keyslots"), &digest.keyslots, &|id| self.keyslots.contains_key(id))?;
             exist(field.get("segments"), &digest.segments, &|id| self.segments.contains_key(id))?;
+            once(field.get("keyslots"), &digest.keyslots)?;
+            once(field.get("segments"), &digest.segments)?;
         }
         for (id, token) in &self.tokens {
             let field = root.get("tokens").get(&id.to_string()).get("keyslots");
@@ -335,6 +342,10 @@ fn segment(field: &Field<'_>) -> Result<DataSegment, LuksError> {
     }
     if !segment.offset.is_multiple_of(LBA_UNIT) {
         return Err(field.get("offset").corrupt(segment.offset.to_string()));
+    }
+    // dm-crypt: "Invalid iv_offset sector".
+    if !segment.iv_tweak.is_multiple_of(u64::from(segment.sector_size) / LBA_UNIT) {
+        return Err(field.get("iv_tweak").corrupt(segment.iv_tweak.to_string()));
     }
     if segment.size.is_some_and(|size| size == 0 || !size.is_multiple_of(u64::from(segment.sector_size))) {
         return Err(size.corrupt(format!("{}, not whole sectors", size.text()?)));

@@ -23,6 +23,7 @@ pub use format::{KdfOptions, Options, begin};
 pub use header::BinaryHeader;
 pub use keys::{add_key, change_key, remove_key};
 pub use layout::Layout;
+pub(super) use metadata::MAX_KEYSLOTS_SIZE;
 pub use metadata::{AntiForensic, Area, Config, DataSegment, Digest, Kdf, Keyslot, Metadata, Token};
 pub use settings::{FLAGS, Priority, Settings, change_settings, set_priority};
 pub use tokens::{export_token, import_token, remove_token};
@@ -321,7 +322,7 @@ impl Opening {
             },
             Kdf::Argon2 { is_id, time, memory, cpus, salt } => {
                 let cost = Argon2Cost {
-                    time: within("time", *time, limits.argon2_time)?,
+                    time: within("time", *time, limits.argon2_passes(*memory))?,
                     memory: within("memory", *memory, limits.argon2_memory)?,
                     lanes: within("cpus", *cpus, limits.argon2_lanes)?,
                 };
