@@ -81,6 +81,14 @@ fn an_error_names_the_field_and_what_stands_there() {
         ("/keyslots/0/area/offset", json!("+32768"), "keyslots.0.area.offset is \"+32768\", not a number in quotes"),
         ("/keyslots/0/area/size", json!("4096"), "keyslots.0.area.size is 4096, too few"),
         ("/keyslots/0/area/encryption", json!("serpent-xts-plain64"), "the cipher serpent-xts-plain64"),
+        (
+            "/keyslots/0/area/encryption",
+            json!("aes\u{1b}[31m"),
+            "keyslots.0.area.encryption is \"aes\\u001b[31m\", not a name",
+        ),
+        ("/segments/0/encryption", json!("aes\u{9b}31m"), "segments.0.encryption is \"aes\\u{9b}31m\", not a name"),
+        ("/keyslots/\u{1b}[31m", json!({}), "keyslots.\\u{1b}[31m is no number"),
+        ("/config/requirements", json!({ "mandatory": ["\u{7}"] }), "config.requirements.mandatory is [\"\\u0007\"]"),
         ("/keyslots/0/kdf/iterations", json!(0), "keyslots.0.kdf.iterations is 0"),
         ("/keyslots/0/kdf/iterations", json!(u32::MAX), "4294967295 iterations in keyslots.0.kdf.iterations"),
         ("/keyslots/0/kdf/salt", json!("?"), "keyslots.0.kdf.salt is \"?\", not bytes in base64"),
@@ -116,7 +124,12 @@ fn an_error_names_the_field_and_what_stands_there() {
         let text = format!("{pointer} = {value}");
         let error = open(with(pointer, value)).unwrap_err().to_string();
         assert!(error.contains(expected), "{text}: {error}");
+        assert!(!error.contains(char::is_control), "a terminal would obey {error:?}");
     }
+    // A token's type is its maker's affair; it is shown so that a terminal does not obey it.
+    let store = MemoryStore::from(with("/tokens/7", json!({ "type": "\u{1b}[31m", "keyslots": ["0"] })));
+    let shown = luks::dump(&store).unwrap().display("disk");
+    assert!(shown.contains("  7: \\u{1b}[31m\n") && !shown.contains('\u{1b}'), "{shown}");
 }
 
 #[test]

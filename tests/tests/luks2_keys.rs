@@ -274,6 +274,30 @@ fn metadata(bench: &Workbench) -> String {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn a_label_that_is_no_text_opens_and_stays_as_it_was() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    let label = b"caf\xe9\ttab \x1b[31mred";
+    let label_of = std::os::unix::ffi::OsStrExt::from_bytes;
+    let both: [&std::ffi::OsStr; 4] = ["--label".as_ref(), label_of(label), "--subsystem".as_ref(), label_of(label)];
+    let mut cryptsetup = std::process::Command::new("cryptsetup");
+    assert!(cryptsetup.args(["config", "disk"]).args(both).current_dir(bench.path(".")).status().unwrap().success());
+    let stands = || {
+        let disk = std::fs::read(bench.path("disk")).unwrap();
+        [0, 16384].into_iter().all(|at| {
+            [24, 208].into_iter().all(|field| disk[at + field..][..label.len() + 1] == [&label[..], b"\0"].concat())
+        })
+    };
+    assert!(stands());
+    add(&bench, 1, KDFS[1]);
+    assert!(stands());
+    assert!(bench.cryptsetup_opens("disk", "1", "key1"));
+    let shown = bench.nbdcrypt(&["dump", "disk"]);
+    assert!(shown.contains("Label:         \tcaf\\xe9\\u{9}tab \\u{1b}[31mred\n"), "{shown}");
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
 fn what_we_do_not_know_is_written_back_to_the_letter() {
     let bench = workbench();
     luks_format(&bench, KDFS[1], "512");

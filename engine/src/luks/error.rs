@@ -2,6 +2,7 @@
 
 use std::io;
 
+use super::printable;
 use crate::key::VolumeKeyError;
 
 /// Why a volume could not be opened or made: what was found, and what to do.
@@ -235,7 +236,7 @@ impl LuksError {
     }
 
     pub(super) fn corrupt(field: impl Into<String>, found: impl Into<String>) -> Self {
-        Self::Corrupt { field: field.into(), found: found.into() }
+        Self::Corrupt { field: printable(&field.into()), found: printable(&found.into()) }
     }
 
     /// What is wrong with a header, once it was tried to repair it.

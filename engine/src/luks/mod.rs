@@ -123,6 +123,15 @@ pub struct UnlockedVolume {
     pub keyslot: usize,
 }
 
+/// A header's text, for people: what a terminal would obey is shown by its number.
+fn printable(text: &str) -> String {
+    let shown = |letter: char| match letter.is_control() {
+        true => letter.escape_unicode().to_string(),
+        false => letter.to_string(),
+    };
+    text.chars().map(shown).collect()
+}
+
 /// What a header says, with nothing secret in it. Its cipher may be one that nbdcrypt does not do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Dump {
