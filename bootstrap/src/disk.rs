@@ -132,7 +132,7 @@ fn in_time(patience: Duration, mut attempt: impl FnMut() -> io::Result<()>) -> i
     }
 }
 
-/// cryptsetup keeps its hands off a header while this lives.
+/// cryptsetup changes nothing in a header while this lives.
 pub struct HeaderLock {
     _file: File,
 }
@@ -144,6 +144,20 @@ pub struct HeaderLock {
 /// [`DiskError`].
 pub fn open_header(path: &Path) -> Result<(FileStore, HeaderLock), DiskError> {
     let store = open(path, Access::ReadWrite, Caching::PageCache)?;
+    Ok((store, lock_header_of(path, FlockOperation::NonBlockingLockExclusive)?))
+}
+
+/// Opens `path` to read its header with the key material, of which no checksum tells whether it was changed meanwhile: under
+/// the lock that cryptsetup takes to read one, and while the volume is up, too.
+///
+/// # Errors
+/// [`DiskError`].
+pub fn open_header_to_read(path: &Path) -> Result<(FileStore, HeaderLock), DiskError> {
+    let store = FileStore::open(path, Access::ReadOnly, Caching::PageCache).map_err(|error| translate(path, error))?;
+    Ok((store, lock_header_of(path, FlockOperation::NonBlockingLockShared)?))
+}
+
+fn lock_header_of(path: &Path, operation: FlockOperation) -> Result<HeaderLock, DiskError> {
     let metadata = std::fs::metadata(path).map_err(|error| translate(path, error))?;
     let lock = match metadata.file_type().is_file() {
         true => path.to_owned(),
@@ -153,8 +167,8 @@ pub fn open_header(path: &Path) -> Result<(FileStore, HeaderLock), DiskError> {
             header_locks().map_err(|error| translate(Path::new(HEADER_LOCKS), error))?.join(name)
         }
     };
-    match lock_header(&lock, metadata.file_type().is_file()) {
-        Ok(file) => Ok((store, HeaderLock { _file: file })),
+    match lock_header(&lock, metadata.file_type().is_file(), operation) {
+        Ok(file) => Ok(HeaderLock { _file: file }),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(DiskError::InUse {
             path: path.to_owned(),
             by: format!("cryptsetup is at work on its header (the lock is {}): try again", lock.display()),
@@ -171,7 +185,7 @@ fn header_locks() -> io::Result<PathBuf> {
     }
 }
 
-fn lock_header(path: &Path, is_there: bool) -> io::Result<File> {
+fn lock_header(path: &Path, is_there: bool, operation: FlockOperation) -> io::Result<File> {
     let nofollow = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
     loop {
         let file = match is_there {
@@ -185,7 +199,7 @@ fn lock_header(path: &Path, is_there: bool) -> io::Result<File> {
                 .custom_flags(nofollow)
                 .open(path)?,
         };
-        in_time(CRYPTSETUP_PATIENCE, || Ok(rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?))?;
+        in_time(CRYPTSETUP_PATIENCE, || Ok(rustix::fs::flock(&file, operation)?))?;
         // cryptsetup removes the file of a lock that nobody holds: then the lock is on one that nobody else finds.
         let now = std::fs::metadata(path).ok().map(|now| (now.dev(), now.ino()));
         let ours = file.metadata()?;

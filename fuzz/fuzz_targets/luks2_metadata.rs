@@ -2,7 +2,7 @@
 #![no_main]
 
 use engine::key::Passphrase;
-use engine::luks::luks2::{BinaryHeader, Header, Locked, Metadata};
+use engine::luks::luks2::{BinaryHeader, Header, Label, Locked, Metadata};
 use engine::luks::{DataDisk, HashAlgorithm, Limits};
 use engine::store::MemoryStore;
 
@@ -10,8 +10,8 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let binary = BinaryHeader {
         header_size: 16384,
         sequence_id: 1,
-        label: String::new(),
-        subsystem: String::new(),
+        label: Label::default(),
+        subsystem: Label::default(),
         checksum_algorithm: HashAlgorithm::Sha256,
         uuid: Default::default(),
     };

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Output};
 
-use harness::luks::Workbench;
+use harness::luks::{PASSPHRASE, Workbench, unlock};
 use harness::nbdcrypt::{binary, told};
 
 fn format(bench: &Workbench, arguments: &[&str]) -> Output {
@@ -77,14 +77,36 @@ fn unasked_it_is_luks2_with_large_sectors_and_argon2id_and_half_the_memory_at_mo
 }
 
 #[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn argon2_takes_as_little_memory_as_asked_for_and_as_many_passes_as_the_time_allows() {
+    let bench = Workbench::new();
+    let little = ["--pbkdf-memory", "512", "--pbkdf-parallel", "1", "--iter-time", "500"];
+    let is_little = |dump: &str| {
+        let number = |name: &str| -> u32 {
+            dump.lines().find_map(|line| line.strip_prefix(&format!("\t{name}"))).unwrap().trim().parse().unwrap()
+        };
+        assert_eq!(number("Memory:"), 512, "{dump}");
+        // More than over the most memory: over so little, they take no longer.
+        assert!(number("Time cost:") > 100, "{dump}");
+        assert!(unlock(&bench.path("disk"), PASSPHRASE).is_ok());
+    };
+    is_little(&formatted(&bench, &[&["--size", "32M"], &little[..], &["disk"]].concat()));
+    bench.run("cryptsetup", [&["luksFormat", "-q", "--key-file", "key"], &little[..], &["disk"]].concat());
+    is_little(&bench.run("cryptsetup", ["luksDump", "disk"]));
+}
+
+#[test]
 fn what_cannot_be_is_refused_by_name_and_leaves_no_file() {
     let bench = Workbench::new();
     for (arguments, words) in [
         (&["--type", "luks1", "--label", "x"][..], "LUKS1 has no --label"),
         (&["--type", "luks1", "--pbkdf", "argon2id"], "LUKS1 has no other key derivation"),
         (&["--type", "luks1", "--offset", "8"], "at least 2068480"),
-        (&["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "10"], "at least 1000 iterations"),
-        (&["--pbkdf-force-iterations", "1000"], "4 to 100 passes"),
+        (&["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "10"], "1000 to 100000000 iterations, not 10"),
+        (&["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "100000001"], "iterations, not 100000001"),
+        (&["--pbkdf-force-iterations", "10000"], "Argon2 makes 4 to "),
+        (&["--pbkdf-force-iterations", "3", "--pbkdf-memory", "64"], "64 KiB, not 3"),
+        (&["--pbkdf-memory", "32", "--pbkdf-parallel", "5"], "5 lanes and 32 KiB"),
         (&["--pbkdf", "pbkdf2", "--pbkdf-memory", "64"], "Argon2's"),
         (&["--pbkdf-force-iterations", "4", "--luks2-metadata-size", "20K"], "metadata size of 20480"),
         (&["--pbkdf-force-iterations", "4", "--offset", "9"], "multiple of 4096"),

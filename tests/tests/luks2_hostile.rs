@@ -81,16 +81,26 @@ fn an_error_names_the_field_and_what_stands_there() {
         ("/keyslots/0/area/offset", json!("+32768"), "keyslots.0.area.offset is \"+32768\", not a number in quotes"),
         ("/keyslots/0/area/size", json!("4096"), "keyslots.0.area.size is 4096, too few"),
         ("/keyslots/0/area/encryption", json!("serpent-xts-plain64"), "the cipher serpent-xts-plain64"),
+        (
+            "/keyslots/0/area/encryption",
+            json!("aes\u{1b}[31m"),
+            "keyslots.0.area.encryption is \"aes\\u001b[31m\", not a name",
+        ),
+        ("/segments/0/encryption", json!("aes\u{9b}31m"), "segments.0.encryption is \"aes\\u{9b}31m\", not a name"),
+        ("/keyslots/\u{1b}[31m", json!({}), "keyslots.\\u{1b}[31m is no number"),
+        ("/config/requirements", json!({ "mandatory": ["\u{7}"] }), "config.requirements.mandatory is [\"\\u0007\"]"),
         ("/keyslots/0/kdf/iterations", json!(0), "keyslots.0.kdf.iterations is 0"),
         ("/keyslots/0/kdf/iterations", json!(u32::MAX), "4294967295 iterations in keyslots.0.kdf.iterations"),
         ("/keyslots/0/kdf/salt", json!("?"), "keyslots.0.kdf.salt is \"?\", not bytes in base64"),
         ("/keyslots/0/kdf", argon2(u64::from(u32::MAX), 4, 1), "keyslots.0.kdf.memory of 4294967295"),
-        ("/keyslots/0/kdf", argon2(1024, 1_000_000, 1), "keyslots.0.kdf.time of 1000000"),
+        ("/keyslots/0/kdf", argon2(1024, 1_000_000, 1), "keyslots.0.kdf.time of 1000000, more than the 409600"),
+        ("/keyslots/0/kdf", argon2(4 << 20, 101, 1), "keyslots.0.kdf.time of 101, more than the 100"),
         ("/keyslots/0/kdf", argon2(1024, 4, 5000), "keyslots.0.kdf.cpus of 5000"),
         ("/keyslots/0/kdf", argon2(0, 4, 1), "keyslots.0.kdf.memory is 0"),
         ("/keyslots/0/kdf", argon2(1, 4, 4), "keyslots.0.kdf is Argon2Cost"),
         ("/keyslots/0/kdf", json!({ "type": "scrypt" }), "the key derivation scrypt"),
         ("/digests/0/keyslots", json!(["5"]), "digests.0.keyslots is a list with 5, which is not there"),
+        ("/digests/0/keyslots", json!(["0", "0"]), "digests.0.keyslots is a list with 0 twice"),
         ("/digests/0/segments", json!([]), "digests is without one for segment 0"),
         ("/digests/0/iterations", json!(u32::MAX), "digests.0.iterations"),
         ("/digests/0/type", json!("sha256"), "the digest sha256"),
@@ -100,6 +110,7 @@ fn an_error_names_the_field_and_what_stands_there() {
         ("/segments/0/offset", json!("32768"), "segments offset is 32768, before the end of the keyslots area"),
         ("/segments/0/offset", json!("16777300"), "segments.0.offset is 16777300"),
         ("/segments/0/offset", json!((1u64 << 62).to_string()), "needs at least 4611686018427392000"),
+        ("/segments/0/iv_tweak", json!("7"), "segments.0.iv_tweak is 7"),
         ("/segments/0/size", json!("4095"), "segments.0.size is 4095, not whole sectors"),
         ("/segments/0/size", json!("8192"), "needs at least 16785408"),
         ("/segments/0/integrity", json!({ "type": "hmac(sha256)" }), "the integrity hmac(sha256)"),
@@ -113,7 +124,12 @@ fn an_error_names_the_field_and_what_stands_there() {
         let text = format!("{pointer} = {value}");
         let error = open(with(pointer, value)).unwrap_err().to_string();
         assert!(error.contains(expected), "{text}: {error}");
+        assert!(!error.contains(char::is_control), "a terminal would obey {error:?}");
     }
+    // A token's type is its maker's affair; it is shown so that a terminal does not obey it.
+    let store = MemoryStore::from(with("/tokens/7", json!({ "type": "\u{1b}[31m", "keyslots": ["0"] })));
+    let shown = luks::dump(&store).unwrap().display("disk");
+    assert!(shown.contains("  7: \\u{1b}[31m\n") && !shown.contains('\u{1b}'), "{shown}");
 }
 
 #[test]
@@ -146,6 +162,18 @@ fn a_keyslot_that_we_cannot_try_does_not_keep_another_from_opening() {
     let volume = luks::read(&store, &Limits::default()).unwrap();
     let error = volume.unlock(&store, &Passphrase::new(b"wrong".to_vec())).unwrap_err();
     assert!(matches!(error, LuksError::Unsupported { what: "key derivation", .. }), "it may be for that one: {error}");
+}
+
+#[test]
+fn a_header_without_a_number_left_for_an_update_opens_and_is_not_changed() {
+    let mut disk = with_text(json_of(&disk()).to_string().as_bytes());
+    disk[16..24].copy_from_slice(&u64::MAX.to_be_bytes());
+    seal(&mut disk);
+    assert_eq!(open(disk.clone()).unwrap().keyslot, 0);
+    let store = MemoryStore::from(disk);
+    let error = luks2::remove_key(&store, 0, true, &mut harness::luks::noise(1)).unwrap_err();
+    assert!(error.to_string().contains("seqid is 18446744073709551615"), "{error}");
+    assert_eq!(open(store.snapshot()).unwrap().keyslot, 0);
 }
 
 proptest! {

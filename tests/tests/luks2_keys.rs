@@ -274,6 +274,30 @@ fn metadata(bench: &Workbench) -> String {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn a_label_that_is_no_text_opens_and_stays_as_it_was() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    let label = b"caf\xe9\ttab \x1b[31mred";
+    let label_of = std::os::unix::ffi::OsStrExt::from_bytes;
+    let both: [&std::ffi::OsStr; 4] = ["--label".as_ref(), label_of(label), "--subsystem".as_ref(), label_of(label)];
+    let mut cryptsetup = std::process::Command::new("cryptsetup");
+    assert!(cryptsetup.args(["config", "disk"]).args(both).current_dir(bench.path(".")).status().unwrap().success());
+    let stands = || {
+        let disk = std::fs::read(bench.path("disk")).unwrap();
+        [0, 16384].into_iter().all(|at| {
+            [24, 208].into_iter().all(|field| disk[at + field..][..label.len() + 1] == [&label[..], b"\0"].concat())
+        })
+    };
+    assert!(stands());
+    add(&bench, 1, KDFS[1]);
+    assert!(stands());
+    assert!(bench.cryptsetup_opens("disk", "1", "key1"));
+    let shown = bench.nbdcrypt(&["dump", "disk"]);
+    assert!(shown.contains("Label:         \tcaf\\xe9\\u{9}tab \\u{1b}[31mred\n"), "{shown}");
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
 fn what_we_do_not_know_is_written_back_to_the_letter() {
     let bench = workbench();
     luks_format(&bench, KDFS[1], "512");
@@ -334,6 +358,7 @@ fn cryptsetup_works_on_the_header_of_a_volume_that_is_served_and_nbdcrypt_does_n
     assert!(address.starts_with("nbd+unix:"), "{address}");
     let said = bench.refusal(&["key", "add", "disk", "--key-file", "key0", "--new-key-file", "key1"]);
     assert!(said.contains("in use"), "{said}");
+    bench.nbdcrypt(&["header", "backup", "disk", "saved"]);
     // Its own lock on the header it would wait for, for ever.
     let patiently = |arguments: &[&str]| bench.run("timeout", ["20", "cryptsetup"].iter().chain(arguments).copied());
     assert!(patiently(&["luksDump", "disk"]).contains("Keyslots:"));
@@ -366,6 +391,13 @@ fn a_header_that_cryptsetup_is_at_work_on_is_left_alone() {
     let said = bench.refusal(&label);
     assert!(said.contains("cryptsetup is at work on its header"), "{said}");
     assert_eq!(metadata(&bench), before);
+    // It reads. So may we.
+    bench.nbdcrypt(&["header", "backup", "disk", "saved"]);
+    cryptsetups.unlock().unwrap();
+    cryptsetups.lock().unwrap();
+    let said = bench.refusal(&["header", "backup", "disk", "saved while it changes"]);
+    assert!(said.contains("cryptsetup is at work on its header"), "{said}");
+    assert!(!bench.path("saved while it changes").exists());
     // It does not take long, and is waited for.
     let unlocker = std::thread::spawn(move || {
         std::thread::sleep(std::time::Duration::from_secs(1));
@@ -390,6 +422,11 @@ fn on_a_block_device_cryptsetups_lock_is_a_file_of_its_own() {
         lock.lock().unwrap();
         let said = bench.refusal(&label);
         assert!(said.contains("cryptsetup is at work") && said.contains(&number), "{said}");
+        let said = bench.refusal(&["header", "backup", &device, "saved"]);
+        assert!(said.contains("cryptsetup is at work") && said.contains(&number), "{said}");
+        lock.unlock().unwrap();
+        lock.lock_shared().unwrap();
+        bench.nbdcrypt(&["header", "backup", &device, "saved"]);
     });
     bench.run("losetup", ["--detach", &device]);
     outcome.unwrap();

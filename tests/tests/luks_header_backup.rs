@@ -122,6 +122,28 @@ fn another_volume_s_backup_needs_force_and_one_that_does_not_fit_is_refused() {
     }
 }
 
+/// A header that names a far place for its key material, on a disk that reaches there, would have a terabyte read into memory.
+#[test]
+fn a_header_longer_than_any_is_not_read_into_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    let file = std::fs::File::create(&path).unwrap();
+    let [mut luks1, _] = formats();
+    // The last keyslot is not in use; the data is on another disk.
+    luks1[104..108].fill(0);
+    luks1[208 + 7 * 48 + 40..][..4].copy_from_slice(&(u32::MAX - 4096).to_be_bytes());
+    std::os::unix::fs::FileExt::write_all_at(&file, &luks1, 0).unwrap();
+    file.set_len(3 << 40).unwrap();
+    let disk = harness::luks::store(&path);
+    assert!(luks::dump(disk.as_ref()).is_ok());
+    let error = Backup::read(disk.as_ref()).err().unwrap().to_string();
+    assert!(error.contains("key-material-offset is up to byte 2199"), "{error}");
+    // As little of it is saved before another one takes its place.
+    luks1[208 + 7 * 48 + 40..][..4].copy_from_slice(&3592u32.to_be_bytes());
+    let backup = Backup::read(&MemoryStore::from(luks1)).unwrap();
+    assert!(backup.replaced(disk.as_ref()).unwrap().len() <= 136 << 20);
+}
+
 fn formats() -> [Vec<u8>; 2] {
     let passphrase = Passphrase::new(PASSPHRASE.to_vec());
     let luks1 = MemoryStore::zeroed(3 << 20);

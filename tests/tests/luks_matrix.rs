@@ -1,6 +1,7 @@
 //! Everything that a LUKS volume can be here, both ways: what cryptsetup makes the engine opens, and what the engine makes
-//! cryptsetup opens, and both add keyslots to. Each format, key derivation, sector size, key size, header attached and detached,
-//! and 1 to 8 keyslots. That the data is the same is in `kernel_dm_crypt`.
+//! cryptsetup opens; both add keyslots, and either removes and changes keys, imports tokens and repairs on what the other made.
+//! Each format, key derivation, sector size, key size, header attached and detached, and 1 to 8 keyslots. That the data is the
+//! same is in `kernel_dm_crypt`.
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -14,6 +15,8 @@ use harness::luks::{PASSPHRASE, Workbench, key, noise, quick_luks1, quick_luks2,
 
 const MIB: u64 = 1 << 20;
 const KEYSLOTS: usize = 8;
+const OTHER: &[u8] = b"another passphrase";
+const TOKEN: &str = r#"{"type":"unknown","keyslots":["0","7"],"more":[1,{"deep":null}]}"#;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kdf {
@@ -71,6 +74,8 @@ impl Stage {
             std::fs::write(bench.path(&format!("key{slot}")), passphrase(slot)).unwrap();
         }
         std::fs::write(bench.path("key0"), passphrase(0)).unwrap();
+        std::fs::write(bench.path("other"), OTHER).unwrap();
+        std::fs::write(bench.path("token"), TOKEN).unwrap();
         let disk = bench.disk("disk", 20 * MIB);
         let header = if cell.detached { bench.path("header") } else { disk.clone() };
         Self { bench, cell, disk, header }
@@ -193,6 +198,46 @@ impl Stage {
         assert!(matches!(wrong, LuksError::WrongPassphrase), "{:?}: {wrong}", self.cell);
     }
 
+    /// As a slip of a partition table or of a disk leaves it: a keyslot that is not in use says of itself what cannot be, or
+    /// the first of two headers is broken.
+    fn damage(&self, unused: u64) {
+        let place = if self.cell.luks1 { 208 + unused * 48 + 44 } else { 4096 + 100 };
+        let disk = store(&self.header);
+        disk.write_at(&[0xff; 3], place).unwrap();
+        if self.cell.luks1 {
+            let error = self.unlock(passphrase(0)).unwrap_err();
+            assert!(matches!(error, LuksError::Corrupt { .. }), "{:?}: {error}", self.cell);
+        }
+    }
+
+    /// Keyslot 3 is gone, keyslot 5 has another key, the token is there, and cryptsetup finds nothing to complain of.
+    fn assert_managed(&self, expected: &[u8]) {
+        self.bench.accepted_by_cryptsetup(self.header_name());
+        for slot in 0..KEYSLOTS {
+            let opens = !matches!(slot, 3 | 5);
+            let unlocked = self.unlock(passphrase(slot));
+            assert_eq!(
+                unlocked.is_ok_and(|it| it.keyslot == slot && it.key.expose() == expected),
+                opens,
+                "{:?}",
+                self.cell
+            );
+            let number = slot.to_string();
+            let theirs = self.bench.cryptsetup_opens(self.header_name(), &number, &format!("key{slot}"));
+            assert_eq!(theirs, opens, "{:?}, keyslot {slot}", self.cell);
+        }
+        let changed = self.unlock(OTHER.to_vec()).unwrap();
+        assert_eq!(changed.key.expose(), expected);
+        assert!(self.bench.cryptsetup_opens(self.header_name(), &changed.keyslot.to_string(), "other"));
+        if !self.cell.luks1 {
+            let token = self.cryptsetup(&["token", "export", "--token-id", "0", self.header_name()]);
+            let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+            assert_eq!(json(&token), json(TOKEN));
+            let ours = self.bench.nbdcrypt(&["token", "export", "--token-id", "0", self.header_name()]);
+            assert_eq!(json(&ours), json(TOKEN));
+        }
+    }
+
     fn cryptsetup_key(&self) -> Vec<u8> {
         harness::luks::cryptsetup_key_of(&self.bench, &self.header, "key0")
     }
@@ -214,6 +259,16 @@ fn theirs(luks1: bool, kdf: Kdf) {
             stage.unlock(passphrase(slot)).unwrap();
         }
         stage.assert_opens(KEYSLOTS, &expected);
+        let header = stage.header_name();
+        stage.bench.nbdcrypt(&["key", "remove", header, "--key-slot", "3"]);
+        stage.damage(3);
+        stage.bench.nbdcrypt(&["header", "repair", header]);
+        let change = ["key", "change", header, "--key-slot", "5", "--key-file", "key5", "--new-key-file", "other"];
+        stage.bench.nbdcrypt(&[&change[..], &stage.quick()].concat());
+        if !cell.luks1 {
+            stage.bench.nbdcrypt(&["token", "import", header, "--json-file", "token"]);
+        }
+        stage.assert_managed(&expected);
     }
 }
 
@@ -243,6 +298,15 @@ fn ours(luks1: bool, kdf: Kdf) {
         let before = std::fs::read(&stage.header).unwrap();
         stage.cryptsetup(&["repair", "-q", header]);
         assert!(std::fs::read(&stage.header).unwrap() == before, "{cell:?}");
+        stage.cryptsetup(&["luksKillSlot", "-q", "--key-file", "key0", header, "3"]);
+        stage.damage(3);
+        stage.cryptsetup(&["repair", "-q", header]);
+        let change = ["luksChangeKey", "-q", "--key-slot", "5", "--key-file", "key5"];
+        stage.cryptsetup(&[&change[..], &stage.quick(), &[header, "other"]].concat());
+        if !cell.luks1 {
+            stage.cryptsetup(&["token", "import", "--json-file", "token", header]);
+        }
+        stage.assert_managed(key(cell.key_len).expose());
     }
 }
 

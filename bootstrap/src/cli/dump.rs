@@ -45,8 +45,8 @@ fn luks2_as_json(header: &luks2::Header) -> serde_json::Value {
     json!({
         "version": 2,
         "uuid": header.binary.uuid.to_string(),
-        "label": header.binary.label,
-        "subsystem": header.binary.subsystem,
+        "label": header.binary.label.to_string(),
+        "subsystem": header.binary.subsystem.to_string(),
         "sequence-id": header.binary.sequence_id,
         "algorithm": header.encryption(),
         "metadata": header.metadata.json,

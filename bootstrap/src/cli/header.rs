@@ -109,8 +109,7 @@ fn set(args: Set) -> Result<()> {
 
 fn backup(device: &Path, file: &Path) -> Result<()> {
     let name = || device.display().to_string();
-    // No lock: a header may be saved while its volume is up.
-    let disk = FileStore::open(device, Access::ReadOnly, Caching::PageCache).with_context(name)?;
+    let (disk, _lock) = disk::open_header_to_read(device)?;
     let backup = Backup::read(&disk).with_context(name)?;
     write_new(file, backup.bytes()).with_context(|| file.display().to_string())?;
     tell(format_args!("{}: header saved in {}, {} bytes\n", name(), file.display(), backup.bytes().len()))

@@ -21,7 +21,8 @@ pub(super) struct LimitArgs {
     /// The most memory that a keyslot's Argon2 may take, such as 8G. Without it 4G, or what the machine has if that is less.
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     max_kdf_memory: Option<u32>,
-    /// The most iterations of a keyslot's PBKDF2 (without it 100 million), or passes of Argon2 (100).
+    /// The most iterations of a keyslot's PBKDF2 (without it 100 million), or passes of Argon2
+    /// (100 over the most memory; over less, as many more as take the same time).
     #[arg(long, value_name = "N")]
     max_kdf_iterations: Option<NonZeroU32>,
 }

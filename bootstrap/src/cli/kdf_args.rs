@@ -9,6 +9,7 @@ use engine::luks::kdf::{self, Argon2Cost};
 use engine::luks::luks2::KdfOptions;
 use engine::luks::{HashAlgorithm, Limits};
 
+use crate::config::LimitsConfig;
 use crate::memory;
 use crate::new_volume::{ARGON2_MEMORY, UNLOCK_TIME, argon2_lanes};
 
@@ -72,15 +73,16 @@ impl KdfArgs {
         if self.pbkdf_memory.or(self.pbkdf_parallel).is_some() {
             bail!("--pbkdf-memory and --pbkdf-parallel are Argon2's: PBKDF2 takes no memory and has one lane");
         }
-        let least = kdf::MIN_ITERATIONS;
-        match self.pbkdf_force_iterations {
-            Some(iterations) if iterations < least => bail!("PBKDF2 has at least {least} iterations, not {iterations}"),
-            Some(iterations) => Ok(iterations),
-            None => {
-                let start = Instant::now();
-                Ok(kdf::calibrate(hash, VolumeKey::AES_256, self.target(), &mut || start.elapsed()))
-            }
+        let iterations = self.pbkdf_force_iterations.unwrap_or_else(|| {
+            let start = Instant::now();
+            kdf::calibrate(hash, VolumeKey::AES_256, self.target(), &mut || start.elapsed())
+        });
+        // What is made here is opened here, with no limit raised.
+        let (least, most) = (kdf::MIN_ITERATIONS, Limits::default().iterations);
+        if !(least..=most).contains(&iterations) {
+            bail!("PBKDF2 has {least} to {most} iterations, not {iterations}");
         }
+        Ok(iterations)
     }
 
     fn argon2(&self) -> Result<Argon2Cost> {
@@ -91,17 +93,24 @@ impl KdfArgs {
         }
         let memory = wanted.min(ceiling);
         let lanes = self.pbkdf_parallel.unwrap_or_else(argon2_lanes);
-        if let Some(passes) = self.pbkdf_force_iterations {
-            let most = Limits::default().argon2_time;
-            if !(4..=most).contains(&passes.get()) {
-                bail!("Argon2 makes 4 to {most} passes over its memory, not {passes}");
-            }
-            return Ok(Argon2Cost { time: passes.get(), memory, lanes });
+        if memory < 8 * lanes {
+            bail!("Argon2 takes 8 KiB a lane at least: {lanes} lanes and {memory} KiB are too little memory");
         }
-        let start = Instant::now();
-        kdf::calibrate_argon2id(self.target(), memory, lanes, &mut || start.elapsed())
-            .map_err(|error| anyhow::anyhow!("{error:?}"))
-            .context("Argon2 could not be tried with 64 MiB of memory: choose `--pbkdf pbkdf2`")
+        let cost = match self.pbkdf_force_iterations {
+            Some(passes) => Argon2Cost { time: passes.get(), memory, lanes },
+            None => {
+                let start = Instant::now();
+                kdf::calibrate_argon2id(self.target(), memory, lanes, &mut || start.elapsed())
+                    .map_err(|error| anyhow::anyhow!("{error:?}"))
+                    .context("Argon2 could not be tried with 64 MiB of memory: choose `--pbkdf pbkdf2`")?
+            }
+        };
+        // What is made here is opened here, with no limit raised.
+        let (passes, most) = (cost.time, LimitsConfig::default().limits().argon2_passes(cost.memory));
+        if !(4..=most).contains(&passes) {
+            bail!("Argon2 makes 4 to {most} passes over {} KiB, not {passes}", cost.memory);
+        }
+        Ok(cost)
     }
 
     fn target(&self) -> Duration {

@@ -101,7 +101,7 @@ pub struct VolumeConfig {
 pub struct LimitsConfig {
     /// The most memory that a keyslot's Argon2 may take, in KiB.
     pub kdf_memory: Option<u32>,
-    /// The most iterations of PBKDF2, or passes of Argon2.
+    /// The most iterations of PBKDF2, or passes of Argon2 over the most memory.
     pub kdf_iterations: Option<NonZeroU32>,
 }
 

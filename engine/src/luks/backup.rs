@@ -23,6 +23,9 @@ use super::{Dump, LuksError, Random, dump, keyslot, luks2};
 use crate::sector::LBA_UNIT;
 use crate::store::{BlockStore, MemoryStore, read_unaligned, write_unaligned};
 
+/// No header is longer: two of 4 MiB, and the most key material that the specification of LUKS2 allows. A LUKS1 header names any
+/// place for its key material, and would have all before it read into memory.
+const MAX_LEN: u64 = 2 * (4 << 20) + luks2::MAX_KEYSLOTS_SIZE;
 /// What key material is rounded up to at the end of a LUKS1 backup, in bytes: a page, with cryptsetup.
 const LUKS1_ALIGNMENT: u64 = 4096;
 /// `LBA_UNIT`, as an index.
@@ -132,10 +135,13 @@ impl Backup {
     pub fn read(store: &dyn BlockStore) -> Result<Self, LuksError> {
         let header = dump(store)?;
         let facts = Facts::of(&header);
+        if facts.len > MAX_LEN {
+            return Err(LuksError::corrupt("key-material-offset", format!("up to byte {} of the disk", facts.len)));
+        }
         if facts.len > store.len() {
             return Err(LuksError::TooSmall { needed: facts.len, available: store.len() });
         }
-        // No truncation: 8 MiB of headers, and 128 MiB of key material, at most.
+        // No truncation: that is at most MAX_LEN.
         let mut bytes = vec![0; usize::try_from(facts.len).unwrap_or(0)];
         read_unaligned(store, &mut bytes, 0)?;
         Ok(Self { bytes, facts })
@@ -152,7 +158,7 @@ impl Backup {
     /// [`LuksError::TooSmall`], or what the disk said.
     pub fn replaced(&self, store: &dyn BlockStore) -> Result<Vec<u8>, LuksError> {
         // The disk's own header may reach further; then its whole backup undoes the restore and more.
-        let own = dump(store).map_or(0, |header| Facts::of(&header).len);
+        let own = dump(store).map_or(0, |header| Facts::of(&header).len.min(MAX_LEN));
         let len = self.facts.len.max(own.min(store.len()));
         if len > store.len() {
             return Err(LuksError::TooSmall { needed: len, available: store.len() });

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use super::printable;
 use crate::key::VolumeKeyError;
 
 /// Why a volume could not be opened or made: what was found, and what to do.
@@ -106,6 +107,24 @@ pub enum LuksError {
         /// The 512-byte sector of the disk that was overwritten.
         sector: u64,
     },
+    /// A keyslot's key material cannot be read, and no other keyslot opens.
+    #[error(
+        "keyslot {keyslot} cannot be read ({source}), and the passphrase opens no other; restore the header from a backup"
+    )]
+    UnreadableKeyslot {
+        /// The first such keyslot, from 0.
+        keyslot: usize,
+        /// What the disk said.
+        source: io::Error,
+    },
+    /// The keyslot that was named cannot be tried, and no other was.
+    #[error("keyslot {keyslot} {fault}; no other keyslot was tried: without --key-slot each of them is")]
+    NamedKeyslot {
+        /// The keyslot, from 0.
+        keyslot: usize,
+        /// What is wrong with it.
+        fault: KeyslotFault,
+    },
     /// The key that the volume was made with is no key for AES-XTS.
     #[error(transparent)]
     Key(#[from] VolumeKeyError),
@@ -179,9 +198,45 @@ pub enum LuksError {
     Store(#[from] io::Error),
 }
 
+/// Why a keyslot cannot be tried, whatever the passphrase.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyslotFault {
+    /// Its key material was overwritten.
+    #[error("is damaged (sector {sector} of the disk is no key material)")]
+    Overwritten {
+        /// The 512-byte sector of the disk that was overwritten.
+        sector: u64,
+    },
+    /// Its key material cannot be read.
+    #[error("cannot be read ({0})")]
+    Unreadable(#[source] io::Error),
+    /// It uses what nbdcrypt does not do.
+    #[error("uses the {what} {found}, which nbdcrypt does not do ({supported})")]
+    Unsupported {
+        /// What kind of thing: cipher, key derivation.
+        what: &'static str,
+        /// Its name.
+        found: String,
+        /// What would be understood.
+        supported: &'static str,
+    },
+}
+
 impl LuksError {
+    /// What stands in the way of the one keyslot that was tried, since it was named.
+    pub(super) fn of_named_keyslot(self, keyslot: usize) -> Self {
+        let fault = match self {
+            Self::WrongPassphrase => return Self::WrongPassphraseFor(keyslot),
+            Self::DamagedKeyslot { sector, .. } => KeyslotFault::Overwritten { sector },
+            Self::UnreadableKeyslot { source, .. } => KeyslotFault::Unreadable(source),
+            Self::Unsupported { what, found, supported } => KeyslotFault::Unsupported { what, found, supported },
+            other => return other,
+        };
+        Self::NamedKeyslot { keyslot, fault }
+    }
+
     pub(super) fn corrupt(field: impl Into<String>, found: impl Into<String>) -> Self {
-        Self::Corrupt { field: field.into(), found: found.into() }
+        Self::Corrupt { field: printable(&field.into()), found: printable(&found.into()) }
     }
 
     /// What is wrong with a header, once it was tried to repair it.

@@ -95,10 +95,10 @@ pub fn calibrate(hash: HashAlgorithm, len: usize, target: Duration, clock: &mut 
 }
 
 /// What Argon2id may cost to take about `target` on this machine with so many lanes: at most `max_memory` KiB, and more
-/// passes where that is too quick. Like cryptsetup's, it has at least 4 passes and 32 MiB.
+/// passes where that is too quick. Like cryptsetup's, it has at least 4 passes, and 32 MiB where it may.
 ///
 /// # Errors
-/// [`Argon2Error`] when even the trial, over 64 MiB, is not to be had.
+/// [`Argon2Error`] when even the trial, over 64 MiB at most, is not to be had, or there is too little memory for the lanes.
 pub fn calibrate_argon2id(
     target: Duration,
     max_memory: u32,
@@ -107,31 +107,41 @@ pub fn calibrate_argon2id(
 ) -> Result<Argon2Cost, Argon2Error> {
     const MIN_TIME: u32 = 4;
     const MIN_MEMORY: u32 = 32 << 10;
-    let trial = Argon2Cost { time: MIN_TIME, memory: max_memory.clamp(MIN_MEMORY, 64 << 10), lanes };
-    let start = clock();
-    argon2(true, b"calibration", &[0; 32], trial, 64)?;
-    let took = clock().saturating_sub(start).as_nanos().max(1);
+    let mut trial = Argon2Cost { time: MIN_TIME, memory: max_memory.min(64 << 10), lanes };
+    let took = loop {
+        let start = clock();
+        argon2(true, b"calibration", &[0; 32], trial, 64)?;
+        let took = clock().saturating_sub(start);
+        if took >= worth_measuring(target) || trial.time > u32::MAX / 2 {
+            break took.as_nanos().max(1);
+        }
+        trial.time *= 2;
+    };
     let affordable = |cost: u32| u32::try_from(u128::from(cost) * target.as_nanos() / took).unwrap_or(u32::MAX);
-    let memory = affordable(trial.memory).clamp(MIN_MEMORY, max_memory.max(MIN_MEMORY));
     // The trial's work, in passes over a KiB, scaled to the target, over this memory.
     let work = affordable(trial.time.saturating_mul(trial.memory));
-    Ok(Argon2Cost { time: (work / memory).max(MIN_TIME), memory, lanes })
+    let memory = (work / MIN_TIME).clamp(MIN_MEMORY.min(max_memory), max_memory);
+    Ok(Argon2Cost { time: (work / memory.max(1)).max(MIN_TIME), memory, lanes })
 }
 
 /// The number of iterations that take `target`, given what `run` says so many took: doubles the trial until it has
 /// taken long enough to be measured well, and scales from there.
 fn scale_to(target: Duration, run: &mut dyn FnMut(NonZeroU32) -> Duration) -> NonZeroU32 {
-    let enough = (target / 20).clamp(Duration::from_millis(5), Duration::from_millis(250));
     let mut trial = MIN_ITERATIONS;
     loop {
         let took = run(trial);
-        if took >= enough || trial.leading_zeros() == 0 {
+        if took >= worth_measuring(target) || trial.leading_zeros() == 0 {
             let scaled = u128::from(trial.get()) * target.as_nanos() / took.as_nanos().max(1);
             let scaled = u32::try_from(scaled).unwrap_or(u32::MAX);
             return NonZeroU32::new(scaled).unwrap_or(MIN_ITERATIONS).max(MIN_ITERATIONS);
         }
         trial = trial.saturating_mul(NonZeroU32::MIN.saturating_add(1));
     }
+}
+
+/// How long a trial must take, for `target` to be told from it.
+fn worth_measuring(target: Duration) -> Duration {
+    (target / 20).clamp(Duration::from_millis(5), Duration::from_millis(250))
 }
 
 #[cfg(test)]
@@ -174,6 +184,10 @@ mod tests {
         assert_eq!(cost(1000, 4 << 20), Argon2Cost { time: 4, memory: 640 << 10, lanes: 1 });
         assert_eq!(cost(1000, 64 << 10), Argon2Cost { time: 40, memory: 64 << 10, lanes: 1 });
         assert_eq!(cost(1, 4 << 20), Argon2Cost { time: 4, memory: 32 << 10, lanes: 1 });
+        // As little as asked for.
+        assert_eq!(cost(1000, 1 << 10), Argon2Cost { time: 40, memory: 1 << 10, lanes: 1 });
+        let too_little = calibrate_argon2id(Duration::from_secs(1), 31, 4, &mut || Duration::ZERO);
+        assert_eq!(too_little, Err(Argon2Error::Parameters));
     }
 
     #[test]

@@ -37,7 +37,8 @@ impl LockedVolume {
     /// Tries the passphrase on one keyslot, or on all, in their order, where none is named.
     ///
     /// # Errors
-    /// [`LuksError::NoSuchKeyslot`], [`LuksError::WrongPassphraseFor`], and as [`LockedVolume::unlock`] has them.
+    /// [`LuksError::NoSuchKeyslot`], [`LuksError::WrongPassphraseFor`], [`LuksError::NamedKeyslot`], and as
+    /// [`LockedVolume::unlock`] has them.
     pub fn unlock_keyslot(
         &self,
         store: &dyn BlockStore,
@@ -50,10 +51,7 @@ impl LockedVolume {
             Self::Luks1(volume) => volume.unlock_keyslot(store, keyslot, passphrase),
             Self::Luks2(volume) => volume.unlock_keyslot(store, keyslot, passphrase, limits),
         };
-        unlocked.map_err(|error| match error {
-            LuksError::WrongPassphrase => LuksError::WrongPassphraseFor(keyslot),
-            error => error,
-        })
+        unlocked.map_err(|error| error.of_named_keyslot(keyslot))
     }
 
     /// Puts `key` into a free keyslot, or the one that is named, under a new passphrase; returns its number.

@@ -32,7 +32,7 @@ use uuid::Uuid;
 
 pub use backup::Backup;
 pub use disks::{DataDisk, Disks};
-pub use error::LuksError;
+pub use error::{KeyslotFault, LuksError};
 pub use format::{PendingFormat, abandon_unfinished};
 pub use hash::HashAlgorithm;
 pub use keys::{NewKey, read_for_keys};
@@ -67,7 +67,8 @@ pub struct Limits {
     pub iterations: NonZeroU32,
     /// The most memory that Argon2 may take, in KiB. The default, 4 GiB, is the most that cryptsetup ever makes.
     pub argon2_memory: u32,
-    /// The most passes of Argon2 over its memory. The default is 100; cryptsetup makes 4 and a few more.
+    /// The most passes of Argon2 over the most memory; over less, so many more as take the same time. The default is 100;
+    /// cryptsetup makes 4 over a GiB, and hundreds over the few MiB that `--pbkdf-memory` leaves it.
     pub argon2_time: u32,
     /// The most lanes of Argon2, each a thread. The default is 16; cryptsetup makes 4 at most.
     pub argon2_lanes: u32,
@@ -85,6 +86,13 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// The most passes of Argon2 over so much memory, in KiB.
+    pub fn argon2_passes(&self, memory: u32) -> u32 {
+        // Over less than this, it is not the memory that takes the time.
+        const LEAST: u32 = 1 << 10;
+        self.argon2_time.saturating_mul((self.argon2_memory / memory.max(LEAST)).max(1))
+    }
+
     /// So many iterations, as `field` asks for them, if that is allowed.
     fn iterations(&self, field: impl Fn() -> String, found: u32) -> Result<NonZeroU32, LuksError> {
         let iterations = NonZeroU32::new(found).ok_or_else(|| LuksError::corrupt(field(), "0"))?;
@@ -113,6 +121,15 @@ pub struct UnlockedVolume {
     pub segment: Segment,
     /// The keyslot that opened, from 0.
     pub keyslot: usize,
+}
+
+/// A header's text, for people: what a terminal would obey is shown by its number.
+fn printable(text: &str) -> String {
+    let shown = |letter: char| match letter.is_control() {
+        true => letter.escape_unicode().to_string(),
+        false => letter.to_string(),
+    };
+    text.chars().map(shown).collect()
 }
 
 /// What a header says, with nothing secret in it. Its cipher may be one that nbdcrypt does not do.
@@ -175,8 +192,8 @@ impl LockedVolume {
     /// Tries the passphrase on the keyslots, in their order. `store` is the header's disk.
     ///
     /// # Errors
-    /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`] when it opens none, and
-    /// not all could be tried.
+    /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`],
+    /// [`LuksError::UnreadableKeyslot`] and others when it opens none, and not all could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         match self {
             Self::Luks1(volume) => volume.unlock(store, passphrase),

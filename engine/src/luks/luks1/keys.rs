@@ -88,10 +88,10 @@ pub fn remove_key(store: &dyn BlockStore, index: usize, force: bool, random: Ran
     let mut is_last = true;
     for (other, slot) in header.keyslots.iter().enumerate() {
         if other != index && slot.enabled {
-            // One whose removal was cut off opens nothing any more.
+            // One whose removal was cut off opens nothing any more, and neither does one that cannot be read.
             let mut material = Zeroizing::new(vec![0; len]);
-            read_unaligned(store, &mut material, u64::from(slot.material_offset) * LBA_UNIT)?;
-            is_last = is_last && keyslot::damaged_sector(&material).is_some();
+            let read = read_unaligned(store, &mut material, u64::from(slot.material_offset) * LBA_UNIT);
+            is_last = is_last && (read.is_err() || keyslot::damaged_sector(&material).is_some());
         }
     }
     if is_last && !force {

@@ -92,8 +92,8 @@ impl Locked {
     /// Tries the passphrase on the keyslots, in their order.
     ///
     /// # Errors
-    /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`] when it opens none, and
-    /// not all could be tried.
+    /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`] or
+    /// [`LuksError::UnreadableKeyslot`] when it opens none, and not all could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         let mut refusal = LuksError::NoKeyslot;
         for (keyslot, _) in self.header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
@@ -104,8 +104,8 @@ impl Locked {
                         refusal = error;
                     }
                 }
-                Err(error @ LuksError::DamagedKeyslot { .. }) => {
-                    if !matches!(refusal, LuksError::DamagedKeyslot { .. }) {
+                Err(error @ (LuksError::DamagedKeyslot { .. } | LuksError::UnreadableKeyslot { .. })) => {
+                    if matches!(refusal, LuksError::NoKeyslot | LuksError::WrongPassphrase) {
                         refusal = error;
                     }
                 }
@@ -128,7 +128,8 @@ impl Locked {
         let slot = self.header.keyslots.get(keyslot).filter(|slot| slot.enabled);
         let slot = slot.ok_or(LuksError::NoSuchKeyslot(keyslot))?;
         let mut material = Zeroizing::new(vec![0; keyslot::material_len(self.key_len)]);
-        read_unaligned(store, &mut material, u64::from(slot.material_offset) * LBA_UNIT)?;
+        read_unaligned(store, &mut material, u64::from(slot.material_offset) * LBA_UNIT)
+            .map_err(|source| LuksError::UnreadableKeyslot { keyslot, source })?;
         if let Some(sector) = keyslot::damaged_sector(&material) {
             return Err(LuksError::DamagedKeyslot { keyslot, sector: u64::from(slot.material_offset) + sector as u64 });
         }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::{Area, Digest, Header, Kdf, Keyslot};
 use crate::luks::hex::Hex;
-use crate::luks::keyslot;
+use crate::luks::{keyslot, printable};
 
 impl Header {
     /// The text that `cryptsetup luksDump` prints, and after each segment's cipher one line more: what encryption that
@@ -28,17 +28,17 @@ impl Header {
 impl fmt::Display for Header {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { binary, metadata } = self;
-        let or = |text: &str, other: &str| if text.is_empty() { other.to_owned() } else { text.to_owned() };
+        let or = |text: String, other: &str| if text.is_empty() { other.to_owned() } else { text };
         writeln!(f, "LUKS header information")?;
         writeln!(f, "Version:       \t2")?;
         writeln!(f, "Epoch:         \t{}", binary.sequence_id)?;
         writeln!(f, "Metadata area: \t{} [bytes]", binary.header_size)?;
         writeln!(f, "Keyslots area: \t{} [bytes]", metadata.config.keyslots_size)?;
         writeln!(f, "UUID:          \t{}", binary.uuid.hyphenated())?;
-        writeln!(f, "Label:         \t{}", or(&binary.label, "(no label)"))?;
-        writeln!(f, "Subsystem:     \t{}", or(&binary.subsystem, "(no subsystem)"))?;
+        writeln!(f, "Label:         \t{}", or(binary.label.to_string(), "(no label)"))?;
+        writeln!(f, "Subsystem:     \t{}", or(binary.subsystem.to_string(), "(no subsystem)"))?;
         let words = |words: &[String]| words.iter().map(|word| format!("{word} ")).collect::<String>();
-        writeln!(f, "Flags:       \t{}", or(&words(&metadata.config.flags), "(no flags)"))?;
+        writeln!(f, "Flags:       \t{}", or(words(&metadata.config.flags), "(no flags)"))?;
         if !metadata.config.requirements.is_empty() {
             writeln!(f, "Requirements:\t{}", words(&metadata.config.requirements))?;
         }
@@ -71,7 +71,7 @@ impl fmt::Display for Header {
         }
         writeln!(f, "Tokens:")?;
         for (id, token) in &metadata.tokens {
-            writeln!(f, "  {id}: {}", token.kind)?;
+            writeln!(f, "  {id}: {}", printable(&token.kind))?;
             if token.kind == "luks2-keyring" {
                 let description = &metadata.json["tokens"][id.to_string()]["key_description"];
                 writeln!(f, "\tKey description: {}", description.as_str().unwrap_or_default().escape_debug())?;

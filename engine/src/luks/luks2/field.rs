@@ -41,7 +41,23 @@ impl<'a> Field<'a> {
         self.value.and_then(Value::as_str).ok_or_else(|| self.wrong("a text"))
     }
 
-    pub(super) fn texts(&self) -> Result<Vec<String>, LuksError> {
+    /// A text that names a thing, such as a cipher, and is shown to people.
+    pub(super) fn name(&self) -> Result<&'a str, LuksError> {
+        let name = self.text()?;
+        if name.contains(char::is_control) { Err(self.wrong("a name")) } else { Ok(name) }
+    }
+
+    /// A list of names.
+    pub(super) fn names(&self) -> Result<Vec<String>, LuksError> {
+        let names = self.texts()?;
+        if names.iter().any(|name| name.contains(char::is_control)) {
+            Err(self.wrong("a list of names"))
+        } else {
+            Ok(names)
+        }
+    }
+
+    fn texts(&self) -> Result<Vec<String>, LuksError> {
         let texts = self
             .value
             .and_then(Value::as_array)

@@ -171,8 +171,8 @@ fn image(
     let header = BinaryHeader {
         header_size: metadata,
         sequence_id: 1,
-        label: options.label.clone(),
-        subsystem: options.subsystem.clone(),
+        label: options.label.as_str().into(),
+        subsystem: options.subsystem.as_str().into(),
         checksum_algorithm: HashAlgorithm::Sha256,
         uuid: options.uuid,
     };

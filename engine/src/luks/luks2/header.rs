@@ -6,6 +6,7 @@ use uuid::Uuid;
 use zerocopy::byteorder::big_endian::{U16, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::Label;
 use crate::luks::LuksError;
 use crate::luks::hash::HashAlgorithm;
 use crate::signature::is_unfinished;
@@ -42,9 +43,9 @@ pub struct BinaryHeader {
     /// Counts the updates; the copy with the higher number is the newer.
     pub sequence_id: u64,
     /// A label, or nothing.
-    pub label: String,
+    pub label: Label,
     /// A second label, or nothing.
-    pub subsystem: String,
+    pub subsystem: Label,
     /// The hash of the checksum.
     pub checksum_algorithm: HashAlgorithm,
     /// What the volume is called by.
@@ -164,8 +165,8 @@ impl BinaryHeader {
         Ok(Self {
             header_size,
             sequence_id: raw.seqid.get(),
-            label: text("label", &raw.label)?,
-            subsystem: text("subsystem", &raw.subsystem)?,
+            label: label("label", &raw.label)?,
+            subsystem: label("subsystem", &raw.subsystem)?,
             checksum_algorithm,
             uuid: Uuid::from_str(&uuid).map_err(|_| LuksError::corrupt("uuid", format!("\"{uuid}\"")))?,
         })
@@ -182,11 +183,11 @@ impl BinaryHeader {
             version: VERSION.into(),
             hdr_size: self.header_size.into(),
             seqid: self.sequence_id.into(),
-            label: padded(&self.label),
-            csum_alg: padded(self.checksum_algorithm.name()),
+            label: padded(self.label.as_bytes()),
+            csum_alg: padded(self.checksum_algorithm.name().as_bytes()),
             salt,
-            uuid: padded(&self.uuid.hyphenated().to_string()),
-            subsystem: padded(&self.subsystem),
+            uuid: padded(self.uuid.hyphenated().to_string().as_bytes()),
+            subsystem: padded(self.subsystem.as_bytes()),
             hdr_offset: offset.into(),
             padding: [0; 184],
             csum: [0; CHECKSUM_LEN],
@@ -220,6 +221,11 @@ impl BinaryHeader {
     }
 }
 
+fn label(field: &str, bytes: &[u8]) -> Result<Label, LuksError> {
+    let no_end = || LuksError::corrupt(field, format!("\"{}\", without an end", bytes.escape_ascii()));
+    Label::from_field(bytes).ok_or_else(no_end)
+}
+
 /// A text that NUL bytes fill up.
 fn text(field: &str, bytes: &[u8]) -> Result<String, LuksError> {
     let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
@@ -230,8 +236,8 @@ fn text(field: &str, bytes: &[u8]) -> Result<String, LuksError> {
 }
 
 /// A text in a field of `N` bytes, with at least one NUL after it.
-fn padded<const N: usize>(text: &str) -> [u8; N] {
+fn padded<const N: usize>(text: &[u8]) -> [u8; N] {
     let mut field = [0; N];
-    field.iter_mut().take(N - 1).zip(text.bytes()).for_each(|(to, from)| *to = from);
+    field.iter_mut().take(N - 1).zip(text).for_each(|(to, from)| *to = *from);
     field
 }

@@ -99,7 +99,7 @@ pub fn remove_key(store: &dyn BlockStore, index: usize, force: bool, random: Ran
     let mut is_last =
         metadata.digests.values().any(|digest| !digest.segments.is_empty() && digest.keyslots.contains(&id));
     for other in others {
-        is_last = is_last && !is_whole(&update, other)?;
+        is_last = is_last && !is_whole(&update, other);
     }
     if is_last && !force {
         return Err(LuksError::LastKeyslot(index));
@@ -107,12 +107,12 @@ pub fn remove_key(store: &dyn BlockStore, index: usize, force: bool, random: Ran
     remove(update, id)
 }
 
-/// Whether a keyslot is one that may still open: its material is not that of a removal which was cut off.
-fn is_whole(update: &Update<'_, '_>, id: u32) -> Result<bool, LuksError> {
-    let Some(slot) = update.metadata.keyslots.get(&id).filter(|slot| slot.opening.is_some()) else { return Ok(false) };
+/// Whether a keyslot is one that may still open: its material can be read, and is not that of a removal which was cut off.
+fn is_whole(update: &Update<'_, '_>, id: u32) -> bool {
+    let Some(slot) = update.metadata.keyslots.get(&id).filter(|slot| slot.opening.is_some()) else { return false };
     let mut material = Zeroizing::new(vec![0; keyslot::material_len(slot.key_size as usize)]);
-    read_unaligned(update.store, &mut material, slot.area.offset)?;
-    Ok(keyslot::damaged_sector(&material).is_none())
+    let read = read_unaligned(update.store, &mut material, slot.area.offset);
+    read.is_ok() && keyslot::damaged_sector(&material).is_none()
 }
 
 fn remove(mut update: Update<'_, '_>, id: u32) -> Result<(), LuksError> {

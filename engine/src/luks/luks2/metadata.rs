@@ -15,7 +15,7 @@ const MAX_KEY_LEN: u32 = 512;
 /// More than any salt or digest has, in bytes.
 const MAX_BYTES: usize = 1024;
 /// The most that the specification allows for all key material.
-pub(super) const MAX_KEYSLOTS_SIZE: u64 = 128 << 20;
+pub(in crate::luks) const MAX_KEYSLOTS_SIZE: u64 = 128 << 20;
 /// Objects of a kind that cryptsetup allows.
 pub(super) const MAX_OBJECTS: u32 = 32;
 
@@ -198,10 +198,17 @@ impl Metadata {
             let missing = wanted.iter().find(|id| !exists(id));
             missing.map_or(Ok(()), |id| Err(field.corrupt(format!("a list with {id}, which is not there"))))
         };
+        // One that is named a thousand times would be tried as often. (Of those that exist, there are few.)
+        let once = |field: Field<'_>, ids: &[u32]| {
+            let twice = (1..ids.len()).find(|at| ids[..*at].contains(&ids[*at]));
+            twice.map_or(Ok(()), |at| Err(field.corrupt(format!("a list with {} twice", ids[at]))))
+        };
         for (id, digest) in &self.digests {
             let field = root.get("digests").get(&id.to_string());
             exist(field.get("keyslots"), &digest.keyslots, &|id| self.keyslots.contains_key(id))?;
             exist(field.get("segments"), &digest.segments, &|id| self.segments.contains_key(id))?;
+            once(field.get("keyslots"), &digest.keyslots)?;
+            once(field.get("segments"), &digest.segments)?;
         }
         for (id, token) in &self.tokens {
             let field = root.get("tokens").get(&id.to_string()).get("keyslots");
@@ -251,7 +258,7 @@ fn objects<T>(
 }
 
 fn keyslot(field: &Field<'_>) -> Result<Keyslot, LuksError> {
-    let kind = field.get("type").text()?.to_owned();
+    let kind = field.get("type").name()?.to_owned();
     let key_size = field.get("key_size").integer()?;
     let priority = field.optional("priority").map_or(Ok(1), |field| field.integer())?;
     if key_size == 0 || key_size > MAX_KEY_LEN {
@@ -271,7 +278,7 @@ fn keyslot(field: &Field<'_>) -> Result<Keyslot, LuksError> {
         if area.key_size == 0 || area.key_size > MAX_KEY_LEN {
             return Err(area_field.get("key_size").corrupt(area.key_size.to_string()));
         }
-        let hash = field.get("af").get("hash").text()?.to_owned();
+        let hash = field.get("af").get("hash").name()?.to_owned();
         Some((kdf(&field.get("kdf"))?, AntiForensic { hash, stripes }))
     } else {
         None
@@ -280,9 +287,9 @@ fn keyslot(field: &Field<'_>) -> Result<Keyslot, LuksError> {
 }
 
 fn area(field: &Field<'_>) -> Result<Area, LuksError> {
-    let optional_text = |name| field.optional(name).map_or(Ok(""), |field| field.text());
+    let optional_text = |name| field.optional(name).map_or(Ok(""), |field| field.name());
     Ok(Area {
-        kind: field.get("type").text()?.to_owned(),
+        kind: field.get("type").name()?.to_owned(),
         offset: field.get("offset").long()?,
         size: field.get("size").long()?,
         encryption: optional_text("encryption")?.to_owned(),
@@ -295,10 +302,10 @@ fn kdf(field: &Field<'_>) -> Result<Kdf, LuksError> {
         let number = field.get(name).integer()?;
         if number == 0 { Err(field.get(name).corrupt("0")) } else { Ok(number) }
     };
-    let kind = field.get("type").text()?;
+    let kind = field.get("type").name()?;
     Ok(match kind {
         "pbkdf2" => Kdf::Pbkdf2 {
-            hash: field.get("hash").text()?.to_owned(),
+            hash: field.get("hash").name()?.to_owned(),
             iterations: at_least_one("iterations")?,
             salt: field.get("salt").bytes(MAX_BYTES)?,
         },
@@ -315,19 +322,19 @@ fn kdf(field: &Field<'_>) -> Result<Kdf, LuksError> {
 
 fn segment(field: &Field<'_>) -> Result<DataSegment, LuksError> {
     let size = field.get("size");
-    let kind = field.get("type").text()?.to_owned();
+    let kind = field.get("type").name()?.to_owned();
     let is_crypt = kind == "crypt";
     let segment = DataSegment {
         offset: field.get("offset").long()?,
         size: if size.text()? == "dynamic" { None } else { Some(size.long()?) },
         iv_tweak: if is_crypt { field.get("iv_tweak").long()? } else { 0 },
-        encryption: if is_crypt { field.get("encryption").text()?.to_owned() } else { String::new() },
+        encryption: if is_crypt { field.get("encryption").name()?.to_owned() } else { String::new() },
         sector_size: if is_crypt { field.get("sector_size").integer()? } else { 512 },
         integrity: match field.optional("integrity") {
             None => None,
-            Some(integrity) => Some(integrity.get("type").text()?.to_owned()),
+            Some(integrity) => Some(integrity.get("type").name()?.to_owned()),
         },
-        flags: field.optional("flags").map_or(Ok(Vec::new()), |field| field.texts())?,
+        flags: field.optional("flags").map_or(Ok(Vec::new()), |field| field.names())?,
         kind,
     };
     if !matches!(segment.sector_size, 512 | 1024 | 2048 | 4096) {
@@ -335,6 +342,10 @@ fn segment(field: &Field<'_>) -> Result<DataSegment, LuksError> {
     }
     if !segment.offset.is_multiple_of(LBA_UNIT) {
         return Err(field.get("offset").corrupt(segment.offset.to_string()));
+    }
+    // dm-crypt: "Invalid iv_offset sector".
+    if !segment.iv_tweak.is_multiple_of(u64::from(segment.sector_size) / LBA_UNIT) {
+        return Err(field.get("iv_tweak").corrupt(segment.iv_tweak.to_string()));
     }
     if segment.size.is_some_and(|size| size == 0 || !size.is_multiple_of(u64::from(segment.sector_size))) {
         return Err(size.corrupt(format!("{}, not whole sectors", size.text()?)));
@@ -348,10 +359,10 @@ fn digest(field: &Field<'_>) -> Result<Digest, LuksError> {
         return Err(field.get("iterations").corrupt("0"));
     }
     Ok(Digest {
-        kind: field.get("type").text()?.to_owned(),
+        kind: field.get("type").name()?.to_owned(),
         keyslots: field.get("keyslots").references()?,
         segments: field.get("segments").references()?,
-        hash: field.get("hash").text()?.to_owned(),
+        hash: field.get("hash").name()?.to_owned(),
         iterations,
         salt: field.get("salt").bytes(MAX_BYTES)?,
         digest: field.get("digest").bytes(MAX_BYTES)?,
@@ -363,7 +374,7 @@ fn token(field: &Field<'_>) -> Result<Token, LuksError> {
 }
 
 fn config(field: &Field<'_>) -> Result<Config, LuksError> {
-    let texts = |field: Option<Field<'_>>| field.map_or(Ok(Vec::new()), |field| field.texts());
+    let texts = |field: Option<Field<'_>>| field.map_or(Ok(Vec::new()), |field| field.names());
     let requirements = field.optional("requirements").and_then(|field| field.optional("mandatory"));
     Ok(Config {
         json_size: field.get("json_size").long()?,

@@ -8,6 +8,7 @@ mod field;
 mod format;
 mod header;
 mod keys;
+mod label;
 mod layout;
 mod metadata;
 mod settings;
@@ -22,7 +23,9 @@ use zeroize::Zeroizing;
 pub use format::{KdfOptions, Options, begin};
 pub use header::BinaryHeader;
 pub use keys::{add_key, change_key, remove_key};
+pub use label::Label;
 pub use layout::Layout;
+pub(super) use metadata::MAX_KEYSLOTS_SIZE;
 pub use metadata::{AntiForensic, Area, Config, DataSegment, Digest, Kdf, Keyslot, Metadata, Token};
 pub use settings::{FLAGS, Priority, Settings, change_settings, set_priority};
 pub use tokens::{export_token, import_token, remove_token};
@@ -194,7 +197,7 @@ impl Locked {
     ///
     /// # Errors
     /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`],
-    /// [`LuksError::Unsupported`], [`LuksError::TooExpensive`] or [`LuksError::OutOfMemory`] when it opens none, and not all could be tried.
+    /// [`LuksError::UnreadableKeyslot`], [`LuksError::Unsupported`], [`LuksError::TooExpensive`] or [`LuksError::OutOfMemory`] when it opens none, and not all could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         let mut refusal = LuksError::NoKeyslot;
         for (id, opening) in &self.keyslots {
@@ -202,7 +205,7 @@ impl Locked {
             let refused = match opening {
                 Ok(opening) => match self.try_keyslot(keyslot, opening, store, passphrase) {
                     Ok(key) => return Ok(UnlockedVolume { key, segment: self.segment, keyslot }),
-                    Err(error @ (LuksError::Store(_) | LuksError::Key(_))) => return Err(error),
+                    Err(error @ LuksError::Key(_)) => return Err(error),
                     Err(error) => error,
                 },
                 Err(unusable) => unusable.error(),
@@ -261,7 +264,8 @@ impl Locked {
         passphrase: &Passphrase,
     ) -> Result<VolumeKey, LuksError> {
         let mut material = Zeroizing::new(vec![0; keyslot::material_len(self.key_len)]);
-        read_unaligned(store, &mut material, opening.offset)?;
+        read_unaligned(store, &mut material, opening.offset)
+            .map_err(|source| LuksError::UnreadableKeyslot { keyslot, source })?;
         if let Some(sector) = keyslot::damaged_sector(&material) {
             let sector = opening.offset / SectorSize::B512.bytes_u64() + sector as u64;
             return Err(LuksError::DamagedKeyslot { keyslot, sector });
@@ -320,7 +324,7 @@ impl Opening {
             },
             Kdf::Argon2 { is_id, time, memory, cpus, salt } => {
                 let cost = Argon2Cost {
-                    time: within("time", *time, limits.argon2_time)?,
+                    time: within("time", *time, limits.argon2_passes(*memory))?,
                     memory: within("memory", *memory, limits.argon2_memory)?,
                     lanes: within("cpus", *cpus, limits.argon2_lanes)?,
                 };

@@ -66,10 +66,10 @@ pub fn change_settings(store: &dyn BlockStore, settings: &Settings, random: Rand
         }
     }
     if let Some(label) = label {
-        update.binary.label.clone_from(label);
+        update.binary.label = label.as_str().into();
     }
     if let Some(subsystem) = subsystem {
-        update.binary.subsystem.clone_from(subsystem);
+        update.binary.subsystem = subsystem.as_str().into();
     }
     update.commit(&json)
 }

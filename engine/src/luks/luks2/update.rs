@@ -15,6 +15,10 @@ use crate::store::{BlockStore, write_unaligned};
 /// Objects and lists within each other, at most: cryptsetup reads 32 levels (json-c's `JSON_TOKENER_DEFAULT_DEPTH`).
 const MAX_DEPTH: usize = 30;
 
+/// Updates that a header must have numbers left for. Nobody counts that far: a header that is there is hostile, and after the
+/// last number comes 0, which is older.
+const NUMBERS_LEFT: u64 = 1 << 32;
+
 /// A header whose copies are whole and the same, to be changed.
 pub(super) struct Update<'s, 'r> {
     pub(super) store: &'s dyn BlockStore,
@@ -47,6 +51,9 @@ impl<'s, 'r> Update<'s, 'r> {
         if let Some(requirement) = update.metadata.config.requirements.first() {
             let supported = "it knows none, and changes no header that it does not understand";
             return Err(LuksError::Unsupported { what: "requirement", found: requirement.clone(), supported });
+        }
+        if update.binary.sequence_id > u64::MAX - NUMBERS_LEFT {
+            return Err(LuksError::corrupt("seqid", update.binary.sequence_id.to_string()));
         }
         Ok(update)
     }

@@ -1,0 +1,94 @@
+//! Keyslots that cannot be tried: others open all the same, and what is said of the one that was named is true of it alone.
+
+use std::io;
+
+use engine::key::Passphrase;
+use engine::luks::{self, FormatOptions, HashAlgorithm, KeyslotFault, Limits, LockedVolume, LuksError, NewKey};
+use engine::store::{BlockStore, FaultyStore, MemoryStore, Operation};
+use harness::luks::{PASSPHRASE, key, noise, quick_luks1, quick_luks2, quick_pbkdf2};
+
+const SECOND: &[u8] = b"another passphrase";
+
+/// A volume of each format, with two keyslots, and where the first one's key material begins.
+fn volumes() -> Vec<(Vec<u8>, usize)> {
+    let mut luks2 = quick_luks2();
+    luks2.layout.keyslots_size = Some(1 << 20);
+    let options = [FormatOptions::Luks1(quick_luks1(HashAlgorithm::Sha256)), FormatOptions::Luks2(Box::new(luks2))];
+    let volume = |options: FormatOptions| {
+        let store = MemoryStore::zeroed((2 << 20) + 65536);
+        let first = Passphrase::new(PASSPHRASE.to_vec());
+        options.begin(&store, &first, key(64), &mut noise(1)).unwrap().commit(&store).unwrap();
+        let second = Passphrase::new(SECOND.to_vec());
+        let hash = HashAlgorithm::Sha256;
+        let new = NewKey { passphrase: &second, kdf: quick_pbkdf2(hash), hash };
+        read(&store).add_key(&store, &Limits::default(), &key(64), &new, None, &mut noise(2)).unwrap();
+        store.snapshot()
+    };
+    options.map(volume).into_iter().zip([4096, 32768]).collect()
+}
+
+fn read(store: &dyn BlockStore) -> LockedVolume {
+    luks::read(store, &Limits::default()).unwrap()
+}
+
+fn unlock(store: &dyn BlockStore, passphrase: &[u8], keyslot: Option<usize>) -> Result<usize, LuksError> {
+    let passphrase = Passphrase::new(passphrase.to_vec());
+    let volume = read(store);
+    volume.unlock_keyslot(store, keyslot, &passphrase, &Limits::default()).map(|unlocked| unlocked.keyslot)
+}
+
+/// The first keyslot's key material is on sectors that the disk cannot read any more.
+fn unreadable(bytes: Vec<u8>, material: usize) -> FaultyStore<MemoryStore> {
+    let bad = material as u64 + 1024;
+    FaultyStore::new(MemoryStore::from(bytes), move |operation| match operation {
+        Operation::Read(offset, len) if (offset..offset + len).contains(&bad) => Some(io::ErrorKind::Other),
+        _ => None,
+    })
+}
+
+#[test]
+fn what_is_said_of_a_named_keyslot_is_true_of_it_alone() {
+    for (mut bytes, material) in volumes() {
+        bytes[material + 1024..material + 1536].fill(0);
+        let sector = material as u64 / 512 + 2;
+        let store = MemoryStore::from(bytes.clone());
+        assert_eq!(unlock(&store, SECOND, None).unwrap(), 1);
+        assert_eq!(unlock(&store, SECOND, Some(1)).unwrap(), 1);
+        let error = unlock(&store, SECOND, Some(0)).unwrap_err();
+        let fault = KeyslotFault::Overwritten { sector };
+        assert!(
+            matches!(&error, LuksError::NamedKeyslot { keyslot: 0, fault: KeyslotFault::Overwritten { sector: at } } if *at == sector),
+            "{error}, not {fault}"
+        );
+        let said = error.to_string();
+        assert!(said.contains("keyslot 0 is damaged") && said.contains("no other keyslot was tried"), "{said}");
+        // The passphrase does open another one.
+        assert!(!said.contains("opens no other"), "{said}");
+        let error = unlock(&store, b"wrong", None).unwrap_err();
+        assert!(matches!(error, LuksError::DamagedKeyslot { keyslot: 0, sector: at } if at == sector), "{error}");
+        assert!(error.to_string().contains("opens no other"), "{error}");
+        assert!(matches!(unlock(&store, b"wrong", Some(1)), Err(LuksError::WrongPassphraseFor(1))));
+        assert!(matches!(unlock(&store, SECOND, Some(2)), Err(LuksError::NoSuchKeyslot(2))));
+    }
+}
+
+#[test]
+fn a_keyslot_that_the_disk_cannot_read_keeps_no_other_from_opening() {
+    for (bytes, material) in volumes() {
+        let store = unreadable(bytes, material);
+        assert_eq!(unlock(&store, SECOND, None).unwrap(), 1);
+        for passphrase in [PASSPHRASE, b"wrong"] {
+            let error = unlock(&store, passphrase, None).unwrap_err();
+            assert!(matches!(error, LuksError::UnreadableKeyslot { keyslot: 0, .. }), "{error}");
+            assert!(error.to_string().contains("keyslot 0 cannot be read"), "{error}");
+        }
+        let error = unlock(&store, PASSPHRASE, Some(0)).unwrap_err();
+        assert!(error.to_string().contains("keyslot 0 cannot be read"), "{error}");
+        assert!(matches!(error, LuksError::NamedKeyslot { keyslot: 0, fault: KeyslotFault::Unreadable(_) }), "{error}");
+        // Whoever cannot read it has no other key than the second, which is kept.
+        let remove = |keyslot, force| read(&store).remove_key(&store, keyslot, force, &mut noise(3));
+        assert!(matches!(remove(1, false), Err(LuksError::LastKeyslot(1))));
+        remove(0, false).unwrap();
+        assert_eq!(unlock(&store, SECOND, None).unwrap(), 1);
+    }
+}
