@@ -91,19 +91,5 @@ const PIECE_BLOCKS: usize = 32;
 /// A byte shuffle that leaves a zero.
 const ZERO: u8 = 0x80;
 
-/// The byte shuffle that gathers a tweak's one, two and three topmost bytes, far enough apart that their products with
-/// [`POLYNOMIAL`], seven bits longer, do not touch: three in bytes 0 to 2, two in bytes 4 and 5, one in byte 7.
-const TOPS: u128 =
-    u128::from_le_bytes([13, 14, 15, ZERO, 14, 15, ZERO, 15, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO]);
-
-/// The byte shuffles that move each of the three products of [`TOPS`] to the bottom.
-const AROUND_1: u128 = bottom([7, 8, ZERO, ZERO]);
-const AROUND_2: u128 = bottom([4, 5, 6, ZERO]);
-const AROUND_3: u128 = bottom([0, 1, 2, 3]);
-
-const fn bottom(from: [u8; 4]) -> u128 {
-    ((u128::MAX / 0xff * (ZERO as u128)) & !0xffff_ffff) | u32::from_le_bytes(from) as u128
-}
-
 /// The polynomial of GF(2¹²⁸) less its x¹²⁸: what a bit shifted out of a tweak is replaced by.
 const POLYNOMIAL: i64 = 0x87;

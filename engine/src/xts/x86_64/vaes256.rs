@@ -2,12 +2,14 @@
 //!
 //! Ten or eleven registers of data go through the rounds together, a third of a [`Double`]: eight would be just enough to
 //! keep the AES units busy, and every other instruction would cost time. Of the sixteen registers that there are, none
-//! remains for masks: these lie in memory, and the next double's are made between the rounds.
+//! remains for masks: these lie in memory, and the next double's are made between the rounds, by moves of whole bytes,
+//! additions and shifts. A carry-less multiplication would be shorter, but Zen makes four operations of it, for which
+//! decoding stops, and one takes the AES units' place.
 
 use core::arch::x86_64::{
     __m256i, _mm256_add_epi64, _mm256_aesdec_epi128, _mm256_aesdeclast_epi128, _mm256_aesenc_epi128,
     _mm256_aesenclast_epi128, _mm256_broadcastsi128_si256, _mm256_bslli_epi128, _mm256_bsrli_epi128,
-    _mm256_clmulepi64_epi128, _mm256_loadu_si256, _mm256_set_epi64x, _mm256_set1_epi64x, _mm256_shuffle_epi8,
+    _mm256_loadu_si256, _mm256_set_epi64x, _mm256_set1_epi64x, _mm256_shuffle_epi8, _mm256_slli_epi64,
     _mm256_sllv_epi64, _mm256_srlv_epi64, _mm256_storeu_si256, _mm256_sub_epi64, _mm256_xor_si256,
 };
 use std::hint::black_box;
@@ -18,22 +20,20 @@ use cipher::inout::{InOut, InOutBuf};
 use zerocopy::IntoBytes;
 use zeroize::Zeroize;
 
+use super::ZERO;
 use super::aesni::AesNi;
 use super::keys::{RoundKeys, Schedules, load as load_block};
-use super::{AROUND_1, AROUND_2, AROUND_3, POLYNOMIAL, TOPS};
 use crate::sector::SectorSize;
 use crate::xts::Direction;
 use crate::xts::run::{BLOCK, Run, UnitNumbers};
 
-/// Proof that this CPU has AVX2, VAES and VPCLMULQDQ, and that the operating system keeps their registers.
+/// Proof that this CPU has AVX2 and VAES, and that the operating system keeps their registers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Vaes256(AesNi);
 
 impl Vaes256 {
     pub(crate) fn new() -> Option<Self> {
-        let there = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("vaes")
-            && is_x86_feature_detected!("vpclmulqdq");
+        let there = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("vaes");
         AesNi::new().filter(|_| there).map(Self)
     }
 
@@ -67,7 +67,7 @@ impl Vaes256 {
 type Double = Array<u8, U1024>;
 
 /// Vectors of masks that the others of 16 are made from, by moving whole bytes: vector `i + BASES · k` is vector `i` times
-/// α^8k.
+/// α^8k. That is a group; a double has eight.
 const BASES: usize = 4;
 
 /// Registers of tweaks in flight.
@@ -84,6 +84,10 @@ struct Tweaks([u128; TWEAKS]);
 #[repr(C, align(64))]
 struct Masks([u128; size_of::<Double>() / BLOCK]);
 
+/// The base vectors of the next four groups, where a sector goes on.
+#[repr(C, align(64))]
+struct Bases([u128; 2 * BASES]);
+
 /// Where the next double's masks come from.
 mod next {
     /// The same sector goes on.
@@ -94,7 +98,7 @@ mod next {
     pub(super) const PAIR: u8 = 2;
 }
 
-#[target_feature(enable = "avx2,vaes,vpclmulqdq")]
+#[target_feature(enable = "avx2,vaes")]
 fn crypt<const N: usize, const DECRYPT: bool>(
     data_keys: &RoundKeys<N>,
     tweak_keys: &RoundKeys<N>,
@@ -112,6 +116,7 @@ fn crypt<const N: usize, const DECRYPT: bool>(
     let mut tweaks = Tweaks([0; TWEAKS]);
     let (mut even, mut odd) = (Masks([0; _]), Masks([0; _]));
     let (mut current, mut following) = (&mut even, &mut odd);
+    let mut bases = Bases([0; _]);
     refill(&mut tweaks, tweak_keys, &mut numbers, sectors);
     let (first, second) = (broadcast(&tweaks.0[0]), broadcast(&tweaks.0[1]));
     let mut ahead = if pairs { 2 } else { 1 };
@@ -119,15 +124,33 @@ fn crypt<const N: usize, const DECRYPT: bool>(
         let base = match group {
             0..BASES => start(group, first),
             _ if pairs => start(group - BASES, second),
-            _ => times_alpha_32(current.get(group - BASES)),
+            _ => bases.get(group % BASES),
         };
-        fan_out(current, group, base);
+        let (at, around) = (base_vector(group), tops_around(base));
+        current.set(at, base);
+        current.set(at + BASES, times_alpha_8(base, around));
+        current.set(at + 2 * BASES, times_alpha_16(base, around));
+        current.set(at + 3 * BASES, times_alpha_24(base, around));
+        bases.set(group % BASES, times_alpha_32(base, around));
     }
     let mut left = doubles_per_sector;
     for mut double in doubles {
+        macro_rules! crypt {
+            ($next:ident, $first:ident, $second:ident) => {
+                crypt_double::<N, DECRYPT, { next::$next }>(
+                    data_keys,
+                    &mut double,
+                    current,
+                    following,
+                    &mut bases,
+                    $first,
+                    $second,
+                );
+            };
+        }
         left -= 1;
         if left > 0 {
-            crypt_double::<N, DECRYPT, { next::SAME }>(data_keys, &mut double, current, following, first, second);
+            crypt!(SAME, first, second);
         } else {
             left = doubles_per_sector;
             sectors -= if pairs { 2 } else { 1 };
@@ -139,10 +162,10 @@ fn crypt<const N: usize, const DECRYPT: bool>(
             if pairs {
                 let second = broadcast(&tweaks.0[ahead + 1]);
                 ahead += 2;
-                crypt_double::<N, DECRYPT, { next::PAIR }>(data_keys, &mut double, current, following, first, second);
+                crypt!(PAIR, first, second);
             } else {
                 ahead += 1;
-                crypt_double::<N, DECRYPT, { next::SECTOR }>(data_keys, &mut double, current, following, first, second);
+                crypt!(SECTOR, first, second);
             }
         }
         (current, following) = (following, current);
@@ -150,10 +173,11 @@ fn crypt<const N: usize, const DECRYPT: bool>(
     tweaks.0.as_mut_slice().zeroize();
     even.0.as_mut_slice().zeroize();
     odd.0.as_mut_slice().zeroize();
+    bases.0.as_mut_slice().zeroize();
 }
 
 /// Encrypts the tweaks of the next data units, at most [`TWEAKS`] and at least `wanted` if that is less.
-#[target_feature(enable = "avx2,vaes,vpclmulqdq")]
+#[target_feature(enable = "avx2,vaes")]
 fn refill<const N: usize>(tweaks: &mut Tweaks, keys: &RoundKeys<N>, numbers: &mut UnitNumbers, wanted: usize) {
     match wanted {
         0 => {}
@@ -163,7 +187,7 @@ fn refill<const N: usize>(tweaks: &mut Tweaks, keys: &RoundKeys<N>, numbers: &mu
     }
 }
 
-#[target_feature(enable = "avx2,vaes,vpclmulqdq")]
+#[target_feature(enable = "avx2,vaes")]
 fn encrypt_numbers<const N: usize, const VECTORS: usize>(
     tweaks: &mut Tweaks,
     keys: &RoundKeys<N>,
@@ -194,67 +218,82 @@ fn encrypt_numbers<const N: usize, const VECTORS: usize>(
     }
 }
 
-/// Encrypts or decrypts one double, and makes the next one's masks.
-#[target_feature(enable = "avx2,vaes,vpclmulqdq")]
+/// Encrypts or decrypts one double, and makes the next one's masks: `first` and `second` are the tweaks of the sectors that begin with it.
+#[target_feature(enable = "avx2,vaes")]
 #[inline]
 fn crypt_double<const N: usize, const DECRYPT: bool, const NEXT: u8>(
     keys: &RoundKeys<N>,
     double: &mut InOut<'_, '_, Double>,
     masks: &Masks,
     following: &mut Masks,
+    bases: &mut Bases,
     first: __m256i,
     second: __m256i,
 ) {
     // Opaque, so that the compiler keeps no round keys in registers across doubles: they would not fit, and be spilled to
     // stack that nobody wipes.
     let (keys, masks) = (black_box(keys), black_box(masks));
-    let base_of = |following: &Masks, group: usize| match NEXT {
-        next::SAME => times_alpha_64(masks.get(base_vector(group))),
+    // For all that the compiler knows the rounds end early. So each stays where it is, with the masks that are made beside it:
+    // else it would move all rounds behind all masks, and load all round keys ahead, onto a stack that nobody wipes.
+    let end = black_box(N);
+    let base_of = |bases: &Bases, group: usize| match NEXT {
+        next::SAME => bases.get(group % BASES),
         _ if group < BASES => start(group, first),
         next::PAIR => start(group - BASES, second),
-        _ => times_alpha_32(following.get(base_vector(group - BASES))),
+        _ => bases.get(group % BASES),
     };
     // Rounds beside which the masks of one group are made: three groups to a third, in the 13 or 9 rounds between the first
     // and the last key.
-    let rounds_per_group = (N - 2) / 3;
-    // A third: vectors `$at` to `$at + $width`, and the masks of groups `$group` to `$group + $groups`.
+    let beside_group = (N - 2) / 3;
+    // A third: vectors `$at` to `$at + $width`, and the masks of some groups.
     macro_rules! third {
-        ($at:literal, $width:literal, $group:literal, $groups:literal) => {
+        ($at:literal, $width:literal, $($group:literal),+) => {
             let (from, _) = double.get_in().as_chunks();
             let key = broadcast(&keys.0[0]);
             let mut data = [key; $width];
             for i in 0..$width {
                 data[i] = _mm256_xor_si256(_mm256_xor_si256(load(&from[$at + i]), key), masks.get($at + i));
             }
-            let round = |data: &mut [__m256i; $width], key: &u128| {
-                let key = broadcast(key);
-                for vector in data {
-                    *vector = if DECRYPT {
-                        _mm256_aesdec_epi128(*vector, key)
-                    } else {
-                        _mm256_aesenc_epi128(*vector, key)
+            'rounds: {
+                macro_rules! round {
+                    ($i:expr) => {
+                        if end == $i {
+                            break 'rounds;
+                        }
+                        let key = broadcast(&keys.0[$i]);
+                        for vector in &mut data {
+                            *vector = if DECRYPT {
+                                _mm256_aesdec_epi128(*vector, key)
+                            } else {
+                                _mm256_aesenc_epi128(*vector, key)
+                            };
+                        }
                     };
                 }
-            };
-            // The loops stay loops because their ends are opaque. Unrolled, the compiler would move all rounds behind all
-            // masks, and load all round keys ahead, onto a stack that nobody wipes.
-            let (beside_masks, rest) = keys.0[1..N - 1].split_at($groups * rounds_per_group);
-            for (keys, group) in black_box(beside_masks).chunks_exact(rounds_per_group).zip($group..) {
-                round(&mut data, &keys[0]);
-                let base = base_of(following, group);
-                let around = tops_around(base);
-                following.set(base_vector(group), base);
-                round(&mut data, &keys[1]);
-                following.set(base_vector(group) + BASES, times_alpha_8(base, around));
-                round(&mut data, &keys[2]);
-                following.set(base_vector(group) + 2 * BASES, times_alpha_16(base, around));
-                if rounds_per_group > 3 {
-                    round(&mut data, &keys[3]);
+                let mut next = 1;
+                $({
+                    let base = base_of(bases, $group);
+                    let at = base_vector($group);
+                    round!(next);
+                    following.set(at, base);
+                    let around = tops_around(base);
+                    round!(next + 1);
+                    following.set(at + BASES, times_alpha_8(base, around));
+                    round!(next + 2);
+                    following.set(at + 2 * BASES, times_alpha_16(base, around));
+                    if NEXT != next::PAIR {
+                        bases.set($group % BASES, times_alpha_32(base, around));
+                    }
+                    if beside_group > 3 {
+                        round!(next + 3);
+                    }
+                    following.set(at + 3 * BASES, times_alpha_24(base, around));
+                    next += beside_group;
+                })+
+                while next < N - 1 {
+                    round!(next);
+                    next += 1;
                 }
-                following.set(base_vector(group) + 3 * BASES, times_alpha_24(base, around));
-            }
-            for key in black_box(rest) {
-                round(&mut data, key);
             }
             let key = broadcast(&keys.0[N - 1]);
             let (to, _) = double.get_out().as_chunks_mut();
@@ -269,25 +308,15 @@ fn crypt_double<const N: usize, const DECRYPT: bool, const NEXT: u8>(
             }
         };
     }
-    third!(0, 11, 0, 3);
-    third!(11, 11, 3, 3);
-    third!(22, 10, 6, 2);
+    third!(0, 11, 0, 1, 2);
+    third!(11, 11, 3, 4, 5);
+    third!(22, 10, 6, 7);
 }
 
 /// The vector of a double's masks that group `group` of eight is made from.
 #[inline(always)]
 fn base_vector(group: usize) -> usize {
     if group < BASES { group } else { group + 3 * BASES }
-}
-
-/// The masks that are made from one of them.
-#[target_feature(enable = "avx2,vpclmulqdq")]
-fn fan_out(masks: &mut Masks, group: usize, base: __m256i) {
-    let around = tops_around(base);
-    masks.set(base_vector(group), base);
-    masks.set(base_vector(group) + BASES, times_alpha_8(base, around));
-    masks.set(base_vector(group) + 2 * BASES, times_alpha_16(base, around));
-    masks.set(base_vector(group) + 3 * BASES, times_alpha_24(base, around));
 }
 
 impl Masks {
@@ -306,9 +335,25 @@ impl Masks {
     }
 }
 
+impl Bases {
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn get(&self, i: usize) -> __m256i {
+        let (vectors, _) = self.0.as_bytes().as_chunks();
+        load(&vectors[i])
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn set(&mut self, i: usize, value: __m256i) {
+        let (vectors, _) = self.0.as_mut_bytes().as_chunks_mut();
+        store(&mut vectors[i], value);
+    }
+}
+
 /// Vector `group` of a sector's first masks, from its tweak in every lane: `T · α^n` with an `n` for each lane, up to 7, by
 /// 64-bit shifts, with the bits that leave a half put where they belong.
-#[target_feature(enable = "avx2,vpclmulqdq")]
+#[target_feature(enable = "avx2")]
 #[inline]
 fn start(group: usize, tweak: __m256i) -> __m256i {
     let low = _mm256_set1_epi64x(2 * group as i64);
@@ -317,33 +362,38 @@ fn start(group: usize, tweak: __m256i) -> __m256i {
     let carried = _mm256_srlv_epi64(tweak, _mm256_sub_epi64(_mm256_set1_epi64x(64), n));
     // From the low half into the high one, and from the high one around through the polynomial.
     let across = _mm256_bslli_epi128::<8>(carried);
-    let around = _mm256_clmulepi64_epi128::<0x01>(carried, _mm256_set1_epi64x(POLYNOMIAL));
+    let around = _mm256_bsrli_epi128::<8>(times_polynomial(carried));
     _mm256_xor_si256(_mm256_xor_si256(shifted, across), around)
 }
 
-/// `T · α³²`: the bytes move up by four, and those that leave come back through the polynomial.
-#[target_feature(enable = "avx2,vpclmulqdq")]
-#[inline]
-fn times_alpha_32(tweak: __m256i) -> __m256i {
-    let around = _mm256_clmulepi64_epi128::<0x00>(_mm256_bsrli_epi128::<12>(tweak), _mm256_set1_epi64x(POLYNOMIAL));
-    _mm256_xor_si256(_mm256_bslli_epi128::<4>(tweak), around)
+/// The byte shuffle that gathers a tweak's topmost bytes, one to four of them, far enough apart that their products with the
+/// polynomial, seven bits longer, do not touch: three in bytes 0 to 2, two in 4 and 5; four in 8 to 11, one in 13.
+const TOPS: u128 = u128::from_le_bytes([13, 14, 15, ZERO, 14, 15, ZERO, ZERO, 12, 13, 14, 15, ZERO, 15, ZERO, ZERO]);
+
+/// The byte shuffles that move each of the four products of [`TOPS`] to the bottom.
+const AROUND_1: u128 = bottom([13, 14, ZERO, ZERO, ZERO]);
+const AROUND_2: u128 = bottom([4, 5, 6, ZERO, ZERO]);
+const AROUND_3: u128 = bottom([0, 1, 2, 3, ZERO]);
+const AROUND_4: u128 = bottom([8, 9, 10, 11, 12]);
+
+const fn bottom([a, b, c, d, e]: [u8; 5]) -> u128 {
+    u128::from_le_bytes([a, b, c, d, e, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO])
 }
 
-/// `T · α⁶⁴`: the halves change places, and the high one comes back through the polynomial.
-#[target_feature(enable = "avx2,vpclmulqdq")]
-#[inline]
-fn times_alpha_64(tweak: __m256i) -> __m256i {
-    let around = _mm256_clmulepi64_epi128::<0x01>(tweak, _mm256_set1_epi64x(POLYNOMIAL));
-    _mm256_xor_si256(_mm256_bslli_epi128::<8>(tweak), around)
-}
-
-/// What [`times_alpha_8`], [`times_alpha_16`] and [`times_alpha_24`] put below what they move up: one carry-less
-/// multiplication for the three, because it is the one instruction here that takes the AES units' place (Zen 4).
-#[target_feature(enable = "avx2,vpclmulqdq")]
+/// What comes back at the bottom of a tweak that is moved up by one to four bytes: `T`'s tops times the polynomial.
+#[target_feature(enable = "avx2")]
 #[inline]
 fn tops_around(tweak: __m256i) -> __m256i {
-    let tops = _mm256_shuffle_epi8(tweak, broadcast(&TOPS));
-    _mm256_clmulepi64_epi128::<0x00>(tops, _mm256_set1_epi64x(POLYNOMIAL))
+    times_polynomial(_mm256_shuffle_epi8(tweak, broadcast(&TOPS)))
+}
+
+/// Each half times x⁷ + x² + x + 1, the polynomial of GF(2¹²⁸) less its x¹²⁸; of what is longer than a half the rest is lost.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn times_polynomial(halves: __m256i) -> __m256i {
+    let low = _mm256_xor_si256(halves, _mm256_add_epi64(halves, halves));
+    let high = _mm256_xor_si256(_mm256_slli_epi64::<2>(halves), _mm256_slli_epi64::<7>(halves));
+    _mm256_xor_si256(low, high)
 }
 
 #[target_feature(enable = "avx2")]
@@ -362,6 +412,12 @@ fn times_alpha_16(tweak: __m256i, around: __m256i) -> __m256i {
 #[inline]
 fn times_alpha_24(tweak: __m256i, around: __m256i) -> __m256i {
     _mm256_xor_si256(_mm256_bslli_epi128::<3>(tweak), _mm256_shuffle_epi8(around, broadcast(&AROUND_3)))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn times_alpha_32(tweak: __m256i, around: __m256i) -> __m256i {
+    _mm256_xor_si256(_mm256_bslli_epi128::<4>(tweak), _mm256_shuffle_epi8(around, broadcast(&AROUND_4)))
 }
 
 #[target_feature(enable = "avx2")]

@@ -19,7 +19,7 @@ use zeroize::{Zeroize, optimization_barrier};
 
 use super::aesni::AesNi;
 use super::keys::{RoundKeys, Schedules, load as load_block};
-use super::{AROUND_1, AROUND_2, AROUND_3, PIECE_BLOCKS, POLYNOMIAL, Piece, TOPS};
+use super::{PIECE_BLOCKS, POLYNOMIAL, Piece, ZERO};
 use crate::xts::Direction;
 use crate::xts::run::{Run, UnitNumbers};
 
@@ -270,6 +270,20 @@ fn times_alpha_by_lane(tweak: __m512i, n: [i64; 4]) -> __m512i {
 fn times_alpha_32(tweak: __m512i) -> __m512i {
     let around = _mm512_clmulepi64_epi128::<0x00>(_mm512_bsrli_epi128::<12>(tweak), _mm512_set1_epi64(POLYNOMIAL));
     _mm512_xor_si512(_mm512_bslli_epi128::<4>(tweak), around)
+}
+
+/// The byte shuffle that gathers a tweak's one, two and three topmost bytes, far enough apart that their products with
+/// [`POLYNOMIAL`], seven bits longer, do not touch: three in bytes 0 to 2, two in bytes 4 and 5, one in byte 7.
+const TOPS: u128 =
+    u128::from_le_bytes([13, 14, 15, ZERO, 14, 15, ZERO, 15, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO]);
+
+/// The byte shuffles that move each of the three products of [`TOPS`] to the bottom.
+const AROUND_1: u128 = bottom([7, 8, ZERO, ZERO]);
+const AROUND_2: u128 = bottom([4, 5, 6, ZERO]);
+const AROUND_3: u128 = bottom([0, 1, 2, 3]);
+
+const fn bottom(from: [u8; 4]) -> u128 {
+    ((u128::MAX / 0xff * (ZERO as u128)) & !0xffff_ffff) | u32::from_le_bytes(from) as u128
 }
 
 /// What [`times_alpha_8`], [`times_alpha_16`] and [`times_alpha_24`] put below what they move up: one carry-less
