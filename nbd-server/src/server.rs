@@ -320,8 +320,16 @@ impl Server {
         if !self.by_uring {
             return self.serve_negotiated(socket, export, negotiated, shutdown).await;
         }
-        let idle = self.settings.idle_timeout;
-        uring::transmission(socket.into_owned_fd()?, export, negotiated, &self.workers, idle, shutdown).await
+        match uring::Session::begin().await {
+            Ok(session) => {
+                let idle = self.settings.idle_timeout;
+                session.transmission(socket.into_owned_fd()?, export, negotiated, &self.workers, idle, shutdown).await
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no io_uring for this connection: serving it without, which takes more CPU time");
+                self.serve_negotiated(socket, export, negotiated, shutdown).await
+            }
+        }
     }
 
     async fn serve_negotiated<S>(

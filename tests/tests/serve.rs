@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
+use harness::nbd::{RawClient, connect};
 use harness::nbdcrypt::{binary, told};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -284,6 +285,42 @@ fn a_tcp_port_serves_as_a_socket_does() {
     let server = Server(child);
     assert!(address.starts_with("nbd://127.0.0.1:") && address.trim().ends_with("/scratch"), "{address}");
     assert_eq!(folder.run("nbdinfo", &["--size", address.trim()]).trim(), DATA.to_string());
+    server.stop();
+}
+
+#[test]
+fn a_connection_for_which_there_is_no_ring_is_served_all_the_same() {
+    let folder = Folder::new();
+    folder.format();
+    let mut child = Command::new(binary())
+        .args(["serve", "--session", "io-uring", "--key-file", "key", "--socket", "socket", "disk"])
+        .current_dir(folder.0.path())
+        .stdout(Stdio::piped())
+        .stderr(File::create(folder.path("log")).unwrap())
+        .spawn()
+        .unwrap();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+    let server = Server(child);
+    // The first connection takes three of the five files that are left: the socket, the ring and what wakes it. For the
+    // others there is no ring.
+    let pid = server.0.id();
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as u64;
+    let limit = Some(open + 5);
+    let files = rustix::process::Rlimit { current: limit, maximum: limit };
+    rustix::process::prlimit(Some(Pid::from_child(&server.0)), rustix::process::Resource::Nofile, files).unwrap();
+    let mut clients: Vec<_> = (0..3).map(|_| RawClient::new(connect(&folder.path("socket")))).collect();
+    for (client, block) in clients.iter_mut().zip(1..) {
+        client.enter("");
+        assert_eq!(client.write(0, 4096 * u64::from(block), &[block; 4096]), 0);
+    }
+    for client in clients.iter_mut().rev() {
+        for block in 1..=3_u8 {
+            assert!(client.read(4096 * u64::from(block), 4096).unwrap() == [block; 4096], "block {block}");
+        }
+    }
+    let log = fs::read_to_string(folder.path("log")).unwrap();
+    assert_eq!(log.matches("no io_uring for this connection").count(), 2, "{log}");
+    drop(clients);
     server.stop();
 }
 

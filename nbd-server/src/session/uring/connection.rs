@@ -50,7 +50,7 @@ const DEAF: Duration = Duration::from_secs(2);
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// What the ring is doing.
-enum Tag {
+pub(super) enum Tag {
     Receive,
     ReceivePayload,
     Send,
@@ -60,7 +60,7 @@ enum Tag {
     Sync { request: Request },
 }
 
-struct ReadUnderWay {
+pub(super) struct ReadUnderWay {
     request: Request,
     /// Where in the volume.
     offset: u64,
@@ -70,7 +70,7 @@ struct ReadUnderWay {
     done: usize,
 }
 
-struct WriteUnderWay {
+pub(super) struct WriteUnderWay {
     request: Request,
     /// Where on the disk.
     place: u64,
@@ -172,6 +172,7 @@ pub(super) struct Connection<'a> {
 impl<'a> Connection<'a> {
     /// Serves the client on the other end of `socket` until either side is done. Blocks.
     pub(super) fn serve(
+        ring: Ring<'a, Tag>,
         socket: &'a OwnedFd,
         export: &'a Export,
         negotiated: Negotiated,
@@ -197,7 +198,7 @@ impl<'a> Connection<'a> {
             file,
             resident,
             direct,
-            ring: Ring::new()?,
+            ring,
             intake: Intake::new(buffers.take(INTAKE)),
             stream: Stream::Header(ExpectRequest::new(export.info(), &negotiated)),
             buffers,

@@ -33,6 +33,7 @@ use crate::shutdown::Shutdown;
 use connection::Connection;
 use doorbell::Doorbell;
 pub(crate) use errand::Errand;
+use ring::Ring;
 
 /// Whether this process may use io_uring, and what the kernel says if not.
 ///
@@ -40,43 +41,84 @@ pub(crate) use errand::Errand;
 /// `Unsupported` or `ENOSYS` where the kernel is too old, `EPERM` where it is forbidden.
 pub(crate) fn is_available() -> io::Result<()> {
     // On a thread of its own: when the ring goes, the kernel interrupts what its maker is waiting for.
-    let probe = std::thread::Builder::new().spawn(|| ring::Ring::<()>::new().map(drop))?;
+    let probe = std::thread::Builder::new().spawn(|| Ring::<()>::new().map(drop))?;
     probe.join().unwrap_or_else(|_| Err(io::Error::other("the probe for io_uring panicked")))
 }
 
-/// Serves requests on a socket until the client takes its leave, breaks the protocol, or is told of the shutdown. Returns
-/// when every request that was taken on is carried out. A future that is dropped ends the session at once.
-///
-/// # Errors
-/// [`SessionError`]; all is done that was to be done.
-pub(crate) async fn transmission(
+/// A thread that has a ring, and waits for a connection.
+pub(crate) struct Session {
+    doorbell: Arc<Doorbell>,
+    taker: oneshot::Sender<Taken>,
+    end: oneshot::Receiver<Result<(), SessionError>>,
+}
+
+/// A connection, for the thread that is to serve it.
+struct Taken {
     socket: OwnedFd,
-    export: &Export,
+    export: Export,
     negotiated: Negotiated,
-    workers: &Arc<Workers<Work>>,
+    workers: Arc<Workers<Work>>,
     idle: Option<Duration>,
-    mut shutdown: Shutdown,
-) -> Result<(), SessionError> {
-    let doorbell = Arc::new(Doorbell::new()?);
-    let (ended, mut end) = oneshot::channel();
-    {
-        let (export, workers, doorbell) = (export.clone(), Arc::clone(workers), Arc::clone(&doorbell));
+}
+
+impl Session {
+    /// Makes the thread and the ring. What the kernel refuses for want of files, memory or threads, it refuses here, where the
+    /// connection can still be served otherwise.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) async fn begin() -> io::Result<Self> {
+        let doorbell = Arc::new(Doorbell::new()?);
+        let (made, is_made) = oneshot::channel();
+        let (taker, taken) = oneshot::channel::<Taken>();
+        let (ended, end) = oneshot::channel();
+        let bell = Arc::clone(&doorbell);
         std::thread::Builder::new().name("nbd-session".to_owned()).spawn(move || {
-            let outcome = Connection::serve(&socket, &export, negotiated, &workers, idle, &doorbell);
-            // Nobody may be left to hear of it.
-            let _ = ended.send(outcome);
+            // The ring is its thread's: another could not use it.
+            let ring = match Ring::new() {
+                Ok(ring) => ring,
+                Err(error) => {
+                    let _ = made.send(Err(error));
+                    return;
+                }
+            };
+            // Nobody may be left to hear of it, here and below.
+            let _ = made.send(Ok(()));
+            let Ok(Taken { socket, export, negotiated, workers, idle }) = taken.blocking_recv() else { return };
+            let _ = ended.send(Connection::serve(ring, &socket, &export, negotiated, &workers, idle, &bell));
         })?;
+        is_made.await.unwrap_or_else(|_| Err(io::Error::other("the session's thread panicked")))?;
+        Ok(Self { doorbell, taker, end })
     }
-    let abandoned = Abandoned(&doorbell);
-    let outcome = tokio::select! {
-        outcome = &mut end => outcome,
-        () = shutdown.requested() => {
-            doorbell.shut_down();
-            end.await
-        }
-    };
-    drop(abandoned);
-    outcome.unwrap_or_else(|_| Err(SessionError::Io(io::Error::other("the session's thread panicked"))))
+
+    /// Serves requests on a socket until the client takes its leave, breaks the protocol, or is told of the shutdown.
+    /// Returns when every request that was taken on is carried out. A future that is dropped ends the session at once.
+    ///
+    /// # Errors
+    /// [`SessionError`]; all is done that was to be done.
+    pub(crate) async fn transmission(
+        self,
+        socket: OwnedFd,
+        export: &Export,
+        negotiated: Negotiated,
+        workers: &Arc<Workers<Work>>,
+        idle: Option<Duration>,
+        mut shutdown: Shutdown,
+    ) -> Result<(), SessionError> {
+        let Self { doorbell, taker, mut end } = self;
+        // It waits for just that; if it panicked, its end says so.
+        let _ = taker.send(Taken { socket, export: export.clone(), negotiated, workers: Arc::clone(workers), idle });
+        let abandoned = Abandoned(&doorbell);
+        let outcome = tokio::select! {
+            outcome = &mut end => outcome,
+            () = shutdown.requested() => {
+                doorbell.shut_down();
+                end.await
+            }
+        };
+        drop(abandoned);
+        outcome.unwrap_or_else(|_| Err(SessionError::Io(io::Error::other("the session's thread panicked"))))
+    }
 }
 
 /// Tells the thread that nobody waits for it any more.
