@@ -16,6 +16,7 @@ use super::device::{Client, image_size, seconds};
 use super::machine::Machine;
 use super::sample::{Cost, Sample};
 use super::stage::{self, Stage};
+use super::subject::Target;
 use super::workload::{Pattern, TYPICAL, Workload};
 use super::{chart, fio, interrupt, lean, report};
 use crate::cli::tell;
@@ -159,21 +160,23 @@ fn take_turns(
     runtime: Duration,
     rounds: u32,
 ) -> Result<Section> {
+    // The lean client speaks NBD.
+    let field: Vec<_> = field.iter().filter(|one| client == Client::Fio || !one.is_device()).collect();
     let mut series: Vec<Vec<Sample>> = vec![Vec::new(); field.len()];
     for _ in 0..rounds {
         for (contestant, samples) in field.iter().zip(&mut series) {
-            samples.push(measure(*contestant, &workload, stage, runtime, client, true)?);
+            samples.push(measure(**contestant, &workload, stage, runtime, client, true)?);
         }
     }
     let results = field.iter().zip(series).map(|(contestant, rounds)| Turns {
-        contestant: *contestant,
+        contestant: **contestant,
         median: Sample::median(&rounds),
         rounds,
     });
     Ok(Section { client, workload, results: results.collect() })
 }
 
-/// One turn: a new server, one workload, and what both sides used up meanwhile.
+/// One turn: a new server or device, one workload, and what both sides used up meanwhile.
 pub(super) fn measure(
     contestant: Contestant,
     workload: &Workload,
@@ -183,15 +186,15 @@ pub(super) fn measure(
     page_cache: bool,
 ) -> Result<Sample> {
     interrupt::check()?;
-    let server = contestant.start(stage, page_cache)?;
-    let before = server.cpu_seconds()?;
-    let drive = match client {
-        Client::Fio => fio::drive,
-        Client::Lean => lean::drive,
+    let subject = contestant.start(stage, page_cache)?;
+    let before = subject.cpu_seconds()?;
+    let seen = match (client, subject.target()) {
+        (Client::Lean, Target::Socket(socket)) => lean::drive(socket, workload, stage.region, runtime),
+        (_, target) => fio::drive(target, workload, stage.region, runtime),
     };
-    let seen = drive(server.socket(), workload, stage.region, runtime)
-        .with_context(|| format!("{}, {}", contestant.name(), workload.name()))?;
-    let cost = Cost { server: Some(server.cpu_seconds()? - before), peak_rss: Some(server.peak_rss()?) };
+    let seen = seen.with_context(|| format!("{}, {}", contestant.name(), workload.name()))?;
+    let server = subject.cpu_seconds()?.zip(before).map(|(after, before)| after - before);
+    let cost = Cost { server, peak_rss: subject.peak_rss()? };
     Ok(Sample::new(&seen, &cost))
 }
 
@@ -200,9 +203,10 @@ fn memory(stage: &Stage, runtime: Duration) -> Result<f64> {
     let server = Contestant::Nbdcrypt.start(stage, true)?;
     for pattern in [Pattern::Read, Pattern::Write] {
         let workload = Workload { pattern, block: 1 << 20, depth: 128, connections: 4 };
-        fio::drive(server.socket(), &workload, stage.region, runtime)?;
+        fio::drive(server.target(), &workload, stage.region, runtime)?;
     }
-    Ok(server.peak_rss()? as f64 / f64::from(1 << 20))
+    let peak = server.peak_rss()?.context("this server's memory")?;
+    Ok(peak as f64 / f64::from(1 << 20))
 }
 
 fn commands(field: &[Contestant], stage: &Stage, runtime: Duration) -> Result<Vec<String>> {
@@ -212,8 +216,13 @@ fn commands(field: &[Contestant], stage: &Stage, runtime: Duration) -> Result<Ve
         let words = [command.get_program()].into_iter().chain(command.get_args());
         lines.push(words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" "));
     }
-    for workload in TYPICAL {
-        let words = fio::arguments(&stage.socket(), &workload, stage.region, runtime);
+    let socket = stage.socket();
+    let devices = field.iter().any(|contestant| contestant.is_device());
+    let device = devices.then_some(Target::Device(std::path::Path::new("DEVICE")));
+    for (workload, target) in TYPICAL.iter().flat_map(|workload| {
+        [Some(Target::Socket(&socket)), device].into_iter().flatten().map(move |target| (workload, target))
+    }) {
+        let words = fio::arguments(target, workload, stage.region, runtime);
         lines.push(format!("fio {}", words.join(" ")));
     }
     Ok(lines)

@@ -6,8 +6,11 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use super::dm_crypt::{self, DmCrypt};
 use super::server_process::ServerProcess;
 use super::stage::Stage;
+use super::subject::Subject;
+use crate::process;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -45,7 +48,7 @@ impl Contestant {
             Self::QemuNbdLuks => "qemu-nbd LUKS",
             Self::NbdkitPlaintext => "nbdkit file, plaintext",
             Self::DmCrypt => "dm-crypt",
-            Self::AttachedNbd => "nbdcrypt on /dev/nbd0",
+            Self::AttachedNbd => "nbdcrypt on /dev/nbd",
         }
     }
 
@@ -59,27 +62,49 @@ impl Contestant {
             let missing = !installed(program);
             missing.then(|| format!("{program} is not installed (apt-get install {package})"))
         };
-        let no_kernel_peer = |sign: &str, what: &str| {
-            if Path::new(sign).exists() {
-                format!("this kernel has {what}, but `bench compare` does not drive kernel devices yet")
+        // What the kernel must have, and only root may use.
+        let no_device = |sign: &str, what: &str| {
+            if !Path::new(sign).exists() {
+                Some(format!("this kernel has no {what}, or has not loaded it: {sign} is not there"))
+            } else if !process::is_root() {
+                Some(format!("this kernel has {what}, but only root may use it: run this with sudo"))
             } else {
-                format!("this kernel has no {what}: {sign} is not there")
+                None
             }
         };
         match self {
             Self::Nbdcrypt | Self::NbdcryptPlaintext | Self::Yardstick => None,
             Self::NbdkitLuks | Self::NbdkitPlaintext => lacks("nbdkit", "nbdkit"),
             Self::QemuNbdLuks => lacks("qemu-nbd", "qemu-utils"),
-            Self::DmCrypt => Some(no_kernel_peer("/sys/class/misc/device-mapper", "device-mapper")),
-            Self::AttachedNbd => Some(no_kernel_peer("/sys/block/nbd0", "network block device")),
+            Self::DmCrypt => no_device("/sys/class/misc/device-mapper", "device-mapper")
+                .or_else(|| lacks("cryptsetup", "cryptsetup-bin")),
+            Self::AttachedNbd => no_device("/sys/module/nbd", "network block device"),
         }
     }
 
+    /// Whether it is a block device, which no NBD client can drive.
+    pub(super) fn is_device(self) -> bool {
+        matches!(self, Self::DmCrypt | Self::AttachedNbd)
+    }
+
     /// Starts it on the stage's image, encrypted or plain.
-    pub(super) fn start(self, stage: &Stage, page_cache: bool) -> Result<ServerProcess> {
-        let socket = stage.socket();
-        ServerProcess::start(self.command(stage, page_cache)?, &socket, &stage.log())
-            .with_context(|| self.name().to_owned())
+    pub(super) fn start(self, stage: &Stage, page_cache: bool) -> Result<Subject> {
+        self.begin(stage, page_cache).with_context(|| self.name().to_owned())
+    }
+
+    fn begin(self, stage: &Stage, page_cache: bool) -> Result<Subject> {
+        Ok(match self {
+            Self::DmCrypt => Subject::Mapped(DmCrypt::open(&stage.luks, &stage.key())?),
+            Self::AttachedNbd => {
+                let (server, device) = ServerProcess::attach(self.command(stage, page_cache)?, &stage.log())?;
+                Subject::Attached(server, device)
+            }
+            _ => {
+                let socket = stage.socket();
+                let server = ServerProcess::listen(self.command(stage, page_cache)?, &socket, &stage.log())?;
+                Subject::Listening(server, socket)
+            }
+        })
     }
 
     /// What is typed to start it.
@@ -125,7 +150,12 @@ impl Contestant {
                     .arg(format!("driver=luks,key-secret=key,file.driver=file,file.filename={}", commas(&stage.luks)));
                 command
             }
-            Self::DmCrypt | Self::AttachedNbd => anyhow::bail!("{} is no server of its own", self.name()),
+            Self::DmCrypt => dm_crypt::open_command(&stage.luks, &key),
+            Self::AttachedNbd => {
+                let mut command = ours()?;
+                command.args(["bench", "attached"]).args(cache).arg("--key-file").arg(key).arg(&stage.luks);
+                command
+            }
         })
     }
 }

@@ -1,6 +1,5 @@
-//! fio as the client: its nbd engine, a thread a connection.
+//! fio as the client: its nbd engine, a thread a connection; or libaio, on a block device.
 
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -12,6 +11,7 @@ use super::contestant::installed;
 use super::interrupt;
 use super::sample::Seen;
 use super::stage::Region;
+use super::subject::Target;
 use super::workload::Workload;
 
 const POLL: Duration = Duration::from_millis(10);
@@ -28,13 +28,23 @@ pub(super) fn require() -> Result<()> {
     Ok(())
 }
 
-/// What is typed, for one workload on the server at `socket`.
-pub(super) fn arguments(socket: &Path, workload: &Workload, region: Region, runtime: Duration) -> Vec<String> {
+/// What is typed, for one workload.
+pub(super) fn arguments(target: Target<'_>, workload: &Workload, region: Region, runtime: Duration) -> Vec<String> {
     let share = region.len / u64::from(workload.connections) / u64::from(workload.block) * u64::from(workload.block);
-    vec![
+    let engine = match target {
+        Target::Socket(socket) => {
+            vec!["--ioengine=nbd".to_owned(), format!("--uri=nbd+unix:///?socket={}", socket.display())]
+        }
+        // What the page cache holds is no work of the device's.
+        Target::Device(device) => vec![
+            "--ioengine=libaio".to_owned(),
+            "--direct=1".to_owned(),
+            // A colon would begin another name.
+            format!("--filename={}", device.display().to_string().replace(':', "\\:")),
+        ],
+    };
+    let job = vec![
         "--name=bench".to_owned(),
-        "--ioengine=nbd".to_owned(),
-        format!("--uri=nbd+unix:///?socket={}", socket.display()),
         format!("--rw={}", workload.pattern.for_fio()),
         format!("--bs={}", workload.block),
         format!("--iodepth={}", workload.depth),
@@ -49,13 +59,14 @@ pub(super) fn arguments(socket: &Path, workload: &Workload, region: Region, runt
         "--time_based".to_owned(),
         format!("--runtime={}ms", runtime.as_millis()),
         "--output-format=json".to_owned(),
-    ]
+    ];
+    [job, engine].concat()
 }
 
 /// Runs it to its end.
-pub(super) fn drive(socket: &Path, workload: &Workload, region: Region, runtime: Duration) -> Result<Seen> {
+pub(super) fn drive(target: Target<'_>, workload: &Workload, region: Region, runtime: Duration) -> Result<Seen> {
     let mut child = Command::new("fio")
-        .args(arguments(socket, workload, region, runtime))
+        .args(arguments(target, workload, region, runtime))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -107,6 +118,8 @@ fn seen(output: &str, workload: &Workload) -> Result<Seen> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::super::workload::TYPICAL;
     use super::*;
 
@@ -127,9 +140,20 @@ mod tests {
     #[test]
     fn connections_share_the_region_in_whole_blocks() {
         let region = Region { start: 1 << 24, len: 10 << 20 };
-        let typed = arguments(Path::new("/s"), &TYPICAL[0].with(4), region, Duration::from_secs(2));
+        let typed = arguments(Target::Socket(Path::new("/s")), &TYPICAL[0].with(4), region, Duration::from_secs(2));
         for argument in ["--size=2097152", "--offset_increment=2097152", "--offset=16777216", "--runtime=2000ms"] {
             assert!(typed.iter().any(|typed| typed == argument), "{argument}: {typed:?}");
         }
+    }
+
+    #[test]
+    fn a_device_is_read_past_the_page_cache() {
+        let region = Region { start: 0, len: 10 << 20 };
+        let device = Target::Device(Path::new("/dev/a:b"));
+        let typed = arguments(device, &TYPICAL[0], region, Duration::from_secs(2));
+        for argument in ["--direct=1", "--ioengine=libaio", "--filename=/dev/a\\:b"] {
+            assert!(typed.iter().any(|typed| typed == argument), "{argument}: {typed:?}");
+        }
+        assert!(!typed.iter().any(|typed| typed.starts_with("--uri")), "{typed:?}");
     }
 }

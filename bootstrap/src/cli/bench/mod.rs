@@ -1,13 +1,16 @@
 //! `nbdcrypt bench`: throughput on this machine.
 //!
 //! `xts` computes in this process. `device` and `compare` start servers as processes of their own (`contestant`), one at a
-//! time, and drive them with fio or with the lean client; `yardstick` and `plaintext` are servers for that alone.
+//! time, or have the kernel make a block device (`subject`), and drive it with fio or with the lean client; `yardstick`,
+//! `plaintext` and `attached` are servers for that alone.
 
+mod attached;
 mod bars;
 mod chart;
 mod compare;
 mod contestant;
 mod device;
+mod dm_crypt;
 mod fio;
 mod interrupt;
 mod lean;
@@ -17,6 +20,7 @@ mod report;
 mod sample;
 mod server_process;
 mod stage;
+mod subject;
 mod workload;
 mod xts;
 mod yardstick;
@@ -45,6 +49,9 @@ enum What {
     /// This server without its cipher.
     #[command(hide = true)]
     Plaintext(plaintext::Args),
+    /// This server, attached to the kernel.
+    #[command(hide = true)]
+    Attached(attached::Args),
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
@@ -54,5 +61,6 @@ pub(super) fn run(args: Args) -> Result<()> {
         What::Compare(args) => compare::run(&args),
         What::Yardstick(args) => yardstick::run(&args),
         What::Plaintext(args) => plaintext::run(&args),
+        What::Attached(args) => attached::run(&args),
     }
 }

@@ -1,6 +1,7 @@
 //! A server as a child process: started, waited for, asked what it used up, and stopped in any case.
 
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -14,24 +15,22 @@ use super::interrupt;
 
 /// How long a server may take to listen: it derives a key first.
 const START: Duration = Duration::from_secs(20);
-/// How long a server may take to stop when it is asked to.
-const STOP: Duration = Duration::from_secs(5);
+/// How long a server may take to stop when it is asked to: one that has attached a device flushes it.
+const STOP: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(5);
 
 /// A running server. It is gone when this is dropped.
 pub(super) struct ServerProcess {
     child: Child,
-    socket: PathBuf,
+    /// Where it listens, if it does.
+    socket: Option<PathBuf>,
 }
 
 impl ServerProcess {
     /// Starts `command`, which is to listen on `socket`, and returns once it does. What it says goes to `log`.
-    pub(super) fn start(mut command: Command, socket: &Path, log: &Path) -> Result<Self> {
-        let program = command.get_program().to_string_lossy().into_owned();
-        let said = File::create(log).with_context(|| log.display().to_string())?;
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said);
-        let child = command.spawn().with_context(|| format!("could not start {program}"))?;
-        let mut server = Self { child, socket: socket.to_owned() };
+    pub(super) fn listen(mut command: Command, socket: &Path, log: &Path) -> Result<Self> {
+        command.stdout(Stdio::null());
+        let (mut server, program) = Self::spawn(command, Some(socket.to_owned()), log)?;
         let started = Instant::now();
         while UnixStream::connect(socket).is_err() {
             interrupt::check()?;
@@ -46,8 +45,38 @@ impl ServerProcess {
         Ok(server)
     }
 
-    pub(super) fn socket(&self) -> &Path {
-        &self.socket
+    /// Starts `command`, which is to attach a device and to print its path, and returns once it does. What it says besides
+    /// goes to `log`.
+    pub(super) fn attach(mut command: Command, log: &Path) -> Result<(Self, PathBuf)> {
+        command.stdout(Stdio::piped());
+        let (mut server, program) = Self::spawn(command, None, log)?;
+        let stdout = server.child.stdout.take().context("its output")?;
+        let reader = thread::spawn(move || {
+            let mut line = String::new();
+            BufReader::new(stdout).read_line(&mut line).map(|_| line)
+        });
+        let started = Instant::now();
+        while !reader.is_finished() {
+            interrupt::check()?;
+            if started.elapsed() > START {
+                bail!("{program} has attached nothing after {} s: {}", START.as_secs(), one_line(log));
+            }
+            thread::sleep(POLL);
+        }
+        let line = reader.join().unwrap_or_else(|_| Ok(String::new()))?;
+        if line.is_empty() {
+            let status = server.child.wait()?;
+            bail!("{program} ended at once ({status}): {}", one_line(log));
+        }
+        Ok((server, PathBuf::from(line.trim_end())))
+    }
+
+    fn spawn(mut command: Command, socket: Option<PathBuf>, log: &Path) -> Result<(Self, String)> {
+        let program = command.get_program().to_string_lossy().into_owned();
+        let said = File::create(log).with_context(|| log.display().to_string())?;
+        command.stdin(Stdio::null()).stderr(said);
+        let child = command.spawn().with_context(|| format!("could not start {program}"))?;
+        Ok((Self { child, socket }, program))
     }
 
     /// CPU seconds that all its threads have used so far.
@@ -81,7 +110,9 @@ impl Drop for ServerProcess {
         let _ = self.child.kill();
         let _ = self.child.wait();
         // nbdkit and qemu-nbd leave theirs.
-        let _ = fs::remove_file(&self.socket);
+        if let Some(socket) = &self.socket {
+            let _ = fs::remove_file(socket);
+        }
     }
 }
 
@@ -125,8 +156,23 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut command = Command::new("sh");
         command.args(["-c", "echo no such luck >&2; exit 3"]);
-        let result = ServerProcess::start(command, &folder.path().join("socket"), &folder.path().join("log"));
+        let result = ServerProcess::listen(command, &folder.path().join("socket"), &folder.path().join("log"));
         let error = result.err().unwrap().to_string();
         assert!(error.contains("no such luck") && error.contains('3'), "{error}");
+
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo no such device >&2; exit 4"]);
+        let error = ServerProcess::attach(command, &folder.path().join("log")).err().unwrap().to_string();
+        assert!(error.contains("no such device") && error.contains('4'), "{error}");
+    }
+
+    #[test]
+    fn a_server_says_what_it_has_attached() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo /dev/a; exec sleep 60"]);
+        let (server, device) = ServerProcess::attach(command, &folder.path().join("log")).unwrap();
+        assert_eq!(device, Path::new("/dev/a"));
+        assert!(server.cpu_seconds().unwrap() < 60.0);
     }
 }

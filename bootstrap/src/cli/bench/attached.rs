@@ -1,0 +1,69 @@
+//! `nbdcrypt bench attached`: this server, attached to the kernel's NBD client until it is told to stop.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use engine::key::Passphrase;
+use engine::luks::{self, Limits};
+use engine::store::Caching;
+use engine::volume::Volume;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::stage;
+use crate::attach::{self, Method, Options};
+use crate::config::AttachConfig;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The file or disk with the LUKS volume.
+    disk: PathBuf,
+    /// The file with its passphrase.
+    #[arg(long, value_name = "FILE")]
+    key_file: PathBuf,
+    /// Let the kernel cache the ciphertext.
+    #[arg(long)]
+    page_cache: bool,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let caching = if args.page_cache { Caching::PageCache } else { Caching::Direct };
+    let store = stage::open(&args.disk, caching)?;
+    let passphrase =
+        Passphrase::new(std::fs::read(&args.key_file).with_context(|| args.key_file.display().to_string())?);
+    let volume = luks::read(store.as_ref(), &Limits::default())?.unlock(store.as_ref(), &passphrase)?;
+    let volume = Volume::encrypted(store, volume.segment, &volume.key)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (mut terminate, mut interrupt) = {
+        let _entered = runtime.enter();
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
+    };
+    let options = Options {
+        method: Method::Nbd,
+        device: None,
+        connections: AttachConfig::DEFAULT_CONNECTIONS.into(),
+        read_only: false,
+        identifier: format!("nbdcrypt-bench-{}", std::process::id()),
+        // That is FUSE's.
+        mount_dir: PathBuf::new(),
+    };
+    let attachment = attach::attach(Arc::new(volume), &options)?;
+    let mut out = std::io::stdout();
+    writeln!(out, "{}", attachment.device().display())?;
+    out.flush()?;
+    let ended = attachment.ended();
+    let ended = runtime.block_on(async {
+        tokio::select! {
+            // From the terminal it comes to the whole group; who measures stops this.
+            () = async { loop { interrupt.recv().await; } } => None,
+            _ = terminate.recv() => None,
+            ended = ended.wait() => Some(ended),
+        }
+    });
+    attachment.detach()?;
+    match ended {
+        None => Ok(()),
+        Some(ended) => bail!("{ended}"),
+    }
+}
