@@ -95,8 +95,9 @@ impl Default for Settings {
 /// Exports and the threads that serve them. Clones are the same server.
 ///
 /// # Memory
-/// A connection holds at most [`MAX_BYTES_IN_FLIGHT`](crate::session::MAX_BYTES_IN_FLIGHT) bytes of payload, as much
-/// again in buffers to be used again, and a megabyte beside. (The kernel holds what is in the socket: up to 4 MiB.)
+/// A connection holds at most [`MAX_BYTES_IN_FLIGHT`](crate::session::MAX_BYTES_IN_FLIGHT) bytes in buffers, those that are
+/// kept to be used again among them, and a megabyte beside; a worker takes two more for a request that is not whole blocks.
+/// (The kernel holds what is in the socket: up to 4 MiB.)
 #[derive(Clone)]
 pub struct Server {
     exports: Exports,

@@ -22,6 +22,9 @@ const ZERO_CHUNK: usize = 1 << 20;
 /// Bytes that go through the cipher together where the disk is memory: what is still in the CPU's cache from the one
 /// step when the next one comes to it.
 const CACHED_CHUNK: usize = 128 * 1024;
+/// Bytes in whole blocks that a read of anything else is cut out of at a time: it takes no more memory than this, however
+/// long it is.
+const DETOUR: usize = 1 << 20;
 
 /// Why a volume did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -186,13 +189,21 @@ impl Volume {
             }
             return Ok(());
         }
-        let start = self.block_floor(offset);
+        let most = self.chunk().min(DETOUR) as u64;
+        let mut at = self.block_floor(offset);
         let end = self.block_ceil(offset + data.len() as u64);
-        let mut blocks = AlignedBuffer::zeroed(span(end - start)?);
-        self.store.read_at(&mut blocks, self.layout.offset + start)?;
-        self.decrypt(start, &mut blocks);
-        let skip = span(offset - start)?;
-        data.copy_from_slice(&blocks[skip..skip + data.len()]);
+        let mut skip = span(offset - at)?;
+        let mut blocks = AlignedBuffer::zeroed(span((end - at).min(most))?);
+        let mut rest = data;
+        while at < end {
+            blocks.resize(span((end - at).min(most))?);
+            self.store.read_at(&mut blocks, self.layout.offset + at)?;
+            self.decrypt(at, &mut blocks);
+            let (piece, more) = rest.split_at_mut(rest.len().min(blocks.len() - skip));
+            piece.copy_from_slice(&blocks[skip..skip + piece.len()]);
+            at += blocks.len() as u64;
+            (rest, skip) = (more, 0);
+        }
         Ok(())
     }
 
@@ -503,6 +514,24 @@ mod tests {
 
     fn segment(sector_size: SectorSize) -> Segment {
         Segment { offset: OFFSET, len: DISK as u64 - OFFSET, sector_size, iv_start: Lba512(0) }
+    }
+
+    #[test]
+    fn a_long_read_of_no_whole_blocks_is_made_in_pieces() {
+        let len = 3 * DETOUR + DETOUR / 2;
+        let store = FaultyStore::new(MemoryStore::zeroed(len), |operation| match operation {
+            Operation::Read(_, len) if len > DETOUR as u64 => Some(io::ErrorKind::OutOfMemory),
+            _ => None,
+        });
+        let segment = Segment { offset: 0, len: len as u64, sector_size: SectorSize::B4096, iv_start: Lba512(0) };
+        let volume = Volume::encrypted(Arc::new(store), segment, &key()).unwrap();
+        let data: Vec<u8> = (0..len).map(|at| (at % 251).to_le_bytes()[0]).collect();
+        volume.write(0, &mut data.clone()).unwrap();
+        for (at, end) in [(1, len - 1), (0, len - 1), (4095, len), (777, 777 + DETOUR), (DETOUR - 1, 2 * DETOUR + 1)] {
+            let mut back = vec![0; end - at];
+            volume.read(at as u64, &mut back).unwrap();
+            assert!(back == data[at..end], "{at} to {end}");
+        }
     }
 
     #[derive(Debug, Clone)]

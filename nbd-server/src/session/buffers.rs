@@ -22,29 +22,35 @@ impl Buffer {
     }
 }
 
-/// The buffers of one connection that are not in use. How many are in use is bounded by the connection's budget; those
-/// here and those in use together take at most twice that.
+/// The buffers of one connection that are not in use. How many are in use is bounded by the connection's budget; what is
+/// kept here fits into what is left of it.
 pub(super) struct Buffers {
     free: [Vec<AlignedBuffer>; CLASSES],
     kept: usize,
+    in_use: usize,
     limit: usize,
 }
 
 impl Buffers {
-    /// Keeps up to `limit` bytes.
+    /// Keeps as much as is missing to `limit` bytes in use.
     pub(super) fn new(limit: usize) -> Self {
-        Self { free: std::array::from_fn(|_| Vec::new()), kept: 0, limit }
+        Self { free: std::array::from_fn(|_| Vec::new()), kept: 0, in_use: 0, limit }
     }
 
     /// A buffer of `len` bytes, whatever they are.
     pub(super) fn take(&mut self, len: usize) -> Buffer {
         let class = class_of(len);
+        let size = SMALLEST << class;
+        self.in_use += size;
         let mut bytes = match self.free[class].pop() {
             Some(bytes) => {
-                self.kept -= SMALLEST << class;
+                self.kept -= size;
                 bytes
             }
-            None => AlignedBuffer::zeroed(SMALLEST << class),
+            None => {
+                self.keep(self.limit.saturating_sub(self.in_use));
+                AlignedBuffer::zeroed(size)
+            }
         };
         bytes.resize(len);
         Buffer { bytes, class }
@@ -53,7 +59,8 @@ impl Buffers {
     /// Takes a buffer back.
     pub(super) fn give_back(&mut self, buffer: Buffer) {
         let size = SMALLEST << buffer.class;
-        if self.kept + size <= self.limit {
+        self.in_use -= size;
+        if self.in_use + self.kept + size <= self.limit {
             self.kept += size;
             self.free[buffer.class].push(buffer.bytes);
         }
@@ -64,10 +71,15 @@ impl Buffers {
         self.kept > KEPT_IDLE
     }
 
-    /// Lets go of the larger buffers, largest first, until little is left.
+    /// Lets go of the larger buffers until little is left.
     pub(super) fn shrink(&mut self) {
+        self.keep(KEPT_IDLE);
+    }
+
+    /// Lets go of buffers, largest first, until no more than so many bytes are left.
+    fn keep(&mut self, limit: usize) {
         for class in (0..CLASSES).rev() {
-            while self.is_large() && self.free[class].pop().is_some() {
+            while self.kept > limit && self.free[class].pop().is_some() {
                 self.kept -= SMALLEST << class;
             }
         }
@@ -113,5 +125,23 @@ mod tests {
         assert_eq!(buffers.kept, 4 << 20);
         buffers.shrink();
         assert!(!buffers.is_large());
+    }
+
+    #[test]
+    fn what_is_in_use_and_what_is_kept_fit_into_the_limit_whatever_the_sizes() {
+        let mut buffers = Buffers::new(4 << 20);
+        for len in [4096, 1 << 20, 64 << 10, 4 << 20, 8192, 2 << 20] {
+            let count = (4 << 20) / len;
+            for _ in 0..2 {
+                let mut taken = Vec::new();
+                for number in 1..=count {
+                    taken.push(buffers.take(len));
+                    assert_eq!(buffers.in_use, number * len);
+                    assert!(buffers.in_use + buffers.kept <= 4 << 20, "{number} of {len}");
+                }
+                taken.into_iter().for_each(|buffer| buffers.give_back(buffer));
+                assert_eq!((buffers.in_use, buffers.kept), (0, 4 << 20));
+            }
+        }
     }
 }
