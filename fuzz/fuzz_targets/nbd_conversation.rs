@@ -1,4 +1,4 @@
-//! Any bytes as all that a client ever says: no panic, and the same answers however they are cut.
+//! Any bytes as all that a client ever says: no panic, the same answers however they are cut, and one to each request.
 #![no_main]
 
 use nbd_server::proto::transcript::{Transcript, example_exports};
@@ -7,4 +7,5 @@ libfuzzer_sys::fuzz_target!(|input: (u8, Vec<u8>)| {
     let (size, bytes) = input;
     let whole = Transcript::of(&example_exports(), [bytes.as_slice()]);
     assert_eq!(whole, Transcript::of(&example_exports(), bytes.chunks(usize::from(size).max(1))));
+    whole.check_replies().unwrap();
 });
