@@ -19,36 +19,60 @@ pub enum HashAlgorithm {
     Sha384,
     /// RIPEMD-160, 20 bytes: plain mode's default before cryptsetup 2.7, and in some old LUKS1 volumes.
     Ripemd160,
+    /// SHA-512/224, 28 bytes.
+    Sha512_224,
+    /// SHA-512/256, 32 bytes.
+    Sha512_256,
+    /// Whirlpool, 64 bytes.
+    Whirlpool,
+    /// SHA3-224, 28 bytes.
+    Sha3_224,
+    /// SHA3-256, 32 bytes.
+    Sha3_256,
+    /// SHA3-384, 48 bytes.
+    Sha3_384,
+    /// SHA3-512, 64 bytes.
+    Sha3_512,
+    /// BLAKE2b, 64 bytes.
+    Blake2b512,
+    /// BLAKE2s, 32 bytes.
+    Blake2s256,
+    /// SM3, 32 bytes.
+    Sm3,
 }
 
-/// Evaluates an expression with a type name standing for the RustCrypto type of a [`HashAlgorithm`].
+/// Evaluates an expression with type names standing for the RustCrypto types of a [`HashAlgorithm`] and of HMAC with it.
 macro_rules! with_hash {
-    ($algorithm:expr, $hash:ident => $body:expr) => {
+    ($algorithm:expr, $hash:ident, $hmac:ident => $body:expr) => {
+        $crate::luks::hash::with_hash!(@ $algorithm, $hash, $hmac, $body;
+            Sha1 = sha1::Sha1, Hmac;
+            Sha224 = sha2::Sha224, Hmac;
+            Sha256 = sha2::Sha256, Hmac;
+            Sha384 = sha2::Sha384, Hmac;
+            Sha512 = sha2::Sha512, Hmac;
+            Sha512_224 = sha2::Sha512_224, Hmac;
+            Sha512_256 = sha2::Sha512_256, Hmac;
+            Ripemd160 = ripemd::Ripemd160, Hmac;
+            Whirlpool = whirlpool::Whirlpool, Hmac;
+            // Their crates give no access to whole blocks, which HMAC's faster form needs.
+            Sha3_224 = sha3::Sha3_224, SimpleHmac;
+            Sha3_256 = sha3::Sha3_256, SimpleHmac;
+            Sha3_384 = sha3::Sha3_384, SimpleHmac;
+            Sha3_512 = sha3::Sha3_512, SimpleHmac;
+            Blake2b512 = blake2::Blake2b512, SimpleHmac;
+            Blake2s256 = blake2::Blake2s256, SimpleHmac;
+            Sm3 = sm3::Sm3, Hmac;
+        )
+    };
+    (@ $algorithm:expr, $hash:ident, $hmac:ident, $body:expr; $($name:ident = $type:ty, $kind:ident;)*) => {
         match $algorithm {
-            $crate::luks::hash::HashAlgorithm::Sha1 => {
-                type $hash = sha1::Sha1;
+            $($crate::luks::hash::HashAlgorithm::$name => {
+                #[allow(dead_code, reason = "who hashes needs no HMAC, and who derives keys no hash")]
+                type $hash = $type;
+                #[allow(dead_code, reason = "as above")]
+                type $hmac = hmac::$kind<$type>;
                 $body
-            }
-            $crate::luks::hash::HashAlgorithm::Sha256 => {
-                type $hash = sha2::Sha256;
-                $body
-            }
-            $crate::luks::hash::HashAlgorithm::Sha512 => {
-                type $hash = sha2::Sha512;
-                $body
-            }
-            $crate::luks::hash::HashAlgorithm::Sha224 => {
-                type $hash = sha2::Sha224;
-                $body
-            }
-            $crate::luks::hash::HashAlgorithm::Sha384 => {
-                type $hash = sha2::Sha384;
-                $body
-            }
-            $crate::luks::hash::HashAlgorithm::Ripemd160 => {
-                type $hash = ripemd::Ripemd160;
-                $body
-            }
+            })*
         }
     };
 }
@@ -56,10 +80,28 @@ pub(in crate::luks) use with_hash;
 
 impl HashAlgorithm {
     /// Every hash there is.
-    pub const ALL: [Self; 6] = [Self::Sha1, Self::Sha224, Self::Sha256, Self::Sha384, Self::Sha512, Self::Ripemd160];
+    pub const ALL: [Self; 16] = [
+        Self::Sha1,
+        Self::Sha224,
+        Self::Sha256,
+        Self::Sha384,
+        Self::Sha512,
+        Self::Sha512_224,
+        Self::Sha512_256,
+        Self::Ripemd160,
+        Self::Whirlpool,
+        Self::Sha3_224,
+        Self::Sha3_256,
+        Self::Sha3_384,
+        Self::Sha3_512,
+        Self::Blake2b512,
+        Self::Blake2s256,
+        Self::Sm3,
+    ];
 
     /// Every hash, for an error about another one.
-    pub(in crate::luks) const SUPPORTED: &str = "it does sha1, sha224, sha256, sha384, sha512 and ripemd160";
+    pub(in crate::luks) const SUPPORTED: &str = "it does sha1, sha224, sha256, sha384, sha512, sha512-224, sha512-256, ripemd160, whirlpool, \
+         sha3-224, sha3-256, sha3-384, sha3-512, blake2b-512, blake2s-256 and sm3";
 
     /// The hash of that name, in either case, as cryptsetup reads it.
     pub fn from_name(name: &str) -> Option<Self> {
@@ -74,19 +116,29 @@ impl HashAlgorithm {
             Self::Sha512 => "sha512",
             Self::Sha224 => "sha224",
             Self::Sha384 => "sha384",
+            Self::Sha512_224 => "sha512-224",
+            Self::Sha512_256 => "sha512-256",
             Self::Ripemd160 => "ripemd160",
+            Self::Whirlpool => "whirlpool",
+            Self::Sha3_224 => "sha3-224",
+            Self::Sha3_256 => "sha3-256",
+            Self::Sha3_384 => "sha3-384",
+            Self::Sha3_512 => "sha3-512",
+            Self::Blake2b512 => "blake2b-512",
+            Self::Blake2s256 => "blake2s-256",
+            Self::Sm3 => "sm3",
         }
     }
 
     /// Bytes of one digest.
     pub fn output_len(self) -> usize {
-        with_hash!(self, H => <H as Digest>::output_size())
+        with_hash!(self, H, P => <H as Digest>::output_size())
     }
 
     /// Fills `out` with the start of the digest of `parts`, one after the other. `out` is at most one digest long.
     pub(in crate::luks) fn digest_into(self, parts: &[&[u8]], out: &mut [u8]) {
         use zeroize::Zeroize;
-        with_hash!(self, H => {
+        with_hash!(self, H, P => {
             let mut hasher = H::new();
             parts.iter().for_each(|part| hasher.update(part));
             let mut digest = hasher.finalize();
@@ -123,5 +175,11 @@ mod tests {
         // The authors' own test vector.
         HashAlgorithm::Ripemd160.digest_into(&[b"abc"], &mut digest);
         assert_eq!(digest, [0x8e, 0xb2, 0x08, 0xf7]);
+    }
+
+    #[test]
+    fn every_name_is_told_when_one_is_unknown() {
+        let told: Vec<_> = HashAlgorithm::SUPPORTED.trim_start_matches("it does ").split([',', ' ']).collect();
+        assert!(HashAlgorithm::ALL.iter().all(|hash| told.contains(&hash.name())), "{told:?}");
     }
 }

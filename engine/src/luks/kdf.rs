@@ -20,7 +20,8 @@ pub fn pbkdf2(
     len: usize,
 ) -> Zeroizing<Vec<u8>> {
     let mut key = Zeroizing::new(vec![0; len]);
-    with_hash!(hash, H => pbkdf2::pbkdf2_hmac::<H>(password, salt, iterations.get(), &mut key));
+    with_hash!(hash, H, P => pbkdf2::pbkdf2::<P>(password, salt, iterations.get(), &mut key))
+        .expect("HMAC takes keys of any length");
     key
 }
 
