@@ -263,23 +263,6 @@ impl Server {
         }
     }
 
-    /// Serves one client that needs no handshake: the kernel, which was given the other end of a socketpair and told of
-    /// the export by other means.
-    ///
-    /// # Errors
-    /// [`SessionError`] when it ended otherwise than by the client's leave or the shutdown.
-    pub async fn serve_transmission<S>(
-        &self,
-        stream: S,
-        export: &Export,
-        shutdown: Shutdown,
-    ) -> Result<(), SessionError>
-    where
-        S: AsyncRead + AsyncWrite,
-    {
-        self.serve_negotiated(stream, export, Negotiated::default(), shutdown).await
-    }
-
     /// Serves one client on a plain socket, from the first word on: by io_uring where that is possible, unless the client
     /// goes on under TLS.
     ///

@@ -41,19 +41,14 @@ pub struct TestServer {
 }
 
 impl TestServer {
-    /// Serves the exports with the usual settings.
-    pub fn start(exports: impl IntoIterator<Item = Export>) -> Self {
-        Self::with_settings(exports, Settings { workers: 4, ..Settings::default() })
-    }
-
     /// Serves the exports with the usual settings, by this session.
     pub fn on(session: SessionKind, exports: impl IntoIterator<Item = Export>) -> Self {
         Self::with_settings(exports, Settings { workers: 4, session, ..Settings::default() })
     }
 
     /// Serves one volume as the default export.
-    pub fn of(volume: Volume) -> Self {
-        Self::start([Export::new("", Arc::new(volume))])
+    pub fn of(session: SessionKind, volume: Volume) -> Self {
+        Self::on(session, [Export::new("", Arc::new(volume))])
     }
 
     /// Serves the exports.

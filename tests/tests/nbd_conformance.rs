@@ -34,10 +34,6 @@ fn server_on(session: SessionKind) -> TestServer {
     )
 }
 
-fn serve(session: SessionKind, volume: Volume) -> TestServer {
-    TestServer::on(session, [Export::new("", Arc::new(volume))])
-}
-
 fn haggling(server: &TestServer) -> RawClient<UnixStream> {
     let mut client = server.connect();
     client.haggle(BOTH);
@@ -537,7 +533,7 @@ mod transmission {
 
     fn fast_zeroes_succeed_where_they_are_fast(session: SessionKind) {
         let store = Arc::new(MemoryStore::from(vec![0xff; 1 << 20]));
-        let server = serve(session, Volume::plaintext(store, SectorSize::B512).unwrap());
+        let server = TestServer::of(session, Volume::plaintext(store, SectorSize::B512).unwrap());
         let mut client = server.client();
         assert_eq!(client.request(NBD_CMD_FLAG_FAST_ZERO, NBD_CMD_WRITE_ZEROES, 512, 1024), 0);
         let mut expected = vec![0xff; 2048];
@@ -617,7 +613,7 @@ mod durability {
             noted.lock().unwrap().push(operation);
             fail(operation)
         });
-        (serve(session, encrypted(Arc::new(store), SectorSize::B512)), log)
+        (TestServer::of(session, encrypted(Arc::new(store), SectorSize::B512)), log)
     }
 
     fn flushed_after_last_write(log: &Log) -> bool {

@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use engine::sector::SectorSize;
 use engine::store::{Access, Caching, FileStore, MemoryStore};
+use engine::volume::Volume;
+use harness::luks::try_run;
 use harness::nbd::{TestServer, connect, encrypted};
+use harness::nbdcrypt::told;
 use nbd_server::{Export, SessionKind};
 
 const SIZE: u64 = 64 << 20;
@@ -109,7 +112,9 @@ fn nbdcopy_copies_a_disk_in_and_out_over_several_connections(session: SessionKin
     let server = server_on(session);
     let image = image(server.directory());
     let back = server.directory().join("back");
-    for options in [&["--connections=4", "--requests=64"][..], &["--connections=1"], &["--request-size=33554432"]] {
+    for options in
+        [&["--threads=4", "--connections=4", "--requests=64"][..], &["--connections=1"], &["--request-size=33554432"]]
+    {
         let uri = server.uri("disk");
         run("nbdcopy", &[options, &["--flush", image.to_str().unwrap(), &uri]].concat());
         run("nbdcopy", &[options, &[&uri, back.to_str().unwrap()]].concat());
@@ -182,6 +187,52 @@ fn qemu_img_converts_compares_and_benches(session: SessionKind) {
     run("qemu-img", &writes);
 }
 
+/// The client that has them is qemu's, from 8.2 on; libnbd's has from 1.18 on, which Debian 12 does not ship.
+fn qemu_has_extended_headers_and_zeroes_six_gibibytes_with_one_request(session: SessionKind) {
+    const HUGE: u64 = 6 << 30;
+    let huge = || {
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        file.as_file().set_len(HUGE).unwrap();
+        Arc::new(FileStore::open(file.path(), Access::ReadWrite, Caching::Direct).unwrap())
+    };
+    let plain = Export::new("plain", Arc::new(Volume::plaintext(huge(), SectorSize::B4096).unwrap()));
+    let server =
+        TestServer::on(session, [plain, Export::new("cipher", Arc::new(encrypted(huge(), SectorSize::B4096)))]);
+    let qemu_io = |export: &str, commands: &[&str]| {
+        let uri = server.uri(export);
+        let commands: Vec<&str> = commands.iter().flat_map(|command| ["-c", command]).collect();
+        let output =
+            try_run("qemu-io", [&["-T", "nbd_*", "-d", "unmap", "-f", "raw"], &commands[..], &[&uri]].concat());
+        let said = told(&output);
+        assert!(output.status.success() && !said.contains("failed"), "{said}");
+        assert!(said.contains("Received option reply 11 (extended headers), type 1 (ack)"), "{said}");
+        said
+    };
+    let lengths = |export| {
+        let told = run("qemu-img", &["map", "--output=json", "-f", "raw", &server.uri(export)]);
+        let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+        let told = told.as_array().unwrap().iter();
+        told.map(|extent| (extent["length"].as_u64().unwrap(), extent["data"] == true)).collect::<Vec<_>>()
+    };
+    for export in ["plain", "cipher"] {
+        let write = ["write -P 7 1G 64k", "write -P 8 5G 64k", "read -P 7 1G 64k", "read -P 8 5G 64k", "map"];
+        let said = qemu_io(export, &write);
+        assert!(said.contains(".from = 5368709120, .len = 65536"), "{said}");
+        assert!(said.contains(".from = 0, .len = 6442450944, .cookie = 1, .flags = 0x8, .type = 7 (block"), "{said}");
+        let data = (64 << 10, true);
+        let holes = [1 << 30, (4 << 30) - (64 << 10), (1 << 30) - (64 << 10)].map(|len| (len, false));
+        assert_eq!(lengths(export), [holes[0], data, holes[1], data, holes[2]], "{export}");
+    }
+    // `-n` is NBD_CMD_FLAG_FAST_ZERO, which a plaintext disk alone can do.
+    let said = qemu_io("plain", &["write -z -u -n 0 6G", "read -P 0 1G 64k", "read -P 0 5G 64k"]);
+    assert!(
+        said.contains(".from = 0, .len = 6442450944, .cookie = 1, .flags = 0x11, .type = 6 (write zeroes)"),
+        "{said}"
+    );
+    assert_eq!(said.matches("(write zeroes)").count(), 1, "{said}");
+    assert_eq!(lengths("plain"), [(HUGE, false)]);
+}
+
 fn fio_verifies_what_it_wrote(session: SessionKind) {
     let server = server_on(session);
     let uri = format!("--uri={}", server.uri("disk"));
@@ -231,6 +282,16 @@ assert h.pread(9000, 12345) == b"unaligned" * 1000
 h.zero(5000, 12400, nbd.CMD_FLAG_NO_HOLE)
 assert h.pread(5000, 12400) == bytes(5000)
 h.flush()
+
+# A read that must not be fragmented is one chunk, however long it is.
+assert h.get_structured_replies_negotiated() and h.can_df()
+for offset, count in [(0, 32 << 20), (12345, 5 << 20), (size - 1, 1)]:
+    chunks = []
+    def chunk(data, at, status, error):
+        chunks.append((at, len(data), status, error.value))
+    data = h.pread_structured(count, offset, chunk, nbd.CMD_FLAG_DF)
+    assert chunks == [(offset, count, nbd.READ_DATA, 0)], chunks
+    assert data == h.pread(count, offset)
 
 # Many requests at once, each answered once, whatever the order.
 done = []
@@ -291,6 +352,8 @@ harness::on_both_sessions! {
     qemu_io_reads_back_the_patterns_it_wrote,
     #[cfg_attr(not(feature = "interop"), ignore = "needs qemu-img: run `make test`")]
     qemu_img_converts_compares_and_benches,
+    #[cfg_attr(not(feature = "interop"), ignore = "needs qemu-io, 8.2 or later: run `make test`")]
+    qemu_has_extended_headers_and_zeroes_six_gibibytes_with_one_request,
     #[cfg_attr(not(feature = "interop"), ignore = "needs fio with its nbd engine: run `make test`")]
     fio_verifies_what_it_wrote,
     #[cfg_attr(not(feature = "interop"), ignore = "needs python3-libnbd: run `make test`")]

@@ -1,10 +1,14 @@
 //! Is it a block device? Random requests, aligned and not, over several connections, against a `Vec<u8>`.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, mpsc};
 
 use engine::sector::SectorSize;
 use engine::store::{Access, BlockStore, BusErrorsCaught, Caching, FileStore, MemoryStore};
-use harness::nbd::{RawClient, TestServer, encrypted};
+use harness::luks::noise;
+use harness::nbd::{RawClient, TestServer, encrypted, request_bytes};
 use nbd_server::proto::wire::*;
 use nbd_server::{Export, SessionKind, Settings};
 use proptest::prelude::*;
@@ -128,10 +132,14 @@ proptest! {
 
 /// Clients own every `CLIENTS`th piece of a length that no sector size divides, so that each sector has several owners,
 /// and write all of theirs at once, many requests in flight. Whatever the order, every piece is there in the end.
-fn owners_of_interleaved_pieces_lose_nothing(store: Arc<dyn BlockStore>, sector_size: SectorSize) {
+fn owners_of_interleaved_pieces_lose_nothing(
+    session: SessionKind,
+    store: Arc<dyn BlockStore>,
+    sector_size: SectorSize,
+) {
     const CLIENTS: usize = 4;
     const PIECE: usize = 601;
-    let server = TestServer::of(encrypted(store, sector_size));
+    let server = TestServer::of(session, encrypted(store, sector_size));
     let pieces = SIZE / PIECE;
     std::thread::scope(|scope| {
         for owner in 0..CLIENTS {
@@ -156,38 +164,34 @@ fn owners_of_interleaved_pieces_lose_nothing(store: Arc<dyn BlockStore>, sector_
     assert!(server.client().read(0, int(written)).unwrap() == pattern(0, written, 2));
 }
 
-#[test]
-fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_memory() {
+fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_memory(session: SessionKind) {
     for sector_size in SectorSize::ALL {
-        owners_of_interleaved_pieces_lose_nothing(Arc::new(MemoryStore::zeroed(SIZE)), sector_size);
+        owners_of_interleaved_pieces_lose_nothing(session, Arc::new(MemoryStore::zeroed(SIZE)), sector_size);
     }
 }
 
-#[test]
-fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_a_file() {
+fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_a_file(session: SessionKind) {
     for caching in [Caching::Direct, Caching::PageCache] {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(SIZE as u64).unwrap();
         let store = Arc::new(FileStore::open(file.path(), Access::ReadWrite, caching).unwrap());
-        owners_of_interleaved_pieces_lose_nothing(store, SectorSize::B4096);
+        owners_of_interleaved_pieces_lose_nothing(session, store, SectorSize::B4096);
     }
 }
 
-#[test]
-fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_mapped_memory() {
+fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_mapped_memory(session: SessionKind) {
     for sector_size in SectorSize::ALL {
         let (store, _file) = mapped(SIZE);
-        owners_of_interleaved_pieces_lose_nothing(Arc::new(store), sector_size);
+        owners_of_interleaved_pieces_lose_nothing(session, Arc::new(store), sector_size);
     }
 }
 
-#[test]
-fn a_file_in_memory_that_is_cut_short_fails_its_own_requests_alone() {
+fn a_file_in_memory_that_is_cut_short_fails_its_own_requests_alone(session: SessionKind) {
     const LARGE: usize = 4 << 20;
     let (one, file) = mapped(LARGE);
     let (two, _other) = mapped(LARGE);
     let volume = |store| Arc::new(encrypted(Arc::new(store), SectorSize::B4096));
-    let server = TestServer::start([Export::new("one", volume(one)), Export::new("two", volume(two))]);
+    let server = TestServer::on(session, [Export::new("one", volume(one)), Export::new("two", volume(two))]);
     let client = |name| {
         let mut client = server.connect();
         client.enter(name);
@@ -206,9 +210,8 @@ fn a_file_in_memory_that_is_cut_short_fails_its_own_requests_alone() {
     assert_eq!(two.read(2 << 20, 1 << 20), Ok(data));
 }
 
-#[test]
-fn two_unaligned_writes_at_once_to_one_sector_lose_neither() {
-    let server = TestServer::of(encrypted(Arc::new(MemoryStore::zeroed(SIZE)), SectorSize::B4096));
+fn two_unaligned_writes_at_once_to_one_sector_lose_neither(session: SessionKind) {
+    let server = TestServer::of(session, encrypted(Arc::new(MemoryStore::zeroed(SIZE)), SectorSize::B4096));
     let (mut one, mut other) = (server.client(), server.client());
     let send = |client: &mut RawClient<_>, at: u64, byte: u8| {
         client.send_request(0, NBD_CMD_WRITE, at, 100);
@@ -221,4 +224,162 @@ fn two_unaligned_writes_at_once_to_one_sector_lose_neither() {
         let expected = [[round; 100], [!round; 100]].concat();
         assert_eq!(one.read(1000, 200), Ok(expected));
     }
+}
+
+/// What the disk should hold, while many clients are at it.
+struct Model {
+    /// `None` where any byte is right: in blocks that were trimmed.
+    bytes: Vec<Option<u8>>,
+    /// Places and lengths of the requests under way: none reaches into another, though they share sectors.
+    under_way: Vec<(usize, usize)>,
+}
+
+impl Model {
+    /// Takes the range for one request, unless another is under way there.
+    fn claim(&mut self, at: usize, len: usize) -> bool {
+        let is_free = self.under_way.iter().all(|(other, other_len)| at + len <= *other || other + other_len <= at);
+        if is_free {
+            self.under_way.push((at, len));
+        }
+        is_free
+    }
+
+    fn release(&mut self, at: usize, len: usize) {
+        let place = self.under_way.iter().position(|claimed| *claimed == (at, len)).expect("it was claimed");
+        self.under_way.swap_remove(place);
+    }
+
+    /// Nobody may be at work there.
+    fn assert_holds(&self, at: usize, found: &[u8]) {
+        let differs =
+            self.bytes[at..].iter().zip(found).position(|(byte, found)| byte.is_some_and(|byte| byte != *found));
+        assert_eq!(differs, None, "counted from {at}, in {} bytes", found.len());
+    }
+}
+
+/// A request under way.
+struct Asked {
+    kind: u16,
+    at: usize,
+    len: usize,
+}
+
+/// A client that has `DEPTH` random requests under way all the time, and looks at whatever it reads.
+fn talk(mut client: RawClient<UnixStream>, seed: u64, block: usize, model: &Mutex<Model>) {
+    const REQUESTS: u64 = 400;
+    const DEPTH: usize = 12;
+    let mut noise = noise(seed);
+    let mut random = move |below: usize| {
+        let mut bytes = [0; 8];
+        noise(&mut bytes).unwrap();
+        usize::try_from(u64::from_le_bytes(bytes) >> 1).unwrap() % below
+    };
+    let mut sender = client.stream.try_clone().unwrap();
+    let asked = Mutex::new(HashMap::new());
+    let (sent, taken) = mpsc::sync_channel(DEPTH - 1);
+    std::thread::scope(|scope| {
+        let asked = &asked;
+        scope.spawn(move || {
+            for cookie in 0..REQUESTS {
+                sent.send(()).unwrap();
+                let kinds =
+                    [NBD_CMD_WRITE, NBD_CMD_WRITE, NBD_CMD_READ, NBD_CMD_READ, NBD_CMD_WRITE_ZEROES, NBD_CMD_TRIM];
+                let kind = if random(20) == 0 { NBD_CMD_FLUSH } else { kinds[random(kinds.len())] };
+                let flags = if random(8) == 0 { NBD_CMD_FLAG_FUA } else { 0 };
+                let (at, len) = loop {
+                    let (at, len) = match random(4) {
+                        _ if kind == NBD_CMD_FLUSH => break (0, 0),
+                        0 => (random(SIZE / block) * block, (random(16) + 1) * block),
+                        1 => (random(SIZE), random(40_000) + 1),
+                        // Within a sector or two.
+                        _ => (random(SIZE), random(700) + 1),
+                    };
+                    let len = len.min(SIZE - at);
+                    if model.lock().unwrap().claim(at, len) {
+                        break (at, len);
+                    }
+                };
+                let payload = pattern(at, if kind == NBD_CMD_WRITE { len } else { 0 }, random(256).to_le_bytes()[0]);
+                let mut held = model.lock().unwrap();
+                match kind {
+                    NBD_CMD_WRITE => {
+                        held.bytes[at..at + len].iter_mut().zip(&payload).for_each(|(to, from)| *to = Some(*from))
+                    }
+                    NBD_CMD_WRITE_ZEROES => held.bytes[at..at + len].fill(Some(0)),
+                    NBD_CMD_TRIM => {
+                        let whole = at.next_multiple_of(block)..(at + len) / block * block;
+                        held.bytes.get_mut(whole).into_iter().flatten().for_each(|byte| *byte = None);
+                    }
+                    _ => {}
+                }
+                drop(held);
+                asked.lock().unwrap().insert(cookie, Asked { kind, at, len });
+                let mut bytes = request_bytes(flags, kind, cookie, at as u64, int(len));
+                bytes.extend(payload);
+                sender.write_all(&bytes).unwrap();
+            }
+        });
+        for () in taken {
+            let reply = client.reply();
+            let Asked { kind, at, len } =
+                asked.lock().unwrap().remove(&reply.cookie).expect("asked, and not yet answered");
+            assert_eq!(reply.error, 0, "command {kind} at {at}");
+            let found = if kind == NBD_CMD_READ { client.receive(len) } else { Vec::new() };
+            if kind != NBD_CMD_FLUSH {
+                let mut model = model.lock().unwrap();
+                model.assert_holds(at, &found);
+                model.release(at, len);
+            }
+        }
+    });
+}
+
+/// Four clients at once, each with requests of any length under way that share sectors with the others': what each reads
+/// is what was written there last, and so it is when the server has been stopped and another one serves the disk.
+fn random_requests_at_once_keep_to_their_bytes(session: SessionKind, medium: Medium) {
+    for sector_size in [SectorSize::B512, SectorSize::B4096] {
+        let (store, file) = store(medium);
+        let volume = encrypted(store, sector_size);
+        let block = usize::try_from(volume.block_size()).unwrap();
+        let start = pattern(0, SIZE, 77);
+        volume.write(0, &mut start.clone()).unwrap();
+        let model = Mutex::new(Model { bytes: start.into_iter().map(Some).collect(), under_way: Vec::new() });
+        let server = TestServer::of(session, volume);
+        std::thread::scope(|scope| {
+            for seed in 0..4 {
+                let (client, model) = (server.client(), &model);
+                scope.spawn(move || talk(client, seed, block, model));
+            }
+        });
+        let model = model.into_inner().unwrap();
+        model.assert_holds(0, &server.client().read(0, int(SIZE)).unwrap());
+        server.join().unwrap();
+        let file = file.expect("a disk that outlives its server");
+        let store = FileStore::open(file.path(), Access::ReadOnly, Caching::PageCache).unwrap();
+        let server = TestServer::of(session, encrypted(Arc::new(store), sector_size));
+        model.assert_holds(0, &server.client().read(0, int(SIZE)).unwrap());
+    }
+}
+
+fn random_requests_at_once_keep_to_their_bytes_in_memory(session: SessionKind) {
+    random_requests_at_once_keep_to_their_bytes(session, Medium::Mapped);
+}
+
+fn random_requests_at_once_keep_to_their_bytes_in_a_cached_file(session: SessionKind) {
+    random_requests_at_once_keep_to_their_bytes(session, Medium::PageCache);
+}
+
+fn random_requests_at_once_keep_to_their_bytes_in_a_file(session: SessionKind) {
+    random_requests_at_once_keep_to_their_bytes(session, Medium::Direct);
+}
+
+harness::on_both_sessions! {
+    unaligned_writes_at_once_to_one_sector_lose_nothing_in_memory,
+    unaligned_writes_at_once_to_one_sector_lose_nothing_in_a_file,
+    unaligned_writes_at_once_to_one_sector_lose_nothing_in_mapped_memory,
+    a_file_in_memory_that_is_cut_short_fails_its_own_requests_alone,
+    two_unaligned_writes_at_once_to_one_sector_lose_neither,
+    random_requests_at_once_keep_to_their_bytes_in_memory,
+    random_requests_at_once_keep_to_their_bytes_in_a_cached_file,
+    random_requests_at_once_keep_to_their_bytes_in_a_file,
 }

@@ -22,10 +22,6 @@ fn volume() -> Volume {
     encrypted(Arc::new(MemoryStore::zeroed(SIZE)), SectorSize::B512)
 }
 
-fn serve(session: SessionKind, volume: Volume) -> TestServer {
-    TestServer::on(session, [Export::new("", Arc::new(volume))])
-}
-
 /// That a client is served: what the others must still be able to say.
 fn is_served(server: &TestServer) -> bool {
     let mut client = server.client();
@@ -69,7 +65,7 @@ fn a_disk_error_becomes_eio_and_the_connection_lives_on(session: SessionKind) {
         let broken = Arc::clone(&broken);
         FaultyStore::new(MemoryStore::zeroed(SIZE), move |_| broken.load(Ordering::SeqCst).then_some(ErrorKind::Other))
     };
-    let server = serve(session, encrypted(Arc::new(store), SectorSize::B512));
+    let server = TestServer::of(session, encrypted(Arc::new(store), SectorSize::B512));
     let mut client = server.client();
     assert_eq!(client.write(0, 0, &[5; 8192]), 0);
     broken.store(true, Ordering::SeqCst);
@@ -89,7 +85,7 @@ fn a_fault_in_the_server_becomes_eio_and_the_connection_lives_on(session: Sessio
         assert!(!matches!(operation, Operation::Write(0, _)), "a bug, as it were");
         None
     });
-    let server = serve(session, Volume::plaintext(Arc::new(store), SectorSize::B512).unwrap());
+    let server = TestServer::of(session, Volume::plaintext(Arc::new(store), SectorSize::B512).unwrap());
     let mut client = server.client();
     assert_eq!(client.write(0, 0, &[5; 512]), ErrorCode::Io.code());
     assert_eq!(client.write(0, 512, &[5; 512]), 0);
@@ -97,7 +93,7 @@ fn a_fault_in_the_server_becomes_eio_and_the_connection_lives_on(session: Sessio
 }
 
 fn two_hundred_clients_are_served_at_once(session: SessionKind) {
-    let server = serve(session, volume());
+    let server = TestServer::of(session, volume());
     let mut clients: Vec<_> = (0..200).map(|_| server.client()).collect();
     for (number, client) in clients.iter_mut().enumerate() {
         client.send_request(0, NBD_CMD_WRITE, number as u64 * 1000, 1000);
@@ -116,7 +112,7 @@ fn two_hundred_clients_are_served_at_once(session: SessionKind) {
 }
 
 fn ten_thousand_clients_are_served_in_turn(session: SessionKind) {
-    let server = serve(session, volume());
+    let server = TestServer::of(session, volume());
     for number in 0..10_000 {
         match number % 4 {
             // Some come and go, some stop half-way, some are served.
@@ -170,7 +166,7 @@ fn a_slow_handshake_is_dropped(session: SessionKind) {
 }
 
 fn a_disconnect_in_mid_message_hurts_nobody(session: SessionKind) {
-    let server = serve(session, volume());
+    let server = TestServer::of(session, volume());
     let mut half_a_header = server.client();
     half_a_header.send(&request_bytes(0, NBD_CMD_WRITE, 1, 0, 4096)[..11]);
     let mut half_a_payload = server.client();
@@ -189,7 +185,7 @@ fn a_disconnect_in_mid_message_hurts_nobody(session: SessionKind) {
 }
 
 fn a_client_that_vanishes_with_replies_due_and_a_payload_half_sent_is_forgotten(session: SessionKind) {
-    let server = serve(session, volume());
+    let server = TestServer::of(session, volume());
     for _ in 0..20 {
         let mut client = server.client();
         for _ in 0..20 {
@@ -206,7 +202,7 @@ fn a_client_that_vanishes_with_replies_due_and_a_payload_half_sent_is_forgotten(
 }
 
 fn half_a_message_and_silence_hurts_nobody(session: SessionKind) {
-    let server = serve(session, volume());
+    let server = TestServer::of(session, volume());
     let mut quiet: Vec<_> = (0..20).map(|_| server.client()).collect();
     for (cut, client) in quiet.iter_mut().enumerate() {
         client.send(&request_bytes(0, NBD_CMD_READ, 1, 0, 4096)[..cut]);
@@ -221,7 +217,7 @@ fn half_a_message_and_silence_hurts_nobody(session: SessionKind) {
 }
 
 fn a_client_that_never_reads_its_replies_is_no_longer_read_from_and_hurts_nobody(session: SessionKind) {
-    let server = serve(session, volume());
+    let server = TestServer::of(session, volume());
     let mut deaf = server.client();
     deaf.stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
     let requests: Vec<u8> = (0..2000).flat_map(|cookie| request_bytes(0, NBD_CMD_READ, cookie, 0, 1 << 20)).collect();
@@ -248,7 +244,7 @@ fn a_client_that_never_reads_its_replies_is_no_longer_read_from_and_hurts_nobody
 
 fn a_flood_of_requests_to_a_stuck_disk_takes_bounded_memory(session: SessionKind) {
     let gate = Arc::new(Gate::default());
-    let server = serve(session, gated(&gate));
+    let server = TestServer::of(session, gated(&gate));
     gate.set(true);
     let mut flooding = server.client();
     flooding.stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
@@ -262,7 +258,7 @@ fn a_flood_of_requests_to_a_stuck_disk_takes_bounded_memory(session: SessionKind
 }
 
 fn garbage_of_every_length_is_cut_off_and_hurts_nobody(session: SessionKind) {
-    let server = serve(session, volume());
+    let server = TestServer::of(session, volume());
     let garbage: Vec<u8> = (0..100_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24).to_le_bytes()[0]).collect();
     for len in [1, 4, 15, 16, 17, 27, 28, 29, 1000, 100_000] {
         for mut client in [server.connect(), server.client()] {
@@ -277,7 +273,7 @@ fn garbage_of_every_length_is_cut_off_and_hurts_nobody(session: SessionKind) {
 
 fn a_shutdown_answers_what_is_under_way_and_refuses_the_rest(session: SessionKind) {
     let gate = Arc::new(Gate::default());
-    let server = serve(session, gated(&gate));
+    let server = TestServer::of(session, gated(&gate));
     let mut client = server.client();
     gate.set(true);
     let cookie = client.send_request(0, NBD_CMD_WRITE, 0, 4096);
@@ -312,7 +308,7 @@ fn a_shutdown_flushes_and_takes_the_socket_away_from_newcomers(session: SessionK
             None
         })
     };
-    let server = serve(session, encrypted(Arc::new(store), SectorSize::B512));
+    let server = TestServer::of(session, encrypted(Arc::new(store), SectorSize::B512));
     let mut idle = server.client();
     let mut haggling = server.connect();
     haggling.greeting();
@@ -327,7 +323,7 @@ fn a_shutdown_flushes_and_takes_the_socket_away_from_newcomers(session: SessionK
 }
 
 fn a_shutdown_does_not_wait_for_a_client_that_stopped_in_mid_payload(session: SessionKind) {
-    let server = serve(session, volume());
+    let server = TestServer::of(session, volume());
     let mut client = server.client();
     client.send_request(0, NBD_CMD_WRITE, 0, 1 << 20);
     client.send(&[1; 100_000]);
@@ -379,7 +375,7 @@ fn serve_a_file(session: SessionKind) -> TestServer {
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.as_file().set_len(SIZE as u64).unwrap();
     let store = FileStore::open(file.path(), Access::ReadWrite, Caching::Direct).unwrap();
-    serve(session, encrypted(Arc::new(store), SectorSize::B512))
+    TestServer::of(session, encrypted(Arc::new(store), SectorSize::B512))
 }
 
 /// Takes the replies to so many reads of `len` bytes and to one other request, in any order; the other one's error.

@@ -184,8 +184,8 @@ fn libnbd_reads_and_writes_under_tls_over_unix_sockets_and_tcp() {
         let uri = server.uri("pki");
         let info = folder.run(&format!("nbdinfo {uri}"));
         assert!(info.contains("newstyle-fixed with TLS") && info.contains("export-size: 1048576"), "{info}");
-        folder.run(&format!("nbdcopy --connections=4 --flush data {uri}"));
-        folder.run(&format!("nbdcopy --connections=4 {uri} back"));
+        folder.run(&format!("nbdcopy --threads=4 --connections=4 --flush data {uri}"));
+        folder.run(&format!("nbdcopy --threads=4 --connections=4 {uri} back"));
         assert_eq!(fs::read(folder.path("back")).unwrap(), vec![0x5a; 1 << 20]);
         fs::remove_file(folder.path("back")).unwrap();
     }

@@ -160,8 +160,8 @@ fn what_we_format_and_serve_others_read_without_us() {
     let folder = Folder::new();
     folder.format();
     let server = folder.serve(&[]);
-    folder.run("nbdcopy", &["--connections=4", "data", URI]);
-    folder.run("nbdcopy", &["--connections=4", URI, "ours"]);
+    folder.run("nbdcopy", &["--threads=4", "--connections=4", "data", URI]);
+    folder.run("nbdcopy", &["--threads=4", "--connections=4", URI, "ours"]);
     server.stop();
     assert_same(&folder, "ours");
     assert!(!folder.path("socket").exists());
@@ -227,6 +227,31 @@ fn what_qemu_formats_and_writes_we_read() {
     folder.run("nbdcopy", &[URI, "ours"]);
     assert_same(&folder, "ours");
     server.stop();
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs qemu-img and qemu-io: run `make test`")]
+fn qemu_img_converts_to_and_from_a_volume_and_its_own_luks_driver_agrees() {
+    for session in ["io-uring", "tokio"] {
+        let folder = Folder::new();
+        folder.format();
+        let server = folder.serve(&["--session", session]);
+        folder.run("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", "-m", "16", "-W", "data", URI]);
+        let compared = folder.run("qemu-img", &["compare", "-f", "raw", "-F", "raw", "data", URI]);
+        assert!(compared.contains("identical"), "{compared}");
+        folder.run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", URI, "copy.qcow2"]);
+        folder.run("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", "data", "copy.qcow2"]);
+        // A difference is seen.
+        folder.run("qemu-io", &["-f", "raw", "-c", "write -P 1 5000000 1", URI]);
+        assert!(!folder.try_run("qemu-img", &["compare", "-f", "raw", "-F", "raw", "data", URI]).status.success());
+        folder.run("qemu-img", &["convert", "-n", "-f", "qcow2", "-O", "raw", "copy.qcow2", URI]);
+        server.stop();
+        let secret = format!("secret,id=key,file={}", folder.text("key"));
+        let luks = format!("driver=luks,key-secret=key,file.filename={}", folder.text("disk"));
+        let data = format!("driver=raw,file.driver=file,file.filename={}", folder.text("data"));
+        let compared = folder.run("qemu-img", &["compare", "--object", &secret, "--image-opts", &luks, &data]);
+        assert!(compared.contains("identical"), "{compared}");
+    }
 }
 
 #[test]

@@ -128,6 +128,18 @@ mod tests {
     }
 
     #[test]
+    fn as_long_as_the_sizes_stay_the_same_nothing_is_allocated_anew_at_the_limit() {
+        let mut buffers = Buffers::new(4 << 20);
+        let mut taken: Vec<_> = (0..4).map(|_| buffers.take(1 << 20)).collect();
+        for _ in 0..8 {
+            buffers.give_back(taken.remove(0));
+            assert_eq!(buffers.kept, 1 << 20);
+            taken.push(buffers.take(1 << 20));
+            assert_eq!(buffers.kept, 0);
+        }
+    }
+
+    #[test]
     fn what_is_in_use_and_what_is_kept_fit_into_the_limit_whatever_the_sizes() {
         let mut buffers = Buffers::new(4 << 20);
         for len in [4096, 1 << 20, 64 << 10, 4 << 20, 8192, 2 << 20] {

@@ -29,6 +29,8 @@ const INTAKE: usize = 256 * 1024;
 const SMALL_PAYLOAD: usize = 64 * 1024;
 /// Small replies are gathered in buffers of this size.
 const GATHERED: usize = 256 * 1024;
+/// What buffers take beside the requests' own: the intake, and small replies gathered while others are sent.
+const BESIDE: usize = INTAKE + 3 * GATHERED;
 /// So many bytes of replies are sent before more requests are carried out: while the client takes them, the next are
 /// made, and what is sent is still in the CPU's cache.
 const ENOUGH_TO_SEND: usize = 128 * 1024;
@@ -188,7 +190,7 @@ impl<'a> Connection<'a> {
             Medium::File { file, direct, resident } => (Some(file.as_fd()), direct, resident),
             Medium::Other => (None, false, false),
         };
-        let mut buffers = Buffers::new(MAX_BYTES_IN_FLIGHT);
+        let mut buffers = Buffers::new(MAX_BYTES_IN_FLIGHT + BESIDE);
         let mut connection = Self {
             export,
             volume,
