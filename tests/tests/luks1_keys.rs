@@ -30,7 +30,9 @@ fn add(bench: &Workbench, slot: usize) {
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
 fn keys_of_cryptsetup_s_volumes_of_512_bits_are_added_changed_and_removed() {
-    manage(&HashAlgorithm::ALL, "512");
+    // One of each family; all are opened both ways in `luks1_cryptsetup`.
+    use HashAlgorithm::{Blake2b512, Ripemd160, Sha3_256, Sha256, Whirlpool};
+    manage(&[Sha256, Ripemd160, Whirlpool, Sha3_256, Blake2b512], "512");
 }
 
 #[test]
