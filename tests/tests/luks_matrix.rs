@@ -1,7 +1,7 @@
 //! Everything that a LUKS volume can be here, both ways: what cryptsetup makes the engine opens, and what the engine makes
 //! cryptsetup opens; both add keyslots, and either removes and changes keys, imports tokens and repairs on what the other made.
 //! Each format, key derivation, sector size, key size, header attached and detached, and 1 to 8 keyslots. That the data is the
-//! same is in `kernel_dm_crypt`.
+//! same is in `kernel/dm_crypt`.
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;
