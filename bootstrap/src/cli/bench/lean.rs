@@ -26,13 +26,18 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub(super) fn drive(socket: &Path, workload: &Workload, region: Region, runtime: Duration) -> Result<Seen> {
     interrupt::check()?;
     let share = region.len / u64::from(workload.connections);
+    let payload = vec![0xda; if workload.pattern.writes() { workload.block as usize } else { 0 }];
+    let clients = (0..workload.connections).map(|_| Client::connect(socket)).collect::<Result<Vec<_>>>()?;
     let before = cpu_seconds()?;
     let started = Instant::now();
     let parts: Vec<Result<(u64, Vec<u64>)>> = thread::scope(|scope| {
-        let threads: Vec<_> = (0..u64::from(workload.connections))
-            .map(|n| {
+        let payload = payload.as_slice();
+        let threads: Vec<_> = clients
+            .into_iter()
+            .zip(0..)
+            .map(|(mut client, n)| {
                 let part = Region { start: region.start + n * share, len: share };
-                scope.spawn(move || Client::connect(socket)?.run(workload, part, started, runtime))
+                scope.spawn(move || client.run(workload, part, payload, started, runtime))
             })
             .collect();
         threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| bail!("the lean client panicked"))).collect()
@@ -98,6 +103,7 @@ impl Client {
         &mut self,
         workload: &Workload,
         region: Region,
+        payload: &[u8],
         started: Instant,
         runtime: Duration,
     ) -> Result<(u64, Vec<u64>)> {
@@ -105,13 +111,13 @@ impl Client {
         let block = workload.block as usize;
         let mut offsets = Offsets::new(workload, region);
         let mut replies = Replies { payload: if writes { 0 } else { block }, skip: 0, header: VecDeque::new() };
-        let payload: Vec<u8> = (0..=250).cycle().take(if writes { block } else { 0 }).collect();
         let mut out = Vec::new();
         let mut buffer = vec![0; BUFFER];
         let (mut under_way, mut done, mut took) = (0, 0, Vec::new());
         loop {
             let now = started.elapsed();
-            if now < runtime {
+            // Each has a turn, however late its thread began.
+            if now < runtime || done == 0 && under_way == 0 {
                 out.clear();
                 // The cookie is when it was sent.
                 let sent = u64::try_from(now.as_nanos())?;
@@ -124,10 +130,10 @@ impl Client {
                     out.extend(workload.block.to_be_bytes());
                     // A large payload is sent from where it stands.
                     if block <= 64 << 10 {
-                        out.extend(&payload);
+                        out.extend(payload);
                     } else if writes {
                         self.stream.write_all(&out)?;
-                        self.stream.write_all(&payload)?;
+                        self.stream.write_all(payload)?;
                         out.clear();
                     }
                 }
