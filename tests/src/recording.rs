@@ -271,3 +271,49 @@ mod tests {
         assert_eq!(seen.into_iter().collect::<Vec<_>>(), all);
     }
 }
+
+/// A disk that is written to for as long as this lives, and stays as it was.
+pub struct Scratch<'d> {
+    disk: &'d dyn BlockStore,
+    written: Mutex<Vec<(u64, Vec<u8>)>>,
+}
+
+impl<'d> Scratch<'d> {
+    /// What is on the disk, to be changed.
+    pub fn on(disk: &'d dyn BlockStore) -> Self {
+        Self { disk, written: Mutex::default() }
+    }
+}
+
+impl BlockStore for Scratch<'_> {
+    fn len(&self) -> u64 {
+        self.disk.len()
+    }
+
+    fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        self.disk.read_at(data, offset)?;
+        let end = offset + data.len() as u64;
+        for (at, bytes) in self.written.lock().unwrap().iter() {
+            let (from, to) = (offset.max(*at), end.min(at + bytes.len() as u64));
+            if from < to {
+                let [in_data, in_bytes] = [offset, *at]
+                    .map(|start| usize::try_from(from - start).unwrap()..usize::try_from(to - start).unwrap());
+                data[in_data].copy_from_slice(&bytes[in_bytes]);
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.written.lock().unwrap().push((offset, data.to_vec()));
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}

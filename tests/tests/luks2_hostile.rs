@@ -104,6 +104,8 @@ fn an_error_names_the_field_and_what_stands_there() {
         ("/digests/0/segments", json!([]), "digests is without one for segment 0"),
         ("/digests/0/iterations", json!(u32::MAX), "digests.0.iterations"),
         ("/digests/0/type", json!("sha256"), "the digest sha256"),
+        ("/digests/0/digest", json!("AA=="), "digests.0.digest is 1 bytes, and those of sha256 have 32"),
+        ("/digests/0/digest", json!("A".repeat(44)), "digests.0.digest is 33 bytes"),
         ("/segments/0/type", json!("linear"), "the segment type linear"),
         ("/segments/0/sector_size", json!(8192), "segments.0.sector_size is 8192"),
         ("/segments/0/offset", json!("0"), "detached header"),
@@ -162,6 +164,64 @@ fn a_keyslot_that_we_cannot_try_does_not_keep_another_from_opening() {
     let volume = luks::read(&store, &Limits::default()).unwrap();
     let error = volume.unlock(&store, &Passphrase::new(b"wrong".to_vec())).unwrap_err();
     assert!(matches!(error, LuksError::Unsupported { what: "key derivation", .. }), "it may be for that one: {error}");
+}
+
+#[test]
+fn keyslots_together_ask_for_no_more_than_is_allowed() {
+    let mut json = json_of(&disk());
+    for id in 1..12 {
+        let mut slot = json["keyslots"]["0"].clone();
+        slot["area"]["offset"] = json!((32768 + id * 258_048).to_string());
+        json["keyslots"][id.to_string()] = slot;
+    }
+    // The last one holds the key, and those before it noise.
+    let offset = json["keyslots"]["0"]["area"]["offset"].clone();
+    json["keyslots"]["0"]["area"]["offset"] = json["keyslots"]["11"]["area"]["offset"].clone();
+    json["keyslots"]["11"]["area"]["offset"] = offset;
+    json["digests"]["0"]["keyslots"] = (0..12).map(|id| id.to_string()).collect();
+    let mut disk = with_text(json.to_string().as_bytes());
+    harness::luks::noise(2)(&mut disk[32768 + 258_048..32768 + 12 * 258_048]).unwrap();
+    // Each takes 1000 iterations twice, for 64 bytes of key, and 1000 for its digest.
+    let open = |iterations: u32| {
+        let limits = Limits { iterations: iterations.try_into().unwrap(), ..Limits::default() };
+        let store = MemoryStore::from(disk.clone());
+        let volume = luks::read(&store, &limits).unwrap();
+        let passphrase = Passphrase::new(PASSPHRASE.to_vec());
+        (volume.unlock(&store, &passphrase), volume.unlock_keyslot(&store, Some(11), &passphrase, &limits))
+    };
+    let (all, named) = open(1000);
+    assert!(matches!(all, Err(LuksError::TooMuchWork { keyslot: 2 })), "{all:?}");
+    assert_eq!(named.unwrap().keyslot, 11);
+    assert_eq!(open(10_000).0.unwrap().keyslot, 11);
+}
+
+#[test]
+fn keyslots_that_are_ignored_are_there_and_open_when_they_are_named() {
+    let store = MemoryStore::from(with("/keyslots/0/priority", json!(0)));
+    let volume = luks::read(&store, &Limits::default()).unwrap();
+    let passphrase = Passphrase::new(PASSPHRASE.to_vec());
+    let error = volume.unlock(&store, &passphrase).unwrap_err();
+    assert!(matches!(error, LuksError::AllIgnored { keyslot: 0 }), "{error}");
+    assert!(error.to_string().contains("nbdcrypt key priority --key-slot 0"), "{error}");
+    assert_eq!(volume.unlock_keyslot(&store, Some(0), &passphrase, &Limits::default()).unwrap().keyslot, 0);
+}
+
+#[test]
+fn a_newer_copy_that_we_do_not_understand_is_not_written_over() {
+    let mut disk = disk();
+    let mut json = json_of(&disk);
+    json["keyslots"]["0"]["area"]["offset"] = json!(7);
+    let text = json.to_string();
+    disk[BINARY..HEADER].fill(0);
+    disk[BINARY..BINARY + text.len()].copy_from_slice(text.as_bytes());
+    disk[16..24].copy_from_slice(&1000u64.to_be_bytes());
+    seal(&mut disk);
+    assert_eq!(open(disk.clone()).unwrap().keyslot, 0, "the older one opens it");
+    let store = MemoryStore::from(disk.clone());
+    let error = luks2::set_priority(&store, 0, luks2::Priority::Prefer, &mut harness::luks::noise(1)).unwrap_err();
+    assert!(error.to_string().contains("keyslots.0.area.offset is 7"), "{error}");
+    assert!(store.snapshot() == disk);
+    assert!(luks2::repair(&store, &mut harness::luks::noise(1)).unwrap().primary, "it was asked for");
 }
 
 #[test]

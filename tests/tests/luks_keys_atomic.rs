@@ -4,10 +4,10 @@
 use std::num::NonZeroU32;
 
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::{self, Disks, FormatOptions, HashAlgorithm, Limits, LockedVolume, NewKey, luks1, luks2};
+use engine::luks::{self, Disks, FormatOptions, HashAlgorithm, Limits, LockedVolume, LuksError, NewKey, luks1, luks2};
 use engine::store::{BlockStore, MemoryStore};
 use harness::luks::{PASSPHRASE, key, noise, quick_luks1, quick_luks2, quick_pbkdf2};
-use harness::recording::RecordingStore;
+use harness::recording::{RecordingStore, Scratch};
 
 const NEW: &[u8] = b"another passphrase";
 const THIRD: &[u8] = b"a third one";
@@ -83,6 +83,18 @@ impl Disk {
     /// Cuts `change` everywhere, and makes sure that one of `either` opens the volume; returns the disk at the end.
     #[track_caller]
     fn cut(&self, alignment: usize, either: &[&[u8]], change: &dyn Fn(&dyn BlockStore)) -> Self {
+        self.cut_and(alignment, either, change, &|_| {})
+    }
+
+    /// As [`Disk::cut`], and looks at every state.
+    #[track_caller]
+    fn cut_and(
+        &self,
+        alignment: usize,
+        either: &[&[u8]],
+        change: &dyn Fn(&dyn BlockStore),
+        look: &dyn Fn(&dyn BlockStore),
+    ) -> Self {
         let store = RecordingStore::new(self.bytes.clone(), alignment);
         change(&store);
         let mut either = either.to_vec();
@@ -91,6 +103,7 @@ impl Disk {
             let found = either.iter().position(|passphrase| opens(disk, self.is_detached, passphrase));
             // The next time it is likely to be the same.
             either.swap(0, found.unwrap_or_else(|| panic!("state {seen}")));
+            look(disk);
             seen += 1;
         });
         assert!(cuts.moments > 50, "{cuts:?}");
@@ -142,9 +155,21 @@ fn a_key_is_removed_without_a_moment_in_which_the_other_does_not_open_and_its_ma
             let before = disk.with_key(other.1, other.0);
             let stays = if slot == 0 { NEW } else { PASSPHRASE };
             let goes = if slot == 0 { PASSPHRASE } else { NEW };
-            let end = before.cut(alignment, &[stays], &|store| {
-                volume(store).remove_key(store, slot, false, &mut noise(8)).unwrap();
-            });
+            let kept =
+                volume(&before.store()).unlock(&before.store(), &Passphrase::new(stays.to_vec())).unwrap().keyslot;
+            let end = before.cut_and(
+                alignment,
+                &[stays],
+                &|store| volume(store).remove_key(store, slot, false, &mut noise(8)).unwrap(),
+                // Where the one that goes opens no more, the other is the last, and stays.
+                &|disk| {
+                    if !opens(disk, before.is_detached, goes) {
+                        let disk = Scratch::on(disk);
+                        let refused = volume(&disk).remove_key(&disk, kept, false, &mut noise(9));
+                        assert!(matches!(refused, Err(LuksError::LastKeyslot(_))), "{refused:?}");
+                    }
+                },
+            );
             assert!(end.opens(stays) && !end.opens(goes));
             // A header that still named the keyslot would find nothing in it.
             let header_len = if let LockedVolume::Luks1(_) = volume(&end.store()) { 4096 } else { 32768 };

@@ -9,12 +9,13 @@
 //! A restore orders its writes:
 //!
 //! ```text
-//!   key material where the disk's header has none ─ flush ─ header ─ flush ─ the rest of the key material
+//!   key material where the disk has none, and no header ─ flush ─ header ─ flush ─ the rest of the key material
 //! ```
 //!
 //! Cut off before the header, all that opened still opens. Cut off after it, those keys of the backup open whose material
-//! is on the disk already: it was the same there, or lies where no other key's was. Only where a key of the backup has the
-//! place of another one on the disk, there is a time in which neither opens. So the caller first saves
+//! is on the disk already: it was the same there, or lies where no other key's was. There is a time in which neither opens
+//! where a key of the backup has the place of another one on the disk; and where the backup's header is of another format
+//! or size than the disk's, which only force allows, while the one is written over the other. So the caller first saves
 //! [`Backup::replaced`], which undoes the restore.
 
 use uuid::Uuid;
@@ -62,6 +63,8 @@ impl Facts {
                 let len = keyslot::material_len(header.key_bytes as usize) as u64;
                 let start = |slot: &super::luks1::Keyslot| u64::from(slot.material_offset) * LBA_UNIT;
                 let end = header.keyslots.iter().map(|slot| start(slot) + len).max().unwrap_or(0);
+                // What is rounded up may reach into data that begins at no page: that is no header's.
+                let most = if header.payload_offset == 0 { u64::MAX } else { header.payload_offset_bytes().max(end) };
                 let used = header.keyslots.iter().filter(|slot| slot.enabled);
                 Self {
                     version: "LUKS1",
@@ -71,7 +74,7 @@ impl Facts {
                     sector_size: 512,
                     header: 2 * LBA_UNIT,
                     copies: 1,
-                    len: end.next_multiple_of(LUKS1_ALIGNMENT),
+                    len: end.next_multiple_of(LUKS1_ALIGNMENT).min(most),
                     material: used.map(|slot| (start(slot), start(slot) + len)).collect(),
                 }
             }
@@ -97,9 +100,10 @@ impl Facts {
         }
     }
 
-    fn holds_key(&self, sector: usize) -> bool {
+    /// Whether there is a key in the sector, or a copy of the header.
+    fn is_occupied(&self, sector: usize) -> bool {
         let at = (sector * SECTOR) as u64;
-        self.material.iter().any(|(start, end)| (*start..*end).contains(&at))
+        at < self.header * self.copies || self.material.iter().any(|(start, end)| (*start..*end).contains(&at))
     }
 
     /// This is the backup's, `disk` the disk's.
@@ -208,7 +212,7 @@ impl Backup {
         // No truncation: they are parts of the image.
         let header = usize::try_from(self.facts.header).unwrap_or(0) / SECTOR;
         let headers = header * usize::try_from(self.facts.copies).unwrap_or(1);
-        let occupied = |sector: usize| disk.as_ref().is_some_and(|disk| disk.holds_key(sector));
+        let occupied = |sector: usize| disk.as_ref().is_some_and(|disk| disk.is_occupied(sector));
         let write = |from: usize, to: usize, chosen: &dyn Fn(usize) -> bool| -> Result<(), LuksError> {
             let differs = |sector: &usize| {
                 let bytes = sector * SECTOR..(sector + 1) * SECTOR;

@@ -67,6 +67,15 @@ pub enum LuksError {
         /// How much is allowed.
         limit: u32,
     },
+    /// The keyslots together ask for more work than is allowed.
+    #[error(
+        "the keyslots tried before keyslot {keyslot} ask for as much work as is allowed for all: it and those after it are \
+         not tried unless they are named (--key-slot); raise the limits if you trust the header"
+    )]
+    TooMuchWork {
+        /// The first that is not tried.
+        keyslot: usize,
+    },
     /// A volume cannot be made as it was asked for.
     #[error("no volume can be made with {option} {found}: {rule}")]
     Impossible {
@@ -97,6 +106,15 @@ pub enum LuksError {
     /// No keyslot is in use: the key was erased.
     #[error("no keyslot is in use: the volume's key was erased, and its data is gone for good")]
     NoKeyslot,
+    /// There are keyslots, and none that is tried without being named.
+    #[error(
+        "each of its keyslots is set to be ignored unless it is named: name one with --key-slot, or have it tried again with \
+         `nbdcrypt key priority --key-slot {keyslot} DEVICE normal`"
+    )]
+    AllIgnored {
+        /// The first keyslot, from 0.
+        keyslot: usize,
+    },
     /// A keyslot's key material was overwritten, and no whole keyslot opens.
     #[error(
         "keyslot {keyslot} is damaged (sector {sector} of the disk is no key material), and the passphrase opens no other; restore the header from a backup"
@@ -151,6 +169,12 @@ pub enum LuksError {
     /// The volume key is another volume's.
     #[error("the volume key does not belong to this volume")]
     WrongVolumeKey,
+    /// The newer copy of the header is whole, and says what is not understood here.
+    #[error(
+        "the newer copy of its header is whole, but {0}; nothing is written in its place: look at it with cryptsetup, or use \
+         `nbdcrypt header repair` to give it up for the older copy"
+    )]
+    NotUnderstood(Box<LuksError>),
     /// The JSON would not fit in its area.
     #[error("the metadata would take {needed} bytes, and its area has {available}; remove a token or a keyslot first")]
     MetadataFull {

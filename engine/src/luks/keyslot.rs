@@ -76,18 +76,28 @@ pub(super) fn seal(
     Ok(material)
 }
 
-/// Overwrites key material: with random bytes, which no disk compresses or takes for a hole, then with zeros, in which an
-/// interrupted removal is recognised ([`damaged_sector`]). Where a disk writes to new cells instead, as flash does, the
-/// old ones stay until it erases them.
+/// Overwrites key material: with random bytes, which no disk compresses or takes for a hole, then with zeros. Where a disk
+/// writes to new cells instead, as flash does, the old ones stay until it erases them.
+///
+/// ```text
+///   first sector zero ─ the others random ─ the others zero ─ first sector random ─ first sector zero
+/// ```
+///
+/// Cut off anywhere, there are zeros in it, in which an interrupted removal is recognised ([`damaged_sector`]): what opens
+/// no more must not count as a key that is left.
 pub(super) fn wipe(store: &dyn BlockStore, offset: u64, len: u64, random: Random<'_>) -> Result<(), LuksError> {
+    let first = SectorSize::B512.bytes();
     // No truncation: an area is a part of the header.
-    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-    random(&mut bytes).map_err(LuksError::Random)?;
-    write_unaligned(store, &bytes, offset)?;
-    store.flush()?;
-    bytes.fill(0);
-    write_unaligned(store, &bytes, offset)?;
-    store.flush()?;
+    let len = usize::try_from(len).unwrap_or(0);
+    let zeros = vec![0; len];
+    let mut noise = vec![0; len];
+    random(&mut noise).map_err(LuksError::Random)?;
+    for (bytes, part) in
+        [(&zeros, 0..first), (&noise, first..len), (&zeros, first..len), (&noise, 0..first), (&zeros, 0..first)]
+    {
+        write_unaligned(store, &bytes[part.clone()], offset + part.start as u64)?;
+        store.flush()?;
+    }
     Ok(())
 }
 

@@ -20,13 +20,13 @@ mod hex;
 pub mod kdf;
 mod keys;
 mod keyslot;
+mod limits;
 pub mod luks1;
 pub mod luks2;
 pub mod plain;
 mod repair;
 
 use std::io;
-use std::num::NonZeroU32;
 
 use uuid::Uuid;
 
@@ -36,6 +36,7 @@ pub use error::{KeyslotFault, LuksError};
 pub use format::{PendingFormat, abandon_unfinished};
 pub use hash::HashAlgorithm;
 pub use keys::{NewKey, read_for_keys};
+pub use limits::Limits;
 pub use repair::{Repair, repair};
 
 use crate::key::{Passphrase, VolumeKey};
@@ -57,51 +58,6 @@ pub struct Segment {
 
 /// Fills a buffer with bytes that nobody can guess: the operating system's, outside tests.
 pub type Random<'a> = &'a mut dyn FnMut(&mut [u8]) -> io::Result<()>;
-
-/// How much work a header may ask for. A header is untrusted, and one that asked for four billion iterations would keep a
-/// boot waiting for hours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// The most PBKDF2 iterations of one keyslot or digest. The default, 100 million, is ten seconds and more on today's
-    /// machines; cryptsetup's own choice, two seconds' worth, is a few million.
-    pub iterations: NonZeroU32,
-    /// The most memory that Argon2 may take, in KiB. The default, 4 GiB, is the most that cryptsetup ever makes.
-    pub argon2_memory: u32,
-    /// The most passes of Argon2 over the most memory; over less, so many more as take the same time. The default is 100;
-    /// cryptsetup makes 4 over a GiB, and hundreds over the few MiB that `--pbkdf-memory` leaves it.
-    pub argon2_time: u32,
-    /// The most lanes of Argon2, each a thread. The default is 16; cryptsetup makes 4 at most.
-    pub argon2_lanes: u32,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            iterations: NonZeroU32::MIN.saturating_add(99_999_999),
-            argon2_memory: 4 << 20,
-            argon2_time: 100,
-            argon2_lanes: 16,
-        }
-    }
-}
-
-impl Limits {
-    /// The most passes of Argon2 over so much memory, in KiB.
-    pub fn argon2_passes(&self, memory: u32) -> u32 {
-        // Over less than this, it is not the memory that takes the time.
-        const LEAST: u32 = 1 << 10;
-        self.argon2_time.saturating_mul((self.argon2_memory / memory.max(LEAST)).max(1))
-    }
-
-    /// So many iterations, as `field` asks for them, if that is allowed.
-    fn iterations(&self, field: impl Fn() -> String, found: u32) -> Result<NonZeroU32, LuksError> {
-        let iterations = NonZeroU32::new(found).ok_or_else(|| LuksError::corrupt(field(), "0"))?;
-        if iterations > self.iterations {
-            return Err(LuksError::TooManyIterations { field: field(), found, limit: self.iterations.get() });
-        }
-        Ok(iterations)
-    }
-}
 
 /// A volume whose header has been read and found in order. No secret is in it.
 #[derive(Clone, Debug, PartialEq, Eq)]

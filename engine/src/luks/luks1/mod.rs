@@ -20,6 +20,7 @@ pub use keys::{add_key, remove_key};
 pub use repair::{Fix, repair};
 
 use super::hash::HashAlgorithm;
+use super::limits::{Budget, Work};
 use super::{DataDisk, Disks, Limits, LuksError, Segment, UnlockedVolume, kdf, keyslot};
 use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
@@ -34,6 +35,8 @@ pub struct Locked {
     key_len: usize,
     digest_iterations: NonZeroU32,
     segment: Segment,
+    /// The first keyslot that is tried only when it is named, for what those before it cost.
+    beyond_budget: Option<usize>,
 }
 
 /// Reads the header, whatever cipher it names: enough to show it.
@@ -74,8 +77,13 @@ impl Locked {
             supported: HashAlgorithm::SUPPORTED,
         })?;
         let digest_iterations = limits.iterations(|| "mk-digest-iter".to_owned(), header.digest_iterations)?;
+        let (mut budget, mut beyond_budget) = (Budget::default(), None);
         for (index, slot) in header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
-            limits.iterations(|| format!("iterations of keyslot {index}"), slot.iterations)?;
+            let iterations = limits.iterations(|| format!("iterations of keyslot {index}"), slot.iterations)?;
+            let digest = Work::of_pbkdf2(limits, hash, digest_iterations, DIGEST_LEN);
+            if !budget.spend(Work::of_pbkdf2(limits, hash, iterations, key_len).and(digest)) {
+                beyond_budget = beyond_budget.or(Some(index));
+            }
         }
         if header.payload_offset == 0 && !disk.is_detached {
             return Err(LuksError::Detached);
@@ -86,7 +94,7 @@ impl Locked {
             return Err(LuksError::TooSmall { needed: offset + LBA_UNIT, available: disk.len });
         }
         let segment = Segment { offset, len, sector_size: SectorSize::B512, iv_start: Lba512(0) };
-        Ok(Self { header, hash, key_len, digest_iterations, segment })
+        Ok(Self { header, hash, key_len, digest_iterations, segment, beyond_budget })
     }
 
     /// Tries the passphrase on the keyslots, in their order.
@@ -97,6 +105,9 @@ impl Locked {
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         let mut refusal = LuksError::NoKeyslot;
         for (keyslot, _) in self.header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
+            if self.beyond_budget == Some(keyslot) {
+                return Err(LuksError::TooMuchWork { keyslot });
+            }
             match self.unlock_keyslot(store, keyslot, passphrase) {
                 // What kept a keyslot from being tried is told before what was tried in vain.
                 Err(error @ LuksError::WrongPassphrase) => {

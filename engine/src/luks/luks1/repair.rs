@@ -12,7 +12,7 @@ use super::format::{KEYSLOT_ALIGNMENT, spacing};
 use super::header::{DISABLED, ENABLED, RawHeader, RawKeyslot, SALT_LEN};
 use super::{Header, KEYSLOTS};
 use crate::luks::hash::HashAlgorithm;
-use crate::luks::{LuksError, keyslot};
+use crate::luks::{LuksError, keyslot, printable};
 use crate::sector::LBA_UNIT;
 use crate::signature::is_unfinished;
 use crate::store::{BlockStore, read_unaligned, write_unaligned};
@@ -74,8 +74,10 @@ pub enum Fix {
 impl fmt::Display for Fix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::CipherMode { from } => write!(f, "the cipher mode was {from}, and is ecb"),
-            Self::Hash { from } => write!(f, "the hash was {from}, and is {}", from.to_ascii_lowercase()),
+            Self::CipherMode { from } => write!(f, "the cipher mode was {}, and is ecb", printable(from)),
+            Self::Hash { from } => {
+                write!(f, "the hash was {}, and is {}", printable(from), printable(&from.to_ascii_lowercase()))
+            }
             Self::Offset { keyslot, from, to } => {
                 write!(f, "keyslot {keyslot}: the key material's offset was {from}, and is {to}")
             }

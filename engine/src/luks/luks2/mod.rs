@@ -33,6 +33,7 @@ pub use update::{Repaired, repair};
 
 use super::hash::HashAlgorithm;
 use super::kdf::{self, Argon2Cost, Argon2Error};
+use super::limits::{Budget, Work};
 use super::{DataDisk, Disks, Limits, LuksError, Segment, UnlockedVolume, keyslot};
 use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{Lba512, SectorSize};
@@ -54,11 +55,13 @@ pub struct Locked {
     segment: Segment,
     key_len: usize,
     digest: ReadyDigest,
-    /// In the order in which they are tried.
+    /// In the order in which they are tried. Those that are ignored are not among them.
     keyslots: Vec<(u32, Result<Opening, Unusable>)>,
+    /// The first that is tried only when it is named.
+    ignored: Option<u32>,
 }
 
-/// A digest whose hash is known and whose work is allowed.
+/// A digest whose hash is known, and whose length and work are allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct ReadyDigest {
     hash: HashAlgorithm,
@@ -88,6 +91,7 @@ enum Unusable {
     Unsupported { what: &'static str, found: String, supported: &'static str },
     TooExpensive { field: String, found: u32, limit: u32 },
     TooManyIterations { field: String, found: u32, limit: u32 },
+    TooMuchWork { keyslot: usize },
 }
 
 impl Unusable {
@@ -106,6 +110,7 @@ impl Unusable {
             Self::Unsupported { what, found, supported } => LuksError::Unsupported { what, found, supported },
             Self::TooExpensive { field, found, limit } => LuksError::TooExpensive { field, found, limit },
             Self::TooManyIterations { field, found, limit } => LuksError::TooManyIterations { field, found, limit },
+            Self::TooMuchWork { keyslot } => LuksError::TooMuchWork { keyslot },
         }
     }
 }
@@ -161,6 +166,7 @@ impl Locked {
             .iter()
             .find(|(_, digest)| digest.segments.contains(&segment_id))
             .ok_or_else(|| LuksError::corrupt("digests", format!("without one for segment {segment_id}")))?;
+        let ignored = digest.keyslots.iter().copied().filter(|id| metadata.keyslots[id].priority == 0).min();
         let key_bytes =
             digest.keyslots.iter().filter_map(|id| metadata.keyslots.get(id)).map(|slot| slot.key_size).next();
         let Some(key_bytes) = key_bytes else {
@@ -175,22 +181,15 @@ impl Locked {
             .filter(|(_, slot)| slot.priority > 0)
             .collect();
         keyslots.sort_by_key(|(id, slot)| (std::cmp::Reverse(slot.priority), *id));
+        let digest = ReadyDigest::new(*digest_id, digest, limits)?;
+        let mut budget = Budget::default();
         let openings = keyslots.into_iter().map(|(id, slot)| match Opening::new(id, slot, key_bytes, limits) {
-            Ok(opening) => Ok((id, Ok(opening))),
+            Ok(opening) if budget.spend(opening.work(limits).and(digest.work(limits))) => Ok((id, Ok(opening))),
+            Ok(_) => Ok((id, Err(Unusable::TooMuchWork { keyslot: id as usize }))),
             Err(error) => Ok((id, Err(Unusable::from_error(error)?))),
         });
         let keyslots = openings.collect::<Result<Vec<_>, LuksError>>()?;
-        if digest.kind != "pbkdf2" {
-            let supported = "it does pbkdf2";
-            return Err(LuksError::Unsupported { what: "digest", found: digest.kind.clone(), supported });
-        }
-        let digest = ReadyDigest {
-            hash: hash(&digest.hash)?,
-            iterations: limits.iterations(|| format!("digests.{digest_id}.iterations"), digest.iterations)?,
-            salt: digest.salt.clone(),
-            digest: digest.digest.clone(),
-        };
-        Ok(Self { segment, key_len, digest, keyslots, header })
+        Ok(Self { segment, key_len, digest, keyslots, ignored, header })
     }
 
     /// Tries the passphrase on the keyslots, those that are preferred first, then in their order.
@@ -199,7 +198,8 @@ impl Locked {
     /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`],
     /// [`LuksError::UnreadableKeyslot`], [`LuksError::Unsupported`], [`LuksError::TooExpensive`] or [`LuksError::OutOfMemory`] when it opens none, and not all could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
-        let mut refusal = LuksError::NoKeyslot;
+        // Without any keyslot there would be no `Locked`.
+        let mut refusal = LuksError::AllIgnored { keyslot: self.ignored.unwrap_or(0) as usize };
         for (id, opening) in &self.keyslots {
             let keyslot = usize::try_from(*id).unwrap_or(usize::MAX);
             let refused = match opening {
@@ -211,7 +211,7 @@ impl Locked {
                 Err(unusable) => unusable.error(),
             };
             // What kept a keyslot from being tried is told before what was tried in vain.
-            if matches!(refusal, LuksError::NoKeyslot | LuksError::WrongPassphrase) {
+            if matches!(refusal, LuksError::AllIgnored { .. } | LuksError::WrongPassphrase) {
                 refusal = refused;
             }
         }
@@ -287,16 +287,55 @@ impl Locked {
             }
         };
         let mut candidate = keyslot::unseal(opening.af_hash, slot_key, self.key_len, &mut material)?;
-        let ReadyDigest { hash, iterations, salt, digest } = &self.digest;
-        let computed = kdf::pbkdf2(*hash, &candidate, salt, *iterations, digest.len());
-        if !bool::from(computed.ct_eq(digest)) {
+        if !self.digest.is_of(&candidate) {
             return Err(LuksError::WrongPassphrase);
         }
         Ok(VolumeKey::new(std::mem::take(&mut *candidate))?)
     }
 }
 
+impl ReadyDigest {
+    /// Bytes of the shortest: those of LUKS1, which are kept where a volume is converted.
+    const LEAST: usize = 20;
+
+    fn new(id: u32, digest: &Digest, limits: &Limits) -> Result<Self, LuksError> {
+        if digest.kind != "pbkdf2" {
+            let supported = "it does pbkdf2";
+            return Err(LuksError::Unsupported { what: "digest", found: digest.kind.clone(), supported });
+        }
+        let hash = hash(&digest.hash)?;
+        // A shorter one would let wrong keys pass, and a longer one costs as often what the iterations say.
+        if !(Self::LEAST..=hash.output_len()).contains(&digest.digest.len()) {
+            let found =
+                format!("{} bytes, and those of {} have {}", digest.digest.len(), digest.hash, hash.output_len());
+            return Err(LuksError::corrupt(format!("digests.{id}.digest"), found));
+        }
+        Ok(Self {
+            hash,
+            iterations: limits.iterations(|| format!("digests.{id}.iterations"), digest.iterations)?,
+            salt: digest.salt.clone(),
+            digest: digest.digest.clone(),
+        })
+    }
+
+    fn is_of(&self, key: &[u8]) -> bool {
+        let computed = kdf::pbkdf2(self.hash, key, &self.salt, self.iterations, self.digest.len());
+        bool::from(computed.ct_eq(&self.digest))
+    }
+
+    fn work(&self, limits: &Limits) -> Work {
+        Work::of_pbkdf2(limits, self.hash, self.iterations, self.digest.len())
+    }
+}
+
 impl Opening {
+    fn work(&self, limits: &Limits) -> Work {
+        match &self.kdf {
+            ReadyKdf::Pbkdf2 { hash, iterations, .. } => Work::of_pbkdf2(limits, *hash, *iterations, self.slot_key_len),
+            ReadyKdf::Argon2 { cost, .. } => Work::of_argon2(limits, cost.time, cost.memory),
+        }
+    }
+
     fn new(id: u32, slot: &Keyslot, key_bytes: u32, limits: &Limits) -> Result<Self, LuksError> {
         let Some((kdf, af)) = &slot.opening else {
             return Err(LuksError::Unsupported {

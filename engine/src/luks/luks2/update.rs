@@ -7,9 +7,9 @@
 use serde_json::Value;
 
 use super::header::{self, BINARY_LEN, BinaryHeader, Copy, SALT_LEN};
-use super::{Header, Metadata, data_segment, read_whole};
+use super::{Header, Metadata, ReadyDigest, data_segment, read_whole};
 use crate::key::VolumeKey;
-use crate::luks::{Limits, LuksError, Random, kdf};
+use crate::luks::{Limits, LuksError, Random};
 use crate::store::{BlockStore, write_unaligned};
 
 /// Objects and lists within each other, at most: cryptsetup reads 32 levels (json-c's `JSON_TOKENER_DEFAULT_DEPTH`).
@@ -47,6 +47,12 @@ pub fn repair(store: &dyn BlockStore, random: Random<'_>) -> Result<Repaired, Lu
 impl<'s, 'r> Update<'s, 'r> {
     /// Reads the header, and repairs what an update that was cut off has left.
     pub(super) fn open(store: &'s dyn BlockStore, random: Random<'r>) -> Result<Self, LuksError> {
+        if let Some((binary, area)) = header::read(store)?.first()
+            && let Err(error) = Metadata::parse(binary, area)
+        {
+            // A program that knows more than this one may have written it. The older copy is enough to open the volume.
+            return Err(LuksError::NotUnderstood(Box::new(error)));
+        }
         let (update, _) = Self::with_repaired(store, random)?;
         if let Some(requirement) = update.metadata.config.requirements.first() {
             let supported = "it knows none, and changes no header that it does not understand";
@@ -106,14 +112,11 @@ impl<'s, 'r> Update<'s, 'r> {
     pub(super) fn digest_of(&self, key: &VolumeKey, limits: &Limits) -> Result<u32, LuksError> {
         let (segment, _) = data_segment(&self.metadata)?;
         let digest = self.metadata.digests.iter().find(|(_, digest)| digest.segments.contains(&segment));
-        let Some((id, digest)) = digest.filter(|(_, digest)| digest.kind == "pbkdf2") else {
+        let Some((id, digest)) = digest else {
             return Err(LuksError::corrupt("digests", format!("without one for segment {segment}")));
         };
-        let iterations = limits.iterations(|| format!("digests.{id}.iterations"), digest.iterations)?;
-        let hash = super::hash(&digest.hash)?;
-        let computed = kdf::pbkdf2(hash, key.expose(), &digest.salt, iterations, digest.digest.len());
-        let is_right = subtle::ConstantTimeEq::ct_eq(computed.as_slice(), digest.digest.as_slice());
-        if bool::from(is_right) { Ok(*id) } else { Err(LuksError::WrongVolumeKey) }
+        let is_right = ReadyDigest::new(*id, digest, limits)?.is_of(key.expose());
+        if is_right { Ok(*id) } else { Err(LuksError::WrongVolumeKey) }
     }
 
     fn write_copy(&mut self, copy: Copy, area: &[u8]) -> Result<(), LuksError> {
