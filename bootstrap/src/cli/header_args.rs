@@ -21,16 +21,29 @@ pub(super) struct LimitArgs {
     /// The most memory that a keyslot's Argon2 may take, such as 8G. Without it 4G, or what the machine has if that is less.
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     max_kdf_memory: Option<u32>,
-    /// The most iterations of a keyslot's PBKDF2 (without it 100 million), or passes of Argon2
-    /// (100 over the most memory; over less, as many more as take the same time).
+    /// The most iterations of a keyslot's PBKDF2. Without it 100 million.
     #[arg(long, value_name = "N")]
     max_kdf_iterations: Option<NonZeroU32>,
+    /// The most passes of a keyslot's Argon2 over the most memory; over less, as many more as take the same time. Without
+    /// it 100.
+    #[arg(long, value_name = "N")]
+    max_kdf_passes: Option<NonZeroU32>,
 }
 
 impl LimitArgs {
     /// The limits, with what was asked for.
     pub(super) fn limits(&self) -> Limits {
-        LimitsConfig { kdf_memory: self.max_kdf_memory, kdf_iterations: self.max_kdf_iterations }.limits()
+        self.limits_or(LimitsConfig::default())
+    }
+
+    /// The limits, with what was asked for here, or else in a configuration.
+    pub(super) fn limits_or(&self, configured: LimitsConfig) -> Limits {
+        let asked = LimitsConfig {
+            kdf_memory: self.max_kdf_memory,
+            kdf_iterations: self.max_kdf_iterations,
+            kdf_passes: self.max_kdf_passes,
+        };
+        asked.or(configured).limits()
     }
 }
 

@@ -34,6 +34,9 @@ pub(super) struct Args {
     /// asked for.
     #[arg(long = "key-file", value_name = "FILE")]
     key_files: Vec<PathBuf>,
+    /// Try the passphrase on this keyslot alone, even one that is ignored otherwise.
+    #[arg(short = 'S', long, value_name = "N")]
+    key_slot: Option<usize>,
     #[command(flatten)]
     header: HeaderArgs,
     #[command(flatten)]
@@ -63,12 +66,12 @@ pub(super) struct Args {
     /// Connections served at once; further ones wait.
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
     max_connections: u16,
-    /// How long a client may take from connecting to its first request, such as 10s or 2m: one that takes longer is cut
-    /// off.
+    /// How long a client may take from connecting to having chosen an export, TLS included, such as 10s or 2m: one that
+    /// takes longer is cut off.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
     handshake_timeout: Duration,
-    /// Cut off a client that sends no request for so long, such as 90s, 2m or 1h. Not for a client with a filesystem on the
-    /// export.
+    /// Cut off a client that neither sends nor takes a byte for so long, such as 90s, 2m or 1h, while nothing is carried out
+    /// for it; without this, none is. Not for a client with a filesystem on the export.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     idle_timeout: Option<Duration>,
     /// Whether clients speak TLS.
@@ -260,13 +263,18 @@ fn open(args: &Args, path: &Path, key_file: Option<&Path>, passphrase: &Passphra
                 None => store.as_ref().into(),
             };
             let name = || args.header.header.as_deref().unwrap_or(path).display().to_string();
-            let locked = luks::read(disks, &args.limits.limits()).with_context(name)?;
-            let unlocked = locked.unlock(disks.header(), passphrase).with_context(name)?;
+            let limits = args.limits.limits();
+            let locked = luks::read(disks, &limits).with_context(name)?;
+            let unlocked = locked.unlock_keyslot(disks.header(), args.key_slot, passphrase, &limits);
+            let unlocked = unlocked.with_context(name)?;
             (unlocked.key, unlocked.segment)
         }
         Type::Plain => {
             if args.header.header.is_some() {
                 bail!("a plain volume has no header: leave --header out");
+            }
+            if args.key_slot.is_some() {
+                bail!("a plain volume has no keyslots: leave --key-slot out");
             }
             let key = plain.key(passphrase).with_context(|| {
                 let key = key_file.unwrap_or(Path::new("what was typed")).display();

@@ -92,7 +92,8 @@ fn volume(raw: RawVolume) -> Meant<VolumeConfig> {
         header: raw.header.as_ref().map(absolute).transpose()?,
         limits: LimitsConfig {
             kdf_memory: raw.max_kdf_memory.as_ref().map(kdf_memory).transpose()?,
-            kdf_iterations: raw.max_kdf_iterations.as_ref().map(kdf_iterations).transpose()?,
+            kdf_iterations: raw.max_kdf_iterations.as_ref().map(|count| kdf_count(count, "iterations")).transpose()?,
+            kdf_passes: raw.max_kdf_passes.as_ref().map(|count| kdf_count(count, "passes")).transpose()?,
         },
     })
 }
@@ -170,9 +171,9 @@ fn kdf_memory(size: &Spanned<RawSize>) -> Meant<u32> {
     })
 }
 
-fn kdf_iterations(count: &Spanned<u64>) -> Meant<NonZeroU32> {
-    let iterations = u32::try_from(*count.get_ref()).ok().and_then(NonZeroU32::new);
-    iterations.ok_or_else(|| wrong(count, format!("{} iterations: 1 to {} are possible", count.get_ref(), u32::MAX)))
+fn kdf_count(count: &Spanned<u64>, of: &str) -> Meant<NonZeroU32> {
+    let number = u32::try_from(*count.get_ref()).ok().and_then(NonZeroU32::new);
+    number.ok_or_else(|| wrong(count, format!("{} {of}: 1 to {} are possible", count.get_ref(), u32::MAX)))
 }
 
 fn device(devices: &Spanned<Vec<Spanned<String>>>) -> Meant<Device> {

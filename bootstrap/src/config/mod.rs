@@ -101,11 +101,22 @@ pub struct VolumeConfig {
 pub struct LimitsConfig {
     /// The most memory that a keyslot's Argon2 may take, in KiB.
     pub kdf_memory: Option<u32>,
-    /// The most iterations of PBKDF2, or passes of Argon2 over the most memory.
+    /// The most iterations of PBKDF2.
     pub kdf_iterations: Option<NonZeroU32>,
+    /// The most passes of Argon2 over the most memory; over less, as many more as take the same time.
+    pub kdf_passes: Option<NonZeroU32>,
 }
 
 impl LimitsConfig {
+    /// These, and `others` where these say nothing.
+    pub fn or(self, others: Self) -> Self {
+        Self {
+            kdf_memory: self.kdf_memory.or(others.kdf_memory),
+            kdf_iterations: self.kdf_iterations.or(others.kdf_iterations),
+            kdf_passes: self.kdf_passes.or(others.kdf_passes),
+        }
+    }
+
     /// The engine's limits with these in their place. Unless it is raised, the memory is never more than there is: a program
     /// that asks for more is ended by the kernel, and says nothing.
     pub fn limits(&self) -> Limits {
@@ -113,7 +124,7 @@ impl LimitsConfig {
         let available = u32::try_from(memory::limit_kib()).unwrap_or(u32::MAX);
         Limits {
             iterations: self.kdf_iterations.unwrap_or(usual.iterations),
-            argon2_time: self.kdf_iterations.map_or(usual.argon2_time, NonZeroU32::get),
+            argon2_time: self.kdf_passes.map_or(usual.argon2_time, NonZeroU32::get),
             argon2_memory: self.kdf_memory.unwrap_or(usual.argon2_memory.min(available)),
             ..usual
         }
@@ -372,6 +383,7 @@ mod tests {
         refused(with("type = \"plain\"\nheader = \"/x\"", "random = true", "", ""), "4:10", &["plain", "no header"]);
         refused(with("max-kdf-memory = \"8T\"", "", "", ""), "3:18", &["`8T`", "4095G"]);
         refused(with("max-kdf-iterations = 0", "", "", ""), "3:22", &["0", "1 to"]);
+        refused(with("max-kdf-passes = 0", "", "", ""), "3:18", &["0 passes", "1 to"]);
         refused(with("", "", "connections = 17", ""), "9:15", &["17", "1 to 16"]);
         refused(with("", "", "connections = 0", ""), "9:15", &["1 to 16"]);
         refused(with("", "", "device = \"/dev/sda\"", ""), "9:10", &["/dev/sda", "/dev/nbd0"]);
@@ -444,6 +456,18 @@ mod tests {
         refused(with("offset = 8", "", "", ""), "3:10", &["type = \"plain\"", "header"]);
         refused(with("type = \"luks1\"\nhash = \"sha1\"", "", "", ""), "4:8", &["plain"]);
         assert_eq!(plain("").volume.sector_size, SectorSize::B512);
+    }
+
+    #[test]
+    fn each_limit_is_raised_and_lowered_by_itself() {
+        let usual = LimitsConfig::default().limits();
+        let limits = |more: &str| with(more, "", "", "").unwrap().volume.limits;
+        let iterations = limits("max-kdf-iterations = 5000");
+        assert_eq!((iterations.limits().iterations.get(), iterations.limits().argon2_time), (5000, usual.argon2_time));
+        let passes = limits("max-kdf-passes = 7");
+        assert_eq!((passes.limits().iterations, passes.limits().argon2_time), (usual.iterations, 7));
+        let both = iterations.or(limits("max-kdf-iterations = 9\nmax-kdf-passes = 8")).limits();
+        assert_eq!((both.iterations.get(), both.argon2_time), (5000, 8));
     }
 
     #[test]

@@ -35,6 +35,7 @@ pub(super) struct RawVolume {
     pub(super) iv_large_sectors: Option<Spanned<bool>>,
     pub(super) max_kdf_memory: Option<Spanned<RawSize>>,
     pub(super) max_kdf_iterations: Option<Spanned<u64>>,
+    pub(super) max_kdf_passes: Option<Spanned<u64>>,
 }
 
 #[derive(Deserialize)]
