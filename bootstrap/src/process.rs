@@ -62,6 +62,26 @@ pub fn prepare_to_serve_a_filesystem() {
     }
 }
 
+/// Open files that a server needs beside its connections, and for each of these: a socket, a ring, an event.
+const FILES: u64 = 64;
+const FILES_A_CONNECTION: u64 = 3;
+
+/// Has the process have as many files open as it may, which is more than it may by default, and says so where that is too
+/// few for so many connections.
+pub fn allow_open_files(connections: u64) {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, ..limit };
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
+        tracing::debug!("the number of open files stays as it is: {error}");
+    }
+    let needed = FILES + FILES_A_CONNECTION * connections;
+    if let Some(most) = rustix::process::getrlimit(Resource::Nofile).current.filter(|most| *most < needed) {
+        tracing::warn!(
+            "{connections} connections may need {needed} open files, and {most} are allowed: see `ulimit -Hn`"
+        );
+    }
+}
+
 /// Whether this process may attach devices and mount.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()

@@ -139,6 +139,7 @@ impl Listener {
                 let (stream, peer) = listener.accept().await?;
                 tracing::debug!(%peer, "a client connected");
                 stream.set_nodelay(true)?;
+                keep_alive(&stream);
                 Ok(Accepted::Tcp(stream))
             }
         }
@@ -189,6 +190,7 @@ impl Server {
         let listener = listener.into();
         let places = Arc::new(Semaphore::new(self.settings.max_connections));
         let mut connections = JoinSet::new();
+        let mut failing = false;
         loop {
             // The semaphore is never closed.
             let place = tokio::select! {
@@ -201,10 +203,14 @@ impl Server {
             };
             match accepted {
                 Ok(accepted) => {
+                    failing = false;
                     connections.spawn(self.clone().serve_logged(accepted, shutdown.clone(), place));
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "no connection could be accepted");
+                    // Once, however long it lasts.
+                    if !std::mem::replace(&mut failing, true) {
+                        tracing::warn!(%error, "no connection could be accepted");
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
@@ -228,8 +234,22 @@ impl Server {
         self.transmit(settled, shutdown).await
     }
 
-    /// Takes a client through the handshake, and through TLS where the two agree on it. `None` when it took its leave.
-    async fn settle<S>(&self, mut stream: S, shutdown: &mut Shutdown) -> Result<Option<Settled<S>>, SessionError>
+    /// Takes a client through the handshake, and through TLS where the two agree on it. `None` when it took its leave, or
+    /// the shutdown came.
+    async fn settle<S>(&self, stream: S, shutdown: &mut Shutdown) -> Result<Option<Settled<S>>, SessionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let stop = shutdown.clone();
+        tokio::select! {
+            biased;
+            settled = self.haggle(stream, shutdown) => settled,
+            // It neither says what it began to say nor takes what it is told, nor does TLS come about.
+            () = session::too_late(stop) => Err(SessionError::Shutdown),
+        }
+    }
+
+    async fn haggle<S>(&self, mut stream: S, shutdown: &mut Shutdown) -> Result<Option<Settled<S>>, SessionError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -256,8 +276,8 @@ impl Server {
             }
             // TLS does not begin twice: the handshake sees to it.
             Haggled::Left | Haggled::StartTls(_) => {
-                // The client may be gone already.
-                let _ = stream.shutdown().await;
+                // The client may be gone already, or not take it.
+                let _ = timeout_at(deadline, stream.shutdown()).await;
                 Ok(None)
             }
         }
@@ -367,6 +387,20 @@ impl Server {
             })?;
         }
         Ok(())
+    }
+}
+
+/// Has the kernel find out when a peer is gone without a word, as after a power cut, within two minutes: its place would be
+/// taken for good. (tcp(7))
+fn keep_alive(socket: &TcpStream) {
+    let set = || -> rustix::io::Result<()> {
+        sockopt::set_socket_keepalive(socket, true)?;
+        sockopt::set_tcp_keepidle(socket, Duration::from_secs(60))?;
+        sockopt::set_tcp_keepintvl(socket, Duration::from_secs(10))?;
+        sockopt::set_tcp_keepcnt(socket, 6)
+    };
+    if let Err(error) = set() {
+        tracing::debug!(%error, "no keepalive");
     }
 }
 

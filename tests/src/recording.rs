@@ -228,50 +228,6 @@ impl BlockStore for RecordingStore {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn byte(disk: &dyn BlockStore, at: usize) -> u8 {
-        let mut byte = [0];
-        disk.read_at(&mut byte, at as u64).unwrap();
-        byte[0]
-    }
-
-    #[test]
-    fn every_sector_that_is_read_is_seen_to_change_and_no_other() {
-        let store = RecordingStore::new(vec![0; 64 * SECTOR], 1);
-        store.write_at(&[1; 40 * SECTOR], 100).unwrap();
-        store.flush().unwrap();
-        for sector in 1..40 {
-            let mut found = Vec::new();
-            let cuts = store.cut_everywhere(&mut |disk| found.push(byte(disk, sector * SECTOR)));
-            // The write begins and ends within sectors. At the end there is nothing more to mix.
-            assert_eq!(cuts.moments, 1 + 41 + 2 * (1 + MIXTURES));
-            assert_eq!(cuts.looked_at, 1 + 1 + 2 * (1 + MIXTURES));
-            assert_eq!(found[..2], [0, 1]);
-        }
-        let cuts = store.cut_everywhere(&mut |disk| drop(disk.snapshot()));
-        assert_eq!(cuts.moments, cuts.looked_at);
-    }
-
-    #[test]
-    fn what_is_not_flushed_may_be_missing_and_what_is_may_not() {
-        let first = RecordingStore::new(vec![0; SECTOR], 1);
-        let second = first.beside(vec![0; SECTOR]);
-        first.write_at(&[1], 0).unwrap();
-        second.write_at(&[1], 0).unwrap();
-        second.flush().unwrap();
-        second.write_at(&[2], 0).unwrap();
-        let mut seen = std::collections::BTreeSet::new();
-        first.cut_both_everywhere(&second, &mut |first, second| {
-            seen.insert((byte(first, 0), byte(second, 0)));
-        });
-        let all = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)];
-        assert_eq!(seen.into_iter().collect::<Vec<_>>(), all);
-    }
-}
-
 /// A disk that is written to for as long as this lives, and stays as it was.
 pub struct Scratch<'d> {
     disk: &'d dyn BlockStore,
@@ -315,5 +271,49 @@ impl BlockStore for Scratch<'_> {
 
     fn discard(&self, _offset: u64, _len: u64) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn byte(disk: &dyn BlockStore, at: usize) -> u8 {
+        let mut byte = [0];
+        disk.read_at(&mut byte, at as u64).unwrap();
+        byte[0]
+    }
+
+    #[test]
+    fn every_sector_that_is_read_is_seen_to_change_and_no_other() {
+        let store = RecordingStore::new(vec![0; 64 * SECTOR], 1);
+        store.write_at(&[1; 40 * SECTOR], 100).unwrap();
+        store.flush().unwrap();
+        for sector in 1..40 {
+            let mut found = Vec::new();
+            let cuts = store.cut_everywhere(&mut |disk| found.push(byte(disk, sector * SECTOR)));
+            // The write begins and ends within sectors. At the end there is nothing more to mix.
+            assert_eq!(cuts.moments, 1 + 41 + 2 * (1 + MIXTURES));
+            assert_eq!(cuts.looked_at, 1 + 1 + 2 * (1 + MIXTURES));
+            assert_eq!(found[..2], [0, 1]);
+        }
+        let cuts = store.cut_everywhere(&mut |disk| drop(disk.snapshot()));
+        assert_eq!(cuts.moments, cuts.looked_at);
+    }
+
+    #[test]
+    fn what_is_not_flushed_may_be_missing_and_what_is_may_not() {
+        let first = RecordingStore::new(vec![0; SECTOR], 1);
+        let second = first.beside(vec![0; SECTOR]);
+        first.write_at(&[1], 0).unwrap();
+        second.write_at(&[1], 0).unwrap();
+        second.flush().unwrap();
+        second.write_at(&[2], 0).unwrap();
+        let mut seen = std::collections::BTreeSet::new();
+        first.cut_both_everywhere(&second, &mut |first, second| {
+            seen.insert((byte(first, 0), byte(second, 0)));
+        });
+        let all = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)];
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), all);
     }
 }

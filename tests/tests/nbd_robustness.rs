@@ -434,6 +434,67 @@ fn reads_of_nothing_take_no_memory(session: SessionKind) {
     }
 }
 
+fn a_disk_that_was_quick_and_gets_stuck_keeps_nobody_else_waiting(session: SessionKind) {
+    let gate = Arc::new(Gate::default());
+    let exports = [("stuck", gated(&gate)), ("other", volume())].map(|(name, disk)| Export::new(name, Arc::new(disk)));
+    let server = TestServer::on(session, exports);
+    let client = |export: &str| {
+        let mut client = server.connect();
+        client.enter(export);
+        client
+    };
+    // More of them than the server's event loop has threads.
+    let mut stuck: Vec<_> = (0..4).map(|_| client("stuck")).collect();
+    for client in &mut stuck {
+        (0..300).for_each(|_| assert_eq!(client.write(0, 0, &[1; 512]), 0));
+    }
+    gate.set(true);
+    for client in &mut stuck {
+        client.send_request(0, NBD_CMD_WRITE, 0, 512);
+        client.send(&[1; 512]);
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    let mut other = client("other");
+    assert_eq!(other.write(0, 0, &[2; 512]), 0);
+    assert_eq!(other.read(0, 512), Ok(vec![2; 512]));
+    gate.set(false);
+    stuck.iter_mut().for_each(|client| assert_eq!(client.reply().error, 0));
+}
+
+fn whole_disks_that_are_zeroed_keep_no_small_request_waiting(session: SessionKind) {
+    let large = 64 << 20;
+    let gate = Arc::new(Gate::default());
+    let through = |gate: &Arc<Gate>| {
+        let gate = Arc::clone(gate);
+        FaultyStore::new(MemoryStore::zeroed(large), move |operation| {
+            if matches!(operation, Operation::Write(..)) {
+                gate.pass();
+            }
+            None
+        })
+    };
+    let export = |name: &str, gate| Export::new(name, Arc::new(encrypted(Arc::new(through(gate)), SectorSize::B512)));
+    let server = TestServer::on(session, [export("stuck", &gate), export("other", &Arc::default())]);
+    let client = |export: &str| {
+        let mut client = server.connect();
+        client.enter(export);
+        client
+    };
+    gate.set(true);
+    let mut stuck = client("stuck");
+    for _ in 0..20 {
+        stuck.send_request(NBD_CMD_FLAG_NO_HOLE, NBD_CMD_WRITE_ZEROES, 0, u32::try_from(large).unwrap());
+    }
+    let mut other = client("other");
+    for _ in 0..20 {
+        assert_eq!(other.write(0, 777, b"still here"), 0);
+        assert_eq!(other.read(777, 10), Ok(b"still here".to_vec()));
+        assert_eq!(other.flush(), 0);
+    }
+    gate.set(false);
+    (0..20).for_each(|_| assert_eq!(stuck.reply().error, 0));
+}
+
 fn zeroing_a_whole_disk_ends_with_its_client(session: SessionKind) {
     // Each mebibyte takes a while, as on a slow disk.
     let store = FaultyStore::new(MemoryStore::zeroed(SIZE), |operation| {
@@ -477,5 +538,7 @@ harness::on_both_sessions! {
     a_large_write_behind_replies_that_nobody_takes_is_answered,
     a_refused_write_behind_replies_that_nobody_takes_is_skipped,
     reads_of_nothing_take_no_memory,
+    a_disk_that_was_quick_and_gets_stuck_keeps_nobody_else_waiting,
+    whole_disks_that_are_zeroed_keep_no_small_request_waiting,
     zeroing_a_whole_disk_ends_with_its_client,
 }

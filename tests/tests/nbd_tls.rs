@@ -375,6 +375,19 @@ fn a_client_that_is_silent_where_tls_begins_is_cut_off() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
+fn a_client_that_is_silent_where_tls_begins_does_not_hold_up_the_shutdown() {
+    let folder = Folder::with_certificates();
+    let mut server = folder.serve(&format!("{UNIX} {REQUIRED} --handshake-timeout 10m"));
+    let mut client = folder.client();
+    begin_tls(&mut client.stream);
+    let begun = Instant::now();
+    kill_process(Pid::from_child(&server.child), Signal::TERM).unwrap();
+    assert!(server.child.wait().unwrap().success());
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+}
+
+#[test]
 fn an_idle_client_is_cut_off_and_a_busy_one_is_not() {
     let folder = Folder::new();
     let _server = folder.serve(&format!("{UNIX} --idle-timeout 1s"));

@@ -139,6 +139,7 @@ impl From<Session> for SessionKind {
 pub(super) fn run(args: Args) -> Result<()> {
     process::protect_secrets();
     let names = names(&args)?;
+    process::allow_open_files(args.max_connections.into());
     let settings = Settings {
         max_connections: args.max_connections.into(),
         handshake_timeout: args.handshake_timeout,

@@ -57,11 +57,26 @@ pub(crate) enum Work {
 }
 
 impl workers::Job for Work {
+    fn is_long(&self) -> bool {
+        match self {
+            Self::Task(task) => is_long(task.command()),
+            Self::Handed(errand) => is_long(errand.command()),
+        }
+    }
+
     fn run(self) {
         match self {
             Self::Task(task) => task.run(),
             Self::Handed(errand) => errand.run(),
         }
+    }
+}
+
+/// Whether it may keep a worker for minutes: all else moves one payload, and ends as soon as the disk lets it.
+fn is_long(command: &Command) -> bool {
+    match command {
+        Command::Trim { range, .. } | Command::WriteZeroes { range, .. } => range.len > u64::from(MAX_PAYLOAD),
+        _ => false,
     }
 }
 

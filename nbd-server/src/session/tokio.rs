@@ -17,6 +17,7 @@ use std::time::Duration;
 use ::tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use ::tokio::sync::Semaphore;
 use ::tokio::time::{Instant, timeout, timeout_at};
+use engine::store::Medium;
 
 use super::buffers::{Buffer, Buffers};
 use super::workers::Workers;
@@ -160,7 +161,7 @@ where
         received_all: AtomicBool::new(false),
         unwanted: AtomicBool::new(false),
         yielded: AtomicBool::new(false),
-        pace: Pace::new(),
+        resident: is_resident(export),
     });
     // Either way the conversation is dropped here, and with it the request that was being received.
     let outcome = ::tokio::select! {
@@ -209,7 +210,7 @@ where
 }
 
 /// Returns when a client that was told of the shutdown has had its time.
-async fn too_late(mut shutdown: Shutdown) {
+pub(crate) async fn too_late(mut shutdown: Shutdown) {
     shutdown.requested().await;
     ::tokio::time::sleep(LAST_WORDS).await;
 }
@@ -235,47 +236,29 @@ impl Task {
     fn carry_out(self) -> Finished {
         let Self { request, mut place } = self;
         let bytes = place.payload.as_mut().map_or(&mut [][..], |buffer| &mut buffer.bytes);
-        let begun = Instant::now();
         let outcome =
             perform_unharmed(&place.connection.export, request.command(), bytes, &|| place.connection.is_wanted());
-        place.connection.pace.took(begun.elapsed());
         Finished { reply: request.finish(outcome), place }
     }
 
-    /// Whether it takes but a moment where nothing blocks.
+    pub(super) fn command(&self) -> &Command {
+        self.request.command()
+    }
+
+    /// Whether it takes but a moment where the disk lies in memory: whole blocks, for which no other write is waited for.
     fn is_small(&self) -> bool {
-        match self.request.command() {
-            Command::Read(range) | Command::Write { range, fua: false } => range.len <= SMALL,
+        match self.command() {
+            Command::Read(range) | Command::Write { range, fua: false } => {
+                let place = self.place.connection.export.volume().place(range.offset, range.len);
+                range.len <= SMALL && matches!(place, Ok(Some(_)))
+            }
             _ => false,
         }
     }
 }
 
-/// Whether the disk answers at once, as memory and the page cache do, or makes its callers wait.
-struct Pace(AtomicU32);
-
-impl Pace {
-    /// A small request that takes longer has waited for something.
-    const MOMENT: Duration = Duration::from_micros(100);
-    /// So many requests in turn must have been quick to believe that the next one will be.
-    const TRIAL: u32 = 64;
-
-    fn new() -> Self {
-        Self(AtomicU32::new(Self::TRIAL))
-    }
-
-    fn is_fast(&self) -> bool {
-        self.0.load(Ordering::Relaxed) == 0
-    }
-
-    fn took(&self, time: Duration) {
-        let trial = self.0.load(Ordering::Relaxed);
-        if time > Self::MOMENT {
-            self.0.store(Self::TRIAL, Ordering::Relaxed);
-        } else if trial > 0 {
-            self.0.store(trial - 1, Ordering::Relaxed);
-        }
-    }
+fn is_resident(export: &Export) -> bool {
+    matches!(export.volume().store().medium(), Medium::Memory | Medium::File { resident: true, .. })
 }
 
 /// A request that is answered, but for the sending.
@@ -326,7 +309,8 @@ pub(crate) struct Connection {
     unwanted: AtomicBool,
     /// The receiving half wants to go on when the sending half had its turn.
     yielded: AtomicBool,
-    pace: Pace,
+    /// The disk lies in memory, so calls return at once.
+    resident: bool,
 }
 
 impl Connection {
@@ -488,12 +472,13 @@ impl Connection {
         self.let_send().await;
     }
 
-    /// Has the batch carried out: here, where that takes no longer than waking a worker would, or by the workers.
+    /// Has the batch carried out: here, where that takes no longer than waking a worker would, or by the workers. A disk
+    /// that is no memory is never waited for here, however quick it was: this thread has other connections to serve.
     async fn submit(&self, workers: &Workers<Work>, batch: &mut Vec<Task>) {
         if batch.is_empty() {
             return;
         }
-        if !self.pace.is_fast() || batch.iter().any(|task| !task.is_small()) {
+        if !self.resident || batch.iter().any(|task| !task.is_small()) {
             self.with_workers.fetch_add(batch.len(), Ordering::Relaxed);
             workers.submit(batch.drain(..).map(Work::Task));
             return;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::doorbell::{Done, Doorbell};
 use crate::export::Export;
-use crate::proto::Request;
+use crate::proto::{Command, Request};
 use crate::session::buffers::Buffer;
 use crate::session::{perform_unharmed, write_encrypted};
 
@@ -21,6 +21,10 @@ pub(crate) struct Errand {
 }
 
 impl Errand {
+    pub(crate) fn command(&self) -> &Command {
+        self.request.command()
+    }
+
     /// Carries the request out. Blocks for as long as the disk takes.
     pub(crate) fn run(self) {
         let Self { request, mut payload, is_encrypted, cost, export, doorbell } = self;
