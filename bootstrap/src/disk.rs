@@ -147,6 +147,14 @@ pub fn open_header(path: &Path) -> Result<(FileStore, HeaderLock), DiskError> {
     Ok((store, lock_header_of(path, FlockOperation::NonBlockingLockExclusive)?))
 }
 
+/// Takes the lock of [`open_header`] on a disk that [`open`] opened.
+///
+/// # Errors
+/// [`DiskError::InUse`] where cryptsetup does not let go of it.
+pub fn lock_header(path: &Path, _disk: &FileStore) -> Result<HeaderLock, DiskError> {
+    lock_header_of(path, FlockOperation::NonBlockingLockExclusive)
+}
+
 /// Opens `path` to read its header with the key material, of which no checksum tells whether it was changed meanwhile: under
 /// the lock that cryptsetup takes to read one, and while the volume is up, too.
 ///
@@ -167,7 +175,7 @@ fn lock_header_of(path: &Path, operation: FlockOperation) -> Result<HeaderLock, 
             header_locks().map_err(|error| translate(Path::new(HEADER_LOCKS), error))?.join(name)
         }
     };
-    match lock_header(&lock, metadata.file_type().is_file(), operation) {
+    match lock_file(&lock, metadata.file_type().is_file(), operation) {
         Ok(file) => Ok(HeaderLock { _file: file }),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(DiskError::InUse {
             path: path.to_owned(),
@@ -185,7 +193,7 @@ fn header_locks() -> io::Result<PathBuf> {
     }
 }
 
-fn lock_header(path: &Path, is_there: bool, operation: FlockOperation) -> io::Result<File> {
+fn lock_file(path: &Path, is_there: bool, operation: FlockOperation) -> io::Result<File> {
     let nofollow = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
     loop {
         let file = match is_there {

@@ -10,6 +10,7 @@ use engine::luks::{self, LockedVolume, LuksError, luks2};
 use engine::store::BlockStore;
 
 use crate::config::{AwsKeyConfig, KeyConfig, KeyFile, LimitsConfig, SecretPlace};
+use crate::disk::{DiskError, HeaderLock};
 use crate::keys::{self, AwsKey, AwsKeyError, KeyError, NoTokenSecret};
 use crate::system;
 
@@ -51,6 +52,12 @@ pub enum RewrapError {
     /// The secret does not open the volume.
     #[error("the secret that KMS decrypted does not open the volume, and is left as it is: {0}")]
     Opens(#[source] LuksError),
+    /// The header is not what it was when KMS was asked.
+    #[error("its header was changed by somebody else meanwhile, and is left as it is: try again")]
+    Changed,
+    /// cryptsetup is at work on the header.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The header could not be read or changed.
     #[error(transparent)]
     Luks(#[from] LuksError),
@@ -62,7 +69,8 @@ impl From<AwsKeyError> for RewrapError {
     }
 }
 
-/// Encrypts the secret of the volume on `header` anew: under `kms_key`, or the configured one. Blocks.
+/// Encrypts the secret of the volume on `header` anew: under `kms_key`, or the configured one. The header is changed under
+/// `lock`. Blocks.
 ///
 /// # Errors
 /// [`RewrapError`].
@@ -70,6 +78,7 @@ pub fn rewrap(
     config: &KeyConfig,
     limits: LimitsConfig,
     header: &dyn BlockStore,
+    lock: &dyn Fn() -> Result<HeaderLock, DiskError>,
     kms_key: Option<String>,
 ) -> Result<Rewrapped, RewrapError> {
     let aws = match config {
@@ -86,6 +95,11 @@ pub fn rewrap(
             let found = luks2::read_header(header)?;
             let id = keys::KmsToken::number(&found).ok_or(NoTokenSecret::Missing)?;
             let token = anew.wrap_token(&secret, found.binary.uuid)?;
+            // AWS was not waited for under cryptsetup's lock.
+            let _lock = lock()?;
+            if luks2::read_header(header)? != found {
+                return Err(RewrapError::Changed);
+            }
             let json = token.in_place_of(&luks2::export_token(header, id)?);
             luks2::import_token(header, json.to_string().as_bytes(), Some(id), true, &mut system::random)?;
             Ok(Rewrapped { place: Place::Token(id), key_arn: token.key_arn, read_back: Ok(()) })

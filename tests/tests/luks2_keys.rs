@@ -345,8 +345,14 @@ fn the_passphrase_that_kms_keeps_is_changed_only_by_force() {
 fn cryptsetup_works_on_the_header_of_a_volume_that_is_served_and_nbdcrypt_does_not() {
     let bench = workbench();
     luks_format(&bench, KDFS[1], "512");
+    // Ignored, unless it is named.
+    bench.nbdcrypt(&["key", "priority", "disk", "--key-slot", "0", "ignore"]);
+    let said = bench.refusal(&["serve", "--key-file", "key0", "--socket", "socket", "disk"]);
+    assert!(said.contains("is set to be ignored") && said.contains("--key-slot"), "{said}");
+    let said = bench.refusal(&["serve", "--key-file", "key0", "--key-slot", "3", "--socket", "socket", "disk"]);
+    assert!(said.contains("no key in keyslot 3"), "{said}");
     let mut server = std::process::Command::new(harness::nbdcrypt::binary())
-        .args(["serve", "--key-file", "key0", "--socket", "socket", "disk"])
+        .args(["serve", "--key-file", "key0", "--key-slot", "0", "--socket", "socket", "disk"])
         .current_dir(bench.path("."))
         .stdout(std::process::Stdio::piped())
         .spawn()
@@ -361,6 +367,7 @@ fn cryptsetup_works_on_the_header_of_a_volume_that_is_served_and_nbdcrypt_does_n
     bench.nbdcrypt(&["header", "backup", "disk", "saved"]);
     // Its own lock on the header it would wait for, for ever.
     let patiently = |arguments: &[&str]| bench.run("timeout", ["20", "cryptsetup"].iter().chain(arguments).copied());
+    patiently(&["config", "--priority", "normal", "--key-slot", "0", "disk"]);
     assert!(patiently(&["luksDump", "disk"]).contains("Keyslots:"));
     patiently(&[
         "luksAddKey",
@@ -406,6 +413,51 @@ fn a_header_that_cryptsetup_is_at_work_on_is_left_alone() {
     bench.nbdcrypt(&label);
     unlocker.join().unwrap();
     assert!(bench.accepted_by_cryptsetup("disk").contains("Label:         \tmine"));
+}
+
+/// Keys are derived for a while, in which cryptsetup may work on the header, and what it does there is not undone.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn a_header_is_not_locked_while_a_passphrase_is_waited_for_and_not_changed_if_somebody_else_did() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    for (arguments, given) in [
+        (&["key", "add", "disk", "--key-file", "key0", "--new-key-file", "-"][..], "new"),
+        (&["key", "change", "disk", "--key-file", "key0", "--new-key-file", "-"], "new"),
+        (&["key", "remove", "--force", "disk", "--key-file", "-"], "passphrase 0"),
+    ] {
+        for label in [Some("changed"), None] {
+            let before = std::fs::read(bench.path("disk")).unwrap();
+            let mut child = std::process::Command::new(harness::nbdcrypt::binary())
+                .args(arguments)
+                .current_dir(bench.path("."))
+                .stdin(std::process::Stdio::piped())
+                .stderr(std::process::Stdio::piped())
+                .spawn()
+                .unwrap();
+            // It has read the header, and sleeps until something comes.
+            let mut asleep = 0;
+            while asleep < 10 {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+                let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+                asleep = if stat.contains(") S ") { asleep + 1 } else { 0 };
+                assert!(child.try_wait().unwrap().is_none());
+            }
+            if let Some(label) = label {
+                bench.run("timeout", ["20", "cryptsetup", "config", "--label", label, "disk"]);
+            }
+            std::io::Write::write_all(&mut child.stdin.take().unwrap(), given.as_bytes()).unwrap();
+            let output = child.wait_with_output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.success(), label.is_none(), "{arguments:?}: {said}");
+            if let Some(label) = label {
+                assert!(said.contains("changed by somebody else"), "{said}");
+                assert!(bench.accepted_by_cryptsetup("disk").contains(&format!("Label:         \t{label}")));
+                assert!(unlock(&bench.path("disk"), b"passphrase 0").is_ok());
+            }
+            std::fs::write(bench.path("disk"), before).unwrap();
+        }
+    }
 }
 
 #[test]

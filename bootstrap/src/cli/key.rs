@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use engine::luks::luks2::{self, Kdf, KdfOptions};
-use engine::luks::{self, Dump, LockedVolume, NewKey};
+use engine::luks::{self, Dump, Limits, LockedVolume, NewKey};
 use engine::store::{Access, Caching, FileStore};
 use serde_json::{Value, json};
 
 use super::header_args::{HeaderArgs, LimitArgs};
 use super::kdf_args::{KdfArgs, Pbkdf};
 use super::{passphrase, tell};
-use crate::config::Config;
+use crate::config::{Config, LimitsConfig};
 use crate::disk::HeaderLock;
 use crate::keys::{self, KmsToken};
 use crate::rewrap;
@@ -159,8 +159,21 @@ impl Place {
         self.header.header.as_ref().unwrap_or(&self.device)
     }
 
-    fn open(&self) -> Result<(FileStore, HeaderLock)> {
-        Ok(disk::open_header(self.path())?)
+    /// The disk for this process alone, and its header as it is now. cryptsetup may go on to work on it, for as long as
+    /// passphrases are typed and keys derived.
+    fn read(&self, limits: &Limits) -> Result<(FileStore, LockedVolume)> {
+        let disk = disk::open(self.path(), Access::ReadWrite, Caching::PageCache)?;
+        let volume = luks::read_for_keys(&disk, limits)?;
+        Ok((disk, volume))
+    }
+
+    /// Keeps cryptsetup from a header that is still what it was when it was read.
+    fn lock(&self, disk: &FileStore, was: &LockedVolume, limits: &Limits) -> Result<HeaderLock> {
+        let lock = disk::lock_header(self.path(), disk)?;
+        if luks::read_for_keys(disk, limits)? != *was {
+            bail!("its header was changed by somebody else meanwhile, and is left as it is: try again");
+        }
+        Ok(lock)
     }
 }
 
@@ -205,27 +218,25 @@ pub(super) fn run(args: Args) -> Result<()> {
 
 fn add(args: &Add) -> Result<usize> {
     passphrase::refuse_both_on_standard_input(args.key_file.as_deref(), args.new_key_file.as_deref())?;
-    let (disk, _lock) = args.place.open()?;
-    let limits = args.limits.limits();
-    let volume = luks::read_for_keys(&disk, &limits)?;
-    let old = match &args.config {
-        Some(config) => {
-            let key = Config::load(config)?.key;
-            keys::secret(&key, &keys::request_for(&key, &disk)?)?.passphrase
-        }
+    let config = args.config.as_deref().map(Config::load).transpose()?;
+    let configured = config.as_ref().map_or_else(LimitsConfig::default, |config| config.volume.limits);
+    let limits = args.limits.limits_or(configured);
+    let (disk, volume) = args.place.read(&limits)?;
+    let old = match &config {
+        Some(Config { key, .. }) => keys::secret(key, &keys::request_for(key, &disk)?)?.passphrase,
         None => passphrase::existing(args.key_file.as_deref(), args.place.path())?,
     };
     let unlocked = volume.unlock(&disk, &old)?;
     let new = passphrase::new(args.new_key_file.as_deref(), args.place.path(), "--new-key-file")?;
     let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
+    let _lock = args.place.lock(&disk, &volume, &limits)?;
     Ok(volume.add_key(&disk, &limits, &unlocked.key, &new, args.key_slot, &mut system::random)?)
 }
 
 fn change(args: &Change) -> Result<usize> {
     passphrase::refuse_both_on_standard_input(args.key_file.as_deref(), args.new_key_file.as_deref())?;
-    let (disk, _lock) = args.place.open()?;
     let limits = args.limits.limits();
-    let volume = luks::read_for_keys(&disk, &limits)?;
+    let (disk, volume) = args.place.read(&limits)?;
     let old = passphrase::existing(args.key_file.as_deref(), args.place.path())?;
     let unlocked = volume.unlock_keyslot(&disk, args.key_slot, &old, &limits)?;
     if !args.force {
@@ -233,6 +244,7 @@ fn change(args: &Change) -> Result<usize> {
     }
     let new = passphrase::new(args.new_key_file.as_deref(), args.place.path(), "--new-key-file")?;
     let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
+    let _lock = args.place.lock(&disk, &volume, &limits)?;
     Ok(volume.change_key(&disk, &limits, &unlocked.key, unlocked.keyslot, &new, &mut system::random)?)
 }
 
@@ -250,13 +262,13 @@ fn refuse_what_kms_keeps(disk: &FileStore, keyslot: usize) -> Result<()> {
 }
 
 fn remove(args: &Remove) -> Result<usize> {
-    let (disk, _lock) = args.place.open()?;
     let limits = args.limits.limits();
-    let volume = luks::read_for_keys(&disk, &limits)?;
+    let (disk, volume) = args.place.read(&limits)?;
     let slot = match args.key_slot {
         Some(slot) => slot,
         None => volume.unlock(&disk, &passphrase::existing(args.key_file.as_deref(), args.place.path())?)?.keyslot,
     };
+    let _lock = args.place.lock(&disk, &volume, &limits)?;
     volume.remove_key(&disk, slot, args.force, &mut system::random)?;
     Ok(slot)
 }
@@ -264,8 +276,9 @@ fn remove(args: &Remove) -> Result<usize> {
 fn rewrap(args: Rewrap) -> Result<()> {
     let name = args.place.path().display().to_string();
     let config = Config::load(&args.config)?;
-    let (disk, _lock) = args.place.open()?;
-    let rewrapped = rewrap::rewrap(&config.key, config.volume.limits, &disk, args.new_kms_key.clone())?;
+    let disk = disk::open(args.place.path(), Access::ReadWrite, Caching::PageCache)?;
+    let lock = || disk::lock_header(args.place.path(), &disk);
+    let rewrapped = rewrap::rewrap(&config.key, config.volume.limits, &disk, &lock, args.new_kms_key.clone())?;
     if let Err(error) = &rewrapped.read_back {
         tracing::warn!("the secret is stored, but could not be read back to be checked: {error}");
     }
@@ -282,7 +295,7 @@ fn rewrap(args: Rewrap) -> Result<()> {
 }
 
 fn set_priority(args: &SetPriority) -> Result<()> {
-    let (disk, _lock) = args.place.open()?;
+    let (disk, _lock) = disk::open_header(args.place.path())?;
     if let Dump::Luks1(_) = luks::dump(&disk)? {
         return Err(luks::LuksError::Luks2Only("priorities of keyslots").into());
     }
