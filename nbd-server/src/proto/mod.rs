@@ -20,6 +20,7 @@
 pub mod handshake;
 mod option;
 mod reader;
+mod referee;
 pub mod reply;
 pub mod request;
 pub mod transcript;

@@ -2,11 +2,9 @@
 //! tests and fuzzers, which ask whether any bytes, cut anywhere, do harm.
 
 use super::handshake::{ExportInfo, Handshake, HandshakeError, Next, TlsPolicy};
-use super::reader::Reader;
 use super::reply::Reply;
 use super::transmission::{ExpectRequest, Received, TransmissionError};
-use super::wire::*;
-use super::{Answer, Command, ErrorCode, Extent};
+use super::{Answer, Command, ErrorCode, Extent, referee};
 
 /// A client's side of a handshake that ends in transmission with the default export: flags, then `NBD_OPT_GO`.
 pub const GOOD_HANDSHAKE: &[u8] = b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0";
@@ -40,6 +38,9 @@ pub fn example_exports() -> [ExportInfo; 2] {
 /// What came of a client's bytes.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Transcript {
+    /// All that the server took of what the client said: it leaves the beginning of what has yet to come whole, and what comes
+    /// after the end.
+    pub heard: Vec<u8>,
     /// All that the server said. A read that was asked for is answered with success and zeroes, left out here.
     pub sent: Vec<u8>,
     /// The replies in it, in order.
@@ -110,6 +111,7 @@ impl Transcript {
                     State::Ended => return transcript,
                 };
                 let Some(bytes) = held.get(at..at + wanted) else { break };
+                transcript.heard.extend_from_slice(bytes);
                 state = transcript.step(state, bytes, exports);
                 at += wanted;
             }
@@ -185,8 +187,9 @@ impl Transcript {
         reply.encode(&mut self.sent);
     }
 
-    /// Whether each request has one reply, and each reply is as the document has it: its lengths fit, a chunk holds what its
-    /// type says, and all are of one kind.
+    /// Whether the server said what the document has it say: to each option replies under its number, of types that belong
+    /// to it, up to an acknowledgement or an error; and to each request one reply, of the kind that was agreed on, which
+    /// repeats what it has to repeat and holds what was asked for, no more and no less.
     ///
     /// # Errors
     /// What is wrong with which reply.
@@ -194,16 +197,7 @@ impl Transcript {
         if self.replies.len() != self.requests {
             return Err(format!("{} replies to {} requests", self.replies.len(), self.requests));
         }
-        let ends = self.replies.iter().skip(1).map(|place| place.at).chain([self.sent.len()]);
-        let mut kind = None;
-        for (number, (place, end)) in self.replies.iter().zip(ends).enumerate() {
-            let wrong = |why: &str| format!("reply {number}: {why}: {:02x?}", &self.sent[place.at..end]);
-            let reply = parse_reply(&self.sent[place.at..end], place.payload as u64).map_err(wrong)?;
-            if *kind.get_or_insert(reply) != reply {
-                return Err(wrong("of another kind than the first"));
-            }
-        }
-        Ok(())
+        referee::judge(self)
     }
 
     fn ended(&mut self, end: End) -> State {
@@ -212,88 +206,11 @@ impl Transcript {
     }
 }
 
-/// Reads one reply, all of it, as a client would; returns its magic number.
-fn parse_reply(bytes: &[u8], payload: u64) -> Result<u32, &'static str> {
-    let mut reader = Reader::new(bytes);
-    let short = |_| "it is too short";
-    let magic = reader.u32().map_err(short)?;
-    if magic == NBD_SIMPLE_REPLY_MAGIC {
-        let error = reader.u32().map_err(short)?;
-        reader.u64().map_err(short)?;
-        return match (reader.left(), error) {
-            (0, 0) => Ok(magic),
-            (0, _) if payload == 0 => Ok(magic),
-            _ => Err("a simple reply with more than its header"),
-        };
-    }
-    let flags = reader.u16().map_err(short)?;
-    let kind = reader.u16().map_err(short)?;
-    reader.u64().map_err(short)?;
-    let len = match magic {
-        NBD_STRUCTURED_REPLY_MAGIC => u64::from(reader.u32().map_err(short)?),
-        NBD_EXTENDED_REPLY_MAGIC => {
-            reader.u64().map_err(short)?;
-            reader.u64().map_err(short)?
-        }
-        _ => return Err("no reply's magic number"),
-    };
-    if flags != NBD_REPLY_FLAG_DONE {
-        return Err("not the only chunk");
-    }
-    if len != reader.left() as u64 + payload {
-        return Err("its length is another");
-    }
-    if kind != NBD_REPLY_TYPE_OFFSET_DATA && payload > 0 {
-        return Err("data in a chunk that holds none");
-    }
-    let extended = magic == NBD_EXTENDED_REPLY_MAGIC;
-    match kind {
-        NBD_REPLY_TYPE_NONE if len == 0 => {}
-        NBD_REPLY_TYPE_OFFSET_DATA if payload > 0 => drop(reader.u64().map_err(short)?),
-        NBD_REPLY_TYPE_BLOCK_STATUS if !extended => {
-            reader.u32().map_err(short)?;
-            if reader.left() == 0 {
-                return Err("no extents");
-            }
-            while reader.left() > 0 {
-                if reader.u32().map_err(short)? == 0 {
-                    return Err("an extent of nothing");
-                }
-                reader.u32().map_err(short)?;
-            }
-        }
-        NBD_REPLY_TYPE_BLOCK_STATUS_EXT if extended => {
-            reader.u32().map_err(short)?;
-            let count = reader.u32().map_err(short)?;
-            if count == 0 || reader.left() as u64 != 16 * u64::from(count) {
-                return Err("another number of extents than it says");
-            }
-            for _ in 0..count {
-                if reader.u64().map_err(short)? == 0 {
-                    return Err("an extent of nothing");
-                }
-                reader.u64().map_err(short)?;
-            }
-        }
-        NBD_REPLY_TYPE_ERROR | NBD_REPLY_TYPE_ERROR_OFFSET => {
-            if reader.u32().map_err(short)? == 0 {
-                return Err("an error that is none");
-            }
-            let message = reader.u16().map_err(short)?;
-            reader.bytes(usize::from(message)).map_err(short)?;
-            if kind == NBD_REPLY_TYPE_ERROR_OFFSET {
-                reader.u64().map_err(short)?;
-            }
-        }
-        _ => return Err("a chunk of no such type, or with the wrong content"),
-    }
-    if reader.left() == 0 { Ok(magic) } else { Err("bytes are left over") }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::wire::*;
     use super::*;
 
     /// What clients say, some of it nonsense.
@@ -404,22 +321,152 @@ mod tests {
         }
     }
 
+    /// The conversation with this byte of what the server said replaced, and what is found wrong with it.
+    fn spoilt(mut transcript: Transcript, at: usize, byte: u8) -> String {
+        assert_eq!(transcript.check_replies(), Ok(()));
+        assert_ne!(transcript.sent[at], byte, "byte {at} is not changed");
+        transcript.sent[at] = byte;
+        transcript.check_replies().expect_err("a wrong byte is found out")
+    }
+
     #[test]
     fn a_reply_that_is_wrong_is_found_out() {
-        let mut bytes = STRUCTURED_HANDSHAKE.to_vec();
-        bytes.extend(request(false, 0, NBD_CMD_BLOCK_STATUS));
-        let good = || Transcript::of(&example_exports(), [bytes.as_slice()]);
-        assert_eq!(good().check_replies(), Ok(()));
-        let at = good().replies[0].at;
-        // The magic number, the flag for the last chunk, the type, the length, and an extent's length.
-        for (place, byte) in [(0, 0), (5, 0), (7, 1), (19, 1), (27, 0)] {
-            let mut spoilt = good();
-            spoilt.sent[at + place] = byte;
-            assert!(spoilt.check_replies().is_err(), "byte {place}");
+        let cookie = "another request's cookie";
+        let kind = "not of the kind that was agreed on";
+        let length = "its length is another";
+        let extents = "extents past the end of the request";
+        let several = "more than the one that was asked for";
+        let (read, status, one) = (NBD_CMD_READ, NBD_CMD_BLOCK_STATUS, NBD_CMD_FLAG_REQ_ONE);
+        // Of a structured reply: magic number 0, flags 4, type 6, cookie 8, length 16, content 20. An extended one has an offset
+        // from 16 on, a length from 24 on, content from 32 on.
+        for (handshake, flags, command, byte, value, why) in [
+            (GOOD_HANDSHAKE, 0, read, 0, 0, kind),
+            (GOOD_HANDSHAKE, 0, read, 7, 22, "more or less"),
+            (GOOD_HANDSHAKE, 0, NBD_CMD_TRIM, 7, 2, "the document does not know"),
+            (GOOD_HANDSHAKE, 0, NBD_CMD_TRIM, 7, 95, "NBD_ENOTSUP"),
+            (GOOD_HANDSHAKE, 0, read, 15, 0, cookie),
+            (STRUCTURED_HANDSHAKE, 0, read, 3, 0, kind),
+            (STRUCTURED_HANDSHAKE, 0, read, 5, 0, "not the only chunk"),
+            (STRUCTURED_HANDSHAKE, 0, read, 7, 2, "holds none"),
+            (STRUCTURED_HANDSHAKE, 0, read, 8, 0, cookie),
+            (STRUCTURED_HANDSHAKE, 0, read, 19, 19, length),
+            (STRUCTURED_HANDSHAKE, 0, read, 27, 1, "other data"),
+            (STRUCTURED_HANDSHAKE, 0, NBD_CMD_TRIM, 7, 6, "does not have"),
+            (STRUCTURED_HANDSHAKE, 0, status, 7, 6, "does not have"),
+            (STRUCTURED_HANDSHAKE, 0, status, 19, 1, length),
+            (STRUCTURED_HANDSHAKE, 0, status, 23, 2, "not selected"),
+            (STRUCTURED_HANDSHAKE, 0, status, 27, 6, extents),
+            (STRUCTURED_HANDSHAKE, 0, status, 27, 0, "an extent of nothing"),
+            (STRUCTURED_HANDSHAKE, 0, status, 31, 4, "does not have"),
+            (STRUCTURED_HANDSHAKE, one, status, 27, 11, extents),
+            (STRUCTURED_HANDSHAKE, 0, 99, 23, 75 + 1, "the document does not know"),
+            (STRUCTURED_HANDSHAKE, 0, 99, 25, 200, "too short"),
+            (EXTENDED_HANDSHAKE, 0, read, 23, 1, "another request's offset"),
+            (EXTENDED_HANDSHAKE, 0, read, 3, 0, kind),
+            (EXTENDED_HANDSHAKE, 0, status, 7, 5, "does not have"),
+            (EXTENDED_HANDSHAKE, 0, status, 39, 1, "another number of extents"),
+            (EXTENDED_HANDSHAKE, 0, status, 47, 6, extents),
+        ] {
+            let bytes = [handshake, &request(handshake == EXTENDED_HANDSHAKE, flags, command)].concat();
+            let transcript = Transcript::of(&example_exports(), [bytes.as_slice()]);
+            let at = transcript.replies[0].at + byte;
+            let found = spoilt(transcript, at, value);
+            assert!(found.contains(why), "command {command}, byte {byte}: {found}");
         }
-        let mut silent = good();
-        silent.replies.clear();
-        assert!(silent.check_replies().is_err());
+
+        // One extent was asked for, and the client hears of two: the flag is set in what it is taken to have said.
+        let bytes = [STRUCTURED_HANDSHAKE, &request(false, 0, status)].concat();
+        let mut transcript = Transcript::of(&example_exports(), [bytes.as_slice()]);
+        let flags = STRUCTURED_HANDSHAKE.len() + 5;
+        transcript.heard[flags] = u8::try_from(one).unwrap();
+        assert!(transcript.check_replies().unwrap_err().contains(several));
+        transcript.heard[flags] = 0;
+        transcript.replies[0].payload = 1;
+        assert!(transcript.check_replies().unwrap_err().contains(length));
+        transcript.replies.clear();
+        assert!(transcript.check_replies().is_err(), "no reply");
+        transcript.requests = 0;
+        assert!(transcript.check_replies().is_err(), "no reply, and nobody counts it missing");
+    }
+
+    #[test]
+    fn data_of_another_length_than_was_asked_for_is_found_out() {
+        for handshake in HANDSHAKES {
+            let bytes = [handshake, &request(handshake == EXTENDED_HANDSHAKE, 0, NBD_CMD_READ)].concat();
+            let good = Transcript::of(&example_exports(), [bytes.as_slice()]);
+            assert_eq!(good.replies[0].payload, 10);
+            for (asked, done) in [(9, false), (10, true), (11, false)] {
+                let mut heard =
+                    Transcript { heard: bytes.clone(), ..Transcript::of(&example_exports(), [bytes.as_slice()]) };
+                *heard.heard.last_mut().unwrap() = asked;
+                assert_eq!(heard.check_replies().is_ok(), done, "{asked} bytes");
+            }
+        }
+    }
+
+    #[test]
+    fn a_success_that_cannot_be_is_found_out() {
+        let write = |export: &str, offset: u64| {
+            let name = u8::try_from(export.len()).unwrap();
+            let go =
+                [&b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\0"[..], &[6 + name, 0, 0, 0, name], export.as_bytes(), &[0, 0]];
+            let mut zeroes = request(false, 0, NBD_CMD_WRITE_ZEROES);
+            zeroes[16..24].copy_from_slice(&offset.to_be_bytes());
+            let bytes = [go.concat(), zeroes].concat();
+            Transcript::of(&example_exports(), [bytes.as_slice()])
+        };
+        for (export, offset, why) in [("fixed", 0, "a read-only export"), ("disk", 1 << 20, "past the end")] {
+            let transcript = write(export, offset);
+            let error = transcript.replies[0].at + 7;
+            let found = spoilt(transcript, error, 0);
+            assert!(found.contains(why), "{found}");
+        }
+    }
+
+    #[test]
+    fn an_option_reply_that_is_wrong_is_found_out() {
+        let option = |number: u8, data: &[u8]| {
+            [&b"IHAVEOPT\0\0\0"[..], &[number, 0, 0, 0], &[u8::try_from(data.len()).unwrap()], data].concat()
+        };
+        let after = |options: &[Vec<u8>]| {
+            let bytes = [&GOOD_HANDSHAKE[..4], &options.concat()].concat();
+            Transcript::of(&example_exports(), [bytes.as_slice()])
+        };
+        // The greeting has 18 bytes, an option reply's header 20: magic number 0, option 8, type 12, length 16.
+        let query = b"\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation";
+        for (options, byte, value, why) in [
+            (vec![option(3, b"")], 0, 1, "magic number"),
+            (vec![option(3, b"")], 11, 7, "a reply to another option"),
+            (vec![option(3, b"")], 15, 3, "another option's"),
+            (vec![option(3, b"")], 15, 9, "of no such type"),
+            (vec![option(3, b"")], 23, 200, "too short for its type"),
+            (vec![option(6, &[0; 6])], 15, 2, "another option's"),
+            (vec![option(6, &[0; 6])], 21, 9, "of no such type"),
+            (vec![option(6, &[0; 6])], 21, 1, "NUL"),
+            (vec![option(8, b"")], 19, 1, "end with neither"),
+            (vec![option(8, b""), option(10, query)], 20 + 15, 3, "another option's"),
+            (vec![option(99, b"")], 12, 0, "NBD_REP_ACK with data"),
+            (vec![option(99, b"")], 15, 99, "of no such type"),
+            // NBD_FLAG_SEND_DF, where replies have no chunks.
+            (vec![option(7, &[0; 6])], 31, 0xed, "in chunks"),
+        ] {
+            let found = spoilt(after(&options), 18 + byte, value);
+            assert!(found.contains(why), "byte {byte}: {found}");
+        }
+
+        let list = [option(3, b"")];
+        let mut cut = after(&list);
+        cut.sent.truncate(cut.sent.len() - 20);
+        assert!(cut.check_replies().unwrap_err().contains("end with neither"));
+        let mut silent = after(&list);
+        silent.sent.truncate(18);
+        assert!(silent.check_replies().unwrap_err().contains("no reply to option 3"));
+        let mut twice = after(&list);
+        twice.sent.extend_from_within(18..);
+        assert!(twice.check_replies().unwrap_err().contains("nothing asked for"));
+        let mut dataless = after(&[option(6, &[0; 6])]);
+        dataless.sent.drain(18..18 + 32);
+        assert!(dataless.check_replies().unwrap_err().contains("no NBD_INFO_EXPORT"));
     }
 
     #[test]

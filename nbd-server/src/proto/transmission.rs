@@ -141,8 +141,15 @@ impl ExpectRequest {
         let has = |flag| header.flags & flag != 0;
         let fua = has(NBD_CMD_FLAG_FUA);
         match header.kind {
-            NBD_CMD_READ => Ok(Command::Read(self.payload(self.range(header, ErrorCode::Inval)?)?)),
-            NBD_CMD_WRITE => Ok(Command::Write { range: self.payload(self.written(header, ErrorCode::NoSpc)?)?, fua }),
+            NBD_CMD_READ => {
+                // "the server is also permitted to reject large read requests up front with NBD_EOVERFLOW", where it has chunks.
+                let too_long = if self.headers == Headers::Simple { ErrorCode::Inval } else { ErrorCode::Overflow };
+                Ok(Command::Read(payload(self.range(header, ErrorCode::Inval)?, too_long)?))
+            }
+            // That error is none of a command's that has a payload ("Error values").
+            NBD_CMD_WRITE => {
+                Ok(Command::Write { range: payload(self.written(header, ErrorCode::NoSpc)?, ErrorCode::Inval)?, fua })
+            }
             NBD_CMD_FLUSH if header.offset == 0 && header.len == 0 => Ok(Command::Flush),
             NBD_CMD_FLUSH => Err(invalid("a flush has no offset and no length")),
             NBD_CMD_TRIM if self.discards => Ok(Command::Trim { range: self.written(header, ErrorCode::Inval)?, fua }),
@@ -191,16 +198,14 @@ impl ExpectRequest {
         }
         Ok(Range { offset: header.offset, len: header.len })
     }
+}
 
-    /// A range that goes over the wire.
-    fn payload(&self, range: Range) -> Result<Range, Refusal> {
-        if range.len <= u64::from(MAX_PAYLOAD) {
-            return Ok(range);
-        }
-        // "the server is also permitted to reject large read requests up front with NBD_EOVERFLOW", where it has chunks.
-        let code = if self.headers == Headers::Simple { ErrorCode::Inval } else { ErrorCode::Overflow };
-        Err(Refusal { code, message: "a payload has at most 32 MiB", at: None })
+/// A range that goes over the wire.
+fn payload(range: Range, too_long: ErrorCode) -> Result<Range, Refusal> {
+    if range.len <= u64::from(MAX_PAYLOAD) {
+        return Ok(range);
     }
+    Err(Refusal { code: too_long, message: "a payload has at most 32 MiB", at: None })
 }
 
 fn invalid(message: &'static str) -> Refusal {

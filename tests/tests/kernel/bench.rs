@@ -46,7 +46,113 @@ fn the_kernels_own_devices_are_measured_beside_the_servers() {
         assert!(median("attached-nbd")["server_cpu_s_per_gb"].is_number());
     }
     let report = std::fs::read_to_string(kernel.dir().join("report/compare.md")).unwrap();
-    for row in ["| dm-crypt |", "| nbdcrypt on /dev/nbd |", "cryptsetup open", "--filename=DEVICE"] {
+    for row in [
+        "| dm-crypt |",
+        "| nbdcrypt on /dev/nbd |",
+        "cryptsetup open",
+        "--filename=DEVICE",
+        "block device with direct I/O: dm-crypt, nbdcrypt on /dev/nbd",
+        "threads of the kernel",
+        "- cryptsetup: cryptsetup 2",
+    ] {
         assert!(report.contains(row), "{row}: {report}");
+    }
+}
+
+/// A bench as a terminal's foreground job: a session and a group of its own.
+const FUNCTIONS: &str = r#"
+modprobe -a nbd loop dm-crypt
+mkdir programs
+for program in fio cryptsetup; do ln -s "$(command -v $program)" programs; done
+begin() {
+  PATH=$PWD/programs:$PATH setsid $nbdcrypt bench compare --rounds 1 --runtime 2 --size 64M --dir /dev/shm > /dev/null & bench=$!
+}
+until_seen() { for _ in $(seq 1200); do if "$@" > /dev/null 2>&1; then return; fi; sleep 0.05; done; echo "never: $*"; exit 1; }
+attached() { ls /sys/block/nbd*/pid; }
+gone() { ! attached; }
+left() {
+  echo "$1: $(attached 2> /dev/null | wc -l) attached, $(ls /dev/mapper | grep -vcx control) mapped," \
+    "$(losetup --list --noheadings | wc -l) loops, $(ls /dev/shm /tmp | grep -c nbdcrypt-bench) left"
+}
+# What it says is not what is tested.
+ended() { if wait $bench; then echo "$1: it succeeded"; exit 1; fi 2> /dev/null; left "$1"; }
+"#;
+
+/// Runs the steps, each of which is to leave nothing.
+fn expect_nothing_left(steps: &str, names: &[&str]) {
+    let kernel = Kernel::new().patient(Duration::from_secs(600));
+    let script = format!("exec 2> said\nnbdcrypt={}\n{FUNCTIONS}{steps}", binary().display());
+    let finished = kernel.run(&script);
+    let said = std::fs::read_to_string(kernel.dir().join("said")).unwrap_or_default();
+    let clean: String = names.iter().map(|name| format!("{name}: 0 attached, 0 mapped, 0 loops, 0 left\n")).collect();
+    assert_eq!((finished.code, finished.output.as_str()), (Some(0), clean.as_str()), "{said}\n{}", finished.console);
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux, cryptsetup and fio: run `make test`")]
+fn a_signal_while_a_device_is_measured_takes_it_away() {
+    let steps = r#"
+        begin; until_seen pgrep -f filename=/dev/nbd
+        attached > /dev/null; kill -HUP -- -$bench; ended "attached, hangup"
+        begin; until_seen pgrep -f filename=/dev/mapper
+        kill -INT -- -$bench; ended "mapped, interrupt"
+        # Nobody can tidy up then, but for the server that has the device.
+        begin; until_seen pgrep -f filename=/dev/nbd
+        kill -KILL -- -$bench; until_seen gone
+        rm -r /dev/shm/nbdcrypt-bench-* /tmp/nbdcrypt-bench-*; ended "attached, killed"
+    "#;
+    expect_nothing_left(steps, &["attached, hangup", "mapped, interrupt", "attached, killed"]);
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux, cryptsetup and fio: run `make test`")]
+fn a_mapping_that_is_made_while_a_signal_comes_or_by_a_failure_is_taken_away() {
+    let steps = r#"
+        real=$(readlink programs/cryptsetup); rm programs/cryptsetup
+        # It has mapped the volume, and has not ended.
+        printf '#!/bin/bash\n%s "$@" || exit\nif [ "$1" = open ]; then touch %s; sleep 2; fi\n' "$real" "$PWD/opened" > programs/cryptsetup
+        chmod +x programs/cryptsetup
+        begin; until_seen test -e opened
+        ls /dev/mapper/nbdcrypt-bench-* > /dev/null; kill -HUP -- -$bench; ended "mapping, hangup"
+        printf '#!/bin/bash\n%s "$@" || exit\ntest "$1" != open\n' "$real" > programs/cryptsetup
+        begin; until_seen pgrep fio
+        kill -TERM $bench; ended "mapped, failed"
+    "#;
+    expect_nothing_left(steps, &["mapping, hangup", "mapped, failed"]);
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux: run `make test`")]
+fn each_signal_takes_an_attached_device_away() {
+    let steps = r#"
+        printf ThisIs-a-SecretPassword > key; chmod 600 key
+        truncate -s 64M disk
+        $nbdcrypt format --type luks1 --pbkdf-force-iterations 1000 --key-file key disk > /dev/null
+        for signal in HUP INT TERM; do
+          $nbdcrypt bench attached --key-file key disk > device & bench=$!
+          until_seen test -s device; attached > /dev/null
+          kill -$signal $bench; wait $bench
+          left "$signal"
+        done
+    "#;
+    expect_nothing_left(steps, &["HUP", "INT", "TERM"]);
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux, cryptsetup and fio: run `make test`")]
+fn devices_whose_modules_are_not_loaded_say_what_loads_them() {
+    let script = format!(
+        r#"
+        mkdir programs
+        for program in fio cryptsetup; do ln -s "$(command -v $program)" programs; done
+        PATH=$PWD/programs {} bench compare --quick --rounds 1 --runtime 0.1 --size 64M --dir /dev/shm | grep modprobe
+        "#,
+        binary().display()
+    );
+    let output = Kernel::new().patient(Duration::from_secs(600)).expect(&script);
+    for (contestant, module) in [("dm-crypt", "dm_crypt"), ("nbdcrypt on /dev/nbd", "nbd")] {
+        let found =
+            output.lines().any(|line| line.contains(contestant) && line.contains(&format!("`modprobe {module}`")));
+        assert!(found, "{contestant}: {output}");
     }
 }

@@ -9,6 +9,7 @@ use engine::key::Passphrase;
 use engine::luks::{self, Limits};
 use engine::store::Caching;
 use engine::volume::Volume;
+use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::stage;
@@ -35,9 +36,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let volume = luks::read(store.as_ref(), &Limits::default())?.unlock(store.as_ref(), &passphrase)?;
     let volume = Volume::encrypted(store, volume.segment, &volume.key)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (mut terminate, mut interrupt) = {
+    // Before there is a device: who measures may be killed at any time, and cannot take it away then.
+    if let Err(error) = rustix::process::set_parent_process_death_signal(Some(Signal::TERM)) {
+        tracing::warn!("the device would outlive the process that asks for it, were that killed: {error}");
+    }
+    let [mut terminate, mut interrupt, mut hangup] = {
         let _entered = runtime.enter();
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
+        [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?]
     };
     let options = Options {
         method: Method::Nbd,
@@ -55,9 +60,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let ended = attachment.ended();
     let ended = runtime.block_on(async {
         tokio::select! {
-            // From the terminal it comes to the whole group; who measures stops this.
-            () = async { loop { interrupt.recv().await; } } => None,
             _ = terminate.recv() => None,
+            _ = interrupt.recv() => None,
+            _ = hangup.recv() => None,
             ended = ended.wait() => Some(ended),
         }
     });

@@ -65,6 +65,13 @@ pub(super) struct Turns {
     pub(super) rounds: Vec<Sample>,
 }
 
+impl Comparison {
+    /// Whether it was measured.
+    pub(super) fn has(&self, contestant: Contestant) -> bool {
+        self.sections.iter().any(|section| section.of(contestant).is_some())
+    }
+}
+
 impl Section {
     pub(super) fn of(&self, contestant: Contestant) -> Option<&Turns> {
         self.results.iter().find(|turns| turns.contestant == contestant)
@@ -111,8 +118,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
             None => field.push(contestant),
         }
     }
+    let mut programs = vec!["fio"];
+    for program in field.iter().filter_map(|contestant| contestant.program()) {
+        // nbdkit is there with its filter and without.
+        if !programs.contains(&program) {
+            programs.push(program);
+        }
+    }
     let mut comparison = Comparison {
-        machine: Machine::this(),
+        machine: Machine::with(&programs),
         storage: format!("{} ({} MiB, through the page cache)", directory.display(), args.size >> 20),
         rounds: args.rounds,
         seconds: runtime.as_secs_f64(),

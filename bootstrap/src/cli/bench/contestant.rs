@@ -58,15 +58,28 @@ impl Contestant {
 
     /// Why it cannot take part on this machine, if so.
     pub(super) fn missing(self) -> Option<String> {
+        self.missing_where(|sign| Path::new(sign).exists(), installed, process::is_root())
+    }
+
+    /// The same of a machine that has these paths and these programs.
+    fn missing_where(
+        self,
+        exists: impl Fn(&str) -> bool,
+        installed: impl Fn(&str) -> bool,
+        is_root: bool,
+    ) -> Option<String> {
         let lacks = |program: &str, package: &str| {
             let missing = !installed(program);
             missing.then(|| format!("{program} is not installed (apt-get install {package})"))
         };
         // What the kernel must have, and only root may use.
-        let no_device = |sign: &str, what: &str| {
-            if !Path::new(sign).exists() {
-                Some(format!("this kernel has no {what}, or has not loaded it: {sign} is not there"))
-            } else if !process::is_root() {
+        let no_device = |sign: &str, module: &str, what: &str| {
+            if !exists(sign) {
+                Some(format!(
+                    "this kernel has no {what}, or has not loaded it ({sign} is not there): `modprobe {module}` as root loads \
+                     it, if there is such a module"
+                ))
+            } else if !is_root {
                 Some(format!("this kernel has {what}, but only root may use it: run this with sudo"))
             } else {
                 None
@@ -76,9 +89,34 @@ impl Contestant {
             Self::Nbdcrypt | Self::NbdcryptPlaintext | Self::Yardstick => None,
             Self::NbdkitLuks | Self::NbdkitPlaintext => lacks("nbdkit", "nbdkit"),
             Self::QemuNbdLuks => lacks("qemu-nbd", "qemu-utils"),
-            Self::DmCrypt => no_device("/sys/class/misc/device-mapper", "device-mapper")
+            // The target itself is no sign: the kernel shows no trace of one that is built in, and loads one that is not
+            // when it is asked for.
+            Self::DmCrypt => no_device("/sys/class/misc/device-mapper", "dm_crypt", "device-mapper")
                 .or_else(|| lacks("cryptsetup", "cryptsetup-bin")),
-            Self::AttachedNbd => no_device("/sys/module/nbd", "network block device"),
+            Self::AttachedNbd => no_device("/sys/module/nbd", "nbd", "network block device"),
+        }
+    }
+
+    /// What to try where it could not be started, beside what that failed with.
+    fn advice(self, exists: impl Fn(&str) -> bool) -> Option<&'static str> {
+        match self {
+            Self::DmCrypt if !exists("/sys/module/dm_crypt") => {
+                Some("if the kernel lacks its target crypt, `modprobe dm_crypt` loads it")
+            }
+            Self::AttachedNbd if !exists("/dev/nbd0") => Some(
+                "there is no /dev/nbd0: a container must be given it, and `modprobe nbd` makes it where nothing else does",
+            ),
+            _ => None,
+        }
+    }
+
+    /// The program that it is, if that is somebody else's.
+    pub(super) fn program(self) -> Option<&'static str> {
+        match self {
+            Self::Nbdcrypt | Self::NbdcryptPlaintext | Self::Yardstick | Self::AttachedNbd => None,
+            Self::NbdkitLuks | Self::NbdkitPlaintext => Some("nbdkit"),
+            Self::QemuNbdLuks => Some("qemu-nbd"),
+            Self::DmCrypt => Some("cryptsetup"),
         }
     }
 
@@ -89,7 +127,10 @@ impl Contestant {
 
     /// Starts it on the stage's image, encrypted or plain.
     pub(super) fn start(self, stage: &Stage, page_cache: bool) -> Result<Subject> {
-        self.begin(stage, page_cache).with_context(|| self.name().to_owned())
+        self.begin(stage, page_cache).with_context(|| match self.advice(|sign| Path::new(sign).exists()) {
+            Some(advice) => format!("{} ({advice})", self.name()),
+            None => self.name().to_owned(),
+        })
     }
 
     fn begin(self, stage: &Stage, page_cache: bool) -> Result<Subject> {
@@ -169,4 +210,67 @@ fn commas(path: &Path) -> String {
 pub(super) fn installed(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEVICES: [(Contestant, &str, &str); 2] = [
+        (Contestant::DmCrypt, "/sys/class/misc/device-mapper", "`modprobe dm_crypt`"),
+        (Contestant::AttachedNbd, "/sys/module/nbd", "`modprobe nbd`"),
+    ];
+
+    #[test]
+    fn a_device_that_the_kernel_lacks_is_a_module_to_load() {
+        for (contestant, sign, modprobe) in DEVICES {
+            for is_root in [false, true] {
+                let reason = contestant.missing_where(|_| false, |_| true, is_root).unwrap();
+                assert!(reason.contains(sign) && reason.contains(modprobe), "{reason}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_device_that_the_kernel_has_is_roots() {
+        for (contestant, sign, _) in DEVICES {
+            let reason = contestant.missing_where(|path| path == sign, |_| true, false).unwrap();
+            assert!(reason.contains("sudo") && !reason.contains("modprobe"), "{reason}");
+            assert_eq!(contestant.missing_where(|path| path == sign, |_| true, true), None);
+        }
+    }
+
+    #[test]
+    fn a_program_that_is_missing_is_a_package_to_install() {
+        for (contestant, package) in [
+            (Contestant::NbdkitLuks, "nbdkit"),
+            (Contestant::NbdkitPlaintext, "nbdkit"),
+            (Contestant::QemuNbdLuks, "qemu-utils"),
+            (Contestant::DmCrypt, "cryptsetup-bin"),
+        ] {
+            let program = contestant.program().unwrap();
+            let reason = contestant.missing_where(|_| true, |installed| installed != program, true).unwrap();
+            assert!(reason.contains(program) && reason.contains(&format!("apt-get install {package}")), "{reason}");
+            assert_eq!(contestant.missing_where(|_| true, |installed| installed == program, true), None);
+        }
+    }
+
+    #[test]
+    fn ours_need_nothing() {
+        for contestant in Contestant::ALL.into_iter().filter(|contestant| contestant.is_ours()) {
+            assert_eq!(contestant.missing_where(|_| false, |_| false, false), None);
+            assert_eq!(contestant.advice(|_| false), None);
+        }
+    }
+
+    #[test]
+    fn a_start_that_failed_for_want_of_a_module_says_which() {
+        for (contestant, sign, modprobe) in [
+            (Contestant::DmCrypt, "/sys/module/dm_crypt", "`modprobe dm_crypt`"),
+            (Contestant::AttachedNbd, "/dev/nbd0", "`modprobe nbd`"),
+        ] {
+            assert!(contestant.advice(|path| path != sign).is_some_and(|advice| advice.contains(modprobe)));
+            assert_eq!(contestant.advice(|path| path == sign), None);
+        }
+    }
 }

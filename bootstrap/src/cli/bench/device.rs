@@ -79,7 +79,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         None => Stage::in_directory(&args.dir.clone().unwrap_or_else(stage::usual_directory), args.size)?,
     };
     let runtime = Duration::from_secs_f64(if args.quick { args.runtime.min(0.5) } else { args.runtime });
-    let machine = Machine::this();
+    let machine = Machine::with(if args.client == Client::Fio { &["fio"] } else { &[] });
     if !args.json {
         let debug = if cfg!(debug_assertions) { " (a debug build: build with --release to measure)" } else { "" };
         tell(format_args!(

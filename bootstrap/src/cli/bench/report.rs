@@ -59,6 +59,9 @@ pub(super) fn closing(comparison: &Comparison) -> String {
         };
         let _ = writeln!(out, "| {} | {sign} {} | {} | {verdict} |", bar.what, bar.bar, known(bar.measured, 2));
     }
+    for note in notes(comparison) {
+        let _ = writeln!(out, "\n{note}");
+    }
     if !comparison.missing.is_empty() {
         out.push_str("\n### Missing\n\n");
         for missing in &comparison.missing {
@@ -68,18 +71,42 @@ pub(super) fn closing(comparison: &Comparison) -> String {
     out
 }
 
+/// Why some cells are empty, or hold less than they seem to.
+fn notes(comparison: &Comparison) -> Vec<&'static str> {
+    let dm_crypt = "dm-crypt's CPU, memory and limit are –: its work is done by threads of the kernel, and there is no process \
+                    whose account it is on.";
+    let attached = "The CPU time of nbdcrypt on /dev/nbd is its process's: what the kernel's NBD client does is on no process's \
+                    account either.";
+    let notes = [(Contestant::DmCrypt, dm_crypt), (Contestant::AttachedNbd, attached)];
+    notes.into_iter().filter(|(contestant, _)| comparison.has(*contestant)).map(|(_, note)| note).collect()
+}
+
+/// How the clients reach whom they measure.
+fn reached(comparison: &Comparison) -> String {
+    let devices: Vec<&str> = Contestant::ALL
+        .into_iter()
+        .filter(|one| one.is_device() && comparison.has(*one))
+        .map(Contestant::name)
+        .collect();
+    if devices.is_empty() {
+        return "unix socket".to_owned();
+    }
+    format!("unix socket; block device with direct I/O: {}", devices.join(", "))
+}
+
 /// All of it.
 pub(super) fn markdown(comparison: &Comparison) -> String {
     let machine = &comparison.machine;
     let mut out = format!(
         "# Encrypted network block devices, compared\n\n{} cores of {}, {} GiB, Linux {}. Storage: {}. LUKS1, 512-byte \
-         sectors, AES-256-XTS, unix socket. Medians of {} rounds of {} s, everybody in turn in each round, each figure from a \
+         sectors, AES-256-XTS. Reached by {}. Medians of {} rounds of {} s, everybody in turn in each round, each figure from a \
          server just started; ratios are medians of the ratios within a round.\n\n",
         machine.cores,
         machine.cpu,
         machine.memory_gib,
         machine.kernel,
         comparison.storage,
+        reached(comparison),
         comparison.rounds,
         comparison.seconds
     );
@@ -103,4 +130,43 @@ pub(super) fn markdown(comparison: &Comparison) -> String {
         let _ = writeln!(out, "{command}");
     }
     out + "```\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::compare::Turns;
+    use super::super::machine::Machine;
+    use super::super::sample::{Cost, Sample, Seen};
+    use super::super::workload::TYPICAL;
+    use super::*;
+
+    fn comparison(field: &[Contestant]) -> Comparison {
+        let seen = Seen { bytes: 1, requests: 1, seconds: 1.0, p99_us: 1.0, client_cpu: 0.1 };
+        let sample = Sample::new(&seen, &Cost { server: None, peak_rss: None });
+        let results =
+            field.iter().map(|contestant| Turns { contestant: *contestant, median: sample, rounds: vec![sample] });
+        Comparison {
+            machine: Machine::with(&[]),
+            storage: "memory".to_owned(),
+            rounds: 1,
+            seconds: 1.0,
+            missing: Vec::new(),
+            sections: vec![Section { client: Client::Fio, workload: TYPICAL[0], results: results.collect() }],
+            peak_rss_mib: None,
+            commands: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_is_no_server_is_said_to_be_none() {
+        let servers = markdown(&comparison(&[Contestant::Nbdcrypt, Contestant::NbdkitLuks]));
+        assert!(servers.contains("Reached by unix socket. "), "{servers}");
+        assert!(!servers.contains("threads of the kernel") && !servers.contains("NBD client"), "{servers}");
+
+        let all = markdown(&comparison(&[Contestant::Nbdcrypt, Contestant::DmCrypt, Contestant::AttachedNbd]));
+        let header = "Reached by unix socket; block device with direct I/O: dm-crypt, nbdcrypt on /dev/nbd. ";
+        for part in [header, "dm-crypt's CPU, memory and limit are –", "the kernel's NBD client"] {
+            assert!(all.contains(part), "{part}: {all}");
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -75,6 +76,8 @@ impl ServerProcess {
         let program = command.get_program().to_string_lossy().into_owned();
         let said = File::create(log).with_context(|| log.display().to_string())?;
         command.stdin(Stdio::null()).stderr(said);
+        // What the terminal sends to a whole group would stop it under its client; dropping this stops it in turn.
+        command.process_group(0);
         let child = command.spawn().with_context(|| format!("could not start {program}"))?;
         Ok((Self { child, socket }, program))
     }
@@ -164,6 +167,16 @@ mod tests {
         command.args(["-c", "echo no such device >&2; exit 4"]);
         let error = ServerProcess::attach(command, &folder.path().join("log")).err().unwrap().to_string();
         assert!(error.contains("no such device") && error.contains('4'), "{error}");
+    }
+
+    #[test]
+    fn the_terminals_signals_pass_a_server_by() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo /dev/a; exec sleep 60"]);
+        let (server, _) = ServerProcess::attach(command, &folder.path().join("log")).unwrap();
+        let pid = Pid::from_raw(i32::try_from(server.child.id()).unwrap());
+        assert_eq!(rustix::process::getpgid(pid).ok(), pid);
     }
 
     #[test]
