@@ -1,10 +1,11 @@
 """S3, KMS and IAM on a free port of the loopback, for as long as standard input stays open.
 
 moto does what AWS does, with a few gaps that matter here: its KMS encrypts and decrypts under keys that are disabled or
-pending deletion, answers AccessDeniedException for a ciphertext of another key, and for many bytes that are none. What it should answer is in the KMS
+pending deletion, or whose policy denies it, answers AccessDeniedException for a ciphertext of another key, and for many bytes that are none. What it should answer is in the KMS
 Developer Guide, "Key states of AWS KMS keys", and in the KMS API Reference, `Decrypt`, "Errors".
 """
 
+import json
 import sys
 import uuid
 
@@ -25,6 +26,13 @@ def check_state(key):
         raise Refused("DisabledException", f"{key.arn} is disabled.")
 
 
+def check_policy(key, action):
+    """Denials alone, for whoever asks: what a policy allows is left to IAM."""
+    for statement in json.loads(key.policy)["Statement"]:
+        if statement["Effect"] == "Deny" and statement["Action"] == action:
+            raise Refused("AccessDeniedException", f"{action} on {key.arn} with an explicit deny in a resource-based policy")
+
+
 def decrypt(self, ciphertext_blob, encryption_context, key_id=None):
     try:
         key_id_within = _deserialize_ciphertext_blob(ciphertext_blob).key_id
@@ -39,6 +47,7 @@ def decrypt(self, ciphertext_blob, encryption_context, key_id=None):
                 "The key ID in the request does not identify a CMK that can perform this operation.",
             )
         check_state(key)
+        check_policy(key, "kms:Decrypt")
     return moto_decrypt(self, ciphertext_blob, encryption_context, key_id)
 
 

@@ -103,6 +103,13 @@ impl Moto {
         id.to_owned()
     }
 
+    /// Has the key's policy deny `action` to everybody.
+    pub fn deny(&self, key: &str, action: &str) {
+        let all = |effect: &str, action: &str| json!({ "Effect": effect, "Principal": "*", "Action": action, "Resource": "*" });
+        let policy = json!({ "Version": "2012-10-17", "Statement": [all("Allow", "kms:*"), all("Deny", action)] });
+        self.kms("PutKeyPolicy", &json!({ "KeyId": key, "PolicyName": "default", "Policy": policy.to_string() }));
+    }
+
     /// Asks KMS anything; its answer.
     pub fn kms(&self, action: &str, parameters: &Value) -> String {
         let target = format!("X-Amz-Target: TrentService.{action}\r\n");

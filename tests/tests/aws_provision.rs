@@ -132,6 +132,8 @@ fn who_may_write_and_not_read_provisions_all_the_same() {
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     assert!(said.contains("not read back: S3 denies access"), "{said}");
     refused(&run(&writer, &["provision"], &config), &["exists"]);
+    // What is there may be replaced only by what can be decrypted.
+    refused(&run(&writer, &["provision", "--replace"], &config), &["is left as it is", "kms:Decrypt on alias/writer"]);
     moto.permit_only(&json!(["s3:GetObject", "kms:Decrypt"]));
     assert_eq!(run(&writer, &["passphrase"], &config).stdout.len(), 64);
 }

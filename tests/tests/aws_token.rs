@@ -210,6 +210,20 @@ fn a_secret_in_s3_moves_to_another_kms_key_once_it_is_known_to_open_the_volume()
 
     client.shell("rm disk");
     done(&format("secret"));
+
+    // A key that encrypts and does not decrypt would lock the volume.
+    let one_way = moto.make_key("alias/one-way");
+    moto.deny(&one_way, "kms:Decrypt");
+    let output = nbdcrypt(&["key", "rewrap", "disk", "--config", "scratch.toml", "--new-kms-key", "alias/one-way"]);
+    assert_eq!(output.status.code(), Some(1));
+    let said = told(&output);
+    assert!(
+        said.contains("s3://secrets/key is left as it is") && said.contains("kms:Decrypt on alias/one-way"),
+        "{said}"
+    );
+    assert_eq!(client.shell("aws s3 cp s3://secrets/key - | sha256sum"), before);
+    assert_eq!(client.shell(decrypt).as_bytes(), fs::read(client.dir().join("secret")).unwrap());
+
     let said = done(&rewrap);
     assert!(said.starts_with("s3://secrets/key: the secret is encrypted under arn:") && said.contains(&new), "{said}");
     let key = client.shell("aws s3 cp s3://secrets/key blob > /dev/null; aws kms decrypt --ciphertext-blob fileb://blob --query KeyId --output text");

@@ -263,6 +263,23 @@ pub enum AwsKeyError {
         /// Bucket and key.
         object: S3Object,
     },
+    /// What was to take the object's place cannot be decrypted.
+    #[error(
+        "{object} is left as it is, since what was encrypted to replace it cannot be decrypted, and would lock the volume \
+         (to replace it takes kms:Decrypt with the key, too): {why}"
+    )]
+    NotReplaced {
+        /// Bucket and key.
+        object: S3Object,
+        /// What KMS said.
+        why: Box<Self>,
+    },
+    /// What was to take the object's place decrypts to something else.
+    #[error("{object} is left as it is, since what was encrypted to replace it does not decrypt to the same again")]
+    NotReplacedByAnother {
+        /// Bucket and key.
+        object: S3Object,
+    },
     /// What was read back is not what was written.
     #[error("{object} was written, but does not decrypt to what was encrypted; do not use it")]
     NotAsWritten {

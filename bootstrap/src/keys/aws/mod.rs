@@ -43,7 +43,8 @@ impl AwsKey {
     }
 
     /// Encrypts a secret by KMS, puts the ciphertext into S3, and reads it back. An object that exists is left alone
-    /// unless `replace` says otherwise. Blocks, as [`KeySource::passphrase`] does.
+    /// unless `replace` says otherwise; then the ciphertext is decrypted once before it takes another one's place.
+    /// Blocks, as [`KeySource::passphrase`] does.
     ///
     /// # Errors
     /// [`AwsKeyError`]. When the object was written nonetheless, it says so.
@@ -53,13 +54,8 @@ impl AwsKey {
             let patience = Patience::from_now(self.config.retry_for);
             let session = Session::open(&self.config, patience).await?;
             let (ciphertext, key_arn) = kms::encrypt(&session, patience, &self.config, secret.expose()).await?;
-            s3::put(&session, patience, object, &ciphertext, replace).await?;
-            let read_back = match self.fetch(&session, patience).await {
-                Ok(found) if found.expose() == secret.expose() => Ok(()),
-                Ok(_) => return Err(AwsKeyError::NotAsWritten { object: object.clone() }),
-                Err(denied @ (AwsKeyError::S3Denied { .. } | AwsKeyError::KmsDenied { .. })) => Err(denied),
-                Err(error) => return Err(error),
-            };
+            let is_right = |found: &Passphrase| found.expose() == secret.expose();
+            let read_back = self.put(&session, patience, object, &ciphertext, replace, is_right).await?;
             Ok(Stored { key_arn, read_back })
         })
     }
@@ -75,15 +71,37 @@ impl AwsKey {
             let patience = Patience::from_now(self.config.retry_for);
             let session = Session::open(&self.config, patience).await?;
             let (ciphertext, key_arn) = kms::new_key(&session, patience, &self.config, len).await?;
-            s3::put(&session, patience, object, &ciphertext, replace).await?;
-            let read_back = match self.fetch(&session, patience).await {
-                Ok(found) if found.expose().len() == len => Ok(()),
-                Ok(_) => return Err(AwsKeyError::NotAsWritten { object: object.clone() }),
-                Err(denied @ (AwsKeyError::S3Denied { .. } | AwsKeyError::KmsDenied { .. })) => Err(denied),
-                Err(error) => return Err(error),
-            };
+            let is_right = |found: &Passphrase| found.expose().len() == len;
+            let read_back = self.put(&session, patience, object, &ciphertext, replace, is_right).await?;
             Ok(Stored { key_arn, read_back })
         })
+    }
+
+    /// Puts the ciphertext into S3 and reads it back. What may replace another is decrypted before, too: the old one is the
+    /// last that opens the volume if this machine may encrypt under the key and not decrypt.
+    async fn put(
+        &self,
+        session: &Session,
+        patience: Patience,
+        object: &S3Object,
+        ciphertext: &[u8],
+        replace: bool,
+        is_right: impl Fn(&Passphrase) -> bool,
+    ) -> Result<Result<(), AwsKeyError>, AwsKeyError> {
+        if replace {
+            match decrypt(session, patience, &self.config, ciphertext).await {
+                Ok(found) if is_right(&found) => {}
+                Ok(_) => return Err(AwsKeyError::NotReplacedByAnother { object: object.clone() }),
+                Err(why) => return Err(AwsKeyError::NotReplaced { object: object.clone(), why: Box::new(why) }),
+            }
+        }
+        s3::put(session, patience, object, ciphertext, replace).await?;
+        match self.fetch(session, patience).await {
+            Ok(found) if is_right(&found) => Ok(Ok(())),
+            Ok(_) => Err(AwsKeyError::NotAsWritten { object: object.clone() }),
+            Err(denied @ (AwsKeyError::S3Denied { .. } | AwsKeyError::KmsDenied { .. })) => Ok(Err(denied)),
+            Err(error) => Err(error),
+        }
     }
 
     async fn fetch(&self, session: &Session, patience: Patience) -> Result<Passphrase, AwsKeyError> {
