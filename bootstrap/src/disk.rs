@@ -24,6 +24,17 @@ pub enum DiskError {
     /// There is nothing of the name.
     #[error("{} does not exist: check the name, or make it (for a file: `size = \"2G\"` under [volume], or `nbdcrypt format --size`)", .0.display())]
     Missing(PathBuf),
+    /// cryptsetup's lock on a header cannot be taken.
+    #[error(
+        "the lock that cryptsetup takes on the header, {}, is not to be had ({source}): is there a writable /run?",
+        lock.display()
+    )]
+    NoLock {
+        /// Its file.
+        lock: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// Something else has it.
     #[error("{} is in use: {by}", path.display())]
     InUse {
@@ -132,9 +143,14 @@ fn in_time(patience: Duration, mut attempt: impl FnMut() -> io::Result<()>) -> i
     }
 }
 
-/// cryptsetup changes nothing in a header while this lives.
-pub struct HeaderLock {
-    _file: File,
+/// cryptsetup changes nothing in a header while this lives. (LUKS1 headers it changes without a lock.)
+pub struct HeaderLock(File);
+
+impl Drop for HeaderLock {
+    fn drop(&mut self) {
+        // Of a file it is the disk's own, which stays open.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
 }
 
 /// Opens `path` to change its header: as [`open`] does, and with the lock that cryptsetup takes to change one: flock(2) on the
@@ -144,15 +160,16 @@ pub struct HeaderLock {
 /// [`DiskError`].
 pub fn open_header(path: &Path) -> Result<(FileStore, HeaderLock), DiskError> {
     let store = open(path, Access::ReadWrite, Caching::PageCache)?;
-    Ok((store, lock_header_of(path, FlockOperation::NonBlockingLockExclusive)?))
+    let lock = lock_header(path, &store)?;
+    Ok((store, lock))
 }
 
 /// Takes the lock of [`open_header`] on a disk that [`open`] opened.
 ///
 /// # Errors
-/// [`DiskError::InUse`] where cryptsetup does not let go of it.
-pub fn lock_header(path: &Path, _disk: &FileStore) -> Result<HeaderLock, DiskError> {
-    lock_header_of(path, FlockOperation::NonBlockingLockExclusive)
+/// [`DiskError::InUse`] where cryptsetup does not let go of it, [`DiskError::NoLock`].
+pub fn lock_header(path: &Path, disk: &FileStore) -> Result<HeaderLock, DiskError> {
+    lock_as(path, disk, FlockOperation::NonBlockingLockExclusive)
 }
 
 /// Opens `path` to read its header with the key material, of which no checksum tells whether it was changed meanwhile: under
@@ -162,52 +179,49 @@ pub fn lock_header(path: &Path, _disk: &FileStore) -> Result<HeaderLock, DiskErr
 /// [`DiskError`].
 pub fn open_header_to_read(path: &Path) -> Result<(FileStore, HeaderLock), DiskError> {
     let store = FileStore::open(path, Access::ReadOnly, Caching::PageCache).map_err(|error| translate(path, error))?;
-    Ok((store, lock_header_of(path, FlockOperation::NonBlockingLockShared)?))
+    let lock = lock_as(path, &store, FlockOperation::NonBlockingLockShared)?;
+    Ok((store, lock))
 }
 
-fn lock_header_of(path: &Path, operation: FlockOperation) -> Result<HeaderLock, DiskError> {
-    let metadata = std::fs::metadata(path).map_err(|error| translate(path, error))?;
-    let lock = match metadata.file_type().is_file() {
-        true => path.to_owned(),
+fn lock_as(path: &Path, disk: &FileStore, operation: FlockOperation) -> Result<HeaderLock, DiskError> {
+    // Of the file that is open, whatever has its name by now.
+    let metadata = disk.file().metadata().map_err(|error| translate(path, error))?;
+    let (locked, lock) = match metadata.file_type().is_file() {
+        true => (disk.file().try_clone().and_then(|file| locked(file, operation)), path.to_owned()),
         false => {
-            let device = metadata.rdev();
-            let name = format!("L_{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
-            header_locks().map_err(|error| translate(Path::new(HEADER_LOCKS), error))?.join(name)
+            let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
+            let lock = Path::new(HEADER_LOCKS).join(format!("L_{major}:{minor}"));
+            (make_header_locks().and_then(|()| lock_by_name(&lock, operation)), lock)
         }
     };
-    match lock_file(&lock, metadata.file_type().is_file(), operation) {
-        Ok(file) => Ok(HeaderLock { _file: file }),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(DiskError::InUse {
+    locked.map(HeaderLock).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => DiskError::InUse {
             path: path.to_owned(),
             by: format!("cryptsetup is at work on its header (the lock is {}): try again", lock.display()),
-        }),
-        Err(error) => Err(translate(&lock, error)),
-    }
+        },
+        _ => DiskError::NoLock { lock, source: error },
+    })
 }
 
 /// The folder of cryptsetup's locks, made as cryptsetup makes it.
-fn header_locks() -> io::Result<PathBuf> {
+fn make_header_locks() -> io::Result<()> {
     match std::fs::DirBuilder::new().mode(0o700).create(HEADER_LOCKS) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => Ok(PathBuf::from(HEADER_LOCKS)),
+        _ => Ok(()),
     }
 }
 
-fn lock_file(path: &Path, is_there: bool, operation: FlockOperation) -> io::Result<File> {
+fn locked(file: File, operation: FlockOperation) -> io::Result<File> {
+    in_time(CRYPTSETUP_PATIENCE, || Ok(rustix::fs::flock(&file, operation)?))?;
+    Ok(file)
+}
+
+fn lock_by_name(path: &Path, operation: FlockOperation) -> io::Result<File> {
     let nofollow = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
     loop {
-        let file = match is_there {
-            true => OpenOptions::new().read(true).open(path)?,
-            false => OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags(nofollow)
-                .open(path)?,
-        };
-        in_time(CRYPTSETUP_PATIENCE, || Ok(rustix::fs::flock(&file, operation)?))?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(nofollow);
+        let file = locked(options.open(path)?, operation)?;
         // cryptsetup removes the file of a lock that nobody holds: then the lock is on one that nobody else finds.
         let now = std::fs::metadata(path).ok().map(|now| (now.dev(), now.ino()));
         let ours = file.metadata()?;
@@ -295,6 +309,21 @@ mod tests {
         drop(first);
         let _reader = open(&path, Access::ReadOnly, Caching::PageCache).unwrap();
         open(&path, Access::ReadOnly, Caching::PageCache).unwrap();
+    }
+
+    #[test]
+    fn a_header_s_lock_is_on_the_file_that_is_open_and_ends_with_its_guard() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, other) = (folder.path().join("disk"), folder.path().join("other"));
+        make_file(&path, 1 << 20).unwrap();
+        make_file(&other, 1 << 20).unwrap();
+        let disk = open(&path, Access::ReadWrite, Caching::PageCache).unwrap();
+        let cryptsetups = File::open(&path).unwrap();
+        std::fs::rename(&other, &path).unwrap();
+        let lock = lock_header(&path, &disk).unwrap();
+        assert!(cryptsetups.try_lock_shared().is_err());
+        drop(lock);
+        cryptsetups.try_lock_shared().unwrap();
     }
 
     #[test]

@@ -43,6 +43,12 @@ pub enum RewrapError {
     /// No key is named to encrypt under.
     #[error("no KMS key is named: write `kms-key` under [key], or give --new-kms-key")]
     NoKmsKey,
+    /// The configuration's volume has none.
+    #[error("the configuration describes a plain volume, which has no header to try a secret on. {}", by_hand(.0))]
+    Plain(SecretPlace),
+    /// A wrong disk, or a plain volume whose key is hashed from a passphrase.
+    #[error("it has no LUKS header to try the secret on: is it the volume's disk? If the volume is plain: {}", by_hand(.0))]
+    NoHeader(SecretPlace),
     /// The secret could not be had, or not be encrypted.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -61,6 +67,15 @@ pub enum RewrapError {
     /// The header could not be read or changed.
     #[error(transparent)]
     Luks(#[from] LuksError),
+}
+
+/// What can be done for a volume without a header.
+fn by_hand(object: &SecretPlace) -> String {
+    format!(
+        "KMS can encrypt {object} anew by itself: have `aws kms re-encrypt` (--destination-key-id, and the encryption \
+         context for source and destination) make another ciphertext, store it under another name, and keep the old object \
+         until `nbdcrypt up` has shown the filesystem with the new name as `object` and the new key as `kms-key` under [key]"
+    )
 }
 
 impl From<AwsKeyError> for RewrapError {
@@ -85,8 +100,14 @@ pub fn rewrap(
         KeyConfig::Aws(aws) => aws,
         KeyConfig::File(file) => return Err(RewrapError::NotAws(file.clone())),
     };
+    if aws.raw_key.is_some() {
+        return Err(RewrapError::Plain(aws.object.clone()));
+    }
     let Some(kms_key) = kms_key.or_else(|| aws.kms_key.clone()) else { return Err(RewrapError::NoKmsKey) };
-    let volume = luks::read_for_keys(header, &limits.limits())?;
+    let volume = luks::read_for_keys(header, &limits.limits()).map_err(|error| match (error, &aws.object) {
+        (LuksError::NotLuks, object @ SecretPlace::Object(_)) => RewrapError::NoHeader(object.clone()),
+        (error, _) => error.into(),
+    })?;
     let secret = keys::secret(config, &keys::request_for(config, header)?)?.passphrase;
     volume.unlock(header, &secret).map_err(RewrapError::Opens)?;
     let anew = AwsKey::new(AwsKeyConfig { kms_key: Some(kms_key), ..aws.clone() });

@@ -204,6 +204,34 @@ fn the_key_of_a_plain_volume_is_made_by_kms_and_lies_on_the_disk_where_it_is_sai
     assert_eq!(fs::read_to_string(instance.path("mnt/file")).unwrap(), "kept");
     instance.succeeds("down");
 
+    // What no header tells from a wrong key is not replaced; the text says what is to be done instead, and that works.
+    moto.make_key("alias/new");
+    let rewrap = || {
+        let arguments = ["key", "rewrap", "secretfs", "--config", "scratch.toml", "--new-kms-key", "alias/new"];
+        let output = instance.client.command(binary()).args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", told(&output));
+        told(&output)
+    };
+    let before = instance.client.shell("aws s3 cp s3://BUCKET/key - | sha256sum");
+    let said = rewrap();
+    assert!(said.contains("describes a plain volume") && said.contains("aws kms re-encrypt"), "{said}");
+    let plain = fs::read_to_string(instance.path("scratch.toml")).unwrap();
+    instance.client.file("scratch.toml", plain.replace("type = \"plain\"", "type = \"plain\"\nhash = \"sha512\""));
+    let said = rewrap();
+    assert!(said.contains("no LUKS header") && said.contains("aws kms re-encrypt"), "{said}");
+    assert_eq!(instance.client.shell("aws s3 cp s3://BUCKET/key - | sha256sum"), before);
+    instance.client.shell(
+        "aws s3 cp s3://BUCKET/key blob > /dev/null\n\
+         aws kms re-encrypt --ciphertext-blob fileb://blob --source-encryption-context volume=scratch \
+         --destination-encryption-context volume=scratch --destination-key-id alias/new --query CiphertextBlob \
+         --output text | base64 --decode > new; aws s3 cp new s3://BUCKET/new > /dev/null",
+    );
+    let moved = plain.replace("BUCKET/key", "BUCKET/new").replace("alias/volumes", "alias/new");
+    instance.client.file("scratch.toml", moved);
+    instance.succeeds("up");
+    assert_eq!(fs::read_to_string(instance.path("mnt/file")).unwrap(), "kept");
+    instance.succeeds("down");
+
     // With the key in hand, and the same words on the command line, it is the same volume.
     instance.client.shell(
         "aws s3 cp s3://BUCKET/key blob > /dev/null\n\

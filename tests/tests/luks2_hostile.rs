@@ -132,6 +132,22 @@ fn an_error_names_the_field_and_what_stands_there() {
     let store = MemoryStore::from(with("/tokens/7", json!({ "type": "\u{1b}[31m", "keyslots": ["0"] })));
     let shown = luks::dump(&store).unwrap().display("disk");
     assert!(shown.contains("  7: \\u{1b}[31m\n") && !shown.contains('\u{1b}'), "{shown}");
+    // As JSON it is the same JSON, and a terminal does not obey it either.
+    let bench = harness::luks::Workbench::new();
+    let token = json!({ "type": "\u{9b}31m", "keyslots": ["0"], "\u{7f}": "\u{85}" });
+    std::fs::write(bench.path("disk"), with("/tokens/7", token.clone())).unwrap();
+    for arguments in [
+        &["token", "list", "--json", "disk"][..],
+        &["token", "export", "--token-id", "7", "disk"],
+        &["dump", "--json", "disk"],
+    ] {
+        let said = bench.nbdcrypt(arguments);
+        assert!(said.contains("\\u009b31m"), "{said}");
+        assert!(!said.contains(|letter: char| letter.is_control() && letter != '\n'), "{said:?}");
+        serde_json::from_str::<Value>(&said).unwrap();
+    }
+    let exported = bench.nbdcrypt(&["token", "export", "--token-id", "7", "disk"]);
+    assert_eq!(serde_json::from_str::<Value>(&exported).unwrap(), token);
 }
 
 #[test]

@@ -397,6 +397,20 @@ fn format_and_serve_refuse_by_name_what_they_cannot_do() {
     );
 }
 
+/// Who serves from memory handles SIGBUS, which must not make it deaf to one that is meant.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs a tmpfs in /dev/shm: run `make test`")]
+fn a_bus_error_that_somebody_sends_ends_the_program() {
+    use std::os::unix::process::ExitStatusExt;
+    let folder = Folder(tempfile::tempdir_in("/dev/shm").unwrap());
+    fs::write(folder.path("key"), "ThisIs-a-SecretPassword").unwrap();
+    fs::set_permissions(folder.path("key"), fs::Permissions::from_mode(0o600)).unwrap();
+    folder.format();
+    let mut server = folder.serve(&[]);
+    kill_process(Pid::from_child(&server.0), Signal::BUS).unwrap();
+    assert_eq!(server.0.wait().unwrap().signal(), Some(Signal::BUS.as_raw()));
+}
+
 #[test]
 fn a_volume_that_was_made_stays_even_if_nobody_can_be_told() {
     let folder = Folder::new();

@@ -8,7 +8,7 @@ use engine::store::{Access, Caching, FileStore};
 use serde_json::json;
 
 use super::header_args::HeaderArgs;
-use super::tell;
+use super::{tell, tell_json};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -28,7 +28,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         FileStore::open(path, Access::ReadOnly, Caching::PageCache).with_context(|| path.display().to_string())?;
     let header = luks::dump(&disk).with_context(|| path.display().to_string())?;
     if args.json {
-        return tell(format_args!("{:#}\n", as_json(&header)));
+        return tell_json(format_args!("{:#}", as_json(&header)));
     }
     tell(header.display(&path.display().to_string()))
 }

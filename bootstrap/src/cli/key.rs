@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::header_args::{HeaderArgs, LimitArgs};
 use super::kdf_args::{KdfArgs, Pbkdf};
-use super::{passphrase, tell};
+use super::{of, passphrase, tell, tell_json};
 use crate::config::{Config, LimitsConfig};
 use crate::disk::HeaderLock;
 use crate::keys::{self, KmsToken};
@@ -184,22 +184,22 @@ pub(super) fn run(args: Args) -> Result<()> {
         Command::Add(args) => {
             let name = args.place.path().display().to_string();
             add(&args)
-                .with_context(|| name.clone())
+                .map_err(|error| of(&name, error))
                 .and_then(|slot| tell(format_args!("{name}: key in keyslot {slot}\n")))
         }
         Command::Change(args) => {
             let name = args.place.path().display().to_string();
             change(&args)
-                .with_context(|| name.clone())
+                .map_err(|error| of(&name, error))
                 .and_then(|slot| tell(format_args!("{name}: new key in keyslot {slot}\n")))
         }
         Command::Rewrap(args) => {
             let name = args.place.path().display().to_string();
-            rewrap(args).with_context(|| name.clone())
+            rewrap(args).map_err(|error| of(&name, error))
         }
         Command::Priority(args) => {
             let name = args.place.path().display().to_string();
-            set_priority(&args).with_context(|| name.clone())?;
+            set_priority(&args).map_err(|error| of(&name, error))?;
             let said = match args.priority {
                 Priority::Ignore => "is tried only when it is named",
                 Priority::Normal => "is tried in its turn",
@@ -210,7 +210,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         Command::Remove(args) => {
             let name = args.place.path().display().to_string();
             remove(&args)
-                .with_context(|| name.clone())
+                .map_err(|error| of(&name, error))
                 .and_then(|slot| tell(format_args!("{name}: keyslot {slot} cleared\n")))
         }
     }
@@ -325,7 +325,7 @@ fn list(args: &List) -> Result<()> {
     let disk = FileStore::open(path, Access::ReadOnly, Caching::PageCache).with_context(name)?;
     let rows = rows(&luks::dump(&disk).with_context(name)?);
     if args.json {
-        return tell(format_args!("{:#}\n", Value::Array(rows)));
+        return tell_json(format_args!("{:#}", Value::Array(rows)));
     }
     let line = |row: &Value| {
         let text = |name: &str| row[name].as_str().map_or_else(|| row[name].to_string(), str::to_owned);

@@ -112,6 +112,29 @@ fn tell(text: impl std::fmt::Display) -> Result<()> {
     write!(stdout, "{text}").and_then(|()| stdout.flush()).map_err(|error| Unread(error).into())
 }
 
+/// Writes JSON, in which a terminal finds nothing to obey: serde_json leaves some control characters as they are, which
+/// may come from a header, and a string may have them as escapes (RFC 8259, section 7).
+fn tell_json(json: impl std::fmt::Display) -> Result<()> {
+    tell(format_args!("{}\n", without_controls(&json.to_string())))
+}
+
+fn without_controls(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for letter in json.chars() {
+        // Outside of a string there is no other than the newline, and in one there is none of these.
+        match letter.is_control() && letter != '\n' {
+            true => text.push_str(&format!("\\u{:04x}", u32::from(letter))),
+            false => text.push(letter),
+        }
+    }
+    text
+}
+
+/// What went wrong with the disk or file of that name, which errors about opening it tell themselves.
+fn of(name: &str, error: anyhow::Error) -> anyhow::Error {
+    if error.is::<crate::disk::DiskError>() { error } else { error.context(name.to_owned()) }
+}
+
 /// Standard output could not be written to.
 #[derive(Debug, thiserror::Error)]
 #[error("standard output: {0}")]

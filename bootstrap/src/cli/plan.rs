@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use engine::store::Caching;
 
-use super::tell;
+use super::{tell, tell_json};
 use crate::attach;
 use crate::config::{Config, SYSFS};
 use crate::keys;
@@ -65,7 +65,7 @@ pub(super) fn run(args: Args, base: &Path) -> Result<()> {
                 serde_json::json!({ "step": step, "outlook": outlook, "does": does, "obstacle": why })
             })
             .collect();
-        tell(format_args!("{}\n", serde_json::to_string_pretty(&steps)?))?;
+        tell_json(serde_json::to_string_pretty(&steps)?)?;
     } else {
         for (step, outlook, does, _) in &rows {
             tell(format_args!("{step:<11} {outlook:<13} {does}\n"))?;

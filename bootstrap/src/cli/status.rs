@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::down::name_of;
-use super::tell;
+use super::{tell, tell_json};
 use crate::control::{self, Answer, Question};
 use crate::run_dir::{RunDir, State};
 use crate::status::{Condition, Status};
@@ -39,7 +39,7 @@ pub(super) fn run(args: Args, base: &Path) -> Result<()> {
         }
     }
     if args.json {
-        return tell(format_args!("{}\n", serde_json::to_string_pretty(&all)?));
+        return tell_json(serde_json::to_string_pretty(&all)?);
     }
     if all.is_empty() && std::io::stdout().is_terminal() {
         return tell("no volume is up\n");

@@ -9,7 +9,7 @@ use engine::store::{Access, Caching, FileStore};
 use serde_json::{Value, json};
 
 use super::header_args::HeaderArgs;
-use super::tell;
+use super::{tell, tell_json};
 use crate::disk::HeaderLock;
 use crate::{disk, system};
 
@@ -112,7 +112,7 @@ pub(super) fn run(args: Args) -> Result<()> {
             let disk = place.look()?;
             header(&disk, &place.name())?;
             let token = luks2::export_token(&disk, token_id).with_context(|| place.name())?;
-            tell(format_args!("{token}\n"))
+            tell_json(token)
         }
         Command::Remove { place, token_id } => {
             let (disk, _lock) = place.open()?;
@@ -128,7 +128,7 @@ fn list(place: &Place, as_json: bool) -> Result<()> {
     if as_json {
         let row =
             |(id, token): (&u32, &luks2::Token)| json!({ "token": id, "type": token.kind, "keyslots": token.keyslots });
-        return tell(format_args!("{:#}\n", tokens.iter().map(row).collect::<Value>()));
+        return tell_json(format_args!("{:#}", tokens.iter().map(row).collect::<Value>()));
     }
     let line = |(id, token): (&u32, &luks2::Token)| {
         let keyslots: Vec<String> = token.keyslots.iter().map(u32::to_string).collect();

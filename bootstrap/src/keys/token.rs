@@ -108,6 +108,8 @@ impl KmsToken {
     pub fn check(&self, volume: Uuid, configured: &BTreeMap<String, String>) -> Result<(), String> {
         let made_for = self.encryption_context.get(UUID).map_or("no volume", String::as_str);
         if made_for != volume.hyphenated().to_string() {
+            // Whoever writes to the disk chooses what it says.
+            let made_for = made_for.escape_debug();
             return Err(format!("it was made for {made_for}, and this is volume {volume}"));
         }
         match Self::context_for(volume, configured) {
@@ -159,6 +161,10 @@ mod tests {
         assert_eq!(token().check(Uuid::max(), &configured), Ok(()));
         let other = token().check(Uuid::nil(), &configured).unwrap_err();
         assert!(other.contains("this is volume 00000000-0000-0000-0000-000000000000"), "{other}");
+        let mut hostile = token();
+        hostile.encryption_context.insert(UUID.to_owned(), "\u{1b}[31m\u{9b}".to_owned());
+        let said = hostile.check(Uuid::nil(), &configured).unwrap_err();
+        assert!(said.contains("\\u{1b}[31m") && !said.contains(char::is_control), "{said}");
         assert!(token().check(Uuid::max(), &BTreeMap::new()).unwrap_err().contains("encryption-context"));
     }
 }

@@ -3,7 +3,8 @@
 //! A mapped file can lose pages under its readers: somebody cuts it short, or the filesystem has no room for one. The
 //! kernel then sends SIGBUS, which ends a process, and with it every other export. So for addresses of a [`Watch`] the
 //! handler puts a page of zeros where there is none and marks the watch; whoever used the memory looks at the mark
-//! afterwards, and throws away what was read. A bus error anywhere else is left to who handled it before.
+//! afterwards, and throws away what was read. A bus error anywhere else is left to who handled it before, which ends the
+//! process; and so does a signal that somebody sends.
 
 use std::io;
 use std::ops::Range;
@@ -103,7 +104,7 @@ fn install() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     BEFORE.store(before, Ordering::Release);
-    // SAFETY: the handler calls nothing that a signal handler may not: atomics, mmap(2), sigaction(2).
+    // SAFETY: the handler calls nothing that a signal handler may not: atomics, mmap(2), sigaction(2), raise(3).
     if unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) } != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -117,9 +118,27 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, cont
     if code == libc::BUS_ADRERR && mend(address) {
         return;
     }
+    // A page broke that nobody reads now; who does will be told.
+    if code == libc::BUS_MCEERR_AO {
+        return;
+    }
     let before = BEFORE.load(Ordering::Acquire);
     // SAFETY: `install` left a sigaction there for good before this function could be called.
     let action = unsafe { &*before };
+    if code <= 0 {
+        // Somebody sent it (kill(2)): nothing went wrong that a handler could look into, and Rust's would give way to the
+        // default for good, and with it this one. It does what it does to a process that does not handle it.
+        if action.sa_sigaction == libc::SIG_IGN {
+            return;
+        }
+        // SAFETY: a sigaction of zeros is the default action; the pointer is good for the call; both may be called here
+        // (signal-safety(7)). The signal is blocked until this function returns.
+        unsafe {
+            libc::sigaction(signal, &std::mem::zeroed(), std::ptr::null_mut());
+            libc::raise(signal);
+        }
+        return;
+    }
     if action.sa_flags & libc::SA_SIGINFO != 0 && action.sa_sigaction > libc::SIG_IGN {
         // SAFETY: with SA_SIGINFO the field is the address of a function of this type (sigaction(2)).
         let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
