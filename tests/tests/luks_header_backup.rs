@@ -213,3 +213,23 @@ fn a_restore_is_cut_anywhere_and_a_key_that_stays_or_has_its_place_alone_opens()
         }
     }
 }
+
+/// What force allows: the larger headers' second copy lies where the smaller ones' keys do.
+#[test]
+fn while_smaller_headers_take_the_place_of_larger_ones_there_is_a_header() {
+    let [_, saved] = formats();
+    let disk = MemoryStore::zeroed(17 << 20);
+    let mut options = quick_luks2();
+    options.layout = luks2::Layout { metadata_size: 32 << 10, keyslots_size: Some(1 << 20), ..options.layout };
+    let passphrase = Passphrase::new(NEW.to_vec());
+    luks2::begin(&disk, &options, &passphrase, key(64), &mut noise(7)).unwrap().commit(&disk).unwrap();
+    let store = RecordingStore::new(disk.snapshot()[..3 << 20].to_vec(), 1);
+    let backup = Backup::read(&MemoryStore::from(saved)).unwrap();
+    backup.restore(&store, true, &mut noise(8)).unwrap();
+    let mut seen = 0;
+    store.cut_everywhere(&mut |disk| {
+        assert!(luks::dump(disk).is_ok(), "state {seen}");
+        seen += 1;
+    });
+    assert!(opens(&MemoryStore::from(store.snapshot()), PASSPHRASE));
+}
