@@ -7,6 +7,7 @@ pub(crate) mod uring;
 pub(crate) mod workers;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
 
 use engine::volume::{Volume, VolumeError};
 
@@ -21,6 +22,15 @@ pub const MAX_BYTES_IN_FLIGHT: usize = MAX_PAYLOAD as usize;
 
 /// Requests of one connection that are under way at once.
 pub const MAX_REQUESTS_IN_FLIGHT: usize = 512;
+
+/// How long a connection without requests keeps its large buffers.
+const IDLE: Duration = Duration::from_secs(1);
+/// After the shutdown, a client that sends nothing for so long has nothing more to say...
+const QUIET: Duration = Duration::from_millis(100);
+/// ...and one that goes on for so long does not listen.
+const DEAF: Duration = Duration::from_secs(2);
+/// After the shutdown, a client that neither finishes what it began to send nor takes its replies is cut off.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Why a session ended before its client took its leave.
 #[derive(Debug, thiserror::Error)]
