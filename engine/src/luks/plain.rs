@@ -93,6 +93,11 @@ pub fn segment(place: &Place, disk_len: u64) -> Result<Segment, LuksError> {
     if len > available || len == 0 {
         return Err(LuksError::TooSmall { needed: offset.saturating_add(len.max(sector)), available: disk_len });
     }
+    // The IV counts up to 2⁶⁴, and dm-crypt goes on from 0, where other sectors have their own.
+    if len / LBA_UNIT - 1 > u64::MAX - place.skip.0 {
+        let rule = "the IVs of the last sectors would be beyond 2^64";
+        return Err(LuksError::impossible("the skip", place.skip.0, rule));
+    }
     Ok(Segment { offset, len, sector_size: place.sector_size, iv_start: place.skip })
 }
 
@@ -132,5 +137,8 @@ mod tests {
         assert!(segment(&Place { offset: u64::MAX, ..place }, 65536).is_err());
         assert!(segment(&place, 4096).is_err());
         assert!(matches!(segment(&Place { skip: Lba512(7), ..place }, 65536), Err(LuksError::Impossible { .. })));
+        let last = Place { offset: 0, skip: Lba512(u64::MAX - 127), ..place };
+        assert_eq!(segment(&last, 65536).unwrap().len, 65536);
+        assert!(matches!(segment(&last, 65536 + 4096), Err(LuksError::Impossible { .. })));
     }
 }

@@ -29,7 +29,15 @@ impl<'i, 'o> Run<'i, 'o> {
     }
 
     /// The same run with its units numbered one by one, and not by the 512-byte units that they span.
+    ///
+    /// # Panics
+    /// When the first does not begin on such a unit, or they go past the last number: dm-crypt counts 512-byte units, and
+    /// after the last of 2⁶⁴ it has the first, whose number is no successor.
     pub(super) fn numbered_by_sectors(mut self) -> Self {
+        let UnitNumbers { low, step, .. } = self.numbers;
+        let units = (self.data.len() / self.sector_size.bytes()) as u64;
+        assert!(low.is_multiple_of(step), "512-byte unit {low} begins no sector of {step} units");
+        assert!(units <= (u64::MAX - low) / step + 1, "sectors beyond 2⁶⁴ units of 512 bytes");
         self.numbers.low /= self.numbers.step;
         self.numbers.step = 1;
         self

@@ -25,6 +25,17 @@ fn the_paths_that_this_cpu_has_are_tested() {
     for path in &have_not {
         assert!(Xts::from_bytes(&noise(1, 64), *path).is_err());
     }
+    // What Linux says of the CPU is told by another way.
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let has = |flag: &str| flags.split_whitespace().any(|word| word == flag);
+    for (name, expected) in [
+        ("aesni", has("aes")),
+        ("vaes256", has("aes") && has("vaes") && has("avx2")),
+        ("vaes512", has("aes") && has("vaes") && has("vpclmulqdq") && has("avx512f") && has("avx512bw")),
+    ] {
+        let found = have.iter().any(|path| path.name() == name);
+        assert!(found == expected || !cfg!(target_arch = "x86_64"), "{name}: {found}, and Linux says {expected}");
+    }
     let names = |paths: &[CpuPath]| paths.iter().map(|path| path.name()).collect::<Vec<_>>().join(" ");
     let line = format!("xts paths tested: {}; not on this CPU: [{}]\n", names(&have), names(&have_not));
     std::io::stdout().write_all(line.as_bytes()).unwrap();

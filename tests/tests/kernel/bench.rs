@@ -65,7 +65,7 @@ modprobe -a nbd loop dm-crypt
 mkdir programs
 for program in fio cryptsetup; do ln -s "$(command -v $program)" programs; done
 begin() {
-  PATH=$PWD/programs:$PATH setsid $nbdcrypt bench compare --rounds 1 --runtime 2 --size 64M --dir /dev/shm > /dev/null & bench=$!
+  PATH=$PWD/programs:$PATH setsid $nbdcrypt bench compare --rounds 1 --runtime 1 --size 64M --dir /dev/shm > /dev/null & bench=$!
 }
 until_seen() { for _ in $(seq 1200); do if "$@" > /dev/null 2>&1; then return; fi; sleep 0.05; done; echo "never: $*"; exit 1; }
 attached() { ls /sys/block/nbd*/pid; }
