@@ -236,12 +236,17 @@ fn crypt_double<const N: usize, const DECRYPT: bool, const NEXT: u8>(
     // For all that the compiler knows the rounds end early. So each stays where it is, with the masks that are made beside it:
     // else it would move all rounds behind all masks, and load all round keys ahead, onto a stack that nobody wipes.
     let end = black_box(N);
-    let base_of = |bases: &Bases, group: usize| match NEXT {
-        next::SAME => bases.get(group % BASES),
-        _ if group < BASES => start(group, first),
-        next::PAIR => start(group - BASES, second),
-        _ => bases.get(group % BASES),
-    };
+    // (Not a closure: one that is not inlined has all vectors spilled around its call.)
+    macro_rules! base_of {
+        ($group:expr) => {
+            match NEXT {
+                next::SAME => bases.get($group % BASES),
+                _ if $group < BASES => start($group, first),
+                next::PAIR => start($group - BASES, second),
+                _ => bases.get($group % BASES),
+            }
+        };
+    }
     // Rounds beside which the masks of one group are made: three groups to a third, in the 13 or 9 rounds between the first
     // and the last key.
     let beside_group = (N - 2) / 3;
@@ -272,7 +277,7 @@ fn crypt_double<const N: usize, const DECRYPT: bool, const NEXT: u8>(
                 }
                 let mut next = 1;
                 $({
-                    let base = base_of(bases, $group);
+                    let base = base_of!($group);
                     let at = base_vector($group);
                     round!(next);
                     following.set(at, base);
