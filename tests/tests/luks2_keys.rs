@@ -415,6 +415,34 @@ fn a_header_that_cryptsetup_is_at_work_on_is_left_alone() {
     assert!(bench.accepted_by_cryptsetup("disk").contains("Label:         \tmine"));
 }
 
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn keys_are_added_changed_and_removed_by_what_a_configuration_names() {
+    let bench = workbench();
+    luks_format(&bench, KDFS[1], "512");
+    let (disk, key) = (bench.path("disk"), bench.path("key0"));
+    let config = format!("[volume]\ndevices = [{disk:?}]\n[key]\nsource = \"file\"\npath = {key:?}\n");
+    std::fs::write(bench.path("scratch.toml"), &config).unwrap();
+    let quick = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
+    bench.nbdcrypt(
+        &[&["key", "add", "disk", "--config", "scratch.toml", "--new-key-file", "key1"][..], &quick].concat(),
+    );
+    assert!(bench.cryptsetup_opens("disk", "1", "key1"));
+    // `up` would open it no more.
+    let change = ["key", "change", "disk", "--config", "scratch.toml", "--new-key-file", "key2"];
+    let said = bench.refusal(&[&change[..], &quick].concat());
+    assert!(said.contains("nbdcrypt up") && said.contains("--force"), "{said}");
+    bench.nbdcrypt(&[&change[..], &quick, &["--force"]].concat());
+    assert!(bench.cryptsetup_opens("disk", "0", "key2") && !bench.cryptsetup_opens("disk", "0", "key0"));
+    std::fs::write(bench.path("scratch.toml"), config.replace("key0", "key2")).unwrap();
+    bench.nbdcrypt(&["key", "remove", "disk", "--config", "scratch.toml"]);
+    assert!(!bench.cryptsetup_opens("disk", "0", "key2") && bench.cryptsetup_opens("disk", "1", "key1"));
+    let low = config.replace("key0", "key1").replace("[key]", "max-kdf-iterations = 1000\n[key]");
+    std::fs::write(bench.path("scratch.toml"), low.replace("= 1000", "= 999")).unwrap();
+    let said = bench.refusal(&["key", "remove", "--force", "disk", "--config", "scratch.toml"]);
+    assert!(said.contains("more than the 999 allowed"), "{said}");
+}
+
 /// Keys are derived for a while, in which cryptsetup may work on the header, and what it does there is not undone.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]

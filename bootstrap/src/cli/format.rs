@@ -114,10 +114,9 @@ fn format(args: &Args, made: &mut Vec<PathBuf>) -> Result<String> {
     };
     let name = || header.as_ref().map_or(path, |(path, _)| path).display().to_string();
     let options = options(args)?;
-    let _lock = match &header {
-        Some((path, disk)) => disk::lock_header(path, disk)?,
-        None => disk::lock_header(path, &data)?,
-    };
+    // Old headers are overwritten on both.
+    let _lock = disk::lock_header(path, &data)?;
+    let _header_lock = header.as_ref().map(|(path, disk)| disk::lock_header(path, disk)).transpose()?;
     make_volume(&options, disks, &passphrase, key_len).with_context(name).map(|len| {
         let at = header.as_ref().map(|(path, _)| format!(" (header in {})", path.display())).unwrap_or_default();
         format!(

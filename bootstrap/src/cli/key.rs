@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use engine::key::Passphrase;
 use engine::luks::luks2::{self, Kdf, KdfOptions};
 use engine::luks::{self, Dump, Limits, LockedVolume, NewKey};
 use engine::store::{Access, Caching, FileStore};
@@ -11,7 +12,7 @@ use serde_json::{Value, json};
 use super::header_args::{HeaderArgs, LimitArgs};
 use super::kdf_args::{KdfArgs, Pbkdf};
 use super::{of, passphrase, tell, tell_json};
-use crate::config::{Config, LimitsConfig};
+use crate::config::{Config, KeyConfig, LimitsConfig};
 use crate::disk::HeaderLock;
 use crate::keys::{self, KmsToken};
 use crate::rewrap;
@@ -57,18 +58,26 @@ struct Place {
     header: HeaderArgs,
 }
 
+/// A passphrase of the volume, and how much it may cost to try.
+#[derive(Debug, clap::Args)]
+struct Opener {
+    /// A passphrase that opens the volume (the one that goes, where one does): the file's bytes, all of them; `-` is standard
+    /// input. Without it, it is asked for.
+    #[arg(long, value_name = "FILE", conflicts_with = "config")]
+    key_file: Option<PathBuf>,
+    /// Get that passphrase from where this configuration has it: S3, a token in the header, a file.
+    #[arg(long, value_name = "CONFIG")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    limits: LimitArgs,
+}
+
 #[derive(Debug, clap::Args)]
 struct Add {
     #[command(flatten)]
     place: Place,
     #[command(flatten)]
-    limits: LimitArgs,
-    /// A passphrase that opens the volume: the file's bytes, all of them; `-` is standard input. Without it, it is asked for.
-    #[arg(long, value_name = "FILE", conflicts_with = "config")]
-    key_file: Option<PathBuf>,
-    /// Get the passphrase that opens the volume from where this configuration has it: S3, a token in the header, a file.
-    #[arg(long, value_name = "CONFIG")]
-    config: Option<PathBuf>,
+    opener: Opener,
     /// The passphrase to add; `-` is standard input. Without it, it is asked for, twice.
     #[arg(long, value_name = "FILE")]
     new_key_file: Option<PathBuf>,
@@ -84,17 +93,14 @@ struct Change {
     #[command(flatten)]
     place: Place,
     #[command(flatten)]
-    limits: LimitArgs,
-    /// The passphrase to replace: the file's bytes, all of them; `-` is standard input. Without it, it is asked for.
-    #[arg(long, value_name = "FILE")]
-    key_file: Option<PathBuf>,
+    opener: Opener,
     /// The passphrase that takes its place; `-` is standard input. Without it, it is asked for, twice.
     #[arg(long, value_name = "FILE")]
     new_key_file: Option<PathBuf>,
     /// The keyslot that holds the old one; by default the first that it opens.
     #[arg(short = 'S', long, value_name = "N")]
     key_slot: Option<usize>,
-    /// Replace even the passphrase that KMS keeps for `nbdcrypt up`.
+    /// Replace even the passphrase that KMS, or the configuration, keeps for `nbdcrypt up`.
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -102,18 +108,13 @@ struct Change {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(group = clap::ArgGroup::new("which"))]
 struct Remove {
     #[command(flatten)]
     place: Place,
     #[command(flatten)]
-    limits: LimitArgs,
-    /// The passphrase to remove: the file's bytes, all of them; `-` is standard input. Without it and without a keyslot, it
-    /// is asked for.
-    #[arg(long, value_name = "FILE", group = "which")]
-    key_file: Option<PathBuf>,
+    opener: Opener,
     /// The keyslot to clear, whatever passphrase is in it.
-    #[arg(short = 'S', long, value_name = "N", group = "which")]
+    #[arg(short = 'S', long, value_name = "N", conflicts_with_all = ["key_file", "config"])]
     key_slot: Option<usize>,
     /// Remove even the last key, after which nobody can ever read the data.
     #[arg(long)]
@@ -216,35 +217,53 @@ pub(super) fn run(args: Args) -> Result<()> {
     }
 }
 
+impl Opener {
+    fn load(&self) -> Result<(Option<KeyConfig>, Limits)> {
+        let config = self.config.as_deref().map(Config::load).transpose()?;
+        let configured = config.as_ref().map_or_else(LimitsConfig::default, |config| config.volume.limits);
+        Ok((config.map(|config| config.key), self.limits.limits_or(configured)))
+    }
+
+    fn passphrase(&self, configured: Option<&KeyConfig>, disk: &FileStore, place: &Place) -> Result<Passphrase> {
+        match configured {
+            Some(key) => Ok(keys::secret(key, &keys::request_for(key, disk)?)?.passphrase),
+            None => passphrase::existing(self.key_file.as_deref(), place.path()),
+        }
+    }
+}
+
 fn add(args: &Add) -> Result<usize> {
-    passphrase::refuse_both_on_standard_input(args.key_file.as_deref(), args.new_key_file.as_deref())?;
-    let config = args.config.as_deref().map(Config::load).transpose()?;
-    let configured = config.as_ref().map_or_else(LimitsConfig::default, |config| config.volume.limits);
-    let limits = args.limits.limits_or(configured);
-    let (disk, volume) = args.place.read(&limits)?;
-    let old = match &config {
-        Some(Config { key, .. }) => keys::secret(key, &keys::request_for(key, &disk)?)?.passphrase,
-        None => passphrase::existing(args.key_file.as_deref(), args.place.path())?,
-    };
-    let unlocked = volume.unlock(&disk, &old)?;
-    let new = passphrase::new(args.new_key_file.as_deref(), args.place.path(), "--new-key-file")?;
+    let Add { place, opener, .. } = args;
+    passphrase::refuse_both_on_standard_input(opener.key_file.as_deref(), args.new_key_file.as_deref())?;
+    let (configured, limits) = opener.load()?;
+    let (disk, volume) = place.read(&limits)?;
+    let unlocked = volume.unlock(&disk, &opener.passphrase(configured.as_ref(), &disk, place)?)?;
+    let new = passphrase::new(args.new_key_file.as_deref(), place.path(), "--new-key-file")?;
     let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
-    let _lock = args.place.lock(&disk, &volume, &limits)?;
+    let _lock = place.lock(&disk, &volume, &limits)?;
     Ok(volume.add_key(&disk, &limits, &unlocked.key, &new, args.key_slot, &mut system::random)?)
 }
 
 fn change(args: &Change) -> Result<usize> {
-    passphrase::refuse_both_on_standard_input(args.key_file.as_deref(), args.new_key_file.as_deref())?;
-    let limits = args.limits.limits();
-    let (disk, volume) = args.place.read(&limits)?;
-    let old = passphrase::existing(args.key_file.as_deref(), args.place.path())?;
+    let Change { place, opener, .. } = args;
+    passphrase::refuse_both_on_standard_input(opener.key_file.as_deref(), args.new_key_file.as_deref())?;
+    let (configured, limits) = opener.load()?;
+    if let Some(config) = opener.config.as_ref().filter(|_| !args.force) {
+        bail!(
+            "the passphrase that {} names is the one that `nbdcrypt up` opens the volume with: with another one in its \
+             keyslot it would not. Add the new passphrase beside it (`nbdcrypt key add`), or use --force to mean it",
+            config.display()
+        );
+    }
+    let (disk, volume) = place.read(&limits)?;
+    let old = opener.passphrase(configured.as_ref(), &disk, place)?;
     let unlocked = volume.unlock_keyslot(&disk, args.key_slot, &old, &limits)?;
     if !args.force {
         refuse_what_kms_keeps(&disk, unlocked.keyslot)?;
     }
-    let new = passphrase::new(args.new_key_file.as_deref(), args.place.path(), "--new-key-file")?;
+    let new = passphrase::new(args.new_key_file.as_deref(), place.path(), "--new-key-file")?;
     let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
-    let _lock = args.place.lock(&disk, &volume, &limits)?;
+    let _lock = place.lock(&disk, &volume, &limits)?;
     Ok(volume.change_key(&disk, &limits, &unlocked.key, unlocked.keyslot, &new, &mut system::random)?)
 }
 
@@ -262,13 +281,14 @@ fn refuse_what_kms_keeps(disk: &FileStore, keyslot: usize) -> Result<()> {
 }
 
 fn remove(args: &Remove) -> Result<usize> {
-    let limits = args.limits.limits();
-    let (disk, volume) = args.place.read(&limits)?;
+    let Remove { place, opener, .. } = args;
+    let (configured, limits) = opener.load()?;
+    let (disk, volume) = place.read(&limits)?;
     let slot = match args.key_slot {
         Some(slot) => slot,
-        None => volume.unlock(&disk, &passphrase::existing(args.key_file.as_deref(), args.place.path())?)?.keyslot,
+        None => volume.unlock(&disk, &opener.passphrase(configured.as_ref(), &disk, place)?)?.keyslot,
     };
-    let _lock = args.place.lock(&disk, &volume, &limits)?;
+    let _lock = place.lock(&disk, &volume, &limits)?;
     volume.remove_key(&disk, slot, args.force, &mut system::random)?;
     Ok(slot)
 }
