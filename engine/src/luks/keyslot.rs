@@ -86,9 +86,10 @@ pub(super) fn seal(
 /// Cut off anywhere, there are zeros in it, in which an interrupted removal is recognised ([`damaged_sector`]): what opens
 /// no more must not count as a key that is left.
 pub(super) fn wipe(store: &dyn BlockStore, offset: u64, len: u64, random: Random<'_>) -> Result<(), LuksError> {
-    let first = SectorSize::B512.bytes();
     // No truncation: an area is a part of the header.
     let len = usize::try_from(len).unwrap_or(0);
+    // The area of a keyslot of an unknown type may be as short as its writer likes.
+    let first = SectorSize::B512.bytes().min(len);
     let zeros = vec![0; len];
     let mut noise = vec![0; len];
     random(&mut noise).map_err(LuksError::Random)?;
@@ -115,6 +116,22 @@ pub(super) fn damaged_sector(material: &[u8]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_area_of_any_length_is_wiped_and_nothing_beside_it() {
+        for len in [0, 1, 511, 512, 513, 4096] {
+            let store = crate::store::MemoryStore::from(vec![7; 8192]);
+            let mut random = |data: &mut [u8]| {
+                data.fill(9);
+                Ok(())
+            };
+            wipe(&store, 1000, len, &mut random).unwrap();
+            let end = 1000 + usize::try_from(len).unwrap();
+            let found = store.snapshot();
+            assert!(found[1000..end].iter().all(|byte| *byte == 0), "{len}");
+            assert!(found[..1000].iter().chain(&found[end..]).all(|byte| *byte == 7), "{len}");
+        }
+    }
 
     #[test]
     fn a_sealed_key_opens_and_looks_random() {
