@@ -106,6 +106,7 @@ impl Xts {
         Ok(Self { keys, path, key_bits: key.len() * 8, large_sectors: false })
     }
 
+    #[inline(always)]
     fn run(&self, direction: Direction, run: Run<'_, '_>) {
         let run = if self.large_sectors { run.numbered_by_sectors() } else { run };
         match &self.keys {

@@ -52,7 +52,7 @@ fn cipher<C: KeyInit>(key: &[u8]) -> Box<C> {
 
 /// XEX over every block of the run: `C = E(P ⊕ T) ⊕ T` with `T = E₂(n) · α^j` (IEEE 1619, 5.3), a chunk of blocks at a time.
 fn crypt(tweak_cipher: &impl BlockCipherEncrypt<BlockSize = U16>, run: Run<'_, '_>, cipher: impl Fn(&mut [Block])) {
-    let (sector_size, mut numbers, mut data) = run.into_parts();
+    let Run { sector_size, first: mut number, step, mut data } = run;
     let pieces_per_sector = sector_size.bytes() / (PIECE * BLOCK);
     let mut scratch = Scratch { tweaks: [0; TWEAKS], masks: [0; CHUNK], blocks: [0; CHUNK] };
     let Scratch { tweaks, masks, blocks } = &mut scratch;
@@ -60,7 +60,8 @@ fn crypt(tweak_cipher: &impl BlockCipherEncrypt<BlockSize = U16>, run: Run<'_, '
     while !data.is_empty() {
         let sectors = (data.len() / sector_size.bytes()).min(TWEAKS);
         for tweak in &mut tweaks[..sectors] {
-            *tweak = numbers.advance().to_le();
+            *tweak = number.whole().to_le();
+            number = number.after(1, step);
         }
         tweak_cipher.encrypt_blocks(blocks_of(&mut tweaks[..sectors]));
 

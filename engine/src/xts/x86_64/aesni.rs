@@ -10,13 +10,14 @@ use core::arch::x86_64::{
 };
 use std::hint::black_box;
 
-use cipher::inout::InOut;
+use cipher::inout::{InOut, InOutBuf};
 use zeroize::Zeroize;
 
 use super::keys::{RoundKeys, Schedules, load as load_block, store as store_block};
 use super::{POLYNOMIAL, Piece};
+use crate::sector::SectorSize;
 use crate::xts::Direction;
-use crate::xts::run::{BLOCK, Run, UnitNumbers};
+use crate::xts::run::{BLOCK, Run, UnitNumber};
 
 /// Proof that this CPU has AES-NI.
 #[derive(Clone, Copy, Debug)]
@@ -27,12 +28,15 @@ impl AesNi {
         is_x86_feature_detected!("aes").then_some(Self(()))
     }
 
+    #[inline(always)]
     pub(crate) fn crypt<const N: usize>(self, direction: Direction, keys: &Schedules<N>, run: Run<'_, '_>) {
+        let Run { sector_size, first, step, data } = run;
+        let (pieces, _) = data.into_chunks();
         match direction {
             // SAFETY: an `AesNi` exists only where the CPU has what `crypt` is compiled for.
-            Direction::Encrypt => unsafe { crypt::<N, false>(&keys.encrypt, &keys.tweak, run) },
+            Direction::Encrypt => unsafe { crypt::<N, false>(keys, first, step, sector_size, pieces) },
             // SAFETY: as above.
-            Direction::Decrypt => unsafe { crypt::<N, true>(&keys.decrypt, &keys.tweak, run) },
+            Direction::Decrypt => unsafe { crypt::<N, true>(keys, first, step, sector_size, pieces) },
         }
     }
 }
@@ -43,21 +47,26 @@ const WIDTH: usize = 8;
 /// Sectors whose tweaks are encrypted together.
 const TWEAKS: usize = WIDTH;
 
-/// A step of the loop: a quarter of a piece.
-const STEPS: usize = size_of::<Piece>() / (WIDTH * BLOCK);
+/// What goes through the rounds together, a quarter of a piece.
+const GROUPS: usize = size_of::<Piece>() / (WIDTH * BLOCK);
 
 /// Encrypted tweaks of the sectors ahead.
 #[repr(C, align(64))]
 struct Tweaks([u128; TWEAKS]);
 
-/// The tweaks of the blocks of one step, `T · α^j`.
+/// The masks of one group's blocks, `T · α^j`.
 #[repr(C, align(64))]
 struct Masks([u128; WIDTH]);
 
 #[target_feature(enable = "aes")]
-fn crypt<const N: usize, const DECRYPT: bool>(data_keys: &RoundKeys<N>, tweak_keys: &RoundKeys<N>, run: Run<'_, '_>) {
-    let (sector_size, mut numbers, data) = run.into_parts();
-    let (pieces, _) = data.into_chunks();
+fn crypt<const N: usize, const DECRYPT: bool>(
+    keys: &Schedules<N>,
+    mut number: UnitNumber,
+    step: u64,
+    sector_size: SectorSize,
+    pieces: InOutBuf<'_, '_, Piece>,
+) {
+    let data_keys = if DECRYPT { &keys.decrypt } else { &keys.encrypt };
     let pieces_per_sector = sector_size.bytes() / size_of::<Piece>();
     let mut sectors = pieces.len() / pieces_per_sector;
     if sectors == 0 {
@@ -66,7 +75,7 @@ fn crypt<const N: usize, const DECRYPT: bool>(data_keys: &RoundKeys<N>, tweak_ke
 
     let mut tweaks = Tweaks([0; TWEAKS]);
     let mut masks = [Masks([0; WIDTH]), Masks([0; WIDTH])];
-    refill(&mut tweaks, tweak_keys, &mut numbers, sectors);
+    refill(&mut tweaks, &keys.tweak, number, step, sectors);
     let mut mask = load_block(&tweaks.0[0]);
     for slot in &mut masks[0].0 {
         store_block(slot, mask);
@@ -76,21 +85,22 @@ fn crypt<const N: usize, const DECRYPT: bool>(data_keys: &RoundKeys<N>, tweak_ke
     let mut left = pieces_per_sector;
     for mut piece in pieces {
         left -= 1;
-        // From here on `mask` is the first mask of the next step.
-        for step in 0..STEPS {
-            if step == STEPS - 1 && left == 0 {
+        // From here on `mask` is the first mask of the next group.
+        for group in 0..GROUPS {
+            if group == GROUPS - 1 && left == 0 {
                 left = pieces_per_sector;
                 sectors -= 1;
                 if ahead == TWEAKS {
-                    refill(&mut tweaks, tweak_keys, &mut numbers, sectors);
+                    number = number.after(TWEAKS, step);
+                    refill(&mut tweaks, &keys.tweak, number, step, sectors);
                     ahead = 0;
                 }
                 mask = load_block(&tweaks.0[ahead]);
                 ahead += 1;
             }
             let [even, odd] = &mut masks;
-            let (current, following) = if step % 2 == 0 { (even, odd) } else { (odd, even) };
-            mask = crypt_step::<N, DECRYPT>(data_keys, &mut piece, step, current, following, mask);
+            let (current, following) = if group % 2 == 0 { (even, odd) } else { (odd, even) };
+            mask = crypt_group::<N, DECRYPT>(data_keys, &mut piece, group, current, following, mask);
         }
     }
     tweaks.0.as_mut_slice().zeroize();
@@ -99,13 +109,13 @@ fn crypt<const N: usize, const DECRYPT: bool>(data_keys: &RoundKeys<N>, tweak_ke
     }
 }
 
-/// Encrypts the tweaks of the next data units, at most [`TWEAKS`] and at least `wanted` if that is less.
+/// Encrypts the tweaks of the data units from `first` on, at most [`TWEAKS`] and at least `wanted` if that is less.
 #[target_feature(enable = "aes")]
-fn refill<const N: usize>(tweaks: &mut Tweaks, keys: &RoundKeys<N>, numbers: &mut UnitNumbers, wanted: usize) {
+fn refill<const N: usize>(tweaks: &mut Tweaks, keys: &RoundKeys<N>, first: UnitNumber, step: u64, wanted: usize) {
     match wanted {
         0 => {}
-        1 => encrypt_numbers::<N, 1>(tweaks, keys, numbers),
-        _ => encrypt_numbers::<N, TWEAKS>(tweaks, keys, numbers),
+        1 => encrypt_numbers::<N, 1>(tweaks, keys, first, step),
+        _ => encrypt_numbers::<N, TWEAKS>(tweaks, keys, first, step),
     }
 }
 
@@ -113,38 +123,40 @@ fn refill<const N: usize>(tweaks: &mut Tweaks, keys: &RoundKeys<N>, numbers: &mu
 fn encrypt_numbers<const N: usize, const COUNT: usize>(
     tweaks: &mut Tweaks,
     keys: &RoundKeys<N>,
-    numbers: &mut UnitNumbers,
+    first: UnitNumber,
+    step: u64,
 ) {
-    let mut blocks = [load_block(&keys.0[0]); COUNT];
-    for block in &mut blocks {
-        let UnitNumbers { low, high, .. } = *numbers;
+    let mut blocks = [load_block(keys.get(0)); COUNT];
+    for (i, block) in blocks.iter_mut().enumerate() {
+        let UnitNumber { low, high } = first.after(i, step);
         *block = _mm_xor_si128(*block, _mm_set_epi64x(high.cast_signed(), low.cast_signed()));
-        numbers.advance();
     }
-    for key in &keys.0[1..N - 1] {
-        let key = load_block(key);
+    // Opaque, so that this stays a loop: unrolled, it would have all keys loaded ahead of the rounds.
+    for round in 1..black_box(N - 1) {
+        let key = load_block(keys.get(round));
         for block in &mut blocks {
             *block = _mm_aesenc_si128(*block, key);
         }
     }
+    let key = load_block(keys.get(N - 1));
     for (block, to) in blocks.iter().zip(&mut tweaks.0) {
-        store_block(to, _mm_aesenclast_si128(*block, load_block(&keys.0[N - 1])));
+        store_block(to, _mm_aesenclast_si128(*block, key));
     }
 }
 
-/// Encrypts or decrypts the blocks of one step, and makes the next one's masks, of which the first is `mask`. Returns the
+/// Encrypts or decrypts the blocks of one group, and makes the next one's masks, of which the first is `mask`. Returns the
 /// one after these.
 #[target_feature(enable = "aes")]
 #[inline]
-fn crypt_step<const N: usize, const DECRYPT: bool>(
+fn crypt_group<const N: usize, const DECRYPT: bool>(
     keys: &RoundKeys<N>,
     piece: &mut InOut<'_, '_, Piece>,
-    step: usize,
+    group: usize,
     masks: &Masks,
     following: &mut Masks,
     mut mask: __m128i,
 ) -> __m128i {
-    // Opaque, so that the compiler keeps no round keys in registers across steps: they would not fit, and be spilled to
+    // Opaque, so that the compiler keeps no round keys in registers across groups: they would not fit, and be spilled to
     // stack that nobody wipes.
     let (keys, masks) = (black_box(keys), black_box(masks));
     let round = |data: &mut [__m128i; WIDTH], n: usize| {
@@ -153,7 +165,7 @@ fn crypt_step<const N: usize, const DECRYPT: bool>(
             *block = if DECRYPT { _mm_aesdec_si128(*block, key) } else { _mm_aesenc_si128(*block, key) };
         }
     };
-    let (from, _) = piece.get_in()[step * WIDTH * BLOCK..][..WIDTH * BLOCK].as_chunks();
+    let (from, _) = piece.get_in()[group * WIDTH * BLOCK..][..WIDTH * BLOCK].as_chunks();
     let key = load_block(&keys.0[0]);
     let mut data = [key; WIDTH];
     for i in 0..WIDTH {
@@ -168,7 +180,7 @@ fn crypt_step<const N: usize, const DECRYPT: bool>(
         round(&mut data, n);
     }
     let key = load_block(&keys.0[N - 1]);
-    let (to, _) = piece.get_out()[step * WIDTH * BLOCK..][..WIDTH * BLOCK].as_chunks_mut();
+    let (to, _) = piece.get_out()[group * WIDTH * BLOCK..][..WIDTH * BLOCK].as_chunks_mut();
     for i in 0..WIDTH {
         let last = _mm_xor_si128(load_block(&masks.0[i]), key);
         let out = if DECRYPT { _mm_aesdeclast_si128(data[i], last) } else { _mm_aesenclast_si128(data[i], last) };

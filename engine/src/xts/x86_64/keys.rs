@@ -5,6 +5,8 @@ use core::arch::x86_64::{
     _mm_setzero_si128, _mm_store_si128,
 };
 
+use std::hint::black_box;
+
 use zerocopy::{FromBytes, IntoBytes};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
@@ -14,6 +16,15 @@ use super::aesni::AesNi;
 #[derive(Zeroize)]
 #[repr(C, align(64))]
 pub(crate) struct RoundKeys<const N: usize>(pub(super) [u128; N]);
+
+impl<const N: usize> RoundKeys<N> {
+    /// One round key, from where nothing that the compiler knows has read it before: so it loads each when it is needed, and
+    /// not all of them ahead, which would not fit into the registers, onto a stack that nobody wipes.
+    #[inline(always)]
+    pub(super) fn get(&self, round: usize) -> &u128 {
+        black_box(&self.0[round])
+    }
+}
 
 /// The three schedules of an XTS key, `N` round keys each: 15 for AES-256, 11 for AES-128. They are expanded where they
 /// stay, on the heap, and wiped when dropped.

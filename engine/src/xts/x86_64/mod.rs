@@ -13,6 +13,8 @@ mod keys;
 mod limit;
 mod vaes256;
 mod vaes512;
+#[cfg(test)]
+mod wiping;
 
 use cipher::array::Array;
 use cipher::consts::U512;
@@ -71,6 +73,7 @@ impl Keys {
 }
 
 /// Encrypts or decrypts a run.
+#[inline(always)]
 pub(super) fn crypt(cpu: Cpu, direction: Direction, keys: &Keys, run: Run<'_, '_>) {
     match (cpu, keys) {
         (Cpu::AesNi(cpu), Keys::Aes256(keys)) => cpu.crypt(direction, keys, run),

@@ -25,7 +25,7 @@ use super::aesni::AesNi;
 use super::keys::{RoundKeys, Schedules, load as load_block};
 use crate::sector::SectorSize;
 use crate::xts::Direction;
-use crate::xts::run::{BLOCK, Run, UnitNumbers};
+use crate::xts::run::{BLOCK, Run, UnitNumber};
 
 /// Proof that this CPU has AVX2 and VAES, and that the operating system keeps their registers.
 #[derive(Clone, Copy, Debug)]
@@ -42,23 +42,21 @@ impl Vaes256 {
         self.0
     }
 
+    #[inline(always)]
     pub(crate) fn crypt<const N: usize>(self, direction: Direction, keys: &Schedules<N>, run: Run<'_, '_>) {
-        let (sector_size, numbers, data) = run.into_parts();
+        let Run { sector_size, first, step, data } = run;
         let (doubles, tail) = data.into_chunks();
-        let after = numbers.skipping(doubles.len() * size_of::<Double>() / sector_size.bytes());
+        let sectors = doubles.len() * size_of::<Double>() / sector_size.bytes();
         match direction {
             // SAFETY: a `Vaes256` exists only where the CPU has what `crypt` is compiled for.
-            Direction::Encrypt => unsafe {
-                crypt::<N, false>(&keys.encrypt, &keys.tweak, sector_size, numbers, doubles);
-            },
+            Direction::Encrypt => unsafe { crypt::<N, false>(keys, first, step, sector_size, doubles) },
             // SAFETY: as above.
-            Direction::Decrypt => unsafe {
-                crypt::<N, true>(&keys.decrypt, &keys.tweak, sector_size, numbers, doubles);
-            },
+            Direction::Decrypt => unsafe { crypt::<N, true>(keys, first, step, sector_size, doubles) },
         }
         // One sector of 512 bytes that has no other beside it.
         if !tail.is_empty() {
-            self.aesni().crypt(direction, keys, Run::from_parts(sector_size, after, tail));
+            let first = first.after(sectors, step);
+            self.aesni().crypt(direction, keys, Run { sector_size, first, step, data: tail });
         }
     }
 }
@@ -100,12 +98,13 @@ mod next {
 
 #[target_feature(enable = "avx2,vaes")]
 fn crypt<const N: usize, const DECRYPT: bool>(
-    data_keys: &RoundKeys<N>,
-    tweak_keys: &RoundKeys<N>,
+    keys: &Schedules<N>,
+    mut number: UnitNumber,
+    step: u64,
     sector_size: SectorSize,
-    mut numbers: UnitNumbers,
     doubles: InOutBuf<'_, '_, Double>,
 ) {
+    let data_keys = if DECRYPT { &keys.decrypt } else { &keys.encrypt };
     let pairs = sector_size == SectorSize::B512;
     let doubles_per_sector = (sector_size.bytes() / size_of::<Double>()).max(1);
     let mut sectors = doubles.len() / doubles_per_sector * if pairs { 2 } else { 1 };
@@ -117,13 +116,14 @@ fn crypt<const N: usize, const DECRYPT: bool>(
     let (mut even, mut odd) = (Masks([0; _]), Masks([0; _]));
     let (mut current, mut following) = (&mut even, &mut odd);
     let mut bases = Bases([0; _]);
-    refill(&mut tweaks, tweak_keys, &mut numbers, sectors);
-    let (first, second) = (broadcast(&tweaks.0[0]), broadcast(&tweaks.0[1]));
+    refill(&mut tweaks, &keys.tweak, number, step, sectors);
     let mut ahead = if pairs { 2 } else { 1 };
     for group in 0..2 * BASES {
+        // Opaque, so that a tweak is loaded again and not spilled.
+        let tweaks = &black_box(&tweaks).0;
         let base = match group {
-            0..BASES => start(group, first),
-            _ if pairs => start(group - BASES, second),
+            0..BASES => start(group, broadcast(&tweaks[0])),
+            _ if pairs => start(group - BASES, broadcast(&tweaks[1])),
             _ => bases.get(group % BASES),
         };
         let (at, around) = (base_vector(group), tops_around(base));
@@ -136,36 +136,35 @@ fn crypt<const N: usize, const DECRYPT: bool>(
     let mut left = doubles_per_sector;
     for mut double in doubles {
         macro_rules! crypt {
-            ($next:ident, $first:ident, $second:ident) => {
+            ($next:ident) => {
                 crypt_double::<N, DECRYPT, { next::$next }>(
                     data_keys,
                     &mut double,
                     current,
                     following,
                     &mut bases,
-                    $first,
-                    $second,
+                    &tweaks,
+                    ahead,
                 );
             };
         }
         left -= 1;
         if left > 0 {
-            crypt!(SAME, first, second);
+            crypt!(SAME);
         } else {
             left = doubles_per_sector;
             sectors -= if pairs { 2 } else { 1 };
             if ahead == TWEAKS {
-                refill(&mut tweaks, tweak_keys, &mut numbers, sectors);
+                number = number.after(TWEAKS, step);
+                refill(&mut tweaks, &keys.tweak, number, step, sectors);
                 ahead = 0;
             }
-            let first = broadcast(&tweaks.0[ahead]);
             if pairs {
-                let second = broadcast(&tweaks.0[ahead + 1]);
+                crypt!(PAIR);
                 ahead += 2;
-                crypt!(PAIR, first, second);
             } else {
+                crypt!(SECTOR);
                 ahead += 1;
-                crypt!(SECTOR, first, second);
             }
         }
         (current, following) = (following, current);
@@ -176,14 +175,14 @@ fn crypt<const N: usize, const DECRYPT: bool>(
     bases.0.as_mut_slice().zeroize();
 }
 
-/// Encrypts the tweaks of the next data units, at most [`TWEAKS`] and at least `wanted` if that is less.
+/// Encrypts the tweaks of the data units from `first` on, at most [`TWEAKS`] and at least `wanted` if that is less.
 #[target_feature(enable = "avx2,vaes")]
-fn refill<const N: usize>(tweaks: &mut Tweaks, keys: &RoundKeys<N>, numbers: &mut UnitNumbers, wanted: usize) {
+fn refill<const N: usize>(tweaks: &mut Tweaks, keys: &RoundKeys<N>, first: UnitNumber, step: u64, wanted: usize) {
     match wanted {
         0 => {}
-        1..=2 => encrypt_numbers::<N, 1>(tweaks, keys, numbers),
-        3..=8 => encrypt_numbers::<N, 4>(tweaks, keys, numbers),
-        _ => encrypt_numbers::<N, TWEAK_VECTORS>(tweaks, keys, numbers),
+        1..=2 => encrypt_numbers::<N, 1>(tweaks, keys, first, step),
+        3..=8 => encrypt_numbers::<N, 4>(tweaks, keys, first, step),
+        _ => encrypt_numbers::<N, TWEAK_VECTORS>(tweaks, keys, first, step),
     }
 }
 
@@ -191,34 +190,35 @@ fn refill<const N: usize>(tweaks: &mut Tweaks, keys: &RoundKeys<N>, numbers: &mu
 fn encrypt_numbers<const N: usize, const VECTORS: usize>(
     tweaks: &mut Tweaks,
     keys: &RoundKeys<N>,
-    numbers: &mut UnitNumbers,
+    first: UnitNumber,
+    step: u64,
 ) {
-    let UnitNumbers { low, high, step } = *numbers;
-    let (low, high, step) = (low.cast_signed(), high.cast_signed(), step.cast_signed());
+    let (low, high, step) = (first.low.cast_signed(), first.high.cast_signed(), step.cast_signed());
     // Wrapping, as the IV does; the high halves stay.
     let mut two = _mm256_add_epi64(_mm256_set_epi64x(high, low, high, low), _mm256_set_epi64x(0, step, 0, 0));
     let stride = _mm256_set_epi64x(0, 2 * step, 0, 2 * step);
+    let key = broadcast(keys.get(0));
     let mut vectors = [two; VECTORS];
     for vector in &mut vectors {
-        *vector = _mm256_xor_si256(two, broadcast(&keys.0[0]));
+        *vector = _mm256_xor_si256(two, key);
         two = _mm256_add_epi64(two, stride);
     }
-    for key in &keys.0[1..N - 1] {
-        let key = broadcast(key);
+    // Opaque, so that this stays a loop: unrolled, it would have all keys loaded ahead of the rounds.
+    for round in 1..black_box(N - 1) {
+        let key = broadcast(keys.get(round));
         for vector in &mut vectors {
             *vector = _mm256_aesenc_epi128(*vector, key);
         }
     }
+    let key = broadcast(keys.get(N - 1));
     let (to, _) = tweaks.0.as_mut_bytes().as_chunks_mut();
     for (vector, to) in vectors.iter().zip(to) {
-        store(to, _mm256_aesenclast_epi128(*vector, broadcast(&keys.0[N - 1])));
-    }
-    for _ in 0..2 * VECTORS {
-        numbers.advance();
+        store(to, _mm256_aesenclast_epi128(*vector, key));
     }
 }
 
-/// Encrypts or decrypts one double, and makes the next one's masks: `first` and `second` are the tweaks of the sectors that begin with it.
+/// Encrypts or decrypts one double, and makes the next one's masks, from tweak `ahead` and the one after it where sectors begin
+/// with it.
 #[target_feature(enable = "avx2,vaes")]
 #[inline]
 fn crypt_double<const N: usize, const DECRYPT: bool, const NEXT: u8>(
@@ -227,8 +227,8 @@ fn crypt_double<const N: usize, const DECRYPT: bool, const NEXT: u8>(
     masks: &Masks,
     following: &mut Masks,
     bases: &mut Bases,
-    first: __m256i,
-    second: __m256i,
+    tweaks: &Tweaks,
+    ahead: usize,
 ) {
     // Opaque, so that the compiler keeps no round keys in registers across doubles: they would not fit, and be spilled to
     // stack that nobody wipes.
@@ -241,8 +241,8 @@ fn crypt_double<const N: usize, const DECRYPT: bool, const NEXT: u8>(
         ($group:expr) => {
             match NEXT {
                 next::SAME => bases.get($group % BASES),
-                _ if $group < BASES => start($group, first),
-                next::PAIR => start($group - BASES, second),
+                _ if $group < BASES => start($group, broadcast(&black_box(tweaks).0[ahead])),
+                next::PAIR => start($group - BASES, broadcast(&black_box(tweaks).0[ahead + 1])),
                 _ => bases.get($group % BASES),
             }
         };

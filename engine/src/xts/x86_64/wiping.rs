@@ -1,0 +1,126 @@
+//! What calls leave on the stack: neither round keys nor tweaks nor masks, in the code that is shipped. What a build with debug
+//! assertions leaves is of no interest, so the test is one of release builds.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::hint::black_box;
+use std::os::unix::fs::FileExt;
+
+use aes::{Aes128, Aes256};
+use cipher::inout::InOutBuf;
+use cipher::{Array, BlockCipherEncrypt, KeyInit};
+
+use super::{Cpu, Keys, PIECE_BLOCKS, crypt};
+use crate::sector::SectorSize;
+use crate::xts::run::Run;
+use crate::xts::{CpuPath, Direction};
+
+/// What lies on this thread's stack below the frames of its functions: what calls that have returned left there. It is
+/// read by way of the kernel, since to the language nothing is there.
+#[inline(never)]
+fn left_on_the_stack() -> Vec<u8> {
+    let here = 0_u8;
+    let here = black_box(&raw const here).addr();
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let start = maps
+        .lines()
+        .filter_map(|line| line.split_once(' ')?.0.split_once('-'))
+        .map(|(start, end)| [start, end].map(|hex| usize::from_str_radix(hex, 16).unwrap()))
+        .find_map(|[start, end]| (start..end).contains(&here).then_some(start))
+        .unwrap();
+    let mut bytes = vec![0; (here - start) / 16 * 16];
+    File::open("/proc/self/mem").unwrap().read_exact_at(&mut bytes, (start + 15) as u64 / 16 * 16).unwrap();
+    bytes
+}
+
+/// Calls something on a blank stack, and so far down that what looks for its traces does not write over them.
+#[inline(never)]
+fn far_down(mut call: impl FnMut()) {
+    #[inline(never)]
+    fn blank() {
+        let mut zeros = [1_u8; 512 << 10];
+        black_box(&mut zeros).fill(0);
+        black_box(&zeros);
+    }
+    #[inline(never)]
+    fn below(gap: &[u8; 64 << 10], call: &mut dyn FnMut()) {
+        call();
+        black_box(gap);
+    }
+    blank();
+    let gap = [0; 64 << 10];
+    below(black_box(&gap), &mut call);
+}
+
+/// How many of the secrets are there. Vectors are stored to the stack at multiples of 16.
+fn found(secrets: &HashSet<u128>, stack: &[u8]) -> usize {
+    stack.as_chunks().0.iter().filter(|block| secrets.contains(&u128::from_le_bytes(**block))).count()
+}
+
+/// All round keys, and the masks of all blocks of a run: its sectors are numbered from 0, `step` apart.
+fn secrets(keys: &Keys, tweak_key: &[u8], sectors: u64, step: u64, blocks: usize) -> HashSet<u128> {
+    let mut secrets = HashSet::new();
+    match keys {
+        Keys::Aes256(keys) => {
+            secrets.extend([&keys.encrypt, &keys.decrypt, &keys.tweak].iter().flat_map(|keys| keys.0))
+        }
+        Keys::Aes128(keys) => {
+            secrets.extend([&keys.encrypt, &keys.decrypt, &keys.tweak].iter().flat_map(|keys| keys.0))
+        }
+    }
+    for sector in 0..sectors {
+        let mut block = Array(u128::from(sector * step).to_le_bytes());
+        match keys {
+            Keys::Aes256(_) => Aes256::new_from_slice(tweak_key).unwrap().encrypt_block(&mut block),
+            Keys::Aes128(_) => Aes128::new_from_slice(tweak_key).unwrap().encrypt_block(&mut block),
+        }
+        let mut mask = u128::from_le_bytes(block.0);
+        for _ in 0..blocks {
+            secrets.insert(mask);
+            mask = (mask << 1) ^ (0x87 & (mask >> 127).wrapping_neg());
+        }
+    }
+    secrets
+}
+
+#[cfg_attr(not(debug_assertions), test)]
+#[cfg_attr(debug_assertions, expect(dead_code, reason = "see above"))]
+fn no_round_key_tweak_or_mask_stays_on_the_stack() {
+    for cpu in CpuPath::available().filter_map(Cpu::new) {
+        for half in [16, 32] {
+            let key: Vec<u8> = (0..2 * half).map(|i: u8| i.wrapping_mul(37) ^ 0x5a).collect();
+            let (data_key, tweak_key) = key.split_at(key.len() / 2);
+            for (size, sectors) in [
+                (SectorSize::B512, 1),
+                (SectorSize::B512, 2),
+                (SectorSize::B512, 40),
+                (SectorSize::B4096, 1),
+                (SectorSize::B4096, 20),
+            ] {
+                for direction in [Direction::Encrypt, Direction::Decrypt] {
+                    let mut data = vec![0x33; size.bytes() * sectors];
+                    let mut keys = None;
+                    far_down(|| {
+                        let keys = keys.insert(Keys::new(cpu, data_key, tweak_key));
+                        crypt(cpu, direction, keys, Run::new(size, 0, InOutBuf::from(&mut data[..])));
+                    });
+                    let (stack, keys) = (left_on_the_stack(), keys.unwrap());
+                    let secrets =
+                        secrets(&keys, tweak_key, sectors as u64, size.lba_step(), size.bytes() / 512 * PIECE_BLOCKS);
+                    assert_eq!(found(&secrets, &stack), 0, "{cpu:?}, {half}, {size}, {sectors}, {direction:?}");
+                }
+            }
+        }
+    }
+}
+
+/// The search finds what a call does leave.
+#[test]
+fn what_stays_on_the_stack_is_found() {
+    let secret = 0x0123_4567_89ab_cdef_0f1e_2d3c_4b5a_6978;
+    far_down(|| {
+        let copies = [secret; 5];
+        black_box(&copies);
+    });
+    assert_eq!(found(&HashSet::from([secret]), &left_on_the_stack()), 5);
+}
