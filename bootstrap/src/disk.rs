@@ -172,6 +172,15 @@ pub fn lock_header(path: &Path, disk: &FileStore) -> Result<HeaderLock, DiskErro
     lock_as(path, disk, FlockOperation::NonBlockingLockExclusive)
 }
 
+/// Takes the lock of [`open_header`] for a disk that is open already.
+///
+/// # Errors
+/// As [`lock_header`] has them.
+pub fn lock_header_at(path: &Path) -> Result<HeaderLock, DiskError> {
+    let store = FileStore::open(path, Access::ReadOnly, Caching::PageCache).map_err(|error| translate(path, error))?;
+    lock_header(path, &store)
+}
+
 /// Opens `path` to read its header with the key material, of which no checksum tells whether it was changed meanwhile: under
 /// the lock that cryptsetup takes to read one, and while the volume is up, too.
 ///
@@ -197,7 +206,11 @@ fn lock_as(path: &Path, disk: &FileStore, operation: FlockOperation) -> Result<H
     locked.map(HeaderLock).map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => DiskError::InUse {
             path: path.to_owned(),
-            by: format!("cryptsetup is at work on its header (the lock is {}): try again", lock.display()),
+            by: format!(
+                "cryptsetup or another nbdcrypt is at work on its header, and was for {} seconds (the lock is {}): try again",
+                CRYPTSETUP_PATIENCE.as_secs(),
+                lock.display()
+            ),
         },
         _ => DiskError::NoLock { lock, source: error },
     })

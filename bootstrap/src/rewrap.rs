@@ -61,7 +61,7 @@ pub enum RewrapError {
     /// The header is not what it was when KMS was asked.
     #[error("its header was changed by somebody else meanwhile, and is left as it is: try again")]
     Changed,
-    /// cryptsetup is at work on the header.
+    /// Somebody is at work on the header.
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// The header could not be read or changed.

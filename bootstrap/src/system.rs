@@ -13,7 +13,7 @@ use crate::attach::{self, Attachment, Remains};
 use crate::config::{FilesystemConfig, VolumeConfig};
 use crate::keys::{Secret, SecretRequest};
 use crate::new_volume::{self, Strength};
-use crate::steps::outside::{Attached, Devices, Disks, Filesystems};
+use crate::steps::outside::{Attached, Devices, Disks, Filesystems, HeaderLock};
 use crate::{disk, mounts, programs};
 
 /// Bytes from the operating system that nobody can guess.
@@ -51,7 +51,13 @@ impl Disks for RealDisks {
     fn look(&self, path: &Path) -> Result<Arc<dyn BlockStore>> {
         Ok(Arc::new(disk::open(path, Access::ReadOnly, Caching::PageCache)?))
     }
+
+    fn lock_header(&self, path: &Path) -> Result<Box<dyn HeaderLock>> {
+        Ok(Box::new(disk::lock_header_at(path)?))
+    }
 }
+
+impl HeaderLock for disk::HeaderLock {}
 
 /// The kernel's devices.
 #[derive(Debug, Clone)]

@@ -68,6 +68,35 @@ fn a_backup_is_cryptsetup_s_and_each_restores_the_other_s() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn a_restore_leaves_data_alone_that_begins_in_the_page_where_the_keyslots_end() {
+    let bench = workbench("luks1", "256");
+    let disk = bench.path("disk");
+    // As an old cryptsetup may have made it: the data begins where the last keyslot's material ends, 250 sectors from where
+    // it begins, which is sector 8 and seven times 256. (Byte 104 of the header is where the data begins.)
+    let mut bytes = read(&bench, "disk");
+    bytes[104..108].copy_from_slice(&(8 + 7 * 256 + 250_u32).to_be_bytes());
+    std::fs::write(&disk, &bytes).unwrap();
+    let segment = unlock(&disk, PASSPHRASE).unwrap().segment;
+    assert_ne!(segment.offset % 4096, 0, "the data begins within a page");
+    bench.nbdcrypt(&["header", "backup", "disk", "ours"]);
+    bench.run("cryptsetup", ["luksHeaderBackup", "--header-backup-file", "theirs", "disk"]);
+    let end = usize::try_from(segment.offset).unwrap();
+    assert!(
+        read(&bench, "ours").len() <= end
+            && read(&bench, "ours")[..] == read(&bench, "theirs")[..read(&bench, "ours").len()]
+    );
+
+    let mut changed = read(&bench, "disk");
+    noise(7)(&mut changed[end..]).unwrap();
+    std::fs::write(&disk, &changed).unwrap();
+    change(&bench);
+    bench.nbdcrypt(&["header", "restore", "disk", "ours"]);
+    assert!(read(&bench, "disk")[end..] == changed[end..], "the data is as it was");
+    assert!(unlock(&disk, PASSPHRASE).is_ok());
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
 fn another_volume_s_backup_needs_force_and_one_that_does_not_fit_is_refused() {
     for kind in ["luks1", "luks2"] {
         let bench = workbench(kind, "512");

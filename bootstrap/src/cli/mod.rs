@@ -130,9 +130,13 @@ fn without_controls(json: &str) -> String {
     text
 }
 
-/// What went wrong with the disk or file of that name, which errors about opening it tell themselves.
+/// What went wrong with the disk or file of that name, which errors about opening it tell themselves; those about a
+/// configuration tell its name.
 fn of(name: &str, error: anyhow::Error) -> anyhow::Error {
-    if error.is::<crate::disk::DiskError>() { error } else { error.context(name.to_owned()) }
+    match error.is::<crate::disk::DiskError>() || error.is::<crate::config::ConfigError>() {
+        true => error,
+        false => error.context(name.to_owned()),
+    }
 }
 
 /// Standard output could not be written to.

@@ -21,6 +21,10 @@ impl Step for CommitHeader {
     }
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
+        if boot.pending.is_none() {
+            return Ok(());
+        }
+        let _lock = boot.lock_header()?;
         let Some(pending) = boot.pending.take() else { return Ok(()) };
         // mkfs has flushed the device; the commit flushes the disk before it writes.
         pending.commit(boot.disks()?).context("the new volume's header could not be written")?;

@@ -34,8 +34,8 @@ use uuid::Uuid;
 
 use crate::config::Config;
 use crate::keys::KmsToken;
-use outside::Attached;
 pub use outside::Outside;
+use outside::{Attached, HeaderLock};
 
 /// One thing that `up` does.
 pub trait Step {
@@ -130,6 +130,11 @@ impl<'o> Boot<'o> {
             attached: None,
             mounted: false,
         }
+    }
+
+    /// Keeps others from the header.
+    fn lock_header(&self) -> Result<Box<dyn HeaderLock>> {
+        self.outside.disks.lock_header(self.header_path())
     }
 
     /// The open disks of header and data.

@@ -81,7 +81,16 @@ pub trait Disks {
     /// # Errors
     /// Why it can't be had.
     fn look(&self, path: &Path) -> Result<Arc<dyn BlockStore>>;
+
+    /// Keeps cryptsetup from the header of an open disk until what it returns is dropped.
+    ///
+    /// # Errors
+    /// Who is at work on it.
+    fn lock_header(&self, path: &Path) -> Result<Box<dyn HeaderLock>>;
 }
+
+/// Nobody else changes a header while this lives.
+pub trait HeaderLock {}
 
 /// What makes a volume a device of the kernel's.
 pub trait Devices {

@@ -13,7 +13,7 @@ use engine::signature::{self, Content};
 use engine::store::{BlockStore, MemoryStore};
 use engine::volume::Volume;
 
-use super::outside::{Attached, Devices, Disks, Filesystems, Keys, Outside};
+use super::outside::{Attached, Devices, Disks, Filesystems, HeaderLock, Keys, Outside};
 use super::*;
 use crate::attach::{EndedSignal, Method, Remains};
 use crate::config::{FilesystemConfig, VolumeConfig};
@@ -35,6 +35,8 @@ struct World {
     attached: Option<Arc<Volume>>,
     mounted: BTreeSet<PathBuf>,
     busy: bool,
+    /// What another process puts on the disk before this one has the header's lock.
+    made_meanwhile: Option<Vec<u8>>,
     passphrase: Vec<u8>,
 }
 
@@ -149,7 +151,20 @@ impl Disks for Fake {
     fn look(&self, path: &Path) -> Result<Arc<dyn BlockStore>> {
         self.open(path)
     }
+
+    fn lock_header(&self, _path: &Path) -> Result<Box<dyn HeaderLock>> {
+        self.call("lock header")?;
+        let theirs = self.0.borrow_mut().made_meanwhile.take();
+        if let Some(theirs) = theirs {
+            self.disk().write_at(&theirs, 0)?;
+        }
+        Ok(Box::new(FakeLock))
+    }
 }
+
+struct FakeLock;
+
+impl HeaderLock for FakeLock {}
 
 impl Devices for Fake {
     fn attach(&self, volume: Arc<Volume>) -> Result<Box<dyn Attached>> {
@@ -286,8 +301,10 @@ fn a_new_volume_counts_only_once_its_filesystem_is_made() {
             "open disk",
             "fetch secret",
             "calibrate",
+            "lock header",
             "attach",
             "mkfs",
+            "lock header",
             "mount",
             "unmount",
             "detach"
@@ -295,6 +312,18 @@ fn a_new_volume_counts_only_once_its_filesystem_is_made() {
     );
     assert!(crate::content::is_luks(&fake.content()));
     assert_eq!(fake.leftovers(), (false, vec![], vec!["/mnt".into()]));
+}
+
+#[test]
+fn a_volume_that_another_makes_while_this_one_is_calibrated_is_theirs() {
+    let theirs = Fake::new();
+    up_and_down(&theirs).unwrap();
+    let theirs = theirs.disk().snapshot();
+    let fake = Fake::new();
+    fake.0.borrow_mut().made_meanwhile = Some(theirs.clone());
+    let refusal = up_and_down(&fake).unwrap_err();
+    assert!(format!("{refusal:#}").contains("somebody else made a volume on it meanwhile"), "{refusal:#}");
+    assert_eq!(fake.disk().snapshot(), theirs);
 }
 
 #[test]

@@ -72,6 +72,8 @@ impl Step for Unlock {
     fn undo(&mut self, boot: &mut Boot<'_>, why: Undo) -> Result<()> {
         boot.volume = None;
         if let (Some(pending), Undo::Failed) = (boot.pending.take(), why) {
+            // Blank again it shall be, whoever looks at it meanwhile.
+            let _lock = boot.lock_header();
             pending.abandon(boot.disks()?).context("the disk could not be made blank again")?;
         }
         Ok(())
@@ -139,7 +141,12 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     }
     let disks = boot.disks()?;
     let name = || boot.header_path().display().to_string();
+    let lock = boot.lock_header()?;
+    if is_volume(boot, &disks)? {
+        bail!("{}: somebody else made a volume on it meanwhile: try again", name());
+    }
     let pending = options.begin(disks, passphrase, key, &mut random).with_context(name)?;
+    drop(lock);
     boot.facts.kind = Some(options.name());
     let segment = pending.segment();
     let opened = cpu::cipher(pending.key()).and_then(|cipher| open(boot, pending.key(), cipher, segment));

@@ -100,6 +100,15 @@ pub enum LuksError {
     /// The passphrase opens none of the keyslots, all of which were tried.
     #[error("the passphrase is wrong: it opens none of the volume's keyslots")]
     WrongPassphrase,
+    /// The passphrase opens none of the keyslots that were tried, and there is one that is not tried unless it is named.
+    #[error(
+        "the passphrase is wrong: it opens none of the keyslots that are tried; keyslot {ignored} is set to be ignored unless \
+         it is named (`nbdcrypt key priority --key-slot {ignored} DEVICE normal` has it tried again)"
+    )]
+    WrongPassphraseBesideIgnored {
+        /// The first ignored keyslot, from 0.
+        ignored: usize,
+    },
     /// The passphrase does not open the keyslot that was named, and no other was tried.
     #[error("the passphrase is wrong: it does not open keyslot {0}; without --key-slot every keyslot is tried")]
     WrongPassphraseFor(usize),
@@ -108,8 +117,8 @@ pub enum LuksError {
     NoKeyslot,
     /// There are keyslots, and none that is tried without being named.
     #[error(
-        "each of its keyslots is set to be ignored unless it is named: name one with --key-slot, or have it tried again with \
-         `nbdcrypt key priority --key-slot {keyslot} DEVICE normal`"
+        "each of its keyslots is set to be ignored unless it is named (`nbdcrypt serve --key-slot {keyslot}`); \
+         `nbdcrypt key priority --key-slot {keyslot} DEVICE normal` has one tried again"
     )]
     AllIgnored {
         /// The first keyslot, from 0.

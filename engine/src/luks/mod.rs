@@ -148,7 +148,8 @@ impl LockedVolume {
     /// Tries the passphrase on the keyslots, in their order. `store` is the header's disk.
     ///
     /// # Errors
-    /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`],
+    /// [`LuksError::WrongPassphrase`] or [`LuksError::WrongPassphraseBesideIgnored`] when it opens none of them;
+    /// [`LuksError::DamagedKeyslot`],
     /// [`LuksError::UnreadableKeyslot`] and others when it opens none, and not all could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         match self {

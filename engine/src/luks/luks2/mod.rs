@@ -195,8 +195,8 @@ impl Locked {
     /// Tries the passphrase on the keyslots, those that are preferred first, then in their order.
     ///
     /// # Errors
-    /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`],
-    /// [`LuksError::UnreadableKeyslot`], [`LuksError::Unsupported`], [`LuksError::TooExpensive`] or [`LuksError::OutOfMemory`] when it opens none, and not all could be tried.
+    /// [`LuksError::WrongPassphrase`] or [`LuksError::WrongPassphraseBesideIgnored`] when it opens none of them;
+    /// [`LuksError::DamagedKeyslot`], [`LuksError::UnreadableKeyslot`], [`LuksError::Unsupported`], [`LuksError::TooExpensive`] or [`LuksError::OutOfMemory`] when it opens none, and not all could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         // Without any keyslot there would be no `Locked`.
         let mut refusal = LuksError::AllIgnored { keyslot: self.ignored.unwrap_or(0) as usize };
@@ -215,7 +215,10 @@ impl Locked {
                 refusal = refused;
             }
         }
-        Err(refusal)
+        Err(match (refusal, self.ignored) {
+            (LuksError::WrongPassphrase, Some(id)) => LuksError::WrongPassphraseBesideIgnored { ignored: id as usize },
+            (refusal, _) => refusal,
+        })
     }
 
     /// Tries the passphrase on one keyslot, even one that is ignored otherwise.
