@@ -7,9 +7,11 @@ use nbd_server::proto::wire::*;
 
 use crate::nbd::{RawClient, TestServer, be16, be32, be64, query, request_bytes};
 
-/// One reply chunk.
+/// One reply chunk, or a simple reply that tells of success.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chunk {
+    /// It was a simple reply.
+    pub simple: bool,
     /// `NBD_REPLY_FLAG_DONE`, or nothing.
     pub flags: u16,
     /// The chunk's type.
@@ -134,7 +136,14 @@ impl ChunkClient {
     #[track_caller]
     pub fn chunk(&mut self) -> Chunk {
         let extended = self.headers == Headers::Extended;
-        let header = self.raw.receive(if extended { EXTENDED_REPLY_LEN } else { STRUCTURED_REPLY_LEN });
+        let mut header = self.raw.receive(SIMPLE_REPLY_LEN);
+        if self.headers == Headers::Structured && be32(&header) == NBD_SIMPLE_REPLY_MAGIC {
+            assert_eq!(be32(&header[4..]), 0, "an error comes in a chunk");
+            let (flags, cookie) = (NBD_REPLY_FLAG_DONE, be64(&header[8..]));
+            return Chunk { simple: true, flags, kind: NBD_REPLY_TYPE_NONE, cookie, offset: None, payload: Vec::new() };
+        }
+        let len = if extended { EXTENDED_REPLY_LEN } else { STRUCTURED_REPLY_LEN };
+        header.extend(self.raw.receive(len - SIMPLE_REPLY_LEN));
         let magic = if extended { NBD_EXTENDED_REPLY_MAGIC } else { NBD_STRUCTURED_REPLY_MAGIC };
         assert_eq!(be32(&header), magic);
         let (offset, len) = match extended {
@@ -143,7 +152,7 @@ impl ChunkClient {
         };
         let payload = self.raw.receive(usize::try_from(len).expect("a chunk that fits into memory"));
         let (flags, kind, cookie) = (be16(&header[4..]), be16(&header[6..]), be64(&header[8..]));
-        Chunk { flags, kind, cookie, offset, payload }
+        Chunk { simple: false, flags, kind, cookie, offset, payload }
     }
 
     /// Receives the reply to the last request sent, which is one chunk.

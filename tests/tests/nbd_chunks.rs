@@ -75,18 +75,22 @@ mod structured {
         for headers in CHUNKS {
             let mut client = ChunkClient::enter(&server, "cipher", headers);
             for offset in [0, 77, SIZE] {
-                assert!(client.ask(0, NBD_CMD_READ, offset, 0).is_done());
+                let chunk = client.ask(0, NBD_CMD_READ, offset, 0);
+                assert!(chunk.is_done() && !chunk.simple);
             }
         }
     }
 
-    fn what_has_no_content_is_answered_by_a_chunk_of_none(session: SessionKind) {
-        // "NBD_REPLY_TYPE_NONE (0): length MUST be 0 ... This chunk type MUST always be used with the NBD_REPLY_FLAG_DONE"
+    fn what_has_no_content_is_answered_simply_or_by_a_chunk_of_none(session: SessionKind) {
+        // "If structured replies have been negotiated, a simple reply MAY be used as a reply to any request other than
+        // NBD_CMD_READ, but only if the reply has no data payload", and with extended headers never. "NBD_REPLY_TYPE_NONE (0):
+        // length MUST be 0 ... This chunk type MUST always be used with the NBD_REPLY_FLAG_DONE"
         let server = server(session);
         for headers in CHUNKS {
             let mut client = ChunkClient::enter(&server, "plain", headers);
             assert!(client.write(NBD_CMD_FLAG_FUA, 5000, b"unaligned").is_done());
-            assert!(client.ask(0, NBD_CMD_FLUSH, 0, 0).is_done());
+            let flushed = client.ask(0, NBD_CMD_FLUSH, 0, 0);
+            assert!(flushed.is_done() && flushed.simple == (headers == Headers::Structured));
             assert!(client.ask(0, NBD_CMD_TRIM, 64 << 10, 128 << 10).is_done());
             assert!(client.ask(0, NBD_CMD_WRITE_ZEROES, 3 * MIB, MIB).is_done());
             assert!(client.ask(0, NBD_CMD_CACHE, 0, SIZE).is_done());
@@ -190,7 +194,7 @@ mod structured {
     harness::on_both_sessions! {
         a_read_is_one_chunk_of_data_that_says_it_is_the_last,
         a_read_of_nothing_has_no_content,
-        what_has_no_content_is_answered_by_a_chunk_of_none,
+        what_has_no_content_is_answered_simply_or_by_a_chunk_of_none,
         df_is_offered_with_chunks_and_never_without,
         an_error_past_the_end_says_where_the_end_is,
         a_read_longer_than_a_payload_overflows,

@@ -248,15 +248,19 @@ fn reply(agreed: &Agreed, asked: &Asked, bytes: &[u8], place: &Place) -> Result<
     let mut reader = Reader::new(bytes);
     let payload = place.payload as u64;
     let short = |_: Truncated| "it is too short";
-    let magic = match agreed.headers {
-        Headers::Simple => NBD_SIMPLE_REPLY_MAGIC,
-        Headers::Structured => NBD_STRUCTURED_REPLY_MAGIC,
-        Headers::Extended => NBD_EXTENDED_REPLY_MAGIC,
+    let magic = reader.u32().map_err(short)?;
+    let is_simple = magic == NBD_SIMPLE_REPLY_MAGIC;
+    let has_content = matches!(asked.kind, NBD_CMD_READ | NBD_CMD_BLOCK_STATUS);
+    let agreed_on = match agreed.headers {
+        Headers::Simple => is_simple,
+        // "a simple reply MAY be used as a reply to any request other than NBD_CMD_READ": this server does for success.
+        Headers::Structured => magic == NBD_STRUCTURED_REPLY_MAGIC || is_simple && !has_content,
+        Headers::Extended => magic == NBD_EXTENDED_REPLY_MAGIC,
     };
-    if reader.u32().map_err(short)? != magic {
+    if !agreed_on {
         return Err("not of the kind that was agreed on");
     }
-    if agreed.headers == Headers::Simple {
+    if is_simple {
         let error = reader.u32().map_err(short)?;
         if reader.u64().map_err(short)? != asked.cookie {
             return Err("another request's cookie");

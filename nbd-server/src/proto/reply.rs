@@ -148,8 +148,12 @@ impl Reply {
 
     /// Adds all but the payload to `out`.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        if self.asked.headers == Headers::Simple {
-            return self.encode_simple(out);
+        match (&self.body, self.asked.headers) {
+            (_, Headers::Simple) => return self.encode_simple(out),
+            // "a simple reply MAY be used as a reply to any request other than NBD_CMD_READ, but only if the reply has no
+            // data payload": clients receive it with one call, and a chunk with two.
+            (Body::Done, Headers::Structured) => return self.encode_simple(out),
+            _ => {}
         }
         match &self.body {
             // "each chunk MUST describe at least one byte"
@@ -250,9 +254,16 @@ mod tests {
 
     #[test]
     fn a_read_of_nothing_has_no_content_chunk() {
-        assert_eq!(encoded(Headers::Structured, Body::Data(0)), encoded(Headers::Structured, Body::Done));
-        assert_eq!(encoded(Headers::Structured, Body::Done).len(), 20);
-        assert_eq!(encoded(Headers::Extended, Body::Done).len(), 32);
+        assert_eq!(encoded(Headers::Structured, Body::Data(0)).len(), 20);
+        assert_eq!(encoded(Headers::Extended, Body::Data(0)).len(), 32);
+    }
+
+    #[test]
+    fn where_nothing_but_success_is_told_a_simple_reply_does_but_for_extended_headers() {
+        let simple = b"\x67\x44\x66\x98\0\0\0\0\x01\x02\x03\x04\x05\x06\x07\x08";
+        assert_eq!(encoded(Headers::Simple, Body::Done), simple);
+        assert_eq!(encoded(Headers::Structured, Body::Done), simple);
+        assert_eq!(encoded(Headers::Extended, Body::Done), encoded(Headers::Extended, Body::Data(0)));
     }
 
     #[test]

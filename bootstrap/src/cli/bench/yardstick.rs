@@ -17,6 +17,8 @@ const SEND_BUFFER: usize = 4 << 20;
 /// What a request may carry; no client here asks for more.
 const MAX_PAYLOAD: usize = 32 << 20;
 const EINVAL: u32 = 22;
+/// Room for the longer header, that of a structured reply with data: the chunk's, and the data's offset.
+const HEAD: usize = STRUCTURED_REPLY_LEN + 8;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -42,9 +44,9 @@ fn serve(mut stream: UnixStream, file: &File) -> IoResult<()> {
     if sockopt::set_socket_send_buffer_size_force(&stream, SEND_BUFFER).is_err() {
         let _ = sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER);
     }
-    handshake(&mut stream, file.metadata()?.len())?;
-    // A reply's header, then its payload: one send.
-    let mut buffer = vec![0; SIMPLE_REPLY_LEN + (1 << 20)];
+    let structured = handshake(&mut stream, file.metadata()?.len())?;
+    // A reply's header, then its payload: one send. A shorter header ends where the payload begins.
+    let mut buffer = vec![0; HEAD + (1 << 20)];
     loop {
         let mut request = [0; REQUEST_LEN];
         stream.read_exact(&mut request)?;
@@ -52,33 +54,48 @@ fn serve(mut stream: UnixStream, file: &File) -> IoResult<()> {
         if be32(&request) != NBD_REQUEST_MAGIC || len > MAX_PAYLOAD {
             return Err(Error::from(ErrorKind::InvalidData));
         }
-        let whole = SIMPLE_REPLY_LEN + len;
+        let whole = HEAD + len;
         if matches!(kind, NBD_CMD_READ | NBD_CMD_WRITE) && buffer.len() < whole {
             buffer.resize(whole, 0);
         }
-        let (error, replied) = match kind {
-            NBD_CMD_READ => match file.read_exact_at(&mut buffer[SIMPLE_REPLY_LEN..whole], offset) {
-                Ok(()) => (0, whole),
-                Err(_) => (EINVAL, SIMPLE_REPLY_LEN),
-            },
-            NBD_CMD_WRITE => {
-                stream.read_exact(&mut buffer[SIMPLE_REPLY_LEN..whole])?;
-                let written = file.write_all_at(&buffer[SIMPLE_REPLY_LEN..whole], offset);
-                (if written.is_ok() { 0 } else { EINVAL }, SIMPLE_REPLY_LEN)
+        let (error, payload) = match kind {
+            // One that fails ends the connection: this is measured, not relied on.
+            NBD_CMD_READ => {
+                file.read_exact_at(&mut buffer[HEAD..whole], offset)?;
+                (0, len)
             }
-            NBD_CMD_FLUSH => (if file.sync_data().is_ok() { 0 } else { EINVAL }, SIMPLE_REPLY_LEN),
+            NBD_CMD_WRITE => {
+                stream.read_exact(&mut buffer[HEAD..whole])?;
+                let written = file.write_all_at(&buffer[HEAD..whole], offset);
+                (if written.is_ok() { 0 } else { EINVAL }, 0)
+            }
+            NBD_CMD_FLUSH => (if file.sync_data().is_ok() { 0 } else { EINVAL }, 0),
             NBD_CMD_DISC => return Ok(()),
-            _ => (EINVAL, SIMPLE_REPLY_LEN),
+            _ => (EINVAL, 0),
         };
-        buffer[..4].copy_from_slice(&NBD_SIMPLE_REPLY_MAGIC.to_be_bytes());
-        buffer[4..8].copy_from_slice(&error.to_be_bytes());
-        buffer[8..16].copy_from_slice(&request[8..16]);
-        stream.write_all(&buffer[..replied])?;
+        let start = if structured && kind == NBD_CMD_READ {
+            buffer[..4].copy_from_slice(&NBD_STRUCTURED_REPLY_MAGIC.to_be_bytes());
+            buffer[4..6].copy_from_slice(&NBD_REPLY_FLAG_DONE.to_be_bytes());
+            buffer[6..8].copy_from_slice(&NBD_REPLY_TYPE_OFFSET_DATA.to_be_bytes());
+            buffer[8..16].copy_from_slice(&request[8..16]);
+            buffer[16..20].copy_from_slice(&u32::try_from(8 + payload).unwrap_or(u32::MAX).to_be_bytes());
+            buffer[20..HEAD].copy_from_slice(&offset.to_be_bytes());
+            0
+        } else {
+            let start = HEAD - SIMPLE_REPLY_LEN;
+            buffer[start..start + 4].copy_from_slice(&NBD_SIMPLE_REPLY_MAGIC.to_be_bytes());
+            buffer[start + 4..start + 8].copy_from_slice(&error.to_be_bytes());
+            buffer[start + 8..HEAD].copy_from_slice(&request[8..16]);
+            start
+        };
+        stream.write_all(&buffer[start..HEAD + payload])?;
     }
 }
 
-/// As little as fio's libnbd needs: `NBD_OPT_GO`, and no to everything else.
-fn handshake(stream: &mut UnixStream, size: u64) -> IoResult<()> {
+/// As little as fio's libnbd needs: `NBD_OPT_GO`, structured replies, since all others have them and they cost the client more
+/// to receive, and no to everything else. Whether structured replies were agreed on.
+fn handshake(stream: &mut UnixStream, size: u64) -> IoResult<bool> {
+    let mut structured = false;
     let mut greeting = NBDMAGIC.to_be_bytes().to_vec();
     greeting.extend(IHAVEOPT.to_be_bytes());
     greeting.extend((NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES).to_be_bytes());
@@ -105,7 +122,12 @@ fn handshake(stream: &mut UnixStream, size: u64) -> IoResult<()> {
                 let flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_CAN_MULTI_CONN;
                 let info = [&NBD_INFO_EXPORT.to_be_bytes()[..], &size.to_be_bytes(), &flags.to_be_bytes()].concat();
                 reply(NBD_REP_INFO, &info)?;
-                return reply(NBD_REP_ACK, &[]);
+                reply(NBD_REP_ACK, &[])?;
+                return Ok(structured);
+            }
+            NBD_OPT_STRUCTURED_REPLY => {
+                structured = true;
+                reply(NBD_REP_ACK, &[])?;
             }
             NBD_OPT_ABORT => return Err(Error::from(ErrorKind::ConnectionAborted)),
             _ => reply(NBD_REP_ERR_UNSUP, &[])?,
