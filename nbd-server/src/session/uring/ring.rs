@@ -8,10 +8,10 @@
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
-use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 
 use super::batch::Batch;
@@ -76,6 +76,8 @@ pub(super) struct Ring<'fd, T> {
     free: Vec<usize>,
     /// A message's memory, to be used again.
     spare: Option<Box<Message>>,
+    /// The socket that the kernel has looked up once for all, as the first of its fixed files.
+    registered: Option<RawFd>,
     files: std::marker::PhantomData<BorrowedFd<'fd>>,
 }
 
@@ -107,8 +109,16 @@ impl<'fd, T> Ring<'fd, T> {
             operations: ManuallyDrop::new(Vec::new()),
             free: Vec::new(),
             spare: None,
+            registered: None,
             files: std::marker::PhantomData,
         })
+    }
+
+    /// Has the kernel look up a socket once, and not with each operation. Where it will not, nothing is lost but that.
+    pub(super) fn register(&mut self, socket: BorrowedFd<'fd>) {
+        if self.registered.is_none() && self.ring.submitter().register_files(&[socket.as_raw_fd()]).is_ok() {
+            self.registered = Some(socket.as_raw_fd());
+        }
     }
 
     /// How many operations are under way.
@@ -120,7 +130,10 @@ impl<'fd, T> Ring<'fd, T> {
     pub(super) fn receive(&mut self, socket: BorrowedFd<'fd>, mut buffer: Buffer, range: Range<usize>, tag: T) {
         debug_assert!(!range.is_empty(), "a receive of nothing would look like the end of the stream");
         let (address, len) = span(&mut buffer.bytes[range]);
-        let entry = opcode::Recv::new(Fd(socket.as_raw_fd()), address, len).build();
+        let entry = match self.registered == Some(socket.as_raw_fd()) {
+            true => opcode::Recv::new(Fixed(0), address, len).build(),
+            false => opcode::Recv::new(Fd(socket.as_raw_fd()), address, len).build(),
+        };
         self.push(entry, tag, Held::Buffer(buffer));
     }
 
@@ -147,7 +160,11 @@ impl<'fd, T> Ring<'fd, T> {
         message.header.msg_iov = message.slices.as_mut_ptr();
         message.header.msg_iovlen = message.slices.len();
         let flags = libc::MSG_NOSIGNAL.cast_unsigned();
-        let entry = opcode::SendMsg::new(Fd(socket.as_raw_fd()), &raw const message.header).flags(flags).build();
+        let header = &raw const message.header;
+        let entry = match self.registered == Some(socket.as_raw_fd()) {
+            true => opcode::SendMsg::new(Fixed(0), header).flags(flags).build(),
+            false => opcode::SendMsg::new(Fd(socket.as_raw_fd()), header).flags(flags).build(),
+        };
         self.push(entry, tag, Held::Message(message));
     }
 
@@ -282,6 +299,10 @@ impl<T> Drop for Ring<'_, T> {
             }
             while self.next().is_some() {}
         }
+        // A ring goes away some time after it is closed, and would keep the socket open until then.
+        if self.registered.is_some() {
+            let _ = self.ring.submitter().unregister_files();
+        }
         // SAFETY: this is the only place that drops it, and the last that touches it.
         unsafe { ManuallyDrop::drop(&mut self.operations) };
     }
@@ -322,6 +343,28 @@ mod tests {
         let mut received = [0; 13];
         theirs.read_exact(&mut received).unwrap();
         assert_eq!(&received, b"abc\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07");
+    }
+
+    #[test]
+    fn a_registered_socket_receives_and_sends_and_is_closed_with_its_ring() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut ring = Ring::new().unwrap();
+        ring.register(ours.as_fd());
+        assert!(ring.registered.is_some());
+        ring.receive(ours.as_fd(), Buffers::new(1 << 20).take(3), 0..3, ());
+        theirs.write_all(b"abc").unwrap();
+        ring.wait(None).unwrap();
+        let Completion { memory: Memory::Buffer(buffer), .. } = ring.next().unwrap() else { panic!() };
+        let mut batch = Batch::default();
+        batch.attach(buffer, 0..3);
+        ring.send(ours.as_fd(), batch, ());
+        ring.wait(None).unwrap();
+        assert_eq!(ring.next().unwrap().result.unwrap(), 3);
+        drop(ring);
+        drop(ours);
+        let mut rest = Vec::new();
+        theirs.read_to_end(&mut rest).unwrap();
+        assert_eq!(rest, b"abc");
     }
 
     #[test]

@@ -218,6 +218,7 @@ impl<'a> Connection<'a> {
             outcome: Ok(()),
             broken: false,
         };
+        connection.ring.register(socket.as_fd());
         connection.ring.listen(doorbell.as_fd(), Tag::Doorbell);
         if let Err(error) = connection.run() {
             connection.wait_for_workers();
