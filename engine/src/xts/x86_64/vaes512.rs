@@ -73,8 +73,8 @@ const TWEAKS: usize = 8;
 struct Tweaks([[u128; TWEAKS]; 2]);
 
 /// Bytes from the piece at hand to the one that is fetched into the cache: three pages, because what the CPU fetches of its own
-/// accord ends with a page. Data larger than the second-level cache is encrypted 1.15 times as fast so (Zen 5, out of the
-/// third-level cache).
+/// accord ends with a page. Data out of the third-level cache is encrypted 1.15 times as fast so
+/// (Zen 5; of 1 MiB, a part of which the second level keeps, see benches/README.md).
 const FETCH_AHEAD: usize = 3 * 4096;
 
 /// The masks of one piece's blocks, `T · α^j`.
