@@ -64,6 +64,17 @@ pub fn refuse_unless_free(path: &Path, disk: &dyn BlockStore) -> Result<()> {
     }
 }
 
+/// Fails where a file that was made for a new volume holds something all the same, which somebody else must have put there.
+///
+/// # Errors
+/// What is in it, by name.
+pub fn refuse_to_remove(path: &Path, disk: &dyn BlockStore) -> Result<()> {
+    match signature::examine(disk)? {
+        Content::Blank | Content::Unfinished => Ok(()),
+        content => Err(anyhow!("{}, which was made, is not removed: by now it holds {content}", path.display())),
+    }
+}
+
 /// Fails unless a disk is to hold data whose header is elsewhere: it is blank. What is not known may be the data of a volume
 /// whose header is in another file.
 ///

@@ -26,8 +26,9 @@ pub enum DiskError {
     Missing(PathBuf),
     /// cryptsetup's lock on a header cannot be taken.
     #[error(
-        "the lock that cryptsetup takes on the header, {}, is not to be had ({source}): is there a writable /run?",
-        lock.display()
+        "the lock that cryptsetup takes on the header, {}, is not to be had ({source}){}",
+        lock.display(),
+        if lock.starts_with(HEADER_LOCKS) { ": is there a writable /run?" } else { "" }
     )]
     NoLock {
         /// Its file.
@@ -160,25 +161,16 @@ impl Drop for HeaderLock {
 /// [`DiskError`].
 pub fn open_header(path: &Path) -> Result<(FileStore, HeaderLock), DiskError> {
     let store = open(path, Access::ReadWrite, Caching::PageCache)?;
-    let lock = lock_header(path, &store)?;
+    let lock = lock_header(path, store.file())?;
     Ok((store, lock))
 }
 
-/// Takes the lock of [`open_header`] on a disk that [`open`] opened.
+/// Takes the lock of [`open_header`] on the file of a disk that [`open`] opened. `path` is for people.
 ///
 /// # Errors
 /// [`DiskError::InUse`] where cryptsetup does not let go of it, [`DiskError::NoLock`].
-pub fn lock_header(path: &Path, disk: &FileStore) -> Result<HeaderLock, DiskError> {
+pub fn lock_header(path: &Path, disk: &File) -> Result<HeaderLock, DiskError> {
     lock_as(path, disk, FlockOperation::NonBlockingLockExclusive)
-}
-
-/// Takes the lock of [`open_header`] for a disk that is open already.
-///
-/// # Errors
-/// As [`lock_header`] has them.
-pub fn lock_header_at(path: &Path) -> Result<HeaderLock, DiskError> {
-    let store = FileStore::open(path, Access::ReadOnly, Caching::PageCache).map_err(|error| translate(path, error))?;
-    lock_header(path, &store)
 }
 
 /// Opens `path` to read its header with the key material, of which no checksum tells whether it was changed meanwhile: under
@@ -188,15 +180,15 @@ pub fn lock_header_at(path: &Path) -> Result<HeaderLock, DiskError> {
 /// [`DiskError`].
 pub fn open_header_to_read(path: &Path) -> Result<(FileStore, HeaderLock), DiskError> {
     let store = FileStore::open(path, Access::ReadOnly, Caching::PageCache).map_err(|error| translate(path, error))?;
-    let lock = lock_as(path, &store, FlockOperation::NonBlockingLockShared)?;
+    let lock = lock_as(path, store.file(), FlockOperation::NonBlockingLockShared)?;
     Ok((store, lock))
 }
 
-fn lock_as(path: &Path, disk: &FileStore, operation: FlockOperation) -> Result<HeaderLock, DiskError> {
+fn lock_as(path: &Path, disk: &File, operation: FlockOperation) -> Result<HeaderLock, DiskError> {
     // Of the file that is open, whatever has its name by now.
-    let metadata = disk.file().metadata().map_err(|error| translate(path, error))?;
+    let metadata = disk.metadata().map_err(|error| translate(path, error))?;
     let (locked, lock) = match metadata.file_type().is_file() {
-        true => (disk.file().try_clone().and_then(|file| locked(file, operation)), path.to_owned()),
+        true => (disk.try_clone().and_then(|file| locked(file, operation)), path.to_owned()),
         false => {
             let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
             let lock = Path::new(HEADER_LOCKS).join(format!("L_{major}:{minor}"));
@@ -333,7 +325,7 @@ mod tests {
         let disk = open(&path, Access::ReadWrite, Caching::PageCache).unwrap();
         let cryptsetups = File::open(&path).unwrap();
         std::fs::rename(&other, &path).unwrap();
-        let lock = lock_header(&path, &disk).unwrap();
+        let lock = lock_header(&path, disk.file()).unwrap();
         assert!(cryptsetups.try_lock_shared().is_err());
         drop(lock);
         cryptsetups.try_lock_shared().unwrap();

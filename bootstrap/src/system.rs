@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use engine::luks::FormatOptions;
-use engine::store::{Access, BlockStore, Caching};
+use engine::store::{Access, BlockStore, Caching, Medium};
 use engine::volume::Volume;
 
 use crate::attach::{self, Attachment, Remains};
@@ -52,8 +52,11 @@ impl Disks for RealDisks {
         Ok(Arc::new(disk::open(path, Access::ReadOnly, Caching::PageCache)?))
     }
 
-    fn lock_header(&self, path: &Path) -> Result<Box<dyn HeaderLock>> {
-        Ok(Box::new(disk::lock_header_at(path)?))
+    fn lock_header(&self, path: &Path, disk: &dyn BlockStore) -> Result<Box<dyn HeaderLock>> {
+        let Medium::File { file, .. } = disk.medium() else {
+            bail!("internal error: {} is no file that could be locked", path.display());
+        };
+        Ok(Box::new(disk::lock_header(path, file)?))
     }
 }
 

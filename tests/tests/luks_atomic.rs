@@ -176,6 +176,19 @@ fn an_unfinished_format_found_later_is_abandoned_or_begun_again() {
 }
 
 #[test]
+fn what_somebody_else_wrote_over_an_unfinished_format_is_left_alone() {
+    for format in [Luks1, Luks2] {
+        let store = MemoryStore::zeroed(format.disk_len());
+        let pending = format.begin(&store).unwrap();
+        store.write_at(&[0xa5; 512], 0).unwrap();
+        let theirs = store.snapshot();
+        assert!(matches!(pending.commit(&store), Err(LuksError::Overwritten)));
+        assert!(matches!(pending.abandon(&store), Err(LuksError::Overwritten)));
+        assert!(store.snapshot() == theirs, "{format:?}: something was written");
+    }
+}
+
+#[test]
 fn old_signatures_are_gone_from_the_start_and_the_end_of_the_data() {
     let len = Luks1.disk_len();
     let store = MemoryStore::from(vec![0x5a; len]);

@@ -72,14 +72,19 @@ pub(super) fn run(args: Args) -> Result<()> {
     let mut made = Vec::new();
     match format(&args, &mut made) {
         Ok(said) => tell(said),
-        Err(error) => {
-            // They are ours, and hold no volume.
-            for path in made {
-                std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
-            }
-            Err(error)
-        }
+        Err(error) => Err(match made.iter().rev().try_for_each(|path| remove(path)) {
+            Ok(()) => error,
+            Err(second) => error.context(format!("and {second:#}")),
+        }),
     }
+}
+
+/// Removes a file that was made, unless somebody else has put something there.
+fn remove(path: &Path) -> Result<()> {
+    let kept = || format!("{}, which was made, is not removed", path.display());
+    let (disk, _lock) = disk::open_header(path).with_context(kept)?;
+    content::refuse_to_remove(path, &disk)?;
+    std::fs::remove_file(path).with_context(kept)
 }
 
 /// Makes the volume, and returns what there is to tell of it. `made` are the files that were not there before.
@@ -102,12 +107,15 @@ fn format(args: &Args, made: &mut Vec<PathBuf>) -> Result<String> {
             Some((header, disk::open(header, Access::ReadWrite, Caching::PageCache)?))
         }
     };
-    if !args.wipe {
-        content::refuse_unless_free(path, &data)?;
-        if let Some((path, disk)) = &header {
-            content::refuse_unless_free(path, disk)?;
+    let refuse_unless_free = || -> Result<()> {
+        if args.wipe {
+            return Ok(());
         }
-    }
+        content::refuse_unless_free(path, &data)?;
+        header.as_ref().map_or(Ok(()), |(path, disk)| content::refuse_unless_free(path, disk))
+    };
+    // Before the time that options take to be found, and when nobody else can be at work on it.
+    refuse_unless_free()?;
     let disks = match &header {
         Some((_, header)) => Disks::detached(header, &data),
         None => Disks::from(&data),
@@ -115,8 +123,9 @@ fn format(args: &Args, made: &mut Vec<PathBuf>) -> Result<String> {
     let name = || header.as_ref().map_or(path, |(path, _)| path).display().to_string();
     let options = options(args)?;
     // Old headers are overwritten on both.
-    let _lock = disk::lock_header(path, &data)?;
-    let _header_lock = header.as_ref().map(|(path, disk)| disk::lock_header(path, disk)).transpose()?;
+    let _lock = disk::lock_header(path, data.file())?;
+    let _header_lock = header.as_ref().map(|(path, disk)| disk::lock_header(path, disk.file())).transpose()?;
+    refuse_unless_free()?;
     make_volume(&options, disks, &passphrase, key_len).with_context(name).map(|len| {
         let at = header.as_ref().map(|(path, _)| format!(" (header in {})", path.display())).unwrap_or_default();
         format!(
@@ -136,7 +145,7 @@ fn make_volume(options: &FormatOptions, disks: Disks<'_>, passphrase: &Passphras
     let mut random = system::random;
     let key = luks::new_volume_key(key_len, &mut random)?;
     let pending = options.begin(disks, passphrase, key, &mut random)?;
-    Ok(pending.commit(disks)?.segment.len)
+    Ok(pending.commit(disks)?.len)
 }
 
 fn make(path: &Path, size: u64, made: &mut Vec<PathBuf>) -> Result<()> {
@@ -220,4 +229,25 @@ pub(super) fn key_size(text: &str) -> Result<usize, String> {
 pub(super) fn sector_size(text: &str) -> Result<SectorSize, String> {
     let size = text.parse().ok().and_then(SectorSize::from_bytes);
     size.ok_or_else(|| "a sector has 512, 1024, 2048 or 4096 bytes".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn a_file_that_was_made_is_removed_unless_somebody_else_put_something_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        disk::make_file(&path, 1 << 20).unwrap();
+        remove(&path).unwrap();
+        assert!(!path.exists());
+        disk::make_file(&path, 1 << 20).unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().write_all_at(b"a diary", 0).unwrap();
+        let error = format!("{:#}", remove(&path).unwrap_err());
+        assert!(error.contains("which was made, is not removed: by now it holds data"), "{error}");
+        assert!(path.exists());
+    }
 }

@@ -170,7 +170,7 @@ impl Place {
 
     /// Keeps cryptsetup from a header that is still what it was when it was read.
     fn lock(&self, disk: &FileStore, was: &LockedVolume, limits: &Limits) -> Result<HeaderLock> {
-        let lock = disk::lock_header(self.path(), disk)?;
+        let lock = disk::lock_header(self.path(), disk.file())?;
         if luks::read_for_keys(disk, limits)? != *was {
             bail!("its header was changed by somebody else meanwhile, and is left as it is: try again");
         }
@@ -297,7 +297,7 @@ fn rewrap(args: Rewrap) -> Result<()> {
     let name = args.place.path().display().to_string();
     let config = Config::load(&args.config)?;
     let disk = disk::open(args.place.path(), Access::ReadWrite, Caching::PageCache)?;
-    let lock = || disk::lock_header(args.place.path(), &disk);
+    let lock = || disk::lock_header(args.place.path(), disk.file());
     let rewrapped = rewrap::rewrap(&config.key, config.volume.limits, &disk, &lock, args.new_kms_key.clone())?;
     if let Err(error) = &rewrapped.read_back {
         tracing::warn!("the secret is stored, but could not be read back to be checked: {error}");

@@ -1,18 +1,28 @@
 //! The disk for the ciphertext, and the header's where that is another: made where it is to be a file that is missing, and
 //! opened for this process alone.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use engine::key::VolumeKey;
 use engine::luks::{luks1, luks2};
+use engine::store::BlockStore;
 
 use super::{Boot, Step, Undo};
 use crate::config::VolumeType;
+use crate::content;
 
 #[derive(Default)]
 pub(super) struct Disk {
-    made: Vec<PathBuf>,
+    made: Vec<Made>,
+}
+
+/// A file that was not there before.
+struct Made {
+    path: PathBuf,
+    /// Once it is open.
+    disk: Option<Arc<dyn BlockStore>>,
 }
 
 impl Step for Disk {
@@ -47,12 +57,13 @@ impl Step for Disk {
     }
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
-        let result = self.open(boot);
-        if result.is_err() {
+        self.open(boot).map_err(|error| {
             (boot.disk, boot.header) = (None, None);
-            self.remove_made(boot)?;
-        }
-        result
+            match self.remove_made(boot) {
+                Ok(()) => error,
+                Err(second) => error.context(format!("and {second:#}")),
+            }
+        })
     }
 
     fn undo(&mut self, boot: &mut Boot<'_>, why: Undo) -> Result<()> {
@@ -80,23 +91,39 @@ impl Disk {
                     header.display()
                 );
             }
-            disks.make(path, size)?;
-            self.made.push(path.clone());
+            boot.disk = Some(self.make(boot, path, size)?);
+        } else {
+            boot.disk = Some(disks.open(path)?);
         }
-        boot.disk = Some(disks.open(path)?);
         if let Some(header) = &boot.config.volume.header {
-            if !disks.exists(header)? {
-                disks.make(header, header_len(boot.config.volume.kind))?;
-                self.made.push(header.clone());
-            }
-            boot.header = Some(disks.open(header)?);
+            boot.header = Some(match disks.exists(header)? {
+                true => disks.open(header)?,
+                false => self.make(boot, header, header_len(boot.config.volume.kind))?,
+            });
         }
         Ok(())
     }
 
+    fn make(&mut self, boot: &Boot<'_>, path: &Path, size: u64) -> Result<Arc<dyn BlockStore>> {
+        boot.outside.disks.make(path, size)?;
+        self.made.push(Made { path: path.to_owned(), disk: None });
+        let disk = boot.outside.disks.open(path)?;
+        if let Some(made) = self.made.last_mut() {
+            made.disk = Some(Arc::clone(&disk));
+        }
+        Ok(disk)
+    }
+
+    /// Removes the files that were made, the last one first, up to one in which somebody else has put something.
     fn remove_made(&mut self, boot: &Boot<'_>) -> Result<()> {
-        while let Some(path) = self.made.pop() {
-            boot.outside.disks.remove(&path)?;
+        let disks = boot.outside.disks;
+        while let Some(Made { path, disk }) = self.made.pop() {
+            let lock = disk.as_ref().map(|disk| disks.lock_header(&path, disk.as_ref())).transpose();
+            let _lock = lock.with_context(|| format!("{}, which was made, is not removed", path.display()))?;
+            if let Some(disk) = &disk {
+                content::refuse_to_remove(&path, disk.as_ref())?;
+            }
+            disks.remove(&path)?;
         }
         Ok(())
     }

@@ -21,13 +21,13 @@ impl Step for CommitHeader {
     }
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
-        if boot.pending.is_none() {
-            return Ok(());
-        }
-        let _lock = boot.lock_header()?;
-        let Some(pending) = boot.pending.take() else { return Ok(()) };
+        let Some(pending) = &boot.pending else { return Ok(()) };
+        let _locks = boot.lock_headers()?;
         // mkfs has flushed the device; the commit flushes the disk before it writes.
-        pending.commit(boot.disks()?).context("the new volume's header could not be written")?;
+        pending.commit(boot.disks()?).with_context(|| {
+            format!("{}: the new volume's header could not be written", boot.header_path().display())
+        })?;
+        boot.pending = None;
         boot.header_committed = true;
         Ok(())
     }

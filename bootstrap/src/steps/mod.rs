@@ -132,9 +132,14 @@ impl<'o> Boot<'o> {
         }
     }
 
-    /// Keeps others from the header.
-    fn lock_header(&self) -> Result<Box<dyn HeaderLock>> {
-        self.outside.disks.lock_header(self.header_path())
+    /// Keeps others from the headers on the open disks: the data's, where old ones are wiped, and the one that counts.
+    fn lock_headers(&self) -> Result<Vec<Box<dyn HeaderLock>>> {
+        let disks = self.disks()?;
+        let mut locks = vec![self.outside.disks.lock_header(&self.disk_path, disks.data())?];
+        if disks.is_detached() {
+            locks.push(self.outside.disks.lock_header(self.header_path(), disks.header())?);
+        }
+        Ok(locks)
     }
 
     /// The open disks of header and data.

@@ -82,14 +82,14 @@ pub trait Disks {
     /// Why it can't be had.
     fn look(&self, path: &Path) -> Result<Arc<dyn BlockStore>>;
 
-    /// Keeps cryptsetup from the header of an open disk until what it returns is dropped.
+    /// Keeps cryptsetup from a LUKS2 header on a disk that [`Disks::open`] opened, until what it returns is dropped.
     ///
     /// # Errors
     /// Who is at work on it.
-    fn lock_header(&self, path: &Path) -> Result<Box<dyn HeaderLock>>;
+    fn lock_header(&self, path: &Path, disk: &dyn BlockStore) -> Result<Box<dyn HeaderLock>>;
 }
 
-/// Nobody else changes a header while this lives.
+/// While this lives, no other nbdcrypt changes a header, and cryptsetup no LUKS2 header. (It takes no lock for LUKS1.)
 pub trait HeaderLock {}
 
 /// What makes a volume a device of the kernel's.

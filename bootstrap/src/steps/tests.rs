@@ -30,14 +30,23 @@ const DISK_LEN: usize = 20 << 20;
 struct World {
     calls: Vec<String>,
     fail: Option<usize>,
+    /// All calls of a name.
+    fail_at: Option<&'static str>,
     disks: BTreeMap<PathBuf, Arc<MemoryStore>>,
     folders: BTreeSet<PathBuf>,
     attached: Option<Arc<Volume>>,
     mounted: BTreeSet<PathBuf>,
     busy: bool,
-    /// What another process puts on the disk before this one has the header's lock.
-    made_meanwhile: Option<Vec<u8>>,
+    /// What another process puts on a disk before this one has its lock.
+    meanwhile: Option<Meanwhile>,
     passphrase: Vec<u8>,
+}
+
+struct Meanwhile {
+    path: &'static str,
+    /// How many times this process has had the lock until then.
+    locks: usize,
+    bytes: Vec<u8>,
 }
 
 #[derive(Clone)]
@@ -61,7 +70,7 @@ impl Fake {
     fn call(&self, what: &str) -> Result<()> {
         let mut world = self.0.borrow_mut();
         world.calls.push(what.to_owned());
-        if world.fail == Some(world.calls.len() - 1) {
+        if world.fail == Some(world.calls.len() - 1) || world.fail_at == Some(what) {
             bail!("injected fault at {what}");
         }
         Ok(())
@@ -152,11 +161,13 @@ impl Disks for Fake {
         self.open(path)
     }
 
-    fn lock_header(&self, _path: &Path) -> Result<Box<dyn HeaderLock>> {
+    fn lock_header(&self, path: &Path, disk: &dyn BlockStore) -> Result<Box<dyn HeaderLock>> {
         self.call("lock header")?;
-        let theirs = self.0.borrow_mut().made_meanwhile.take();
-        if let Some(theirs) = theirs {
-            self.disk().write_at(&theirs, 0)?;
+        match &mut self.0.borrow_mut().meanwhile {
+            Some(theirs) if Path::new(theirs.path) != path => {}
+            Some(theirs) if theirs.locks == 0 => disk.write_at(&std::mem::take(&mut theirs.bytes), 0)?,
+            Some(theirs) => theirs.locks -= 1,
+            None => {}
         }
         Ok(Box::new(FakeLock))
     }
@@ -315,15 +326,48 @@ fn a_new_volume_counts_only_once_its_filesystem_is_made() {
 }
 
 #[test]
-fn a_volume_that_another_makes_while_this_one_is_calibrated_is_theirs() {
-    let theirs = Fake::new();
-    up_and_down(&theirs).unwrap();
-    let theirs = theirs.disk().snapshot();
-    let fake = Fake::new();
-    fake.0.borrow_mut().made_meanwhile = Some(theirs.clone());
-    let refusal = up_and_down(&fake).unwrap_err();
-    assert!(format!("{refusal:#}").contains("somebody else made a volume on it meanwhile"), "{refusal:#}");
-    assert_eq!(fake.disk().snapshot(), theirs);
+fn a_volume_that_another_makes_meanwhile_is_theirs() {
+    for (config, path) in [(config(), DISK), (detached(), HEADER)] {
+        let at = |fake: &Fake| Arc::clone(&fake.0.borrow().disks[Path::new(path)]);
+        let theirs = Fake::without_disk();
+        up_as(&config, &theirs, |_, _| ()).unwrap();
+        let theirs = at(&theirs).snapshot();
+        // While this one is calibrated, while its filesystem is made, and before what was begun is taken back.
+        for (locks, failing, refusal) in [
+            (0, None, "somebody else made a volume on it meanwhile"),
+            (1, None, "the mark of the unfinished volume is gone"),
+            (1, Some("mkfs"), "the mark of the unfinished volume is gone"),
+            (1, Some("attach"), "the mark of the unfinished volume is gone"),
+        ] {
+            for fake in [Fake::without_disk(), Fake::new()] {
+                fake.0.borrow_mut().meanwhile = Some(Meanwhile { path, locks, bytes: theirs.clone() });
+                fake.0.borrow_mut().fail_at = failing;
+                let made = !fake.0.borrow().disks.contains_key(Path::new(path));
+                let error = format!("{:#}", up_as(&config, &fake, |_, _| panic!("it went on")).unwrap_err());
+                assert!(error.contains(refusal) && error.contains(path), "{error}");
+                assert_eq!(error.contains("is not removed: by now it holds LUKS"), made, "{error}");
+                assert_eq!(failing.is_some(), error.contains("injected fault"), "{error}");
+                assert!(at(&fake).snapshot() == theirs, "{path}, {locks}, {failing:?}: it was changed");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_made_file_in_which_another_puts_anything_stays() {
+    for config in [config(), detached()] {
+        let fake = Fake::without_disk();
+        fake.0.borrow_mut().meanwhile = Some(Meanwhile { path: DISK, locks: 0, bytes: b"a diary".to_vec() });
+        let error = format!("{:#}", up_as(&config, &fake, |_, _| panic!("it went on")).unwrap_err());
+        assert!(error.contains("not blank") && error.contains("/disk, which was made, is not removed"), "{error}");
+        assert_eq!(&fake.disk().snapshot()[..7], b"a diary");
+        // The other one's lock keeps it, too.
+        let fake = Fake::without_disk();
+        fake.0.borrow_mut().fail_at = Some("lock header");
+        let error = format!("{:#}", up_as(&config, &fake, |_, _| panic!("it went on")).unwrap_err());
+        assert!(error.contains("which was made, is not removed"), "{error}");
+        assert_eq!(fake.content(), Content::Blank);
+    }
 }
 
 #[test]

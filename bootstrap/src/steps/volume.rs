@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::{self, Disks, FormatOptions, LockedVolume, Segment, UnlockedVolume};
+use engine::luks::{self, Disks, FormatOptions, LockedVolume, PendingFormat, Segment, UnlockedVolume};
 use engine::signature::{self, Content};
 use engine::volume::Volume;
 use engine::xts::Xts;
@@ -72,9 +72,7 @@ impl Step for Unlock {
     fn undo(&mut self, boot: &mut Boot<'_>, why: Undo) -> Result<()> {
         boot.volume = None;
         if let (Some(pending), Undo::Failed) = (boot.pending.take(), why) {
-            // Blank again it shall be, whoever looks at it meanwhile.
-            let _lock = boot.lock_header();
-            pending.abandon(boot.disks()?).context("the disk could not be made blank again")?;
+            abandon(boot, pending)?;
         }
         Ok(())
     }
@@ -96,6 +94,12 @@ pub(super) fn is_volume(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<bool> {
         }
         content => Err(content::refusal(boot.header_path(), &content)),
     }
+}
+
+/// Makes the disk blank again that a volume was begun on, unless somebody else is at work on it, or was.
+fn abandon(boot: &Boot<'_>, pending: PendingFormat) -> Result<()> {
+    let result = boot.lock_headers().and_then(|_locks| Ok(pending.abandon(boot.disks()?)?));
+    result.with_context(|| format!("{} could not be made blank again", boot.header_path().display()))
 }
 
 fn open_plain(boot: &mut Boot<'_>, secret: &Passphrase) -> Result<()> {
@@ -141,12 +145,12 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     }
     let disks = boot.disks()?;
     let name = || boot.header_path().display().to_string();
-    let lock = boot.lock_header()?;
+    let locks = boot.lock_headers()?;
     if is_volume(boot, &disks)? {
         bail!("{}: somebody else made a volume on it meanwhile: try again", name());
     }
     let pending = options.begin(disks, passphrase, key, &mut random).with_context(name)?;
-    drop(lock);
+    drop(locks);
     boot.facts.kind = Some(options.name());
     let segment = pending.segment();
     let opened = cpu::cipher(pending.key()).and_then(|cipher| open(boot, pending.key(), cipher, segment));
@@ -156,10 +160,10 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
             boot.pending = Some(pending);
             Ok(())
         }
-        Err(error) => {
-            pending.abandon(boot.disks()?)?;
-            Err(error)
-        }
+        Err(error) => Err(match abandon(boot, pending) {
+            Ok(()) => error,
+            Err(second) => error.context(format!("and {second:#}")),
+        }),
     }
 }
 

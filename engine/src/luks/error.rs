@@ -14,6 +14,9 @@ pub enum LuksError {
     /// Formatting began here and did not end.
     #[error("formatting it was begun and never finished, so it holds no volume; format it again")]
     Unfinished,
+    /// Something else is where a volume was being made.
+    #[error("the mark of the unfinished volume is gone, so something else was written there; it was left as it is now")]
+    Overwritten,
     /// A LUKS version that is not known here.
     #[error("its header is of LUKS version {0}, which nbdcrypt does not read")]
     Version(u16),

@@ -16,7 +16,7 @@ use std::io;
 
 use crate::buffer::AlignedBuffer;
 use crate::key::VolumeKey;
-use crate::luks::{Disks, LuksError, Segment, UnlockedVolume};
+use crate::luks::{Disks, LuksError, Segment};
 use crate::sector::LBA_UNIT;
 use crate::signature::{UNFINISHED_MARKER, is_unfinished};
 use crate::store::{BlockStore, read_unaligned, write_zeros};
@@ -51,6 +51,8 @@ pub(super) struct HeaderImage {
 /// - Cut off at any write before the commit has ended, the disk carries the marker (see [`is_unfinished`]) or, once the
 ///   commit has written its last sector, a whole volume.
 /// - Dropped, it leaves the marker in place: the disk can be formatted again.
+/// - Where the marker is gone, somebody else has written to the disk, and neither commit nor abandonment writes anything. Who
+///   keeps others away from looking to the last write holds their lock meanwhile.
 #[derive(Debug)]
 #[must_use = "a format that is neither committed nor abandoned stays unfinished"]
 pub struct PendingFormat {
@@ -78,14 +80,23 @@ impl std::fmt::Debug for HeldBack {
 /// # Errors
 /// `InvalidData` when it carries none, with the disk untouched; else what the disk said.
 pub fn abandon_unfinished(store: &dyn BlockStore) -> io::Result<()> {
+    if !has_marker(store)? {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it carries no unfinished format"));
+    }
+    blank(store, ABANDONED)
+}
+
+fn has_marker(store: &dyn BlockStore) -> io::Result<bool> {
     let mut first = [0; SECTOR];
     if store.len() >= LBA_UNIT {
         read_unaligned(store, &mut first, 0)?;
     }
-    if !is_unfinished(&first) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "it carries no unfinished format"));
-    }
-    blank(store, ABANDONED)
+    Ok(is_unfinished(&first))
+}
+
+/// Between the phases the disk is everybody's: a volume that somebody else has made there is neither overwritten nor blanked.
+fn require_marker(store: &dyn BlockStore) -> Result<(), LuksError> {
+    if has_marker(store)? { Ok(()) } else { Err(LuksError::Overwritten) }
 }
 
 impl PendingFormat {
@@ -99,12 +110,15 @@ impl PendingFormat {
         self.segment
     }
 
-    /// Makes it a volume, after all that was written to it. The disks are those that it was begun on.
+    /// Makes it a volume, after all that was written to it, and returns where its data lies. The disks are those that it was
+    /// begun on.
     ///
     /// # Errors
-    /// What the disk said. It then carries the marker or a whole volume, as far as it can be trusted at all.
-    pub fn commit<'d>(self, disks: impl Into<Disks<'d>>) -> Result<UnlockedVolume, LuksError> {
+    /// [`LuksError::Overwritten`], with the disk untouched; else what the disk said. It then carries the marker or a whole
+    /// volume, as far as it can be trusted at all.
+    pub fn commit<'d>(&self, disks: impl Into<Disks<'d>>) -> Result<Segment, LuksError> {
         let disks = disks.into();
+        require_marker(disks.header())?;
         if disks.is_detached() {
             disks.data().flush()?;
         }
@@ -123,19 +137,21 @@ impl PendingFormat {
             store.write_at(bytes, *offset)?;
             store.flush()?;
         }
-        Ok(UnlockedVolume { key: self.key, segment: self.segment, keyslot: 0 })
+        Ok(self.segment)
     }
 
     /// Makes the disk blank again. The disks are those that it was begun on.
     ///
     /// # Errors
-    /// What the disk said.
-    pub fn abandon<'d>(self, disks: impl Into<Disks<'d>>) -> io::Result<()> {
+    /// [`LuksError::Overwritten`], with the disks untouched; else what the disk said.
+    pub fn abandon<'d>(self, disks: impl Into<Disks<'d>>) -> Result<(), LuksError> {
         let disks = disks.into();
+        require_marker(disks.header())?;
         let data = disks.data();
         write_zeros(data, self.segment.offset, WIPED.min(self.segment.len))?;
         data.flush()?;
-        blank(disks.header(), if disks.is_detached() { self.header_len } else { self.header_len.max(ABANDONED) })
+        blank(disks.header(), if disks.is_detached() { self.header_len } else { self.header_len.max(ABANDONED) })?;
+        Ok(())
     }
 }
 

@@ -134,7 +134,7 @@ impl Stage {
         let options = new_volume::luks1_options(kdf::MIN_ITERATIONS)?;
         let mut random = system::random;
         let key = luks::new_volume_key(VolumeKey::AES_256, &mut random)?;
-        let segment = luks1::begin(&disk, &options, &passphrase, key, &mut random)?.commit(&disk)?.segment;
+        let segment = luks1::begin(&disk, &options, &passphrase, key, &mut random)?.commit(&disk)?;
         ensure!(segment.offset <= SPARED, "the header reaches to byte {}", segment.offset);
         Ok(())
     }
