@@ -1,6 +1,10 @@
 //! Payload buffers, used again.
 
+use std::ops::Range;
+
 use engine::buffer::AlignedBuffer;
+
+use super::uring::Registration;
 
 /// The smallest buffer there is, in bytes: a page.
 const SMALLEST: usize = 4096;
@@ -13,6 +17,10 @@ const KEPT_IDLE: usize = 1 << 20;
 pub(crate) struct Buffer {
     pub(crate) bytes: AlignedBuffer,
     class: usize,
+    /// It is in use again, so that it will be once more.
+    pub(super) is_reused: bool,
+    /// Where its ring has it registered.
+    pub(super) registration: Option<Registration>,
 }
 
 impl Buffer {
@@ -20,12 +28,18 @@ impl Buffer {
     pub(crate) fn capacity(len: usize) -> usize {
         SMALLEST << class_of(len)
     }
+
+    /// The addresses of its memory, the whole of it, whatever the payload's length.
+    pub(super) fn memory(&self) -> Range<usize> {
+        let start = self.bytes.as_ptr().addr();
+        start..start + (SMALLEST << self.class)
+    }
 }
 
 /// The buffers of one connection that are not in use. How many are in use is bounded by the connection's budget; what is
 /// kept here fits into what is left of it.
 pub(super) struct Buffers {
-    free: [Vec<AlignedBuffer>; CLASSES],
+    free: [Vec<Buffer>; CLASSES],
     kept: usize,
     in_use: usize,
     limit: usize,
@@ -42,18 +56,18 @@ impl Buffers {
         let class = class_of(len);
         let size = SMALLEST << class;
         self.in_use += size;
-        let mut bytes = match self.free[class].pop() {
-            Some(bytes) => {
+        let mut buffer = match self.free[class].pop() {
+            Some(buffer) => {
                 self.kept -= size;
-                bytes
+                Buffer { is_reused: true, ..buffer }
             }
             None => {
                 self.keep(self.limit.saturating_sub(self.in_use));
-                AlignedBuffer::zeroed(size)
+                Buffer { bytes: AlignedBuffer::zeroed(size), class, is_reused: false, registration: None }
             }
         };
-        bytes.resize(len);
-        Buffer { bytes, class }
+        buffer.bytes.resize(len);
+        buffer
     }
 
     /// Takes a buffer back.
@@ -62,7 +76,7 @@ impl Buffers {
         self.in_use -= size;
         if self.in_use + self.kept + size <= self.limit {
             self.kept += size;
-            self.free[buffer.class].push(buffer.bytes);
+            self.free[buffer.class].push(buffer);
         }
     }
 

@@ -16,6 +16,7 @@ mod connection;
 mod doorbell;
 mod errand;
 mod intake;
+mod registered;
 mod ring;
 
 use std::io;
@@ -33,6 +34,7 @@ use crate::shutdown::Shutdown;
 use connection::Connection;
 use doorbell::Doorbell;
 pub(crate) use errand::Errand;
+pub(crate) use registered::Registration;
 use ring::Ring;
 
 /// Whether this process may use io_uring, and what the kernel says if not.

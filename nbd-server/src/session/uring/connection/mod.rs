@@ -219,6 +219,9 @@ impl<'a> Connection<'a> {
             broken: false,
         };
         connection.ring.register(socket.as_fd());
+        if direct {
+            connection.ring.register_buffers();
+        }
         connection.ring.listen(doorbell.as_fd(), Tag::Doorbell);
         if let Err(error) = connection.run() {
             connection.wait_for_workers();
