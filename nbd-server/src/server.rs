@@ -21,9 +21,10 @@ use crate::session::{SessionError, Work, tokio as session, uring};
 use crate::shutdown::Shutdown;
 use crate::tls::Tls;
 
-/// Kernel memory for each direction of a unix socket, in bytes. The usual 208 KiB make sender and receiver take turns;
-/// with a few megabytes they run side by side, at twice the throughput.
-const UNIX_SOCKET_BUFFER: usize = 4 << 20;
+/// Kernel memory for what was sent on a unix socket and is not received yet, in bytes; Linux allows twice as much (socket(7)). The
+/// usual 104 KiB make sender and receiver take turns; with half a megabyte they run side by side. More is no faster, and
+/// slower with several connections: what was sent leaves the CPU's cache before it is received (`SO_SNDBUF` in benches/README.md).
+const UNIX_SOCKET_BUFFER: usize = 512 << 10;
 /// How long to wait after a failed accept: it fails for want of file descriptors or memory, which others must give back.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -97,7 +98,7 @@ impl Default for Settings {
 /// # Memory
 /// A connection holds at most [`MAX_BYTES_IN_FLIGHT`](crate::session::MAX_BYTES_IN_FLIGHT) bytes in buffers, those that are
 /// kept to be used again among them, and a megabyte beside; a worker takes two more for a request that is not whole blocks.
-/// (The kernel holds what is in the socket: up to 4 MiB.)
+/// (The kernel holds what is in the socket: up to 1 MiB.)
 #[derive(Clone)]
 pub struct Server {
     exports: Exports,
@@ -132,7 +133,7 @@ impl Listener {
         match self {
             Self::Unix(listener) => {
                 let (stream, _) = listener.accept().await?;
-                enlarge_buffers(&stream);
+                enlarge_send_buffer(&stream);
                 Ok(Accepted::Unix(stream))
             }
             Self::Tcp(listener) => {
@@ -404,13 +405,11 @@ fn keep_alive(socket: &TcpStream) {
     }
 }
 
-/// Gives a unix socket room for a few large requests in each direction. Where the system allows less, it is given less.
-pub fn enlarge_buffers(socket: &impl std::os::fd::AsFd) {
+/// Gives a unix socket room to send while its other end receives. Where the system allows less, it is given less. (What the
+/// other end sends is on its own account: unix(7) has no buffer for receiving.)
+pub fn enlarge_send_buffer(socket: &impl std::os::fd::AsFd) {
     // Only the privileged may exceed net.core.wmem_max.
     if sockopt::set_socket_send_buffer_size_force(socket, UNIX_SOCKET_BUFFER).is_err() {
         let _ = sockopt::set_socket_send_buffer_size(socket, UNIX_SOCKET_BUFFER);
-    }
-    if sockopt::set_socket_recv_buffer_size_force(socket, UNIX_SOCKET_BUFFER).is_err() {
-        let _ = sockopt::set_socket_recv_buffer_size(socket, UNIX_SOCKET_BUFFER);
     }
 }

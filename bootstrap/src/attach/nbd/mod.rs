@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use engine::volume::Volume;
-use nbd_server::server::enlarge_buffers;
+use nbd_server::server::enlarge_send_buffer;
 use nbd_server::{Export, Exports, Server, SessionError, Settings, Trigger};
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
@@ -81,7 +81,7 @@ pub(super) fn attach(volume: Arc<Volume>, options: &Options) -> Result<NbdAttach
     let pairs = (0..connections).map(|_| UnixStream::pair()).collect::<io::Result<Vec<_>>>();
     let pairs = pairs.map_err(|source| AttachError::Resource { what: "a socketpair", source })?;
     let (ours, kernels): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
-    kernels.iter().for_each(enlarge_buffers);
+    ours.iter().chain(&kernels).for_each(enlarge_send_buffer);
     let (sender, signal) = ended_signal();
     let sessions = Sessions::start(ours, &export, &sender)?;
 
@@ -210,7 +210,7 @@ impl Sessions {
         {
             let _entered = runtime.enter();
             for socket in sockets {
-                enlarge_buffers(&socket);
+                enlarge_send_buffer(&socket);
                 let socket = socket.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(socket));
                 let socket = socket.map_err(resource("a connection"))?;
                 let (server, export, shutdown) = (server.clone(), export.clone(), shutdown.clone());

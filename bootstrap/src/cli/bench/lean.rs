@@ -70,7 +70,7 @@ impl Client {
         let stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        nbd_server::server::enlarge_buffers(&stream);
+        nbd_server::server::enlarge_send_buffer(&stream);
         let mut client = Self { stream };
         client.handshake().context("the handshake")?;
         Ok(client)

@@ -12,6 +12,7 @@
 //! each on a page of its own.
 
 mod batch;
+mod coalescing;
 mod connection;
 mod doorbell;
 mod errand;

@@ -261,12 +261,20 @@ impl<'fd, T> Ring<'fd, T> {
     /// # Errors
     /// What the kernel said.
     pub(super) fn wait(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        self.wait_for(1, limit)
+    }
+
+    /// Submits what was begun and waits until so many operations are complete, or the time is over.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub(super) fn wait_for(&mut self, operations: usize, limit: Option<Duration>) -> io::Result<()> {
         self.tidy();
         let result = match limit {
-            None => self.ring.submit_and_wait(1),
+            None => self.ring.submit_and_wait(operations),
             Some(limit) => {
                 let limit = Timespec::from(limit);
-                self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&limit))
+                self.ring.submitter().submit_with_args(operations, &SubmitArgs::new().timespec(&limit))
             }
         };
         match result {
@@ -333,6 +341,17 @@ impl<'fd, T> Ring<'fd, T> {
             }
         }
     }
+}
+
+/// Bytes that were sent on a unix socket and that its other end has not read yet, with what the kernel keeps them in.
+pub(super) fn unread(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: the kernel writes one int there, while this waits.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut count) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(u64::try_from(count).unwrap_or(0))
 }
 
 impl<T> Drop for Ring<'_, T> {

@@ -6,6 +6,7 @@ use super::{Connection, Tag, cost, is_transient};
 use crate::proto::{Answer, ErrorCode, Reply, Request};
 use crate::session::buffers::Buffer;
 use crate::session::uring::batch::Batch;
+use crate::session::uring::ring::unread;
 
 impl Connection<'_> {
     pub(super) fn answer_empty(&mut self, request: Request, outcome: Result<Answer, ErrorCode>) {
@@ -41,6 +42,9 @@ impl Connection<'_> {
         if self.broken {
             self.drop_outbox();
             return;
+        }
+        if let Some(coalescing) = &mut self.coalescing {
+            coalescing.answering(|| unread(self.socket).is_ok_and(|bytes| bytes > 0));
         }
         let batch = std::mem::replace(&mut self.outbox, std::mem::take(&mut self.spare));
         self.sending = true;

@@ -17,11 +17,13 @@ use std::time::{Duration, Instant};
 
 use engine::store::Medium;
 use engine::volume::{Volume, VolumeError, Writing};
+use rustix::net::AddressFamily;
 
 use crate::export::Export;
 use crate::proto::{Answer, Command, ExpectPayload, ExpectRequest, ExpectSkipped, Negotiated, Request};
 use crate::session::buffers::{Buffer, Buffers};
 use crate::session::uring::batch::Batch;
+use crate::session::uring::coalescing::Coalescing;
 use crate::session::uring::doorbell::{Done, Doorbell};
 use crate::session::uring::intake::Intake;
 use crate::session::uring::ring::{Completion, Memory, Ring};
@@ -39,6 +41,8 @@ const BESIDE: usize = INTAKE + 3 * GATHERED;
 /// So many bytes of replies are sent before more requests are carried out: while the client takes them, the next are
 /// made, and what is sent is still in the CPU's cache.
 const ENOUGH_TO_SEND: usize = 128 * 1024;
+/// Requests with more than this, in bytes, keep client and server busy enough for themselves: none are left to gather.
+const SMALL: usize = 8 * 1024;
 /// What takes longer than this on memory is a worker's work, in bytes.
 const LONG: u64 = 1 << 20;
 /// From this size on, in bytes, a request on memory is worth a second thread's while.
@@ -142,6 +146,8 @@ pub(in crate::session::uring) struct Connection<'a> {
     header: Vec<u8>,
     receiving: bool,
     sending: bool,
+    /// Where the kernel tells what the client has left to read: on unix sockets.
+    coalescing: Option<Coalescing>,
     /// The client does not wait for the answer to a large write before it sends the next.
     pipelined: bool,
     /// Requests on memory that another thread has.
@@ -205,6 +211,7 @@ impl<'a> Connection<'a> {
             header: Vec::new(),
             receiving: false,
             sending: false,
+            coalescing: is_unix(socket).then(Coalescing::new),
             pipelined: false,
             shared: 0,
             has_spare_cores: std::thread::available_parallelism().is_ok_and(|cores| cores.get() > 2),
@@ -235,7 +242,11 @@ impl<'a> Connection<'a> {
     fn run(&mut self) -> Result<(), SessionError> {
         loop {
             let starved = self.progress();
+            let are_small = self.outbox.len() <= self.outbox.requests() * SMALL && !self.large_writes;
             self.begin_sending();
+            if starved && are_small {
+                self.let_requests_gather()?;
+            }
             self.begin_receiving();
             if self.is_over() {
                 return Ok(());
@@ -254,6 +265,21 @@ impl<'a> Connection<'a> {
             }
             self.watch_the_clock();
         }
+    }
+
+    /// Sends what there is to send and leaves the client alone with it for a moment, if nothing else is to be waited for.
+    fn let_requests_gather(&mut self) -> Result<(), SessionError> {
+        // What the ring has is the send and the doorbell.
+        let is_all_answered = self.sending && self.handed == 0 && self.ring.under_way() == 2;
+        let is_open = matches!(self.stream, Stream::Header(_) | Stream::Payload(_)) && self.last_words.is_none();
+        let coalescing = self.coalescing.as_ref().filter(|_| is_all_answered && is_open);
+        let Some(pause) = coalescing.and_then(Coalescing::pause) else { return Ok(()) };
+        // The send is over at once; the doorbell, if it rings, ends the pause.
+        self.ring.wait_for(2, Some(pause))?;
+        while let Some(completion) = self.ring.next() {
+            self.completed(completion);
+        }
+        Ok(())
     }
 
     /// Waits for what the workers have, when the ring cannot be waited with any more.
@@ -398,6 +424,10 @@ fn cost(command: &Command) -> usize {
         _ if command.payload_len() == 0 => 0,
         _ => Buffer::capacity(command.payload_len()),
     }
+}
+
+fn is_unix(socket: &OwnedFd) -> bool {
+    rustix::net::getsockname(socket).is_ok_and(|name| name.address_family() == AddressFamily::UNIX)
 }
 
 /// Nothing happened; the operation is to be begun again.
