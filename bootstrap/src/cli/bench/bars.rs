@@ -18,6 +18,8 @@ pub(super) struct Bar {
     pub(super) bar: f64,
     pub(super) at_least: bool,
     pub(super) measured: Option<f64>,
+    /// What a server that does nothing would measure: no other can, with this client on this machine. For rates alone.
+    pub(super) ceiling: Option<f64>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -62,8 +64,8 @@ pub(super) fn all(comparison: &Comparison) -> Vec<Bar> {
     let cpu = |sample: &Sample| sample.server_cpu_s_per_gb;
     let p99 = |sample: &Sample| Some(sample.p99_us);
     let mut bars = Vec::new();
-    let mut add = |what: String, bar: f64, at_least: bool, measured: Option<f64>| {
-        bars.push(Bar { what, bar, at_least, measured });
+    let mut add = |what: String, bar: f64, at_least: bool, measured: Option<f64>, ceiling: Option<f64>| {
+        bars.push(Bar { what, bar, at_least, measured, ceiling });
     };
     for (workload, (nbdkit, qemu)) in TYPICAL.into_iter().zip(AGAINST_PEERS) {
         let name = workload.name();
@@ -73,15 +75,23 @@ pub(super) fn all(comparison: &Comparison) -> Vec<Bar> {
             (Contestant::Yardstick, 1.0),
             (Contestant::NbdcryptPlaintext, OF_PLAINTEXT),
         ] {
-            add(format!("{name}: rate over {}", peer.name()), bar, true, against(workload, peer, rate));
+            let [measured, ceiling] = [Contestant::Nbdcrypt, Contestant::Null]
+                .map(|one| find(workload).and_then(|section| ratio(section, one, peer, rate)));
+            add(format!("{name}: rate over {}", peer.name()), bar, true, measured, ceiling);
         }
         for peer in [Contestant::NbdkitLuks, Contestant::QemuNbdLuks] {
-            add(format!("{name}: server CPU over {}", peer.name()), 1.0, false, against(workload, peer, cpu));
-            add(format!("{name}: p99 over {}", peer.name()), 1.0, false, against(workload, peer, p99));
+            add(format!("{name}: server CPU over {}", peer.name()), 1.0, false, against(workload, peer, cpu), None);
+            add(format!("{name}: p99 over {}", peer.name()), 1.0, false, against(workload, peer, p99), None);
         }
         if matches!(workload.pattern, Pattern::RandomRead | Pattern::RandomWrite) {
             let yardstick = Contestant::Yardstick;
-            add(format!("{name}: server CPU over {}", yardstick.name()), 1.0, false, against(workload, yardstick, cpu));
+            add(
+                format!("{name}: server CPU over {}", yardstick.name()),
+                1.0,
+                false,
+                against(workload, yardstick, cpu),
+                None,
+            );
         }
         let several = comparison.sections.iter().find(|section| {
             section.client == Client::Fio
@@ -91,9 +101,15 @@ pub(super) fn all(comparison: &Comparison) -> Vec<Bar> {
         let median_of = |section: &Section| Some(section.of(Contestant::Nbdcrypt)?.median.mb_per_s);
         let gain = several.and_then(median_of).zip(find(workload).and_then(median_of));
         let gain = gain.map(|(several, one)| several / one);
-        add(format!("{name}: rate of several connections over one"), 1.0, true, gain);
+        add(format!("{name}: rate of several connections over one"), 1.0, true, gain, None);
     }
-    add("resident, 4 connections, 128 requests of 1 MiB each (MiB)".to_owned(), MEMORY, false, comparison.peak_rss_mib);
+    add(
+        "resident, 4 connections, 128 requests of 1 MiB each (MiB)".to_owned(),
+        MEMORY,
+        false,
+        comparison.peak_rss_mib,
+        None,
+    );
     bars
 }
 
@@ -103,7 +119,8 @@ mod tests {
 
     #[test]
     fn a_bar_is_met_from_its_own_side() {
-        let bar = |at_least, measured| Bar { what: String::new(), bar: 1.0, at_least, measured }.verdict();
+        let bar =
+            |at_least, measured| Bar { what: String::new(), bar: 1.0, at_least, measured, ceiling: None }.verdict();
         assert_eq!(bar(true, Some(1.1)), Verdict::Met);
         assert_eq!(bar(true, Some(0.9)), Verdict::Missed);
         assert_eq!(bar(false, Some(0.9)), Verdict::Met);

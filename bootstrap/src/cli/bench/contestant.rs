@@ -1,4 +1,5 @@
-//! Who is measured: this server, with and without its cipher, the yardstick, and every peer that is installed.
+//! Who is measured: this server, with and without its cipher, the yardstick, a server that does nothing, and every peer that is
+//! installed.
 
 use std::path::Path;
 use std::process::Command;
@@ -18,6 +19,8 @@ pub(super) enum Contestant {
     Nbdcrypt,
     NbdcryptPlaintext,
     Yardstick,
+    /// What the client reaches at most.
+    Null,
     NbdkitLuks,
     QemuNbdLuks,
     NbdkitPlaintext,
@@ -28,10 +31,11 @@ pub(super) enum Contestant {
 }
 
 impl Contestant {
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::Nbdcrypt,
         Self::NbdcryptPlaintext,
         Self::Yardstick,
+        Self::Null,
         Self::NbdkitLuks,
         Self::QemuNbdLuks,
         Self::NbdkitPlaintext,
@@ -44,6 +48,7 @@ impl Contestant {
             Self::Nbdcrypt => "nbdcrypt",
             Self::NbdcryptPlaintext => "nbdcrypt, plaintext",
             Self::Yardstick => "yardstick, plaintext",
+            Self::Null => "null server: the ceiling",
             Self::NbdkitLuks => "nbdkit luks",
             Self::QemuNbdLuks => "qemu-nbd LUKS",
             Self::NbdkitPlaintext => "nbdkit file, plaintext",
@@ -53,7 +58,7 @@ impl Contestant {
     }
 
     pub(super) fn is_ours(self) -> bool {
-        matches!(self, Self::Nbdcrypt | Self::NbdcryptPlaintext | Self::Yardstick)
+        matches!(self, Self::Nbdcrypt | Self::NbdcryptPlaintext | Self::Yardstick | Self::Null)
     }
 
     /// Why it cannot take part on this machine, if so.
@@ -86,7 +91,7 @@ impl Contestant {
             }
         };
         match self {
-            Self::Nbdcrypt | Self::NbdcryptPlaintext | Self::Yardstick => None,
+            Self::Nbdcrypt | Self::NbdcryptPlaintext | Self::Yardstick | Self::Null => None,
             Self::NbdkitLuks | Self::NbdkitPlaintext => lacks("nbdkit", "nbdkit"),
             Self::QemuNbdLuks => lacks("qemu-nbd", "qemu-utils"),
             // The target itself is no sign: the kernel shows no trace of one that is built in, and loads one that is not
@@ -113,7 +118,7 @@ impl Contestant {
     /// The program that it is, if that is somebody else's.
     pub(super) fn program(self) -> Option<&'static str> {
         match self {
-            Self::Nbdcrypt | Self::NbdcryptPlaintext | Self::Yardstick | Self::AttachedNbd => None,
+            Self::Nbdcrypt | Self::NbdcryptPlaintext | Self::Yardstick | Self::Null | Self::AttachedNbd => None,
             Self::NbdkitLuks | Self::NbdkitPlaintext => Some("nbdkit"),
             Self::QemuNbdLuks => Some("qemu-nbd"),
             Self::DmCrypt => Some("cryptsetup"),
@@ -161,9 +166,13 @@ impl Contestant {
                 command.arg(&stage.luks);
                 command
             }
-            Self::NbdcryptPlaintext | Self::Yardstick => {
+            Self::NbdcryptPlaintext | Self::Yardstick | Self::Null => {
                 let mut command = ours()?;
-                let what = if self == Self::Yardstick { "yardstick" } else { "plaintext" };
+                let what = match self {
+                    Self::Yardstick => "yardstick",
+                    Self::Null => "null",
+                    _ => "plaintext",
+                };
                 command.args(["bench", what]);
                 if self == Self::NbdcryptPlaintext {
                     command.args(cache);

@@ -2,7 +2,7 @@
 //!
 //! `xts` computes in this process. `device` and `compare` start servers as processes of their own (`contestant`), one at a
 //! time, or have the kernel make a block device (`subject`), and drive it with fio or with the lean client; `yardstick`,
-//! `plaintext` and `attached` are servers for that alone.
+//! `null`, `plaintext` and `attached` are servers for that alone.
 
 mod attached;
 mod bars;
@@ -15,6 +15,7 @@ mod fio;
 mod interrupt;
 mod lean;
 mod machine;
+mod null;
 mod plaintext;
 mod report;
 mod sample;
@@ -46,6 +47,9 @@ enum What {
     /// It is a part of the program so that `compare` has it wherever the program is, with no source and no compiler.
     #[command(hide = true)]
     Yardstick(yardstick::Args),
+    /// A server with nothing behind it: what a client reaches at most.
+    #[command(hide = true)]
+    Null(null::Args),
     /// This server without its cipher.
     #[command(hide = true)]
     Plaintext(plaintext::Args),
@@ -60,6 +64,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         What::Device(args) => device::run(args),
         What::Compare(args) => compare::run(&args),
         What::Yardstick(args) => yardstick::run(&args),
+        What::Null(args) => null::run(&args),
         What::Plaintext(args) => plaintext::run(&args),
         What::Attached(args) => attached::run(&args),
     }

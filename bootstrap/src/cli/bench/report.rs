@@ -49,7 +49,7 @@ fn known(figure: Option<f64>, digits: usize) -> String {
 
 /// Bars, and who is missing.
 pub(super) fn closing(comparison: &Comparison) -> String {
-    let mut out = String::from("\n### Bars\n\n| | bar | measured | |\n|---|--:|--:|---|\n");
+    let mut out = String::from("\n### Bars\n\n| | bar | measured | ceiling | |\n|---|--:|--:|--:|---|\n");
     for bar in bars::all(comparison) {
         let sign = if bar.at_least { "≥" } else { "≤" };
         let verdict = match bar.verdict() {
@@ -57,8 +57,11 @@ pub(super) fn closing(comparison: &Comparison) -> String {
             Verdict::Missed => "missed",
             Verdict::NotMeasured => "not measured",
         };
-        let _ = writeln!(out, "| {} | {sign} {} | {} | {verdict} |", bar.what, bar.bar, known(bar.measured, 2));
+        let (measured, ceiling) = (known(bar.measured, 2), known(bar.ceiling, 2));
+        let _ = writeln!(out, "| {} | {sign} {} | {measured} | {ceiling} | {verdict} |", bar.what, bar.bar);
     }
+    out += "\nThe ceiling is the same ratio of a server that does nothing: of what the client allows. A bar above it can't be met by \
+            anyone, with this client on this machine.\n";
     for note in notes(comparison) {
         let _ = writeln!(out, "\n{note}");
     }

@@ -15,10 +15,10 @@ use rustix::net::sockopt;
 
 const SEND_BUFFER: usize = 4 << 20;
 /// What a request may carry; no client here asks for more.
-const MAX_PAYLOAD: usize = 32 << 20;
+pub(super) const MAX_PAYLOAD: usize = 32 << 20;
 const EINVAL: u32 = 22;
 /// Room for the longer header, that of a structured reply with data: the chunk's, and the data's offset.
-const HEAD: usize = STRUCTURED_REPLY_LEN + 8;
+pub(super) const HEAD: usize = STRUCTURED_REPLY_LEN + 8;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -41,9 +41,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
 }
 
 fn serve(mut stream: UnixStream, file: &File) -> IoResult<()> {
-    if sockopt::set_socket_send_buffer_size_force(&stream, SEND_BUFFER).is_err() {
-        let _ = sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER);
-    }
+    enlarge_send_buffer(&stream);
     let structured = handshake(&mut stream, file.metadata()?.len())?;
     // A reply's header, then its payload: one send. A shorter header ends where the payload begins.
     let mut buffer = vec![0; HEAD + (1 << 20)];
@@ -73,28 +71,41 @@ fn serve(mut stream: UnixStream, file: &File) -> IoResult<()> {
             NBD_CMD_DISC => return Ok(()),
             _ => (EINVAL, 0),
         };
-        let start = if structured && kind == NBD_CMD_READ {
-            buffer[..4].copy_from_slice(&NBD_STRUCTURED_REPLY_MAGIC.to_be_bytes());
-            buffer[4..6].copy_from_slice(&NBD_REPLY_FLAG_DONE.to_be_bytes());
-            buffer[6..8].copy_from_slice(&NBD_REPLY_TYPE_OFFSET_DATA.to_be_bytes());
-            buffer[8..16].copy_from_slice(&request[8..16]);
-            buffer[16..20].copy_from_slice(&u32::try_from(8 + payload).unwrap_or(u32::MAX).to_be_bytes());
-            buffer[20..HEAD].copy_from_slice(&offset.to_be_bytes());
-            0
-        } else {
-            let start = HEAD - SIMPLE_REPLY_LEN;
-            buffer[start..start + 4].copy_from_slice(&NBD_SIMPLE_REPLY_MAGIC.to_be_bytes());
-            buffer[start + 4..start + 8].copy_from_slice(&error.to_be_bytes());
-            buffer[start + 8..HEAD].copy_from_slice(&request[8..16]);
-            start
-        };
+        let (head, start) = head(&request, structured, error, payload);
+        buffer[..HEAD].copy_from_slice(&head);
         stream.write_all(&buffer[start..HEAD + payload])?;
     }
 }
 
+pub(super) fn enlarge_send_buffer(stream: &UnixStream) {
+    if sockopt::set_socket_send_buffer_size_force(stream, SEND_BUFFER).is_err() {
+        let _ = sockopt::set_socket_send_buffer_size(stream, SEND_BUFFER);
+    }
+}
+
+/// A reply's header, which is what stands from the second part's place on: a payload of so many bytes follows.
+pub(super) fn head(request: &[u8; REQUEST_LEN], structured: bool, error: u32, payload: usize) -> ([u8; HEAD], usize) {
+    let mut head = [0; HEAD];
+    let cookie = &request[8..16];
+    if structured && be16(&request[6..]) == NBD_CMD_READ {
+        head[..4].copy_from_slice(&NBD_STRUCTURED_REPLY_MAGIC.to_be_bytes());
+        head[4..6].copy_from_slice(&NBD_REPLY_FLAG_DONE.to_be_bytes());
+        head[6..8].copy_from_slice(&NBD_REPLY_TYPE_OFFSET_DATA.to_be_bytes());
+        head[8..16].copy_from_slice(cookie);
+        head[16..20].copy_from_slice(&u32::try_from(8 + payload).unwrap_or(u32::MAX).to_be_bytes());
+        head[20..].copy_from_slice(&request[16..24]);
+        return (head, 0);
+    }
+    let start = HEAD - SIMPLE_REPLY_LEN;
+    head[start..start + 4].copy_from_slice(&NBD_SIMPLE_REPLY_MAGIC.to_be_bytes());
+    head[start + 4..start + 8].copy_from_slice(&error.to_be_bytes());
+    head[start + 8..].copy_from_slice(cookie);
+    (head, start)
+}
+
 /// As little as fio's libnbd needs: `NBD_OPT_GO`, structured replies, since all others have them and they cost the client more
 /// to receive, and no to everything else. Whether structured replies were agreed on.
-fn handshake(stream: &mut UnixStream, size: u64) -> IoResult<bool> {
+pub(super) fn handshake(stream: &mut UnixStream, size: u64) -> IoResult<bool> {
     let mut structured = false;
     let mut greeting = NBDMAGIC.to_be_bytes().to_vec();
     greeting.extend(IHAVEOPT.to_be_bytes());
