@@ -23,7 +23,7 @@ use crate::tls::Tls;
 
 /// Kernel memory for what was sent on a unix socket and is not received yet, in bytes; Linux allows twice as much (socket(7)). The
 /// usual 104 KiB make sender and receiver take turns; with half a megabyte they run side by side. More is no faster, and
-/// slower with several connections: what was sent leaves the CPU's cache before it is received (`SO_SNDBUF` in benches/README.md).
+/// slower with several connections: what was sent leaves the CPU's cache before it is received ("Send buffers" in benches/README.md).
 const UNIX_SOCKET_BUFFER: usize = 512 << 10;
 /// How long to wait after a failed accept: it fails for want of file descriptors or memory, which others must give back.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -98,7 +98,8 @@ impl Default for Settings {
 /// # Memory
 /// A connection holds at most [`MAX_BYTES_IN_FLIGHT`](crate::session::MAX_BYTES_IN_FLIGHT) bytes in buffers, those that are
 /// kept to be used again among them, and a megabyte beside; a worker takes two more for a request that is not whole blocks.
-/// (The kernel holds what is in the socket: up to 1 MiB.)
+/// (The kernel holds what is in the socket beside: of what is sent on a unix socket 1 MiB at most, and what the client's own
+/// buffer lets it send.)
 #[derive(Clone)]
 pub struct Server {
     exports: Exports,

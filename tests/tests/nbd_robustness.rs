@@ -370,6 +370,34 @@ fn a_socketpair_is_served_without_a_handshake(session: SessionKind) {
     runtime.block_on(running).unwrap().unwrap();
 }
 
+/// A write that takes all of a connection's room, behind a reply that is not sent yet, while the client has another left to read:
+/// it is taken on once there is room.
+fn a_write_that_takes_all_the_room_waits_for_no_more_than_the_replies_before_it(session: SessionKind) {
+    let len = (16 << 20) + 512;
+    let server = TestServer::of(session, encrypted(Arc::new(MemoryStore::zeroed(2 * len)), SectorSize::B512));
+    for round in 0..20 {
+        let mut client = server.client();
+        client.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let first = client.send_request(0, NBD_CMD_READ, 0, 4096);
+        // Its reply is there, and not read.
+        std::thread::sleep(Duration::from_millis(10));
+        let mut both = request_bytes(0, NBD_CMD_READ, 101, 4096, 4096);
+        both.extend(request_bytes(0, NBD_CMD_WRITE, 102, 8192, u32::try_from(len).unwrap()));
+        client.stream.write_all(&both).unwrap();
+        let mut writer = client.stream.try_clone().unwrap();
+        let writing = std::thread::spawn(move || writer.write_all(&vec![round; len]));
+        for cookie in [first, 101] {
+            let reply = client.reply();
+            assert_eq!((reply.cookie, reply.error), (cookie, 0));
+            client.receive(4096);
+        }
+        let reply = client.reply();
+        assert_eq!((reply.cookie, reply.error), (102, 0), "round {round}");
+        writing.join().unwrap().unwrap();
+        assert_eq!(client.read(8192 + len as u64 - 512, 512), Ok(vec![round; 512]));
+    }
+}
+
 /// A server of a disk that the ring reads and writes.
 fn serve_a_file(session: SessionKind) -> TestServer {
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -535,6 +563,7 @@ harness::on_both_sessions! {
     a_shutdown_does_not_wait_for_a_client_that_stopped_in_mid_payload,
     tcp_clients_are_served,
     a_socketpair_is_served_without_a_handshake,
+    a_write_that_takes_all_the_room_waits_for_no_more_than_the_replies_before_it,
     a_large_write_behind_replies_that_nobody_takes_is_answered,
     a_refused_write_behind_replies_that_nobody_takes_is_skipped,
     reads_of_nothing_take_no_memory,

@@ -81,7 +81,7 @@ pub(super) fn attach(volume: Arc<Volume>, options: &Options) -> Result<NbdAttach
     let pairs = (0..connections).map(|_| UnixStream::pair()).collect::<io::Result<Vec<_>>>();
     let pairs = pairs.map_err(|source| AttachError::Resource { what: "a socketpair", source })?;
     let (ours, kernels): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
-    ours.iter().chain(&kernels).for_each(enlarge_send_buffer);
+    kernels.iter().for_each(enlarge_send_buffer);
     let (sender, signal) = ended_signal();
     let sessions = Sessions::start(ours, &export, &sender)?;
 

@@ -503,6 +503,38 @@ mod tests {
     }
 
     #[test]
+    fn several_operations_are_waited_for_until_the_time_is_over() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let (full, mut sender) = UnixStream::pair().unwrap();
+        let mut buffers = Buffers::new(1 << 20);
+        let mut ring = Ring::new().unwrap();
+        sender.write_all(b"ab").unwrap();
+        ring.receive(ours.as_fd(), buffers.take(1), 0..1, 'o');
+        ring.receive(full.as_fd(), buffers.take(1), 0..1, 'f');
+        let limit = Duration::from_millis(20);
+        let begun = std::time::Instant::now();
+        ring.wait_for(2, Some(limit)).unwrap();
+        assert!(begun.elapsed() >= limit, "one is not two");
+        assert_eq!(ring.next().unwrap().tag, 'f');
+        ring.receive(full.as_fd(), buffers.take(1), 0..1, 'f');
+        let begun = std::time::Instant::now();
+        ring.wait_for(1, Some(Duration::from_secs(60))).unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(30) && ring.next().is_some());
+    }
+
+    #[test]
+    fn what_the_other_end_has_not_read_is_known() {
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        assert_eq!(unread(ours.as_fd()).unwrap(), 0);
+        ours.write_all(b"abc").unwrap();
+        assert!(unread(ours.as_fd()).unwrap() > 0);
+        theirs.read_exact(&mut [0; 2]).unwrap();
+        assert!(unread(ours.as_fd()).unwrap() > 0, "one byte is left");
+        theirs.read_exact(&mut [0; 1]).unwrap();
+        assert_eq!(unread(ours.as_fd()).unwrap(), 0);
+    }
+
+    #[test]
     fn a_file_is_written_and_read_and_made_durable() {
         let file = tempfile::tempfile().unwrap();
         let mut buffers = Buffers::new(1 << 20);

@@ -1,8 +1,9 @@
 //! Answering: replies gathered while others are sent.
 
 use std::io;
+use std::time::Duration;
 
-use super::{Connection, Tag, cost, is_transient};
+use super::{Connection, SMALL, Tag, cost, is_transient};
 use crate::proto::{Answer, ErrorCode, Reply, Request};
 use crate::session::buffers::Buffer;
 use crate::session::uring::batch::Batch;
@@ -35,20 +36,24 @@ impl Connection<'_> {
         }
     }
 
-    pub(super) fn begin_sending(&mut self) {
+    /// Begins to send what is in the outbox, if nothing is being sent. How long requests may be left to gather while the client
+    /// reads it.
+    pub(super) fn begin_sending(&mut self) -> Option<Duration> {
         if self.sending || self.outbox.is_empty() {
-            return;
+            return None;
         }
         if self.broken {
             self.drop_outbox();
-            return;
+            return None;
         }
-        if let Some(coalescing) = &mut self.coalescing {
-            coalescing.answering(|| unread(self.socket).is_ok_and(|bytes| bytes > 0));
-        }
+        let are_small = self.outbox.cost() <= self.outbox.requests() * SMALL;
+        let coalescing = self.coalescing.as_mut().filter(|_| are_small);
+        let pause =
+            coalescing.and_then(|coalescing| coalescing.answering(|| unread(self.socket).is_ok_and(|bytes| bytes > 0)));
         let batch = std::mem::replace(&mut self.outbox, std::mem::take(&mut self.spare));
         self.sending = true;
         self.ring.send(self.socket, batch, Tag::Send);
+        pause
     }
 
     pub(super) fn sent(&mut self, result: io::Result<usize>, mut batch: Batch) {

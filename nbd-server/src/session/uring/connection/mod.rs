@@ -41,7 +41,7 @@ const BESIDE: usize = INTAKE + 3 * GATHERED;
 /// So many bytes of replies are sent before more requests are carried out: while the client takes them, the next are
 /// made, and what is sent is still in the CPU's cache.
 const ENOUGH_TO_SEND: usize = 128 * 1024;
-/// Requests with more than this, in bytes, keep client and server busy enough for themselves: none are left to gather.
+/// Requests with more payload than this, in bytes, keep client and server busy by themselves: none are left to gather.
 const SMALL: usize = 8 * 1024;
 /// What takes longer than this on memory is a worker's work, in bytes.
 const LONG: u64 = 1 << 20;
@@ -242,10 +242,14 @@ impl<'a> Connection<'a> {
     fn run(&mut self) -> Result<(), SessionError> {
         loop {
             let starved = self.progress();
-            let are_small = self.outbox.len() <= self.outbox.requests() * SMALL && !self.large_writes;
-            self.begin_sending();
-            if starved && are_small {
-                self.let_requests_gather()?;
+            let pause = self.begin_sending();
+            if let Some(pause) = pause.filter(|_| starved && self.has_answered_all()) {
+                // The send alone is over at once; the doorbell, if it rings, ends the pause.
+                let begun = Instant::now();
+                self.turn(2, Some(pause))?;
+                self.coalescing.as_mut().into_iter().for_each(|coalescing| coalescing.paused(begun.elapsed()));
+                // What waited for the send goes on.
+                continue;
             }
             self.begin_receiving();
             if self.is_over() {
@@ -254,32 +258,31 @@ impl<'a> Connection<'a> {
             // While the client takes what is being sent, the next replies can be made.
             let can_go_on = !starved && !self.has_enough_to_do();
             let limit = if can_go_on { Some(Duration::ZERO) } else { self.limit() };
-            self.ring.wait(limit)?;
-            let mut is_idle = limit == Some(IDLE);
-            while let Some(completion) = self.ring.next() {
-                is_idle = false;
-                self.completed(completion);
-            }
+            let is_idle = !self.turn(1, limit)? && limit == Some(IDLE);
             if is_idle {
                 self.buffers.shrink();
             }
-            self.watch_the_clock();
         }
     }
 
-    /// Sends what there is to send and leaves the client alone with it for a moment, if nothing else is to be waited for.
-    fn let_requests_gather(&mut self) -> Result<(), SessionError> {
-        // What the ring has is the send and the doorbell.
-        let is_all_answered = self.sending && self.handed == 0 && self.ring.under_way() == 2;
-        let is_open = matches!(self.stream, Stream::Header(_) | Stream::Payload(_)) && self.last_words.is_none();
-        let coalescing = self.coalescing.as_ref().filter(|_| is_all_answered && is_open);
-        let Some(pause) = coalescing.and_then(Coalescing::pause) else { return Ok(()) };
-        // The send is over at once; the doorbell, if it rings, ends the pause.
-        self.ring.wait_for(2, Some(pause))?;
+    /// Waits until so many operations are over or the time is, takes those that are, and looks at the clock. Whether there were
+    /// any.
+    fn turn(&mut self, operations: usize, limit: Option<Duration>) -> Result<bool, SessionError> {
+        self.ring.wait_for(operations, limit)?;
+        let mut were_any = false;
         while let Some(completion) = self.ring.next() {
+            were_any = true;
             self.completed(completion);
         }
-        Ok(())
+        self.watch_the_clock();
+        Ok(were_any)
+    }
+
+    /// Whether nothing is left to do but to send what is being sent and to receive.
+    fn has_answered_all(&self) -> bool {
+        // What the ring has is the send and the doorbell.
+        let is_at_rest = self.sending && self.handed == 0 && self.ring.under_way() == 2;
+        is_at_rest && !matches!(self.stream, Stream::Ended) && self.last_words.is_none()
     }
 
     /// Waits for what the workers have, when the ring cannot be waited with any more.
