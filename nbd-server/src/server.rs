@@ -78,6 +78,9 @@ pub struct Settings {
     pub workers: usize,
     /// Which session serves plain sockets.
     pub session: SessionKind,
+    /// Whether io_uring keeps the memory of direct I/O looked up and pinned, as far as `RLIMIT_MEMLOCK` goes. Without it, more CPU
+    /// time: this is here to measure how much.
+    pub registered_buffers: bool,
 }
 
 impl Default for Settings {
@@ -89,6 +92,7 @@ impl Default for Settings {
             tls: Tls::Off,
             workers: 16,
             session: SessionKind::Auto,
+            registered_buffers: true,
         }
     }
 }
@@ -328,8 +332,13 @@ impl Server {
         }
         match uring::Session::begin().await {
             Ok(session) => {
-                let idle = self.settings.idle_timeout;
-                session.transmission(socket.into_owned_fd()?, export, negotiated, &self.workers, idle, shutdown).await
+                let options = uring::Options {
+                    idle: self.settings.idle_timeout,
+                    registered_buffers: self.settings.registered_buffers,
+                };
+                session
+                    .transmission(socket.into_owned_fd()?, export, negotiated, &self.workers, options, shutdown)
+                    .await
             }
             Err(error) => {
                 tracing::warn!(%error, "no io_uring for this connection: serving it without, which takes more CPU time");

@@ -94,6 +94,9 @@ pub(super) struct Args {
     /// What serves the connections: `auto` is io_uring where the kernel allows it.
     #[arg(long, value_enum, default_value_t = Session::Auto)]
     session: Session,
+    /// Have the kernel look up and pin the memory of each request anew.
+    #[arg(long, hide = true)]
+    no_registered_buffers: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -144,6 +147,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         max_connections: args.max_connections.into(),
         handshake_timeout: args.handshake_timeout,
         idle_timeout: args.idle_timeout,
+        registered_buffers: !args.no_registered_buffers,
         tls: tls(&args)?,
         session: args.session.into(),
         ..Settings::default()

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::contestant::Contestant;
+use super::contestant::{Contestant, Io};
 use super::device::{Client, image_size, seconds};
 use super::machine::Machine;
 use super::sample::{Cost, Sample};
@@ -109,7 +109,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     for contestant in Contestant::ALL {
         let reason = contestant.missing().or_else(|| {
             // One that is installed may lack a filter or a driver. Of ours, that would be an error.
-            let start = (!contestant.is_ours()).then(|| contestant.start(&stage, true));
+            let start = (!contestant.is_ours()).then(|| contestant.start(&stage, Io::PageCache));
             start.and_then(Result::err).map(|error| format!("{error:#}"))
         });
         interrupt::check()?;
@@ -179,7 +179,7 @@ fn take_turns(
     let mut series: Vec<Vec<Sample>> = vec![Vec::new(); field.len()];
     for _ in 0..rounds {
         for (contestant, samples) in field.iter().zip(&mut series) {
-            samples.push(measure(**contestant, &workload, stage, runtime, client, true)?);
+            samples.push(measure(**contestant, &workload, stage, runtime, client, Io::PageCache)?);
         }
     }
     let results = field.iter().zip(series).map(|(contestant, rounds)| Turns {
@@ -197,10 +197,10 @@ pub(super) fn measure(
     stage: &Stage,
     runtime: Duration,
     client: Client,
-    page_cache: bool,
+    io: Io,
 ) -> Result<Sample> {
     interrupt::check()?;
-    let subject = contestant.start(stage, page_cache)?;
+    let subject = contestant.start(stage, io)?;
     let before = subject.cpu_seconds()?;
     let seen = match (client, subject.target()) {
         (Client::Lean, Target::Socket(socket)) => lean::drive(socket, workload, stage.region, runtime),
@@ -214,7 +214,7 @@ pub(super) fn measure(
 
 /// What this server holds at most while many large requests are under way, in MiB.
 fn memory(stage: &Stage, runtime: Duration) -> Result<f64> {
-    let server = Contestant::Nbdcrypt.start(stage, true)?;
+    let server = Contestant::Nbdcrypt.start(stage, Io::PageCache)?;
     for pattern in [Pattern::Read, Pattern::Write] {
         let workload = Workload { pattern, block: 1 << 20, depth: 128, connections: 4 };
         fio::drive(server.target(), &workload, stage.region, runtime)?;
@@ -226,7 +226,7 @@ fn memory(stage: &Stage, runtime: Duration) -> Result<f64> {
 fn commands(field: &[Contestant], stage: &Stage, runtime: Duration) -> Result<Vec<String>> {
     let mut lines = Vec::new();
     for contestant in field {
-        let command = contestant.command(stage, true)?;
+        let command = contestant.command(stage, Io::PageCache)?;
         let words = [command.get_program()].into_iter().chain(command.get_args());
         lines.push(words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" "));
     }

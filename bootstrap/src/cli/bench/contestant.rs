@@ -30,6 +30,27 @@ pub(super) enum Contestant {
     AttachedNbd,
 }
 
+/// How this server reads and writes the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Io {
+    /// Through the kernel's page cache.
+    PageCache,
+    /// Direct I/O, where the filesystem allows.
+    Direct,
+    /// The same without registering buffers.
+    Unregistered,
+}
+
+impl Io {
+    fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::PageCache => &["--page-cache"],
+            Self::Direct => &[],
+            Self::Unregistered => &["--no-registered-buffers"],
+        }
+    }
+}
+
 impl Contestant {
     pub(super) const ALL: [Self; 9] = [
         Self::Nbdcrypt,
@@ -48,7 +69,7 @@ impl Contestant {
             Self::Nbdcrypt => "nbdcrypt",
             Self::NbdcryptPlaintext => "nbdcrypt, plaintext",
             Self::Yardstick => "yardstick, plaintext",
-            Self::Null => "null server: the ceiling",
+            Self::Null => "null server",
             Self::NbdkitLuks => "nbdkit luks",
             Self::QemuNbdLuks => "qemu-nbd LUKS",
             Self::NbdkitPlaintext => "nbdkit file, plaintext",
@@ -131,38 +152,37 @@ impl Contestant {
     }
 
     /// Starts it on the stage's image, encrypted or plain.
-    pub(super) fn start(self, stage: &Stage, page_cache: bool) -> Result<Subject> {
-        self.begin(stage, page_cache).with_context(|| match self.advice(|sign| Path::new(sign).exists()) {
+    pub(super) fn start(self, stage: &Stage, io: Io) -> Result<Subject> {
+        self.begin(stage, io).with_context(|| match self.advice(|sign| Path::new(sign).exists()) {
             Some(advice) => format!("{} ({advice})", self.name()),
             None => self.name().to_owned(),
         })
     }
 
-    fn begin(self, stage: &Stage, page_cache: bool) -> Result<Subject> {
+    fn begin(self, stage: &Stage, io: Io) -> Result<Subject> {
         Ok(match self {
             Self::DmCrypt => Subject::Mapped(DmCrypt::open(&stage.luks, &stage.key())?),
             Self::AttachedNbd => {
-                let (server, device) = ServerProcess::attach(self.command(stage, page_cache)?, &stage.log())?;
+                let (server, device) = ServerProcess::attach(self.command(stage, io)?, &stage.log())?;
                 Subject::Attached(server, device)
             }
             _ => {
                 let socket = stage.socket();
-                let server = ServerProcess::listen(self.command(stage, page_cache)?, &socket, &stage.log())?;
+                let server = ServerProcess::listen(self.command(stage, io)?, &socket, &stage.log())?;
                 Subject::Listening(server, socket)
             }
         })
     }
 
     /// What is typed to start it.
-    pub(super) fn command(self, stage: &Stage, page_cache: bool) -> Result<Command> {
+    pub(super) fn command(self, stage: &Stage, io: Io) -> Result<Command> {
         let socket = stage.socket();
         let key = stage.key();
         let ours = || std::env::current_exe().context("this program's own file").map(Command::new);
-        let cache: &[&str] = if page_cache { &["--page-cache"] } else { &[] };
         Ok(match self {
             Self::Nbdcrypt => {
                 let mut command = ours()?;
-                command.arg("serve").args(cache).arg("--key-file").arg(key).arg("--socket").arg(socket);
+                command.arg("serve").args(io.arguments()).arg("--key-file").arg(key).arg("--socket").arg(socket);
                 command.arg(&stage.luks);
                 command
             }
@@ -175,7 +195,7 @@ impl Contestant {
                 };
                 command.args(["bench", what]);
                 if self == Self::NbdcryptPlaintext {
-                    command.args(cache);
+                    command.args(io.arguments());
                 }
                 command.arg("--socket").arg(socket).arg(&stage.plain);
                 command
@@ -203,7 +223,7 @@ impl Contestant {
             Self::DmCrypt => dm_crypt::open_command(&stage.luks, &key),
             Self::AttachedNbd => {
                 let mut command = ours()?;
-                command.args(["bench", "attached"]).args(cache).arg("--key-file").arg(key).arg(&stage.luks);
+                command.args(["bench", "attached"]).args(io.arguments()).arg("--key-file").arg(key).arg(&stage.luks);
                 command
             }
         })

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use super::compare::measure;
-use super::contestant::Contestant;
+use super::contestant::{Contestant, Io};
 use super::machine::{Machine, cores};
 use super::sample::{Limit, Sample};
 use super::stage::{self, Stage};
@@ -45,6 +45,9 @@ pub(super) struct Args {
     /// Let the kernel cache the images. Without it, direct I/O where the filesystem allows.
     #[arg(long)]
     page_cache: bool,
+    /// Direct I/O without buffers that are registered with the ring.
+    #[arg(long, hide = true, conflicts_with = "page_cache")]
+    no_registered_buffers: bool,
     /// What asks.
     #[arg(long, value_enum, default_value_t = Client::Fio)]
     client: Client,
@@ -97,10 +100,15 @@ pub(super) fn run(args: Args) -> Result<()> {
             "RSS MiB"
         ))?;
     }
+    let io = match (args.page_cache, args.no_registered_buffers) {
+        (true, _) => Io::PageCache,
+        (false, true) => Io::Unregistered,
+        (false, false) => Io::Direct,
+    };
     let mut rows = Vec::new();
     for workload in workloads(&args) {
         let [encrypted, plain] = [Contestant::Nbdcrypt, Contestant::NbdcryptPlaintext]
-            .map(|who| measure(who, &workload, &stage, runtime, args.client, args.page_cache));
+            .map(|who| measure(who, &workload, &stage, runtime, args.client, io));
         let (encrypted, plain) = (encrypted?, plain?);
         if !args.json {
             tell(format_args!(

@@ -23,12 +23,16 @@ pub(super) struct Args {
     /// Let the kernel cache it.
     #[arg(long)]
     page_cache: bool,
+    /// Have the kernel look up and pin the memory of each request anew.
+    #[arg(long)]
+    no_registered_buffers: bool,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let caching = if args.page_cache { Caching::PageCache } else { Caching::Direct };
     let volume = Volume::plaintext(stage::open(&args.file, caching)?, SectorSize::B512)?;
-    let server = Server::new(Exports::new([Export::new("", Arc::new(volume))])?, Settings::default())?;
+    let settings = Settings { registered_buffers: !args.no_registered_buffers, ..Settings::default() };
+    let server = Server::new(Exports::new([Export::new("", Arc::new(volume))])?, settings)?;
     // As `serve` does.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {

@@ -55,13 +55,22 @@ pub(crate) struct Session {
     end: oneshot::Receiver<Result<(), SessionError>>,
 }
 
+/// What can be chosen about a session.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Options {
+    /// A client that neither sends nor takes a byte for so long, while nothing is carried out for it, is cut off.
+    pub(crate) idle: Option<Duration>,
+    /// Whether buffers of direct I/O are registered with the ring.
+    pub(crate) registered_buffers: bool,
+}
+
 /// A connection, for the thread that is to serve it.
 struct Taken {
     socket: OwnedFd,
     export: Export,
     negotiated: Negotiated,
     workers: Arc<Workers<Work>>,
-    idle: Option<Duration>,
+    options: Options,
 }
 
 impl Session {
@@ -87,8 +96,8 @@ impl Session {
             };
             // Nobody may be left to hear of it, here and below.
             let _ = made.send(Ok(()));
-            let Ok(Taken { socket, export, negotiated, workers, idle }) = taken.blocking_recv() else { return };
-            let _ = ended.send(Connection::serve(ring, &socket, &export, negotiated, &workers, idle, &bell));
+            let Ok(Taken { socket, export, negotiated, workers, options }) = taken.blocking_recv() else { return };
+            let _ = ended.send(Connection::serve(ring, &socket, &export, negotiated, &workers, options, &bell));
         })?;
         is_made.await.unwrap_or_else(|_| Err(io::Error::other("the session's thread panicked")))?;
         Ok(Self { doorbell, taker, end })
@@ -105,12 +114,12 @@ impl Session {
         export: &Export,
         negotiated: Negotiated,
         workers: &Arc<Workers<Work>>,
-        idle: Option<Duration>,
+        options: Options,
         mut shutdown: Shutdown,
     ) -> Result<(), SessionError> {
         let Self { doorbell, taker, mut end } = self;
         // It waits for just that; if it panicked, its end says so.
-        let _ = taker.send(Taken { socket, export: export.clone(), negotiated, workers: Arc::clone(workers), idle });
+        let _ = taker.send(Taken { socket, export: export.clone(), negotiated, workers: Arc::clone(workers), options });
         let abandoned = Abandoned(&doorbell);
         let outcome = tokio::select! {
             outcome = &mut end => outcome,

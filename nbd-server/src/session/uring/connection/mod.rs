@@ -22,6 +22,7 @@ use rustix::net::AddressFamily;
 use crate::export::Export;
 use crate::proto::{Answer, Command, ExpectPayload, ExpectRequest, ExpectSkipped, Negotiated, Request};
 use crate::session::buffers::{Buffer, Buffers};
+use crate::session::uring::Options;
 use crate::session::uring::batch::Batch;
 use crate::session::uring::coalescing::Coalescing;
 use crate::session::uring::doorbell::{Done, Doorbell};
@@ -181,7 +182,7 @@ impl<'a> Connection<'a> {
         export: &'a Export,
         negotiated: Negotiated,
         workers: &'a Workers<Work>,
-        idle: Option<Duration>,
+        options: Options,
         doorbell: &'a Arc<Doorbell>,
     ) -> Result<(), SessionError> {
         let _connected = export.statistics().connected();
@@ -219,14 +220,14 @@ impl<'a> Connection<'a> {
             requests: 0,
             bytes: 0,
             handed: 0,
-            idle,
+            idle: options.idle,
             moved: Instant::now(),
             last_words: None,
             outcome: Ok(()),
             broken: false,
         };
         connection.ring.register(socket.as_fd());
-        if direct {
+        if direct && options.registered_buffers {
             connection.ring.register_buffers();
         }
         connection.ring.listen(doorbell.as_fd(), Tag::Doorbell);
