@@ -2,7 +2,7 @@
 //! cache holds, and requests gather while the client reads its replies. So a client is as fast with it as the client allows.
 
 use std::fs;
-use std::io::{ErrorKind, IoSlice, Read, Result as IoResult, Write};
+use std::io::{ErrorKind, IoSlice, Result as IoResult, Write};
 use std::num::NonZeroU64;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -11,14 +11,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nbd_server::proto::wire::*;
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 
 use super::yardstick::{HEAD, MAX_PAYLOAD, be16, be32, enlarge_send_buffer, handshake, head};
 
 const INTAKE: usize = 256 << 10;
 /// Requests that are answered at once, at most: two slices each, of which the kernel takes 1024 (`UIO_MAXIOV`).
 const BATCH: usize = 256;
-/// How long requests gather: with depth 32 at 4 KiB, fio was fastest with 20 to 40 µs.
-const PAUSE: Duration = Duration::from_micros(40);
 /// With requests of more bytes, client and server have enough to do.
 const SMALL: usize = 8 << 10;
 
@@ -29,19 +29,25 @@ pub(super) struct Args {
     /// Listen on a unix socket.
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
+    /// How long small requests gather, in microseconds. fio with depth 32 is fastest with 20 to 40.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 40, value_parser = clap::value_parser!(u64).range(0..=1_000_000))]
+    pause: u64,
+    /// Never wait, look again.
+    #[arg(long)]
+    spin: bool,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let size = fs::metadata(&args.file).with_context(|| args.file.display().to_string())?.len();
     let listener = UnixListener::bind(&args.socket).with_context(|| args.socket.display().to_string())?;
     for stream in listener.incoming() {
-        let stream = stream?;
-        thread::spawn(move || serve(stream, size));
+        let (stream, pause, spin) = (stream?, Duration::from_micros(args.pause), args.spin);
+        thread::spawn(move || serve(stream, size, pause, spin));
     }
     Ok(())
 }
 
-fn serve(mut stream: UnixStream, size: u64) -> IoResult<()> {
+fn serve(mut stream: UnixStream, size: u64, pause: Duration, spin: bool) -> IoResult<()> {
     enlarge_send_buffer(&stream);
     // A sleep is 50 µs longer otherwise.
     rustix::thread::set_current_timer_slack(NonZeroU64::new(1))?;
@@ -51,7 +57,7 @@ fn serve(mut stream: UnixStream, size: u64) -> IoResult<()> {
     // How much of the intake is filled; a write's payload that is still to come, in bytes, and the reply that is due then.
     let (mut filled, mut skip, mut due) = (0, 0, None);
     loop {
-        let count = stream.read(&mut intake[filled..])?;
+        let count = receive(&stream, &mut intake[filled..], spin)?;
         if count == 0 {
             return Ok(());
         }
@@ -95,11 +101,22 @@ fn serve(mut stream: UnixStream, size: u64) -> IoResult<()> {
             }
             send(&mut stream, &replies, &zeros)?;
             if moved <= replies.len() * SMALL {
-                thread::sleep(PAUSE);
+                // A sleep of nothing is none.
+                thread::sleep(pause);
             }
         }
         intake.copy_within(at..filled, 0);
         filled -= at;
+    }
+}
+
+fn receive(stream: &UnixStream, into: &mut [u8], spin: bool) -> IoResult<usize> {
+    let flags = if spin { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+    loop {
+        match rustix::net::recv(stream, &mut *into, flags) {
+            Err(Errno::AGAIN) if spin => std::hint::spin_loop(),
+            received => return Ok(received?.0),
+        }
     }
 }
 
