@@ -22,8 +22,8 @@ use crate::shutdown::Shutdown;
 use crate::tls::Tls;
 
 /// Kernel memory for what was sent on a unix socket and is not received yet, in bytes; Linux allows twice as much (socket(7)). The
-/// usual 104 KiB make sender and receiver take turns; with half a megabyte they run side by side. More is no faster, and
-/// slower with several connections: what was sent leaves the CPU's cache before it is received ("Send buffers" in benches/README.md).
+/// usual 104 KiB make sender and receiver take turns; with half a megabyte they run side by side. More is hardly faster with
+/// one connection and slower with several: what was sent leaves the CPU's cache before it is received ("Send buffers" in benches/README.md).
 const UNIX_SOCKET_BUFFER: usize = 512 << 10;
 /// How long to wait after a failed accept: it fails for want of file descriptors or memory, which others must give back.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

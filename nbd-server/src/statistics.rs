@@ -11,6 +11,7 @@ pub struct Statistics {
     bytes_read: AtomicU64,
     bytes_written: AtomicU64,
     errors: AtomicU64,
+    pauses: AtomicU64,
 }
 
 /// The counters at one moment.
@@ -41,6 +42,15 @@ impl Statistics {
             bytes_written: self.bytes_written.load(Relaxed),
             errors: self.errors.load(Relaxed),
         }
+    }
+
+    /// How often a session let requests gather while its client read replies.
+    pub fn pauses(&self) -> u64 {
+        self.pauses.load(Relaxed)
+    }
+
+    pub(crate) fn paused(&self) {
+        self.pauses.fetch_add(1, Relaxed);
     }
 
     /// Counts a client, until the guard is dropped.

@@ -370,6 +370,47 @@ fn a_socketpair_is_served_without_a_handshake(session: SessionKind) {
     runtime.block_on(running).unwrap().unwrap();
 }
 
+/// Waits until there are replies to read.
+fn wait_for_replies(client: &RawClient<UnixStream>) {
+    let begun = std::time::Instant::now();
+    while rustix::io::ioctl_fionread(&client.stream).unwrap() == 0 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "no reply");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Requests gather while the client has replies to read, and only then; and by io_uring alone.
+fn requests_gather_while_replies_are_unread(session: SessionKind) {
+    let export = Export::new("", Arc::new(volume()));
+    let server = TestServer::on(session, [export.clone()]);
+    let mut client = server.client();
+    for _ in 0..100 {
+        assert_eq!(client.read(0, 4096).map(|bytes| bytes.len()), Ok(4096));
+    }
+    assert_eq!(export.statistics().pauses(), 0, "it waited for each");
+
+    let mut client = server.client();
+    client.send_request(0, NBD_CMD_READ, 0, 4096);
+    wait_for_replies(&client);
+    let cookies: Vec<u64> = (0..20)
+        .map(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            client.send_request(0, NBD_CMD_READ, 0, 512)
+        })
+        .collect();
+    assert_eq!(client.reply().error, 0);
+    client.receive(4096);
+    for cookie in cookies {
+        assert_eq!(client.reply().cookie, cookie);
+        client.receive(512);
+    }
+    let pauses = export.statistics().pauses();
+    match session {
+        SessionKind::IoUring => assert!((1..=20).contains(&pauses), "{pauses}"),
+        _ => assert_eq!(pauses, 0),
+    }
+}
+
 /// A write that takes all of a connection's room, behind a reply that is not sent yet, while the client has another left to read:
 /// it is taken on once there is room.
 fn a_write_that_takes_all_the_room_waits_for_no_more_than_the_replies_before_it(session: SessionKind) {
@@ -379,8 +420,7 @@ fn a_write_that_takes_all_the_room_waits_for_no_more_than_the_replies_before_it(
         let mut client = server.client();
         client.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let first = client.send_request(0, NBD_CMD_READ, 0, 4096);
-        // Its reply is there, and not read.
-        std::thread::sleep(Duration::from_millis(10));
+        wait_for_replies(&client);
         let mut both = request_bytes(0, NBD_CMD_READ, 101, 4096, 4096);
         both.extend(request_bytes(0, NBD_CMD_WRITE, 102, 8192, u32::try_from(len).unwrap()));
         client.stream.write_all(&both).unwrap();
@@ -563,6 +603,7 @@ harness::on_both_sessions! {
     a_shutdown_does_not_wait_for_a_client_that_stopped_in_mid_payload,
     tcp_clients_are_served,
     a_socketpair_is_served_without_a_handshake,
+    requests_gather_while_replies_are_unread,
     a_write_that_takes_all_the_room_waits_for_no_more_than_the_replies_before_it,
     a_large_write_behind_replies_that_nobody_takes_is_answered,
     a_refused_write_behind_replies_that_nobody_takes_is_skipped,

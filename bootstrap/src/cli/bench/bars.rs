@@ -18,8 +18,8 @@ pub(super) struct Bar {
     pub(super) bar: f64,
     pub(super) at_least: bool,
     pub(super) measured: Option<f64>,
-    /// What a server that does nothing would measure: no other can, with this client on this machine. For rates alone.
-    pub(super) ceiling: Option<f64>,
+    /// What a server with nothing behind it measured: about what the client allows. For rates alone.
+    pub(super) null: Option<f64>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -64,8 +64,8 @@ pub(super) fn all(comparison: &Comparison) -> Vec<Bar> {
     let cpu = |sample: &Sample| sample.server_cpu_s_per_gb;
     let p99 = |sample: &Sample| Some(sample.p99_us);
     let mut bars = Vec::new();
-    let mut add = |what: String, bar: f64, at_least: bool, measured: Option<f64>, ceiling: Option<f64>| {
-        bars.push(Bar { what, bar, at_least, measured, ceiling });
+    let mut add = |what: String, bar: f64, at_least: bool, measured: Option<f64>, null: Option<f64>| {
+        bars.push(Bar { what, bar, at_least, measured, null });
     };
     for (workload, (nbdkit, qemu)) in TYPICAL.into_iter().zip(AGAINST_PEERS) {
         let name = workload.name();
@@ -75,9 +75,9 @@ pub(super) fn all(comparison: &Comparison) -> Vec<Bar> {
             (Contestant::Yardstick, 1.0),
             (Contestant::NbdcryptPlaintext, OF_PLAINTEXT),
         ] {
-            let [measured, ceiling] = [Contestant::Nbdcrypt, Contestant::Null]
+            let [measured, null] = [Contestant::Nbdcrypt, Contestant::Null]
                 .map(|one| find(workload).and_then(|section| ratio(section, one, peer, rate)));
-            add(format!("{name}: rate over {}", peer.name()), bar, true, measured, ceiling);
+            add(format!("{name}: rate over {}", peer.name()), bar, true, measured, null);
         }
         for peer in [Contestant::NbdkitLuks, Contestant::QemuNbdLuks] {
             add(format!("{name}: server CPU over {}", peer.name()), 1.0, false, against(workload, peer, cpu), None);
@@ -119,8 +119,7 @@ mod tests {
 
     #[test]
     fn a_bar_is_met_from_its_own_side() {
-        let bar =
-            |at_least, measured| Bar { what: String::new(), bar: 1.0, at_least, measured, ceiling: None }.verdict();
+        let bar = |at_least, measured| Bar { what: String::new(), bar: 1.0, at_least, measured, null: None }.verdict();
         assert_eq!(bar(true, Some(1.1)), Verdict::Met);
         assert_eq!(bar(true, Some(0.9)), Verdict::Missed);
         assert_eq!(bar(false, Some(0.9)), Verdict::Met);

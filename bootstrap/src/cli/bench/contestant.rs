@@ -19,7 +19,7 @@ pub(super) enum Contestant {
     Nbdcrypt,
     NbdcryptPlaintext,
     Yardstick,
-    /// What the client reaches at most.
+    /// With nothing behind it.
     Null,
     NbdkitLuks,
     QemuNbdLuks,

@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nbd_server::proto::wire::*;
+use nbd_server::server::enlarge_send_buffer;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
-use super::yardstick::{HEAD, MAX_PAYLOAD, be16, be32, enlarge_send_buffer, handshake, head};
+use super::yardstick::{HEAD, MAX_PAYLOAD, be16, be32, handshake, head};
 
 const INTAKE: usize = 256 << 10;
 /// Requests that are answered at once, at most: two slices each, of which the kernel takes 1024 (`UIO_MAXIOV`).
@@ -73,7 +74,8 @@ fn serve(mut stream: UnixStream, size: u64, pause: Duration, spin: bool) -> IoRe
                 if skip > 0 {
                     break;
                 }
-                if let Some(reply) = due.take() {
+                if let Some((reply, len)) = due.take() {
+                    moved += len;
                     replies.push((reply, 0));
                     continue;
                 }
@@ -85,11 +87,13 @@ fn serve(mut stream: UnixStream, size: u64, pause: Duration, spin: bool) -> IoRe
                 }
                 let payload = if kind == NBD_CMD_READ { len } else { 0 };
                 let reply = head(request, structured, 0, payload);
-                moved += len;
                 match kind {
                     NBD_CMD_DISC => return Ok(()),
-                    NBD_CMD_WRITE => (skip, due) = (len, Some(reply)),
-                    _ => replies.push((reply, payload)),
+                    NBD_CMD_WRITE => (skip, due) = (len, Some((reply, len))),
+                    _ => {
+                        moved += payload;
+                        replies.push((reply, payload));
+                    }
                 }
             }
             if replies.is_empty() {
@@ -133,4 +137,68 @@ fn send(stream: &mut UnixStream, replies: &[(([u8; HEAD], usize), usize)], zeros
         IoSlice::advance_slices(&mut left, count);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::super::yardstick::be64;
+    use super::*;
+
+    /// More requests than are answered at once, cut anywhere: each is answered once, in order, a write when its payload is there.
+    #[test]
+    fn each_request_is_answered_wherever_the_stream_is_cut() {
+        for cut in [1, 27, 4099, usize::MAX] {
+            let (mut client, server) = UnixStream::pair().unwrap();
+            let serving = thread::spawn(move || serve(server, 1 << 30, Duration::ZERO, false));
+            client.read_exact(&mut [0; 18]).unwrap();
+            let mut handshake = (NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES).to_be_bytes().to_vec();
+            handshake.extend(IHAVEOPT.to_be_bytes());
+            handshake.extend(NBD_OPT_GO.to_be_bytes());
+            handshake.extend([0, 0, 0, 6, 0, 0, 0, 0, 0, 0]);
+            client.write_all(&handshake).unwrap();
+            // The export's size, in a reply of 20 + 12 bytes, and the end of it, in 20.
+            client.read_exact(&mut [0; 52]).unwrap();
+
+            let requests: Vec<(u16, usize)> =
+                (0..3 * BATCH)
+                    .map(|number| {
+                        if number % 2 == 0 {
+                            (NBD_CMD_READ, number % 5 * 100)
+                        } else {
+                            (NBD_CMD_WRITE, number % 7 * 100)
+                        }
+                    })
+                    .collect();
+            let mut stream = Vec::new();
+            for (cookie, (kind, len)) in (0_u64..).zip(&requests) {
+                stream.extend(NBD_REQUEST_MAGIC.to_be_bytes());
+                stream.extend([0, 0]);
+                stream.extend(kind.to_be_bytes());
+                stream.extend(cookie.to_be_bytes());
+                stream.extend([0; 8]);
+                stream.extend(u32::try_from(*len).unwrap().to_be_bytes());
+                if *kind == NBD_CMD_WRITE {
+                    stream.extend(vec![0x25; *len]);
+                }
+            }
+            let mut sender = client.try_clone().unwrap();
+            let sending = thread::spawn(move || {
+                for piece in stream.chunks(cut.min(stream.len())) {
+                    sender.write_all(piece).unwrap();
+                }
+            });
+            for (cookie, (kind, len)) in (0_u64..).zip(&requests) {
+                let mut reply = vec![0xff; SIMPLE_REPLY_LEN + if *kind == NBD_CMD_READ { *len } else { 0 }];
+                client.read_exact(&mut reply).unwrap();
+                assert_eq!((be32(&reply), be32(&reply[4..])), (NBD_SIMPLE_REPLY_MAGIC, 0));
+                assert_eq!(be64(&reply[8..]), cookie, "cut every {cut} bytes");
+                assert!(reply[SIMPLE_REPLY_LEN..].iter().all(|byte| *byte == 0));
+            }
+            sending.join().unwrap();
+            client.shutdown(std::net::Shutdown::Write).unwrap();
+            serving.join().unwrap().unwrap();
+        }
+    }
 }

@@ -49,7 +49,7 @@ fn known(figure: Option<f64>, digits: usize) -> String {
 
 /// Bars, and who is missing.
 pub(super) fn closing(comparison: &Comparison) -> String {
-    let mut out = String::from("\n### Bars\n\n| | bar | measured | ceiling | |\n|---|--:|--:|--:|---|\n");
+    let mut out = String::from("\n### Bars\n\n| | bar | measured | null server | |\n|---|--:|--:|--:|---|\n");
     for bar in bars::all(comparison) {
         let sign = if bar.at_least { "≥" } else { "≤" };
         let verdict = match bar.verdict() {
@@ -57,11 +57,11 @@ pub(super) fn closing(comparison: &Comparison) -> String {
             Verdict::Missed => "missed",
             Verdict::NotMeasured => "not measured",
         };
-        let (measured, ceiling) = (known(bar.measured, 2), known(bar.ceiling, 2));
-        let _ = writeln!(out, "| {} | {sign} {} | {measured} | {ceiling} | {verdict} |", bar.what, bar.bar);
+        let (measured, null) = (known(bar.measured, 2), known(bar.null, 2));
+        let _ = writeln!(out, "| {} | {sign} {} | {measured} | {null} | {verdict} |", bar.what, bar.bar);
     }
-    out += "\nThe ceiling is the same ratio of a server that does nothing: of what the client allows. A bar above it can't be met by \
-            anyone, with this client on this machine.\n";
+    out += "\nThe null server's is the same ratio of a server with nothing behind it, which is about what the client allows on this \
+            machine.\n";
     for note in notes(comparison) {
         let _ = writeln!(out, "\n{note}");
     }
@@ -158,6 +158,15 @@ mod tests {
             peak_rss_mib: None,
             commands: Vec::new(),
         }
+    }
+
+    #[test]
+    fn a_bar_for_a_rate_has_the_null_servers_beside_it() {
+        let all = markdown(&comparison(&[Contestant::Nbdcrypt, Contestant::Null, Contestant::NbdkitLuks]));
+        let line = all.lines().find(|line| line.contains("rate over nbdkit luks")).unwrap();
+        assert_eq!(line, "| read 1 MiB, depth 16: rate over nbdkit luks | ≥ 4.5 | 1.00 | 1.00 | missed |");
+        let without = markdown(&comparison(&[Contestant::Nbdcrypt, Contestant::NbdkitLuks]));
+        assert!(without.contains("rate over nbdkit luks | ≥ 4.5 | 1.00 | – | missed |"), "{without}");
     }
 
     #[test]

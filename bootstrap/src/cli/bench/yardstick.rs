@@ -77,7 +77,7 @@ fn serve(mut stream: UnixStream, file: &File) -> IoResult<()> {
     }
 }
 
-pub(super) fn enlarge_send_buffer(stream: &UnixStream) {
+fn enlarge_send_buffer(stream: &UnixStream) {
     if sockopt::set_socket_send_buffer_size_force(stream, SEND_BUFFER).is_err() {
         let _ = sockopt::set_socket_send_buffer_size(stream, SEND_BUFFER);
     }

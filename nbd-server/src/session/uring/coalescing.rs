@@ -29,8 +29,11 @@ const MOST_WITHOUT: u32 = 1 << 15;
 
 /// A pause that takes so much longer than it should comes of a timer that is too coarse, or of a machine that is too busy.
 const OVERSLEPT: Duration = Duration::from_micros(200);
-/// After so many of these in a row there are no more pauses. (Before Linux 5.18 they are as long as the scheduler's tick.)
+/// After so many of these in a row there are none for long. (Before Linux 5.18 each lasts until the scheduler's next tick.)
 const TOO_OFTEN: u32 = 16;
+/// Answers until the next attempt then, at first and at most. They double each time.
+const FIRST_DISTRUST: u32 = 1 << 15;
+const MOST_DISTRUST: u32 = 1 << 30;
 
 /// What is known of the client's pace.
 pub(super) struct Coalescing {
@@ -44,18 +47,43 @@ pub(super) struct Coalescing {
     next_without: u32,
     /// Pauses in a row that were far too long.
     overslept: u32,
+    /// Answers that will go by without a pause if these become too many.
+    distrust: u32,
+    /// What was found out when the client was last answered, if nothing came from it since.
+    found: Option<Option<Duration>>,
 }
 
 impl Coalescing {
     pub(super) fn new() -> Self {
-        Self { pause: FIRST, answers: 0, late: 0, without: 0, next_without: FEWEST_WITHOUT, overslept: 0 }
+        Self {
+            pause: FIRST,
+            answers: 0,
+            late: 0,
+            without: 0,
+            next_without: FEWEST_WITHOUT,
+            overslept: 0,
+            distrust: FIRST_DISTRUST,
+            found: None,
+        }
     }
 
-    /// Replies are about to be sent; has the client earlier ones left to read? How long to let requests gather then.
+    /// The client sent something.
+    pub(super) fn received(&mut self) {
+        self.found = None;
+    }
+
+    /// Replies are about to be sent; has the client earlier ones left to read? How long to let requests gather once all are
+    /// answered. What is answered in several parts is judged by the first.
     pub(super) fn answering(&mut self, is_busy: impl FnOnce() -> bool) -> Option<Duration> {
-        if self.overslept >= TOO_OFTEN {
-            return None;
+        if let Some(found) = self.found {
+            return found;
         }
+        let found = self.find_out(is_busy);
+        self.found = Some(found);
+        found
+    }
+
+    fn find_out(&mut self, is_busy: impl FnOnce() -> bool) -> Option<Duration> {
         if self.without > 0 {
             self.without -= 1;
             return None;
@@ -78,7 +106,16 @@ impl Coalescing {
 
     /// The pause is over, and took so long.
     pub(super) fn paused(&mut self, took: Duration) {
-        self.overslept = if took > self.pause + OVERSLEPT { self.overslept + 1 } else { 0 };
+        if took <= self.pause + OVERSLEPT {
+            self.overslept = 0;
+            return;
+        }
+        self.overslept += 1;
+        if self.overslept == TOO_OFTEN {
+            self.overslept = 0;
+            self.without = self.distrust;
+            self.distrust = MOST_DISTRUST.min(2 * self.distrust);
+        }
     }
 
     fn shorten(&mut self) {
@@ -104,6 +141,7 @@ mod tests {
             let gathered = (pause / pace).clamp(1, depth);
             let is_busy = pause + gathered * work < (depth - 1) * pace;
             late += usize::from(pause > 0 && !is_busy);
+            coalescing.received();
             let length = coalescing.answering(|| is_busy);
             pause = length.map_or(0, |length| u64::try_from(length.as_micros()).unwrap());
             pauses.push(pause);
@@ -141,6 +179,7 @@ mod tests {
     fn who_waits_for_each_answer_is_not_kept_and_the_kernel_hardly_asked() {
         let (mut coalescing, mut asked) = (Coalescing::new(), 0);
         for _ in 0..100_000 {
+            coalescing.received();
             let pause = coalescing.answering(|| {
                 asked += 1;
                 false
@@ -151,21 +190,36 @@ mod tests {
     }
 
     #[test]
-    fn where_timers_are_coarse_there_are_no_more_pauses() {
-        let mut coalescing = Coalescing::new();
-        for _ in 0..TOO_OFTEN {
-            assert!(coalescing.answering(|| true).is_some());
-            coalescing.paused(Duration::from_millis(4));
+    fn where_timers_are_coarse_pauses_become_rare() {
+        let (mut coalescing, mut pauses) = (Coalescing::new(), 0);
+        for _ in 0..1_000_000 {
+            coalescing.received();
+            if coalescing.answering(|| true).is_some() {
+                pauses += 1;
+                coalescing.paused(Duration::from_millis(4));
+            }
         }
-        assert!((0..100_000).all(|_| coalescing.answering(|| true).is_none()));
+        // 2^15 answers after the first 16 pauses, and twice as many each time: there is room for five times.
+        assert_eq!(pauses, 5 * TOO_OFTEN);
     }
 
     #[test]
     fn a_pause_that_is_too_long_now_and_then_is_no_sign_of_a_coarse_timer() {
         let mut coalescing = Coalescing::new();
         for round in 0..1000 {
+            coalescing.received();
             assert!(coalescing.answering(|| true).is_some());
             coalescing.paused(if round % 10 == 0 { Duration::from_micros(45) } else { Duration::from_millis(4) });
         }
+    }
+
+    #[test]
+    fn what_is_answered_in_parts_is_judged_by_the_first() {
+        let mut coalescing = Coalescing::new();
+        assert_eq!(coalescing.answering(|| false), None);
+        assert_eq!(coalescing.answering(|| unreachable!("it is known")), None);
+        coalescing.received();
+        assert!(coalescing.answering(|| true).is_some());
+        assert!(coalescing.answering(|| unreachable!("it is known")).is_some());
     }
 }

@@ -47,7 +47,8 @@ impl Connection<'_> {
             return None;
         }
         let are_small = self.outbox.cost() <= self.outbox.requests() * SMALL;
-        let coalescing = self.coalescing.as_mut().filter(|_| are_small);
+        let is_at_rest = self.is_at_rest();
+        let coalescing = self.coalescing.as_mut().filter(|_| are_small && is_at_rest);
         let pause =
             coalescing.and_then(|coalescing| coalescing.answering(|| unread(self.socket).is_ok_and(|bytes| bytes > 0)));
         let batch = std::mem::replace(&mut self.outbox, std::mem::take(&mut self.spare));

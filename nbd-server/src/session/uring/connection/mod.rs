@@ -243,12 +243,12 @@ impl<'a> Connection<'a> {
     fn run(&mut self) -> Result<(), SessionError> {
         loop {
             let starved = self.progress();
-            let pause = self.begin_sending();
-            if let Some(pause) = pause.filter(|_| starved && self.has_answered_all()) {
+            if let Some(pause) = self.begin_sending().filter(|_| starved) {
                 // The send alone is over at once; the doorbell, if it rings, ends the pause.
                 let begun = Instant::now();
                 self.turn(2, Some(pause))?;
                 self.coalescing.as_mut().into_iter().for_each(|coalescing| coalescing.paused(begun.elapsed()));
+                self.export.statistics().paused();
                 // What waited for the send goes on.
                 continue;
             }
@@ -279,11 +279,11 @@ impl<'a> Connection<'a> {
         Ok(were_any)
     }
 
-    /// Whether nothing is left to do but to send what is being sent and to receive.
-    fn has_answered_all(&self) -> bool {
-        // What the ring has is the send and the doorbell.
-        let is_at_rest = self.sending && self.handed == 0 && self.ring.under_way() == 2;
-        is_at_rest && !matches!(self.stream, Stream::Ended) && self.last_words.is_none()
+    /// Whether nothing is under way, and more may come.
+    fn is_at_rest(&self) -> bool {
+        // What the ring has is the doorbell.
+        let is_idle = self.handed == 0 && self.ring.under_way() == 1;
+        is_idle && !matches!(self.stream, Stream::Ended) && self.last_words.is_none()
     }
 
     /// Waits for what the workers have, when the ring cannot be waited with any more.

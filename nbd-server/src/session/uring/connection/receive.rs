@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::{Connection, INTAKE, SMALL_PAYLOAD, Stream, Tag, is_transient};
 use crate::session::QUIET;
 use crate::session::buffers::Buffer;
+use crate::session::uring::coalescing::Coalescing;
 
 impl Connection<'_> {
     pub(super) fn begin_receiving(&mut self) {
@@ -48,6 +49,7 @@ impl Connection<'_> {
 
     pub(super) fn received(&mut self, result: io::Result<usize>, buffer: Buffer, is_payload: bool) {
         self.receiving = false;
+        self.coalescing.as_mut().into_iter().for_each(Coalescing::received);
         let count = result.as_ref().copied().unwrap_or(0);
         let is_clean = match &mut self.stream {
             Stream::Arriving(arriving) if is_payload => {
