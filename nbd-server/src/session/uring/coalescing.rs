@@ -29,7 +29,7 @@ const MOST_WITHOUT: u32 = 1 << 15;
 
 /// A pause that takes so much longer than it should comes of a timer that is too coarse, or of a machine that is too busy.
 const OVERSLEPT: Duration = Duration::from_micros(200);
-/// After so many of these in a row there are none for long. (Before Linux 5.18 each lasts until the scheduler's next tick.)
+/// After so many of these in a row there are none for long. (On older kernels each may last until the scheduler's next tick.)
 const TOO_OFTEN: u32 = 16;
 /// Answers until the next attempt then, at first and at most. They double each time.
 const FIRST_DISTRUST: u32 = 1 << 15;
