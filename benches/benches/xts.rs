@@ -1,14 +1,14 @@
-//! Criterion's statistics for this project's own paths: for comparing one commit with another. Against others and against
-//! the hardware's limit, `compare` measures better: it takes turns.
+//! Criterion's statistics for this project's own paths. They compare one commit with another. To compare with other
+//! libraries or with the hardware's limit, use `nbdcrypt-bench xts`, in which all of them take turns in one run.
 
-#![allow(missing_docs, reason = "what criterion's macros make")]
+#![allow(missing_docs, reason = "criterion's macros generate undocumented items")]
 
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use engine::buffer::AlignedBuffer;
 use engine::sector::{Lba512, SectorSize};
-use nbdcrypt_benches::{Contestant, Op, ours};
+use nbdcrypt_benches::xts::{Contestant, Op, ours};
 
 fn xts(criterion: &mut Criterion) {
     for mut contestant in ours() {
@@ -29,7 +29,8 @@ fn xts(criterion: &mut Criterion) {
     }
 }
 
-/// Three seconds for each of the fifty: enough for a median of a thousand calls, and three minutes for all.
+/// Three seconds for each of the fifty benchmarks. That is enough for a median of a thousand calls, and takes three
+/// minutes in all.
 fn brief() -> Criterion {
     Criterion::default().warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2))
 }

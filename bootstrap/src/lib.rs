@@ -1,24 +1,24 @@
-//! What the binary `nbdcrypt` is made of: the configuration, the key sources, the boot in steps, and everything else
-//! that touches the machine around the two computing cores.
+//! The parts of the binary `nbdcrypt`, in layers. Each layer uses only the layers below it:
+//!
+//! ```text
+//!   cli, bench    the command line, and advice about errors
+//!   service       the process that serves a volume
+//!   steps         the boot as a list of steps
+//!   keys          key sources
+//!   config        the TOML file
+//!   attach        the volume as a block device
+//!   volume        what a new volume is, and what a disk contains
+//!   machine       disks, mounts, programs, this process, randomness
+//!   text          names and addresses, safe to print
+//! ```
 
 pub mod attach;
-pub mod boot;
+pub mod bench;
 pub mod cli;
 pub mod config;
-pub mod content;
-pub mod control;
-pub mod cpu;
-pub mod disk;
 pub mod keys;
-pub mod memory;
-pub mod mounts;
-pub mod new_volume;
-pub mod plain;
-pub mod process;
-pub mod programs;
-pub mod provision;
-pub mod rewrap;
-pub mod run_dir;
-pub mod status;
+pub mod machine;
+pub mod service;
 pub mod steps;
-pub mod system;
+pub mod text;
+pub mod volume;

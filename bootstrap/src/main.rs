@@ -2,9 +2,6 @@
 
 use std::process::ExitCode;
 
-use bootstrap::cli::{self, Cli};
-use clap::Parser;
-
 fn main() -> ExitCode {
-    cli::run(Cli::parse())
+    bootstrap::cli::main()
 }

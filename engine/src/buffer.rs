@@ -1,6 +1,10 @@
-//! Memory that `O_DIRECT` takes: page-aligned, allocated once and reused.
+//! Page-aligned memory for direct I/O (`O_DIRECT`). A buffer is allocated once and reused.
+
+use std::io;
+use std::sync::OnceLock;
 
 use memmap2::MmapMut;
+use rustix::process::{Resource, getrlimit};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 /// The alignment, in bytes, that every disk and filesystem accepts for direct I/O.
@@ -10,8 +14,9 @@ pub const DIRECT_ALIGNMENT: usize = 4096;
 #[repr(C, align(4096))]
 struct Page([u8; DIRECT_ALIGNMENT]);
 
-/// From so many bytes on, memory is taken from the kernel: it is not there before something is written to it, as a payload
-/// that a client announced and never sends, and it is the kernel's again when the buffer is dropped.
+/// Buffers of at least this many bytes are mapped by the kernel. Such memory is not resident until something is written to it,
+/// so a payload that a client announces but never sends costs nothing. When the buffer is dropped, the memory goes back to the
+/// kernel.
 const LARGE: usize = 64 << 10;
 
 /// A zero-filled byte buffer that starts on a 4096-byte boundary.
@@ -25,8 +30,80 @@ enum Memory {
     Mapped(MmapMut),
 }
 
+/// Bytes of address space that are kept free of buffers and mappings. The rest of the program allocates without a
+/// check, and aborts if no address space is left (`RLIMIT_AS`, `ulimit -v`).
+const RESERVE: usize = 16 << 20;
+
+/// Checks that this process may take `len` bytes more and still has a reserve for the rest of the program.
+///
+/// # Errors
+/// `OutOfMemory` if it may not. The text names the limits.
+pub fn has_room(len: usize) -> io::Result<()> {
+    match len.checked_add(RESERVE).map(MmapMut::map_anon) {
+        Some(Ok(_)) => Ok(()),
+        _ => Err(no_room(len)),
+    }
+}
+
+/// Returns whether the process's address space may be limited. The answer is looked up once. Without a limit, buffers
+/// are allocated without [`has_room`], which maps and unmaps memory: this would cost more than the buffer itself.
+///
+/// Without such a limit, an allocation fails only if the kernel has no memory at all or the process has `vm.max_map_count`
+/// mappings. mmap(2) itself reports both.
+fn space_is_limited() -> bool {
+    static LIMITED: OnceLock<bool> = OnceLock::new();
+    *LIMITED.get_or_init(|| {
+        let is_finite = |resource| getrlimit(resource).current.is_some();
+        // With the value 2, the kernel limits the address space of all processes together. If the file cannot be read,
+        // the value may be 2.
+        let overcommit = std::fs::read_to_string("/proc/sys/vm/overcommit_memory");
+        let is_counted = overcommit.map_or(true, |told| told.trim() == "2");
+        is_finite(Resource::As) || is_finite(Resource::Data) || is_counted
+    })
+}
+
+fn no_room(len: usize) -> io::Error {
+    let kib = len.div_ceil(1024);
+    let text = format!(
+        "this process may not take {kib} KiB more memory: see its limits on address space and data (`ulimit -v`, \
+         `ulimit -d`) and vm.max_map_count"
+    );
+    io::Error::new(io::ErrorKind::OutOfMemory, text)
+}
+
 impl AlignedBuffer {
-    /// A buffer of `len` zero bytes.
+    /// Returns a buffer of `len` zero bytes for short use.
+    ///
+    /// # Errors
+    /// `OutOfMemory` if the process may not take the memory. The text names the limits.
+    pub fn try_zeroed(len: usize) -> io::Result<Self> {
+        if len >= LARGE {
+            return Self::try_mapped(len);
+        }
+        let mut pages = Vec::new();
+        let count = len.div_ceil(DIRECT_ALIGNMENT);
+        pages.try_reserve_exact(count).map_err(|_| no_room(len))?;
+        pages.resize_with(count, Page::new_zeroed);
+        Ok(Self { memory: Memory::Pages(pages), len })
+    }
+
+    /// Returns a buffer of `len` zero bytes whose memory goes back to the kernel when it is dropped, however small it is. The C
+    /// library would keep the memory of thousands of small buffers.
+    ///
+    /// # Errors
+    /// `OutOfMemory` if the process may not take the memory. The text names the limits.
+    pub fn try_mapped(len: usize) -> io::Result<Self> {
+        if space_is_limited() {
+            has_room(len)?;
+        }
+        let mapped = MmapMut::map_anon(len.max(1).next_multiple_of(DIRECT_ALIGNMENT)).map_err(|_| no_room(len))?;
+        Ok(Self { memory: Memory::Mapped(mapped), len })
+    }
+
+    /// Returns a buffer of `len` zero bytes.
+    ///
+    /// # Panics
+    /// Panics or aborts the process if there is no memory. [`AlignedBuffer::try_zeroed`] returns an error instead.
     pub fn zeroed(len: usize) -> Self {
         let mapped = if len < LARGE { None } else { MmapMut::map_anon(len.next_multiple_of(DIRECT_ALIGNMENT)).ok() };
         let memory = mapped
@@ -34,8 +111,8 @@ impl AlignedBuffer {
         Self { memory, len }
     }
 
-    /// Sets the length; bytes beyond the old one are whatever was there before. Allocates only to grow past the largest
-    /// length there was.
+    /// Sets the length. Bytes beyond the old length keep the old contents of the memory. This allocates only if `len`
+    /// exceeds the largest length that the buffer ever had.
     pub fn resize(&mut self, len: usize) {
         if len > self.memory.bytes().len() {
             let mut larger = Self::zeroed(len);
@@ -88,7 +165,19 @@ mod tests {
     }
 
     #[test]
-    fn what_was_there_stays_when_a_buffer_grows() {
+    fn a_refused_buffer_is_an_error_that_names_the_limits() {
+        let error = AlignedBuffer::try_mapped(usize::MAX / 4).err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::OutOfMemory);
+        assert!(error.to_string().contains("`ulimit -v`"), "{error}");
+        assert!(AlignedBuffer::try_zeroed(usize::MAX / 4).is_err() && has_room(usize::MAX).is_err());
+        for len in [0, 1, 4096, LARGE] {
+            let (small, mapped) = (AlignedBuffer::try_zeroed(len).unwrap(), AlignedBuffer::try_mapped(len).unwrap());
+            assert!(small.len() == len && mapped.len() == len && small[..] == mapped[..]);
+        }
+    }
+
+    #[test]
+    fn contents_stay_when_a_buffer_grows() {
         let mut buffer = AlignedBuffer::zeroed(100);
         buffer.fill(7);
         for len in [5000, LARGE, 3 * LARGE, 10, LARGE] {

@@ -1,4 +1,4 @@
-//! Secrets as types: they wipe themselves when dropped, never print, and compare in constant time.
+//! Secrets as types. They wipe themselves when they are dropped, never print their bytes, and compare in constant time.
 
 use std::fmt;
 
@@ -7,32 +7,41 @@ use zeroize::Zeroizing;
 
 /// The key that encrypts a volume's sectors: the two AES keys of XTS, data key first, tweak key second.
 ///
-/// 64 bytes are AES-256-XTS, 32 bytes AES-128-XTS. (LUKS1 calls it "master key", LUKS2 "volume key".)
+/// A key of 64 bytes is for AES-256-XTS, and a key of 32 bytes for AES-128-XTS. (LUKS1 calls it "master key", LUKS2
+/// "volume key".)
 pub struct VolumeKey(Zeroizing<Box<[u8]>>);
 
-/// Key bytes that are no XTS key.
+/// Why bytes are not an XTS key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum VolumeKeyError {
-    /// Not 32 and not 64 bytes.
+    /// The key has neither 32 nor 64 bytes.
     #[error("an AES-XTS volume key has 32 or 64 bytes, not {0}")]
     Length(usize),
+    /// The key does not have the length that the caller asked for.
+    #[error("it has {found} bytes, but {wanted} were asked for")]
+    OtherLength {
+        /// The number of bytes of the key.
+        found: usize,
+        /// The number of bytes that the caller asked for.
+        wanted: usize,
+    },
     /// Both halves are the same key, which voids XTS's security proof (NIST SP 800-38E, IEEE 1619 annex D.4.3).
     #[error("both halves of the volume key are the same key; XTS needs two independent ones")]
     EqualHalves,
 }
 
 impl VolumeKey {
-    /// Bytes of an AES-256-XTS key: what nbdcrypt makes.
+    /// Length in bytes of an AES-256-XTS key. nbdcrypt makes volumes with keys of this length.
     pub const AES_256: usize = 64;
-    /// Bytes of an AES-128-XTS key: what old volumes often have.
+    /// Length in bytes of an AES-128-XTS key. Old volumes often have keys of this length.
     pub const AES_128: usize = 32;
 
-    /// Takes over key bytes; the vector is wiped when the key is dropped.
+    /// Takes ownership of key bytes. They are wiped when the key is dropped.
     ///
     /// # Errors
-    /// [`VolumeKeyError`] when they are no XTS key. The bytes are wiped all the same.
+    /// [`VolumeKeyError`] if they are not an XTS key. The bytes are wiped in this case, too.
     pub fn new(bytes: Vec<u8>) -> Result<Self, VolumeKeyError> {
-        // `into_boxed_slice` would leave an unwiped copy behind where capacity and length differ.
+        // `into_boxed_slice` would leave an unwiped copy behind if capacity and length differ.
         let bytes = Zeroizing::new(bytes);
         if bytes.len() != Self::AES_256 && bytes.len() != Self::AES_128 {
             return Err(VolumeKeyError::Length(bytes.len()));
@@ -44,12 +53,12 @@ impl VolumeKey {
         Ok(Self(Zeroizing::new(Box::from(bytes.as_slice()))))
     }
 
-    /// The key bytes: data key, then tweak key. What is made of them must be wiped as well.
+    /// Returns the key bytes: the data key, then the tweak key. The caller must wipe every copy that it makes.
     pub fn expose(&self) -> &[u8] {
         &self.0
     }
 
-    /// The key length in bits, both halves counted, as cryptsetup's `keysize` counts: 512 or 256.
+    /// Returns the key length in bits, with both halves counted as in cryptsetup's `keysize`: 512 or 256.
     pub fn bits(&self) -> usize {
         self.0.len() * 8
     }
@@ -61,16 +70,17 @@ impl fmt::Debug for VolumeKey {
     }
 }
 
-/// What a person or a key source knows, and a keyslot is opened with: any bytes, as `cryptsetup --key-file` takes them.
+/// The secret that opens a keyslot. It comes from a person or from a key source. Any bytes are allowed, as with
+/// `cryptsetup --key-file`.
 pub struct Passphrase(Zeroizing<Vec<u8>>);
 
 impl Passphrase {
-    /// Takes over the bytes, which are wiped when the passphrase is dropped.
+    /// Takes ownership of the bytes. They are wiped when the passphrase is dropped.
     pub fn new(bytes: Vec<u8>) -> Self {
         Self(Zeroizing::new(bytes))
     }
 
-    /// The bytes. What is made of them must be wiped as well.
+    /// Returns the bytes. The caller must wipe every copy that it makes.
     pub fn expose(&self) -> &[u8] {
         &self.0
     }
@@ -94,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_halves_and_odd_lengths_are_no_key() {
+    fn equal_halves_and_odd_lengths_are_refused() {
         assert_eq!(VolumeKey::new(vec![7; 64]).unwrap_err(), VolumeKeyError::EqualHalves);
         assert_eq!(VolumeKey::new(vec![7; 48]).unwrap_err(), VolumeKeyError::Length(48));
         assert_eq!(VolumeKey::new(vec![]).unwrap_err(), VolumeKeyError::Length(0));

@@ -2,15 +2,15 @@
 
 use std::fmt;
 
-/// Bytes in the unit that LUKS and dm-crypt count in, whatever the sector size.
+/// Bytes of the unit in which LUKS and dm-crypt count. It does not depend on the sector size.
 pub const LBA_UNIT: u64 = 512;
 
-/// The encryption unit: 512, 1024, 2048 or 4096 bytes. Each sector is one XTS data unit with a tweak of its own.
+/// The encryption unit: 512, 1024, 2048 or 4096 bytes. Each sector is one XTS data unit with its own tweak.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SectorSize(u16);
 
 impl SectorSize {
-    /// 512 bytes: the only size of LUKS1 and of plain dm-crypt's default.
+    /// 512 bytes: the only size of LUKS1, and the default of plain dm-crypt.
     pub const B512: Self = Self(512);
     /// 1024 bytes.
     pub const B1024: Self = Self(1024);
@@ -18,25 +18,25 @@ impl SectorSize {
     pub const B2048: Self = Self(2048);
     /// 4096 bytes: one page, one block of most filesystems.
     pub const B4096: Self = Self(4096);
-    /// Every size there is, smallest first.
+    /// All sizes, the smallest first.
     pub const ALL: [Self; 4] = [Self::B512, Self::B1024, Self::B2048, Self::B4096];
 
-    /// The sector size of so many bytes, if it is one of [`SectorSize::ALL`].
+    /// Returns the sector size of `bytes` bytes, or `None` if it is not one of [`SectorSize::ALL`].
     pub fn from_bytes(bytes: u64) -> Option<Self> {
         Self::ALL.into_iter().find(|size| u64::from(size.0) == bytes)
     }
 
-    /// The size in bytes.
+    /// Returns the size in bytes.
     pub fn bytes(self) -> usize {
         usize::from(self.0)
     }
 
-    /// The size in bytes, as an offset.
+    /// Returns the size in bytes, in the type of offsets.
     pub fn bytes_u64(self) -> u64 {
         u64::from(self.0)
     }
 
-    /// How many 512-byte units one sector spans: what the IV advances by from a sector to the next.
+    /// Returns how many 512-byte units one sector spans. The IV advances by this number from one sector to the next.
     pub fn lba_step(self) -> u64 {
         u64::from(self.0) / LBA_UNIT
     }
@@ -54,15 +54,15 @@ impl fmt::Display for SectorSize {
     }
 }
 
-/// A position counted in 512-byte units, which is what the `plain64` IV holds even where sectors are larger
-/// (cryptsetup never sets dm-crypt's `iv_large_sectors` for LUKS).
+/// A position counted in 512-byte units. The `plain64` IV counts these units even if sectors are larger (cryptsetup
+/// never sets dm-crypt's `iv_large_sectors` for LUKS).
 ///
 /// Arithmetic wraps at 2⁶⁴, as dm-crypt's does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Lba512(pub u64);
 
 impl Lba512 {
-    /// The position `units` 512-byte units further on.
+    /// Returns the position that lies `units` 512-byte units further on.
     #[must_use]
     pub fn advanced_by(self, units: u64) -> Self {
         Self(self.0.wrapping_add(units))

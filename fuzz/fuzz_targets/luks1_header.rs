@@ -1,5 +1,5 @@
-//! Any bytes as a LUKS1 header: refused, or repaired once and for all, or read, shown, written the same again, and tried with
-//! a passphrase.
+//! Reads arbitrary bytes as a LUKS1 header. The header is refused or parsed. A parsed header is displayed, tried with a
+//! passphrase, and encodes to a header that parses to the same. A repaired header needs no second repair.
 #![no_main]
 
 use engine::key::Passphrase;

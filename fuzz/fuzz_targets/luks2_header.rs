@@ -1,4 +1,5 @@
-//! Any bytes as a disk with LUKS2 headers, or as a detached header: refused, or read, shown, and tried with a passphrase.
+//! Reads arbitrary bytes as a disk with LUKS2 headers and as a detached header. The header is refused, or displayed and
+//! tried with a passphrase.
 #![no_main]
 
 use engine::key::Passphrase;

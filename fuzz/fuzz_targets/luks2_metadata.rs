@@ -1,4 +1,4 @@
-//! Any bytes as the JSON of a LUKS2 header: refused, or read, shown, and tried with a passphrase.
+//! Reads arbitrary bytes as the JSON of a LUKS2 header. The JSON is refused, or displayed and tried with a passphrase.
 #![no_main]
 
 use engine::key::Passphrase;

@@ -1,4 +1,5 @@
-//! Any bytes as all that a client ever says: no panic, the same answers however they are cut, and one to each request.
+//! Plays arbitrary bytes to the server as everything that a client sends. The answers do not depend on how the bytes are
+//! split, and each request has one reply.
 #![no_main]
 
 use nbd_server::proto::transcript::{Transcript, example_exports};

@@ -1,5 +1,5 @@
-//! Any bytes behind a good handshake, one for each kind of headers: no panic, the same answers however they are cut, no
-//! request past the end, and one reply to each request, as the document has it.
+//! Plays arbitrary bytes to the server after a valid handshake for each form of headers. The answers do not depend on how the
+//! bytes are split, no request reaches past the end, and each request has one reply as the document requires.
 #![no_main]
 
 use nbd_server::proto::transcript::{HANDSHAKES, Transcript, example_exports};
@@ -10,6 +10,8 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let whole = Transcript::of(&example_exports(), [handshake, bytes]);
     let cut = std::iter::once(handshake).chain(bytes.chunks(usize::from(*size).max(1)));
     assert_eq!(whole, Transcript::of(&example_exports(), cut));
-    assert!(whole.commands.iter().filter_map(|command| command.range()).all(|range| range.offset + range.len <= 1 << 20));
+    assert!(
+        whole.commands.iter().filter_map(|command| command.range()).all(|range| range.offset + range.len <= 1 << 20)
+    );
     whole.check_replies().unwrap();
 });

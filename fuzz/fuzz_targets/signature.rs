@@ -1,4 +1,4 @@
-//! Any bytes as a disk: probed without a panic.
+//! Looks for signatures on a disk that holds arbitrary bytes.
 #![no_main]
 
 use engine::store::{BlockStore, MemoryStore};

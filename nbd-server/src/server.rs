@@ -1,51 +1,64 @@
-//! The server: exports, and the connections that are served with them.
+//! The server: its exports, and the connections on which it serves them.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::server::TlsStream;
 
 use crate::export::{Export, Exports};
 use crate::proto::Negotiated;
-use crate::session::tokio::Haggled;
+use crate::session::link::Link;
+use crate::session::tokio::HandshakeEnd;
 use crate::session::workers::Workers;
 use crate::session::{SessionError, Work, tokio as session, uring};
 use crate::shutdown::Shutdown;
 use crate::tls::Tls;
 
-/// Kernel memory for what was sent on a unix socket and is not received yet, in bytes; Linux allows twice as much (socket(7)). The
-/// usual 104 KiB make sender and receiver take turns; with half a megabyte they run side by side. More is hardly faster with
-/// one connection and slower with several: what was sent leaves the CPU's cache before it is received ("Send buffers" in benches/README.md).
+/// The send buffer of a unix socket in bytes: kernel memory for what was sent and is not received yet. Linux doubles
+/// the value (socket(7)). With the usual 104 KiB, sender and receiver take turns; with half a megabyte they run side by
+/// side. More is hardly faster with one connection, and slower with several, because what was sent leaves the CPU's
+/// cache before it is received ("Send buffers" in benches/README.md).
 const UNIX_SOCKET_BUFFER: usize = 512 << 10;
-/// How long to wait after a failed accept: it fails for want of file descriptors or memory, which others must give back.
+/// How long to wait after a failed accept. Accepting fails for lack of file descriptors or memory, and other
+/// connections or programs must release some first.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Which session serves plain sockets. (TLS and other streams are always tokio's.)
+/// Checks whether this process may use io_uring, as [`SessionKind::Auto`] does.
+///
+/// # Errors
+/// `Unsupported` or `ENOSYS` if the kernel is too old, `EPERM` if io_uring is forbidden.
+pub fn io_uring() -> io::Result<()> {
+    uring::is_available()
+}
+
+/// Which session serves plain sockets. tokio's session always serves TLS and other streams.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum SessionKind {
-    /// io_uring where the kernel allows it, else tokio; the log says which, once.
+    /// io_uring if the kernel allows it, otherwise tokio. The log says once if it is tokio.
     #[default]
     Auto,
-    /// io_uring, or [`Server::new`] fails.
+    /// io_uring. [`Server::new`] fails if the kernel does not allow it.
     IoUring,
-    /// tokio, with its poll, and threads that block for the disk.
+    /// tokio, which polls sockets, and threads that block for the disk.
     Tokio,
 }
 
-/// A socket that the kernel's own calls can serve, without a layer such as TLS between.
+/// A socket that system calls can serve directly, without a layer such as TLS.
 pub trait PlainSocket: AsyncRead + AsyncWrite + Unpin + Send {
-    /// The socket itself, taken from tokio.
+    /// Takes the socket from tokio.
     ///
     /// # Errors
-    /// What the system said.
+    /// The system's error if tokio cannot deregister the socket.
     fn into_owned_fd(self) -> io::Result<OwnedFd>;
 }
 
@@ -61,25 +74,27 @@ impl PlainSocket for TcpStream {
     }
 }
 
-/// What can be chosen about a server.
+/// The settings of a server.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Connections served at once; further ones wait in the listener's queue.
+    /// The maximum number of connections served at once. Further connections wait in the listener's queue.
     pub max_connections: usize,
-    /// How long a client may take to come to transmission, TLS included.
+    /// How long a client may take until transmission begins, including TLS.
     pub handshake_timeout: Duration,
-    /// A client in transmission that neither sends nor takes a byte for so long, while nothing is carried out for it, is
-    /// cut off: one without requests as well as one that stopped in the middle of a message. Up to an eighth longer may
-    /// pass. `None`: never, as a filesystem wants it, which may have nothing to ask for hours.
+    /// How long a client in transmission may be idle. A client is idle while it neither sends nor takes a byte and none
+    /// of its requests is being carried out. An idle client is disconnected after this time or up to an eighth later,
+    /// even in the middle of a message. `None` means never. A filesystem needs `None`, since it may have no requests
+    /// for hours.
     pub idle_timeout: Option<Duration>,
-    /// Whether conversations are encrypted. Connections that have no handshake are not concerned.
+    /// Whether connections are encrypted. This does not affect connections without a handshake.
     pub tls: Tls,
-    /// Threads that read and write the disks: how many requests they have at once, over all connections.
+    /// The number of threads that read and write the disks. It limits how many requests these threads carry out at
+    /// once, over all connections.
     pub workers: usize,
     /// Which session serves plain sockets.
     pub session: SessionKind,
-    /// Whether io_uring keeps the memory of direct I/O looked up and pinned, as far as `RLIMIT_MEMLOCK` goes. Without it, more CPU
-    /// time: this is here to measure how much.
+    /// Whether io_uring keeps the buffers of direct I/O registered (looked up and pinned), as far as `RLIMIT_MEMLOCK`
+    /// allows. Without this, I/O takes more CPU time. The setting exists to measure how much.
     pub registered_buffers: bool,
 }
 
@@ -97,19 +112,19 @@ impl Default for Settings {
     }
 }
 
-/// Exports and the threads that serve them. Clones are the same server.
+/// A server's exports and worker threads. Clones are the same server.
 ///
 /// # Memory
-/// A connection holds at most [`MAX_BYTES_IN_FLIGHT`](crate::session::MAX_BYTES_IN_FLIGHT) bytes in buffers, those that are
-/// kept to be used again among them, and a megabyte beside; a worker takes two more for a request that is not whole blocks.
-/// (The kernel holds what is in the socket beside: of what is sent on a unix socket 1 MiB at most, and what the client's own
-/// buffer lets it send.)
+/// A connection holds at most [`MAX_BYTES_IN_FLIGHT`](crate::session::MAX_BYTES_IN_FLIGHT) bytes in buffers, including
+/// buffers that are kept for reuse, and about one megabyte of other memory. A worker takes two megabytes more for a
+/// request that does not cover whole blocks. In addition, the kernel holds what is in the socket: on a unix socket at
+/// most 1 MiB that the server has sent, and as much as the client's own buffer allows the client to send.
 #[derive(Clone)]
 pub struct Server {
     exports: Exports,
     workers: Arc<Workers<Work>>,
     settings: Settings,
-    /// Plain sockets are served by io_uring.
+    /// Set if io_uring serves plain sockets.
     by_uring: bool,
 }
 
@@ -117,8 +132,8 @@ pub struct Server {
 pub enum Listener {
     /// A unix socket.
     Unix(UnixListener),
-    /// A TCP port.
-    Tcp(TcpListener),
+    /// A TCP port, on one or more addresses.
+    Tcp(Vec<TcpListener>),
 }
 
 impl From<UnixListener> for Listener {
@@ -129,7 +144,13 @@ impl From<UnixListener> for Listener {
 
 impl From<TcpListener> for Listener {
     fn from(listener: TcpListener) -> Self {
-        Self::Tcp(listener)
+        Self::Tcp(vec![listener])
+    }
+}
+
+impl From<Vec<TcpListener>> for Listener {
+    fn from(listeners: Vec<TcpListener>) -> Self {
+        Self::Tcp(listeners)
     }
 }
 
@@ -141,8 +162,8 @@ impl Listener {
                 enlarge_send_buffer(&stream);
                 Ok(Accepted::Unix(stream))
             }
-            Self::Tcp(listener) => {
-                let (stream, peer) = listener.accept().await?;
+            Self::Tcp(listeners) => {
+                let (stream, peer) = accept_any(listeners).await?;
                 tracing::debug!(%peer, "a client connected");
                 stream.set_nodelay(true)?;
                 keep_alive(&stream);
@@ -152,29 +173,39 @@ impl Listener {
     }
 }
 
+/// Accepts the next connection of any of the listeners.
+async fn accept_any(listeners: &[TcpListener]) -> io::Result<(TcpStream, SocketAddr)> {
+    std::future::poll_fn(|context| {
+        let ready = listeners.iter().map(|listener| listener.poll_accept(context)).find(Poll::is_ready);
+        ready.unwrap_or(Poll::Pending)
+    })
+    .await
+}
+
 enum Accepted {
     Unix(UnixStream),
     Tcp(TcpStream),
 }
 
-/// A client that chose an export, and the stream on which it sends its requests: the socket itself, or TLS in it.
-enum Settled<S> {
+/// A client that has chosen an export, and the stream for its requests: the socket itself, or TLS in it.
+enum Ready<S> {
     Plain(S, Export, Negotiated),
     Tls(Box<TlsStream<S>>, Export, Negotiated),
 }
 
 impl Server {
-    /// Starts the threads; nothing is served yet.
+    /// Starts the worker threads. Serves nothing yet.
     ///
     /// # Errors
-    /// What the system said to a new thread, or to a ring that was asked for by name.
+    /// The system's error if a thread cannot be started, or if [`SessionKind::IoUring`] was asked for and is not
+    /// available.
     pub fn new(exports: Exports, settings: Settings) -> io::Result<Self> {
         let by_uring = match (settings.session, uring::is_available()) {
             (SessionKind::Tokio, _) => false,
             (_, Ok(())) => true,
             (SessionKind::IoUring, Err(error)) => return Err(error),
             (SessionKind::Auto, Err(error)) => {
-                tracing::warn!(%error, "no io_uring here: serving without it, which takes more CPU time");
+                tracing::warn!(%error, "io_uring is not available: serving without it, which takes more CPU time");
                 false
             }
         };
@@ -182,25 +213,25 @@ impl Server {
         Ok(Self { exports, workers, settings, by_uring })
     }
 
-    /// What is served.
+    /// Returns the exports.
     pub fn exports(&self) -> &Exports {
         &self.exports
     }
 
-    /// Serves the listener's connections until the shutdown: then no more are accepted, requests under way are carried
-    /// out and answered, later ones get `NBD_ESHUTDOWN`, and every volume is flushed.
+    /// Serves the listener's connections until the shutdown. After that, it accepts no connections, carries out and
+    /// answers the requests in flight, answers later requests with `NBD_ESHUTDOWN`, and flushes every volume.
     ///
     /// # Errors
-    /// What a volume said to the last flush.
+    /// The error of a volume whose last flush failed.
     pub async fn run(&self, listener: impl Into<Listener>, mut shutdown: Shutdown) -> io::Result<()> {
         let listener = listener.into();
-        let places = Arc::new(Semaphore::new(self.settings.max_connections));
+        let slots = Arc::new(Semaphore::new(self.settings.max_connections));
         let mut connections = JoinSet::new();
         let mut failing = false;
         loop {
             // The semaphore is never closed.
-            let place = tokio::select! {
-                place = Arc::clone(&places).acquire_owned() => place.ok(),
+            let slot = tokio::select! {
+                slot = Arc::clone(&slots).acquire_owned() => slot.ok(),
                 () = shutdown.requested() => break,
             };
             let accepted = tokio::select! {
@@ -210,12 +241,12 @@ impl Server {
             match accepted {
                 Ok(accepted) => {
                     failing = false;
-                    connections.spawn(self.clone().serve_logged(accepted, shutdown.clone(), place));
+                    connections.spawn(self.clone().serve_logged(accepted, shutdown.clone(), slot));
                 }
                 Err(error) => {
-                    // Once, however long it lasts.
+                    // Warns only once, however long this lasts.
                     if !std::mem::replace(&mut failing, true) {
-                        tracing::warn!(%error, "no connection could be accepted");
+                        tracing::warn!(%error, "cannot accept connections; trying again until it works");
                     }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
@@ -223,94 +254,86 @@ impl Server {
             while connections.try_join_next().is_some() {}
         }
         drop(listener);
-        // Each ends by itself within seconds, unless a disk keeps it.
+        // Each connection now ends within seconds, unless a disk delays it.
         while connections.join_next().await.is_some() {}
         self.flush().await
     }
 
-    /// Serves one client, from the first word on. Returns when it is done and everything it asked for is carried out.
-    ///
-    /// # Errors
-    /// [`SessionError`] when it ended otherwise than by the client's leave or the shutdown.
-    pub async fn serve_stream<S>(&self, stream: S, mut shutdown: Shutdown) -> Result<(), SessionError>
-    where
-        S: AsyncRead + AsyncWrite + Unpin,
-    {
-        let settled = self.settle(stream, &mut shutdown).await?;
-        self.transmit(settled, shutdown).await
-    }
-
-    /// Takes a client through the handshake, and through TLS where the two agree on it. `None` when it took its leave, or
-    /// the shutdown came.
-    async fn settle<S>(&self, stream: S, shutdown: &mut Shutdown) -> Result<Option<Settled<S>>, SessionError>
+    /// Takes a client through the handshake, and through TLS if both agree on it. Returns `None` if the client left or
+    /// the server is shutting down.
+    async fn handshake<S>(&self, stream: S, shutdown: &mut Shutdown) -> Result<Option<Ready<S>>, SessionError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let stop = shutdown.clone();
         tokio::select! {
             biased;
-            settled = self.haggle(stream, shutdown) => settled,
-            // It neither says what it began to say nor takes what it is told, nor does TLS come about.
+            ended = self.handshake_in_time(stream, shutdown) => ended,
+            // After the shutdown, the client neither finished its message, nor took the reply, nor completed TLS.
             () = session::too_late(stop) => Err(SessionError::Shutdown),
         }
     }
 
-    async fn haggle<S>(&self, mut stream: S, shutdown: &mut Shutdown) -> Result<Option<Settled<S>>, SessionError>
+    async fn handshake_in_time<S>(
+        &self,
+        mut stream: S,
+        shutdown: &mut Shutdown,
+    ) -> Result<Option<Ready<S>>, SessionError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let Self { exports, settings, .. } = self;
-        // One for all of it, so that no stage of it can be drawn out.
+        // One deadline for the whole handshake, so that a client cannot prolong any part of it.
         let deadline = Instant::now() + settings.handshake_timeout;
         let late = |_| SessionError::HandshakeTimeout;
         let greeted = session::greet(&mut stream, settings.tls.policy(), exports, shutdown);
-        let handshake = match timeout_at(deadline, greeted).await.map_err(late)?? {
-            Haggled::Chosen(export, negotiated) => {
+        let expect = match timeout_at(deadline, greeted).await.map_err(late)?? {
+            HandshakeEnd::Chosen(export, negotiated) => {
                 tracing::debug!(export = export.info().name, "a client entered transmission");
-                return Ok(Some(Settled::Plain(stream, export, negotiated)));
+                return Ok(Some(Ready::Plain(stream, export, negotiated)));
             }
-            Haggled::Left => return Ok(None),
-            Haggled::StartTls(handshake) => handshake,
+            HandshakeEnd::Left => return Ok(None),
+            HandshakeEnd::StartTls(expect) => expect,
         };
         let stream = timeout_at(deadline, settings.tls.accept(stream)).await.map_err(late)?;
         let mut stream = Box::new(stream.map_err(SessionError::Tls)?);
-        let haggled = session::haggle(&mut stream, handshake, exports, shutdown);
-        match timeout_at(deadline, haggled).await.map_err(late)?? {
-            Haggled::Chosen(export, negotiated) => {
+        let ended = session::negotiate(&mut stream, expect.established(), exports, shutdown);
+        match timeout_at(deadline, ended).await.map_err(late)?? {
+            HandshakeEnd::Chosen(export, negotiated) => {
                 tracing::debug!(export = export.info().name, "a client entered transmission under TLS");
-                Ok(Some(Settled::Tls(stream, export, negotiated)))
+                Ok(Some(Ready::Tls(stream, export, negotiated)))
             }
-            // TLS does not begin twice: the handshake sees to it.
-            Haggled::Left | Haggled::StartTls(_) => {
-                // The client may be gone already, or not take it.
+            // The handshake does not let TLS begin a second time.
+            HandshakeEnd::Left | HandshakeEnd::StartTls(_) => {
+                // The client may be gone already, or it may not read this.
                 let _ = timeout_at(deadline, stream.shutdown()).await;
                 Ok(None)
             }
         }
     }
 
-    /// Serves one client on a plain socket, from the first word on: by io_uring where that is possible, unless the client
-    /// goes on under TLS.
+    /// Serves one client on a plain socket, beginning with the greeting. io_uring serves the socket if possible, unless
+    /// the client starts TLS.
     ///
     /// # Errors
-    /// [`SessionError`] when it ended otherwise than by the client's leave or the shutdown.
+    /// [`SessionError`] if the connection ended for any reason other than a disconnect by the client or the shutdown.
     pub async fn serve_socket(&self, socket: impl PlainSocket, mut shutdown: Shutdown) -> Result<(), SessionError> {
-        match self.settle(socket, &mut shutdown).await? {
+        match self.handshake(socket, &mut shutdown).await? {
             None => Ok(()),
-            Some(Settled::Plain(socket, export, negotiated)) => {
+            Some(Ready::Plain(socket, export, negotiated)) => {
                 self.serve_socket_negotiated(socket, &export, negotiated, shutdown).await
             }
-            Some(Settled::Tls(stream, export, negotiated)) => {
+            Some(Ready::Tls(stream, export, negotiated)) => {
                 self.serve_negotiated(stream, &export, negotiated, shutdown).await
             }
         }
     }
 
-    /// Serves one client on a plain socket that needs no handshake: the kernel, which was given the other end of a
-    /// socketpair and told of the export by other means.
+    /// Serves one client on a plain socket without a handshake. This is for the kernel, which has the other end of a
+    /// socketpair and learns the export's parameters in another way.
     ///
     /// # Errors
-    /// [`SessionError`] when it ended otherwise than by the client's leave or the shutdown.
+    /// [`SessionError`] if the connection ended for any reason other than a disconnect by the client or the shutdown.
     pub async fn serve_socket_transmission(
         &self,
         socket: impl PlainSocket,
@@ -320,6 +343,33 @@ impl Server {
         self.serve_socket_negotiated(socket, export, Negotiated::default(), shutdown).await
     }
 
+    /// Serves one of the kernel's NBD connections. The kernel has several, and they may replace one another: see
+    /// [`crate::session::link`].
+    ///
+    /// # Errors
+    /// [`SessionError`] if the connection ended for any reason other than a disconnect by the kernel or the shutdown.
+    /// All requests that were received are carried out in any case.
+    pub async fn serve_link(
+        &self,
+        mut socket: UnixStream,
+        export: &Export,
+        link: &Arc<Link>,
+        mut shutdown: Shutdown,
+    ) -> Result<(), SessionError> {
+        tokio::select! {
+            () = async {
+                link.pass().await;
+                link.replay(&mut socket).await;
+            } => {}
+            () = shutdown.requested() => {}
+        }
+        let link = Arc::clone(link);
+        let served =
+            self.serve_connection(socket, export, Negotiated::default(), Some(Arc::clone(&link)), shutdown).await;
+        link.drain().await;
+        served
+    }
+
     async fn serve_socket_negotiated(
         &self,
         socket: impl PlainSocket,
@@ -327,22 +377,32 @@ impl Server {
         negotiated: Negotiated,
         shutdown: Shutdown,
     ) -> Result<(), SessionError> {
+        self.serve_connection(socket, export, negotiated, None, shutdown).await
+    }
+
+    async fn serve_connection(
+        &self,
+        socket: impl PlainSocket,
+        export: &Export,
+        negotiated: Negotiated,
+        link: Option<Arc<Link>>,
+        shutdown: Shutdown,
+    ) -> Result<(), SessionError> {
+        let idle = self.settings.idle_timeout;
         if !self.by_uring {
-            return self.serve_negotiated(socket, export, negotiated, shutdown).await;
+            return session::transmission(socket, export, negotiated, &self.workers, idle, link, shutdown).await;
         }
-        match uring::Session::begin().await {
+        match uring::Session::begin(link.as_ref()).await {
             Ok(session) => {
-                let options = uring::Options {
-                    idle: self.settings.idle_timeout,
-                    registered_buffers: self.settings.registered_buffers,
-                };
+                let registered_buffers = self.settings.registered_buffers;
+                let options = uring::Options { idle, registered_buffers, link };
                 session
                     .transmission(socket.into_owned_fd()?, export, negotiated, &self.workers, options, shutdown)
                     .await
             }
             Err(error) => {
-                tracing::warn!(%error, "no io_uring for this connection: serving it without, which takes more CPU time");
-                self.serve_negotiated(socket, export, negotiated, shutdown).await
+                tracing::warn!(%error, "no io_uring for this connection: serving it without io_uring, which takes more CPU time");
+                session::transmission(socket, export, negotiated, &self.workers, idle, link, shutdown).await
             }
         }
     }
@@ -358,10 +418,10 @@ impl Server {
         S: AsyncRead + AsyncWrite,
     {
         let idle = self.settings.idle_timeout;
-        session::transmission(stream, export, negotiated, &self.workers, idle, shutdown).await
+        session::transmission(stream, export, negotiated, &self.workers, idle, None, shutdown).await
     }
 
-    async fn serve_logged<P: Send>(self, accepted: Accepted, shutdown: Shutdown, place: P) {
+    async fn serve_logged<P: Send>(self, accepted: Accepted, shutdown: Shutdown, slot: P) {
         let served = match accepted {
             Accepted::Unix(socket) => self.serve_socket(socket, shutdown).await,
             Accepted::Tcp(socket) => self.serve_socket(socket, shutdown).await,
@@ -370,28 +430,16 @@ impl Server {
             Ok(()) => tracing::debug!("a client left"),
             Err(error) => tracing::info!(%error, "a connection ended"),
         }
-        drop(place);
-    }
-
-    async fn transmit<S>(&self, settled: Option<Settled<S>>, shutdown: Shutdown) -> Result<(), SessionError>
-    where
-        S: AsyncRead + AsyncWrite + Unpin,
-    {
-        match settled {
-            Some(Settled::Plain(stream, export, negotiated)) => {
-                self.serve_negotiated(stream, &export, negotiated, shutdown).await
-            }
-            Some(Settled::Tls(stream, export, negotiated)) => {
-                self.serve_negotiated(stream, &export, negotiated, shutdown).await
-            }
-            None => Ok(()),
-        }
+        drop(slot);
     }
 
     async fn flush(&self) -> io::Result<()> {
         for export in self.exports.all() {
-            let volume = Arc::clone(export.volume());
-            let flushed = tokio::task::spawn_blocking(move || volume.flush()).await.map_err(io::Error::from)?;
+            let (told, flushed) = oneshot::channel();
+            self.workers.submit([Work::Flush(Arc::clone(export.volume()), told)]);
+            let flushed = flushed
+                .await
+                .map_err(|_| io::Error::other("cannot flush a volume: the thread that flushed it panicked"))?;
             flushed.map_err(|error| match error {
                 engine::volume::VolumeError::Store(error) => error,
                 other => io::Error::other(other),
@@ -401,8 +449,8 @@ impl Server {
     }
 }
 
-/// Has the kernel find out when a peer is gone without a word, as after a power cut, within two minutes: its place would be
-/// taken for good. (tcp(7))
+/// Makes the kernel detect within two minutes that a peer has vanished, for example after a power cut (tcp(7)).
+/// Otherwise the peer would keep its connection slot forever.
 fn keep_alive(socket: &TcpStream) {
     let set = || -> rustix::io::Result<()> {
         sockopt::set_socket_keepalive(socket, true)?;
@@ -411,14 +459,15 @@ fn keep_alive(socket: &TcpStream) {
         sockopt::set_tcp_keepcnt(socket, 6)
     };
     if let Err(error) = set() {
-        tracing::debug!(%error, "no keepalive");
+        tracing::debug!(%error, "cannot turn on TCP keepalive for a connection");
     }
 }
 
-/// Gives a unix socket room to send while its other end receives. Where the system allows less, it is given less. (What the
-/// other end sends is on its own account: unix(7) has no buffer for receiving.)
+/// Enlarges the send buffer of a unix socket, so that the server can send while the client receives. The system may
+/// allow less than that. (unix(7) has no receive buffer: what the client sends counts against the client's own send
+/// buffer.)
 pub fn enlarge_send_buffer(socket: &impl std::os::fd::AsFd) {
-    // Only the privileged may exceed net.core.wmem_max.
+    // Only privileged processes may exceed net.core.wmem_max.
     if sockopt::set_socket_send_buffer_size_force(socket, UNIX_SOCKET_BUFFER).is_err() {
         let _ = sockopt::set_socket_send_buffer_size(socket, UNIX_SOCKET_BUFFER);
     }

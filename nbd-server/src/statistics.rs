@@ -1,8 +1,8 @@
-//! Counters, live, for `nbdcrypt status`.
+//! Counters of the clients and requests of an export.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// What was served of one export since its server started, counted as replies are made.
+/// The counters of one export since its server started. They count a request when its reply is made.
 #[derive(Debug, Default)]
 pub struct Statistics {
     connections: AtomicU64,
@@ -23,16 +23,16 @@ pub struct Snapshot {
     pub connections_total: u64,
     /// Requests answered.
     pub requests: u64,
-    /// Bytes of the volume sent to clients.
+    /// Bytes that were read from the volume for clients.
     pub bytes_read: u64,
-    /// Bytes received from clients and written.
+    /// Bytes that were received from clients and written to the volume.
     pub bytes_written: u64,
-    /// Requests answered with an error, whoever was to blame.
+    /// Requests answered with an error, whether the client or the disk was at fault.
     pub errors: u64,
 }
 
 impl Statistics {
-    /// The counters now.
+    /// Returns the counters as they are now.
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
             connections: self.connections.load(Relaxed),
@@ -44,7 +44,7 @@ impl Statistics {
         }
     }
 
-    /// How often a session let requests gather while its client read replies.
+    /// Returns how often a session let requests gather while its client read replies.
     pub fn pauses(&self) -> u64 {
         self.pauses.load(Relaxed)
     }
@@ -53,7 +53,7 @@ impl Statistics {
         self.pauses.fetch_add(1, Relaxed);
     }
 
-    /// Counts a client, until the guard is dropped.
+    /// Counts a client until the guard is dropped.
     pub(crate) fn connected(&self) -> Connected<'_> {
         self.connections.fetch_add(1, Relaxed);
         self.connections_total.fetch_add(1, Relaxed);
@@ -72,13 +72,13 @@ impl Statistics {
         self.bytes_written.fetch_add(bytes, Relaxed);
     }
 
-    /// Counts an error; whether it is the first.
-    pub(crate) fn failed(&self) -> bool {
-        self.errors.fetch_add(1, Relaxed) == 0
+    /// Counts a request that was answered with an error.
+    pub(crate) fn failed(&self) {
+        self.errors.fetch_add(1, Relaxed);
     }
 }
 
-/// A client in transmission.
+/// Counts a client in transmission. Dropping it ends the count.
 pub(crate) struct Connected<'a>(&'a Statistics);
 
 impl Drop for Connected<'_> {

@@ -1,51 +1,106 @@
-//! TLS for clients that ask for it by `NBD_OPT_STARTTLS`: certificates and keys from a directory in the layout that nbdkit
-//! and qemu share, and TLS 1.2 or 1.3 by rustls. There are no pre-shared keys: rustls has none.
+//! TLS for clients that ask for it with `NBD_OPT_STARTTLS`. Certificates and keys come from a directory in the layout
+//! that nbdkit and qemu share. rustls provides TLS 1.2 and 1.3. There are no pre-shared keys, because rustls lacks
+//! them.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime};
 use rustls::server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use webpki::{EndEntityCert, KeyUsage};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::proto::TlsPolicy;
 
-/// The authorities whose clients may come, one or more certificates.
+/// The authorities whose clients are accepted: one or more certificates.
 pub const CA_CERT: &str = "ca-cert.pem";
-/// Certificates that were taken back: a list of each authority, if the file is there.
+/// The revocation lists of the authorities. The file is optional.
 pub const CA_CRL: &str = "ca-crl.pem";
-/// The server's certificate, and those between it and the authority.
+/// The server's certificate, followed by any intermediate certificates between it and the authority.
 pub const SERVER_CERT: &str = "server-cert.pem";
-/// The server's private key (PKCS #8, PKCS #1 or SEC 1), not encrypted.
+/// The server's private key in PKCS #8, PKCS #1 or SEC 1 form, not encrypted.
 pub const SERVER_KEY: &str = "server-key.pem";
 
-/// The most bytes that one of these files may have. A revocation list is the longest of them.
+/// The largest size of one of these files in bytes, other than the private key. Revocation lists are the longest.
 const MAX_FILE: u64 = 16 << 20;
 
-/// Whether conversations are encrypted.
+/// Whether connections are encrypted.
 #[derive(Debug, Clone, Default)]
 pub enum Tls {
-    /// None is.
+    /// No connection is encrypted.
     #[default]
     Off,
-    /// Those whose clients ask for it. Someone between client and server can keep them from it, unless they insist.
+    /// Connections are encrypted if the client asks for it. An attacker between client and server can prevent this,
+    /// unless the client insists on TLS.
     Offered(Credentials),
-    /// All; before it, a client is told of nothing.
+    /// All connections are encrypted. Before TLS begins, the server tells a client nothing about its exports.
     Required(Credentials),
 }
 
-/// What a server shows its clients, and what it wants to see of them. Clones are the same.
+/// The server's certificate and key, and which client certificates it accepts. Clones are the same credentials.
 #[derive(Clone)]
 pub struct Credentials {
     config: Arc<ServerConfig>,
+    /// The server's certificate and the intermediate certificates.
+    chain: Arc<[CertificateDer<'static>]>,
+    /// The file with the certificates.
+    path: Arc<Path>,
+}
+
+/// A certificate in the server's file that is not valid at a given time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotValid {
+    /// The file that contains the certificate.
+    pub path: PathBuf,
+    /// The position of the certificate in the file, counted from 0. The first is the server's own.
+    pub number: usize,
+    /// Why the certificate is not valid.
+    pub why: NotValidBecause,
+}
+
+/// Why a certificate is not valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotValidBecause {
+    /// The certificate expired this long ago.
+    Expired(Duration),
+    /// The certificate becomes valid after this time.
+    NotYet(Duration),
+}
+
+impl std::fmt::Display for NotValid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let path = self.path.display();
+        match self.number {
+            0 => write!(f, "the server's certificate {path} ")?,
+            number => write!(f, "certificate {} in {path}, from an authority, ", number + 1)?,
+        }
+        match self.why {
+            NotValidBecause::Expired(ago) => write!(f, "expired {} ago", rough(ago)),
+            NotValidBecause::NotYet(left) => {
+                write!(f, "is not valid yet, but becomes valid in {}; check this machine's clock", rough(left))
+            }
+        }
+    }
+}
+
+/// Writes a duration for people, in one unit.
+fn rough(time: Duration) -> String {
+    let (count, unit) = match time.as_secs() {
+        seconds @ ..120 => (seconds, "second"),
+        seconds @ ..7200 => (seconds / 60, "minute"),
+        seconds @ ..172_800 => (seconds / 3600, "hour"),
+        seconds => (seconds / 86400, "day"),
+    };
+    format!("{count} {unit}{}", if count == 1 { "" } else { "s" })
 }
 
 impl std::fmt::Debug for Credentials {
@@ -54,69 +109,69 @@ impl std::fmt::Debug for Credentials {
     }
 }
 
-/// Who may be a client.
+/// Which clients are accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Clients {
-    /// Whoever connects: TLS keeps others from listening, and shows clients that the server is the right one.
+    /// Anyone who connects. TLS still keeps others from listening, and lets clients check the server's certificate.
     Anyone,
-    /// Who has a certificate by an authority of [`CA_CERT`] that is not in [`CA_CRL`].
+    /// Anyone who has a certificate from an authority in [`CA_CERT`] that is not revoked in [`CA_CRL`].
     WithCertificate,
 }
 
-/// Why there are no credentials.
+/// Why credentials could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// A file is missing or cannot be read.
-    #[error("{}: {source}; the directory holds {what}", path.display())]
+    #[error("cannot read {}, which should hold {what}: {source}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What it is for.
+        /// What the file is for.
         what: &'static str,
-        /// What the system said.
+        /// Why the file could not be read.
         source: io::Error,
     },
-    /// A file is too long to be what it should be.
-    #[error("{} has more than {MAX_FILE} bytes; is it the right file?", .0.display())]
+    /// A file is larger than a file of its kind can be.
+    #[error("{} is too large; the private key's file may have up to 128 KiB, each other file 16 MiB", .0.display())]
     TooLarge(PathBuf),
-    /// The private key is not private.
-    #[error("{} can be read or written by others (mode {mode:03o}), so the key in it may be known: make a new one, and chmod 600 it (640 for a group is accepted)", path.display())]
+    /// Users other than the owner and the group have access to the private key, or the group can write it.
+    #[error("{} is open to other users (mode {mode:03o}), so they may know the key in it; make a new key and `chmod 600` its file (640 is accepted, too)", path.display())]
     NotPrivate {
-        /// The key's file.
+        /// The file with the key.
         path: PathBuf,
-        /// Its permissions.
+        /// The file's permissions.
         mode: u32,
     },
-    /// There is nothing of use in a file.
-    #[error("{} holds no {what} in PEM form{hint}", path.display())]
+    /// A file does not contain what it must contain.
+    #[error("{} contains no {what} in PEM form{hint}", path.display())]
     Nothing {
         /// The file.
         path: PathBuf,
-        /// What was looked for.
+        /// What is missing.
         what: &'static str,
-        /// What may be the matter.
+        /// A possible cause and what to do about it, or nothing.
         hint: &'static str,
     },
-    /// A file is damaged.
-    #[error("{} cannot be understood: {why}; make it again, for example with certtool", path.display())]
+    /// A file's contents cannot be parsed.
+    #[error("{} cannot be parsed: {why}; make it again, for example with certtool", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// Why the contents cannot be parsed.
         why: String,
     },
-    /// Certificate and key do not make a server.
+    /// The certificate and the key do not work together.
     #[error("{} and {SERVER_KEY} beside it cannot be used together: {source}", certificate.display())]
     Pair {
-        /// The certificate's file.
+        /// The file with the certificate.
         certificate: PathBuf,
-        /// What is wrong.
+        /// Why they do not work together.
         source: rustls::Error,
     },
 }
 
 impl Tls {
-    /// What the handshake is to do about it.
+    /// Returns the policy that the handshake follows.
     pub fn policy(&self) -> TlsPolicy {
         match self {
             Self::Off => TlsPolicy::Off,
@@ -125,7 +180,7 @@ impl Tls {
         }
     }
 
-    /// The TLS handshake, which begins with the next byte of the stream.
+    /// Does the TLS handshake. It begins with the next byte of the stream.
     pub(crate) async fn accept<S>(&self, stream: S) -> io::Result<TlsStream<S>>
     where
         S: AsyncRead + AsyncWrite + Unpin,
@@ -140,14 +195,17 @@ impl Tls {
 }
 
 impl Credentials {
-    /// Reads [`SERVER_CERT`] and [`SERVER_KEY`] in `directory`, and with [`Clients::WithCertificate`] also [`CA_CERT`] and,
-    /// if it is there, [`CA_CRL`]. They are read once: who changes them starts the server again.
+    /// Reads [`SERVER_CERT`] and [`SERVER_KEY`] in `directory`. With [`Clients::WithCertificate`], also reads
+    /// [`CA_CERT`] and, if it exists, [`CA_CRL`]. The files are read only once; after a change, the server must be
+    /// restarted.
     ///
-    /// A key file that others than its owner and group can read or write is refused. With a [`CA_CRL`], every authority on
-    /// the way from a client's certificate to [`CA_CERT`] must have its list in it, and a list must not have expired.
+    /// A key file is refused if other users can access it, or if its group can write it. If there is a [`CA_CRL`], it
+    /// must contain a list from every authority between a client's certificate and [`CA_CERT`], and no list may have
+    /// expired.
     ///
     /// # Errors
-    /// [`TlsError`], which names the file.
+    /// [`TlsError`] if a file is missing, unsuitable or damaged, or if certificate and key do not match. The error
+    /// names the file.
     pub fn from_directory(directory: &Path, clients: Clients) -> Result<Self, TlsError> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let verifier = match clients {
@@ -176,12 +234,39 @@ impl Credentials {
             .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
             .map_err(pair)?
             .with_client_cert_verifier(verifier)
-            .with_single_cert(chain, key)
+            .with_single_cert(chain.clone(), key)
             .map_err(pair)?;
-        // A session is never resumed: connections are few and long, and each client's certificate is looked at.
+        // Sessions are never resumed: connections are few and long, and each client's certificate is checked.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(Self { config: Arc::new(config) })
+        Ok(Self { config: Arc::new(config), chain: chain.into(), path: certificate.into() })
+    }
+
+    /// Returns the server's certificates that are not valid at the time `now`. The server can still send them, but a
+    /// client that checks them does not connect. Certificates that cannot be parsed are left out.
+    pub fn not_valid_at(&self, now: SystemTime) -> Vec<NotValid> {
+        let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let not_valid = |(number, certificate)| {
+            Some(NotValid { path: self.path.to_path_buf(), number, why: why_not_valid(certificate, now)? })
+        };
+        self.chain.iter().enumerate().filter_map(not_valid).collect()
+    }
+}
+
+/// Returns why a certificate is not valid at `now`, or `None` if it is valid or cannot be parsed.
+fn why_not_valid(certificate: &CertificateDer<'_>, now: Duration) -> Option<NotValidBecause> {
+    let certificate = EndEntityCert::try_from(certificate).ok()?;
+    // webpki checks the validity period first. It then refuses the certificate in any case, since no authority is
+    // trusted here.
+    let time = UnixTime::since_unix_epoch(now);
+    match certificate.verify_for_usage(&[], &[], &[], time, KeyUsage::server_auth(), None, None) {
+        Err(webpki::Error::CertExpired { not_after, .. }) => {
+            Some(NotValidBecause::Expired(now.saturating_sub(Duration::from_secs(not_after.as_secs()))))
+        }
+        Err(webpki::Error::CertNotValidYet { not_before, .. }) => {
+            Some(NotValidBecause::NotYet(Duration::from_secs(not_before.as_secs()).saturating_sub(now)))
+        }
+        _ => None,
     }
 }
 
@@ -195,16 +280,16 @@ fn certificates(path: &Path, what: &'static str) -> Result<Vec<CertificateDer<'s
     Ok(certificates)
 }
 
-/// The lists in the file; none if there is no file.
+/// Returns the lists in the file, or none if there is no file.
 fn revocation_lists(path: &Path) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
-    let text = match read(path, "the list of certificates that were taken back") {
+    let text = match read(path, "the certificate revocation lists") {
         Err(TlsError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         text => text?,
     };
     let lists: Result<Vec<_>, pem::Error> = CertificateRevocationListDer::pem_slice_iter(&text).collect();
     let lists = lists.map_err(|error| malformed(path, error))?;
     if lists.is_empty() {
-        // Nobody would be refused, though somebody was meant to be.
+        // An empty list would revoke nothing, although the file exists to revoke something.
         return Err(TlsError::Nothing { path: path.to_owned(), what: "revocation list", hint: "" });
     }
     Ok(lists)
@@ -213,7 +298,7 @@ fn revocation_lists(path: &Path) -> Result<Vec<CertificateRevocationListDer<'sta
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
     let text = read_private(path, "the server's private key")?;
     let hint = if text.windows(9).any(|word| word == b"ENCRYPTED") {
-        " that can be used: the key is encrypted (openssl pkey -in FILE -out server-key.pem takes that off)"
+        " that can be used, because the key is encrypted; `openssl pkey -in FILE -out server-key.pem` decrypts it"
     } else {
         ""
     };
@@ -242,16 +327,16 @@ fn read(path: &Path, what: &'static str) -> Result<Vec<u8>, TlsError> {
     }
 }
 
-/// Reads a file that its owner, and at most a group, may read; wiped when dropped.
+/// Reads a file that only its owner, and at most its group, may access. The bytes are wiped when they are dropped.
 fn read_private(path: &Path, what: &'static str) -> Result<Zeroizing<Vec<u8>>, TlsError> {
-    /// A key of 16384 bits has a tenth of it.
+    /// A key of 16384 bits takes a tenth of this size.
     const MAX_KEY: usize = 128 << 10;
     let (mut file, metadata) = open(path, what)?;
     let mode = metadata.mode() & 0o777;
     if mode & 0o027 != 0 {
         return Err(TlsError::NotPrivate { path: path.to_owned(), mode });
     }
-    // Of its full length from the start: a vector that grows leaves copies behind.
+    // The vector has its full length from the start. A vector that grows leaves copies of the key behind.
     let mut text = Zeroizing::new(vec![0; MAX_KEY]);
     let mut filled = 0;
     loop {

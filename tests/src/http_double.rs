@@ -1,33 +1,35 @@
-//! A few prepared answers over HTTP on the loopback, for services that nobody can run here: the instance's metadata, and
-//! answers of AWS that moto does not give.
+//! HTTP servers on the loopback interface that give prepared answers. They stand in for services that cannot run here: the
+//! instance's metadata service, and answers of AWS that moto does not give. A proxy and TLS can be put in front of them.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-/// A request's method and path, with its headers in lower case.
+/// A request's method and path, and its headers in lower case.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// `GET`.
     pub method: String,
     /// `/path?query`.
     pub path: String,
-    /// `name: value`, each.
+    /// The headers, each as `name: value`.
     pub headers: Vec<String>,
 }
 
-/// Answers every request by a function until the process ends, and keeps what was asked.
+/// A server that calls a function to answer each request. It runs until the process ends, and records the requests.
 pub struct HttpDouble {
     address: String,
     requests: Arc<Mutex<Vec<Request>>>,
 }
 
-/// A status line's end (`200 OK`), header lines and a body.
+/// The rest of the status line (`200 OK`), the header lines and the body.
 pub type Answer = (&'static str, Vec<String>, String);
 
 impl HttpDouble {
-    /// Listens on a free port of the loopback.
+    /// Listens on a free port of the loopback interface.
     pub fn start(answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -37,19 +39,24 @@ impl HttpDouble {
         thread::spawn(move || {
             for stream in listener.incoming() {
                 let (asked, answer) = (Arc::clone(&asked), Arc::clone(&answer));
-                // A client that goes away is its own affair.
+                // A client that disconnects is not a server error.
                 thread::spawn(move || serve(stream?, &asked, &*answer));
             }
         });
         Self { address, requests }
     }
 
-    /// `http://127.0.0.1:PORT`.
+    /// Returns `http://127.0.0.1:PORT`.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// What was asked so far.
+    /// Returns `127.0.0.1:PORT`.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Returns the requests so far.
     pub fn requests(&self) -> Vec<Request> {
         self.requests.lock().unwrap().clone()
     }
@@ -60,7 +67,7 @@ fn serve(stream: TcpStream, asked: &Mutex<Vec<Request>>, answer: &dyn Fn(&Reques
     let mut writer = stream;
     let mut line = String::new();
     if reader.read_line(&mut line).is_err() {
-        // As a web server answers to TLS.
+        // Ordinary web servers answer a TLS handshake in this way.
         return writer.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
     }
     let mut words = line.split_whitespace().map(ToOwned::to_owned);
@@ -80,7 +87,8 @@ fn serve(stream: TcpStream, asked: &Mutex<Vec<Request>>, answer: &dyn Fn(&Reques
     let (status, headers, body) = answer(&request);
     asked.lock().unwrap().push(request);
     write!(writer, "HTTP/1.1 {status}\r\nConnection: close\r\n")?;
-    if !headers.iter().any(|header| header.starts_with("Transfer-Encoding")) {
+    // A length that the test gives may be wrong on purpose.
+    if !headers.iter().any(|header| header.starts_with("Transfer-Encoding") || header.starts_with("Content-Length")) {
         write!(writer, "Content-Length: {}\r\n", body.len())?;
     }
     for header in headers {
@@ -88,3 +96,159 @@ fn serve(stream: TcpStream, asked: &Mutex<Vec<Request>>, answer: &dyn Fn(&Reques
     }
     write!(writer, "\r\n{body}")
 }
+
+impl Request {
+    /// Returns the access key and the region that the request is signed with.
+    pub fn signed_by(&self) -> Option<(&str, &str)> {
+        let scope = self.headers.iter().find_map(|header| header.split_once("credential=")?.1.split(',').next())?;
+        let mut parts = scope.split('/');
+        let key = parts.next()?;
+        Some((key, parts.nth(1)?))
+    }
+}
+
+/// An HTTP proxy that connects every tunnel and every request to one address, whatever the client asks for. It records what
+/// clients ask for.
+pub struct ProxyDouble {
+    address: String,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl ProxyDouble {
+    /// Listens on a free port of the loopback interface and connects to `behind`.
+    pub fn start(behind: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let (kept, behind) = (Arc::clone(&asked), behind.to_owned());
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (kept, behind) = (Arc::clone(&kept), behind.clone());
+                thread::spawn(move || tunnel(stream?, &kept, &behind));
+            }
+        });
+        Self { address, asked }
+    }
+
+    /// Returns `http://127.0.0.1:PORT`.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Returns the request lines so far, without the protocol: `CONNECT host:443`.
+    pub fn asked(&self) -> Vec<String> {
+        self.asked.lock().unwrap().clone()
+    }
+}
+
+fn tunnel(client: TcpStream, asked: &Mutex<Vec<String>>, behind: &str) -> std::io::Result<()> {
+    let mut head = Vec::new();
+    let mut byte = [0];
+    // Reads one byte at a time: what follows the head is for the server behind the proxy.
+    while !head.ends_with(b"\r\n\r\n") {
+        (&client).read_exact(&mut byte)?;
+        head.push(byte[0]);
+    }
+    let line = String::from_utf8_lossy(&head).lines().next().unwrap_or_default().to_owned();
+    asked.lock().unwrap().push(line.trim_end_matches(" HTTP/1.1").to_owned());
+    let server = TcpStream::connect(behind)?;
+    match line.starts_with("CONNECT ") {
+        true => (&client).write_all(b"HTTP/1.1 200 OK\r\n\r\n")?,
+        false => (&server).write_all(&head)?,
+    }
+    let (mut from_client, mut to_server) = (client.try_clone()?, server.try_clone()?);
+    thread::spawn(move || {
+        let _ = std::io::copy(&mut from_client, &mut to_server);
+        to_server.shutdown(Shutdown::Write)
+    });
+    std::io::copy(&mut &server, &mut &client)?;
+    client.shutdown(Shutdown::Both)
+}
+
+/// A TLS server in front of an address. Its certificate is signed by a new test authority. Dropping this value stops the
+/// server.
+pub struct TlsFront {
+    server: Child,
+    address: String,
+}
+
+impl TlsFront {
+    /// Makes the authority's certificate `ca.pem` in `dir`, and listens under the names `hosts`.
+    ///
+    /// # Panics
+    /// If openssl or the virtual environment's Python is missing.
+    pub fn start(dir: &Path, hosts: &[&str], behind: &str) -> Self {
+        let names: Vec<String> = hosts.iter().map(|host| format!("DNS:{host}")).collect();
+        let script = format!(
+            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout ca.key -out ca.pem -days 30 \
+                 -subj /CN=test-authority -addext keyUsage=keyCertSign\n\
+             openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout tls.key -out tls.csr -subj /CN=test\n\
+             printf 'subjectAltName={}\\nbasicConstraints=CA:FALSE\\n' > extensions\n\
+             openssl x509 -req -in tls.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 30 -extfile extensions \
+                 -out tls.pem\n",
+            names.join(",")
+        );
+        let made = Command::new("sh").args(["-euc", &script]).current_dir(dir).output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        let python = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("target/venv/bin/python");
+        let mut server = Command::new(python)
+            .args(["-c", TLS_FRONT, behind])
+            .current_dir(dir)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut address = String::new();
+        BufReader::new(server.stdout.take().unwrap()).read_line(&mut address).unwrap();
+        assert!(address.starts_with("127.0.0.1:"), "{address:?}");
+        Self { server, address: address.trim().to_owned() }
+    }
+
+    /// Returns `127.0.0.1:PORT`.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+}
+
+impl Drop for TlsFront {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+/// The TLS server, in Python. It exits when its standard input closes, which happens when the test ends.
+const TLS_FRONT: &str = r#"
+import os, socket, ssl, sys, threading
+host, port = sys.argv[1].split(":")
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain("tls.pem", "tls.key")
+listener = socket.create_server(("127.0.0.1", 0))
+def pump(source, sink):
+    try:
+        while data := source.recv(65536):
+            sink.sendall(data)
+    except OSError:
+        pass
+    for end in (source, sink):
+        try:
+            end.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+def serve(plain):
+    try:
+        client = context.wrap_socket(plain, server_side=True)
+    except OSError:
+        return
+    server = socket.create_connection((host, int(port)))
+    threading.Thread(target=pump, args=(client, server), daemon=True).start()
+    pump(server, client)
+def accept():
+    while True:
+        threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+threading.Thread(target=accept, daemon=True).start()
+print("127.0.0.1:%d" % listener.getsockname()[1], flush=True)
+sys.stdin.read()
+os._exit(0)
+"#;

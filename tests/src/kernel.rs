@@ -1,8 +1,9 @@
-//! A Linux kernel to attach devices to: Debian's user-mode-linux, a kernel as an ordinary process, with the modules nbd,
-//! dm-crypt and loop. It needs neither root nor KVM.
+//! A Linux kernel to attach devices to: Debian's user-mode-linux. It runs as an ordinary process, needs neither root nor
+//! KVM, and has the modules nbd, dm-crypt and loop.
 //!
-//! Inside, every program and file of this machine is there, at its path; what the guest writes stays in its memory, except
-//! for [`Kernel::dir`]. It has one processor, no udev and no network, and it is root there. Its AES is portable code.
+//! The guest sees every program and file of this machine at the same path. What the guest writes stays in its memory,
+//! except in [`Kernel::dir`]. The guest has one processor, no udev and no network. Its user is root, and its AES is
+//! portable code.
 
 use std::fs;
 use std::io::Read;
@@ -15,86 +16,116 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal};
 
-/// Where Debian's package keeps the modules, in a directory named for the kernel's release.
+/// Where Debian's package keeps the modules, in a directory named after the kernel's release.
 const MODULES: &str = "/usr/lib/uml/modules";
 
-/// Mebibytes of memory. They are taken as the guest uses them.
+/// The guest's memory in mebibytes. The host's memory is taken only as the guest uses it.
 const MEMORY: u64 = 1024;
 
-/// The longest that a script may take, boot included, unless told otherwise: a start takes a second or two.
+/// How long a script may take by default. The boot, which takes a second or two, is included.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// A kernel to run scripts under; each run boots it anew.
+/// A kernel to run scripts under. Each run boots it again.
 pub struct Kernel {
     job: tempfile::TempDir,
     program: PathBuf,
     modules: PathBuf,
     patience: Duration,
+    shown: Vec<PathBuf>,
+    init: &'static str,
 }
 
 /// How a script ended.
 #[derive(Debug)]
 pub struct Finished {
-    /// The script's exit code; `None` when the guest died or was killed before the script's end.
+    /// The script's exit code, or `None` if the guest died or was killed before the script ended.
     pub code: Option<i32>,
-    /// What the script wrote, to standard output and standard error.
+    /// What the script wrote to standard output and standard error.
     pub output: String,
-    /// What the guest's console showed, the kernel's own messages among it.
+    /// What the guest's console showed, including the kernel's messages.
     pub console: String,
 }
 
 impl Kernel {
-    /// A kernel.
+    /// Prepares a kernel whose job directory lies in the folder for temporary files.
     ///
     /// # Panics
-    /// When there is none, with what to install.
+    /// If there is no kernel. The message says what to install.
     #[expect(clippy::new_without_default, reason = "it finds out about the machine")]
     pub fn new() -> Self {
+        Self::with_job_in(&std::env::temp_dir())
+    }
+
+    /// Prepares a kernel whose job directory lies below `folder`. Guest and host share this directory.
+    ///
+    /// # Panics
+    /// If there is no kernel. The message says what to install.
+    pub fn with_job_in(folder: &Path) -> Self {
         let missing = "no user-mode-linux here: run tests/setup test, or apt-get install user-mode-linux kmod";
         let program = PathBuf::from("/usr/bin/linux.uml");
         assert!(program.exists(), "{missing}");
         let releases = fs::read_dir(MODULES).unwrap_or_else(|error| panic!("{missing}: {MODULES}: {error}"));
         let modules = releases.flatten().map(|entry| entry.path()).max();
         let modules = modules.unwrap_or_else(|| panic!("{missing}: {MODULES} is empty"));
-        let job = tempfile::Builder::new().prefix("kernel-").tempdir().expect("a directory for the job");
-        Self { job, program, modules, patience: PATIENCE }
+        let job = tempfile::Builder::new().prefix("kernel-").tempdir_in(folder).expect("the job directory can be made");
+        Self { job, program, modules, patience: PATIENCE, shown: vec![checkout(), programs()], init: "" }
     }
 
-    /// Gives scripts another time to end in.
+    /// Shows the guest one more directory of the host, read-only and at the same path. Only a directory below /tmp, /run or
+    /// /dev needs this, because the guest has empty filesystems of its own there. The guest always sees the checkout and
+    /// the folder of the programs under test.
+    #[must_use]
+    pub fn showing(mut self, dir: &Path) -> Self {
+        self.shown.push(dir.canonicalize().expect("the directory exists"));
+        self
+    }
+
+    /// Sets how long a script may take.
     #[must_use]
     pub fn patient(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
     }
 
-    /// The directory that guest and host share, at the same path for both, and the script's working directory. Kept from
-    /// run to run, and removed with this value.
+    /// Makes systemd the guest's first process. The script is a service of it, and runs after `basic.target`. No other service
+    /// runs but the journal. When the script has ended, the file `off` in [`Kernel::dir`] is sourced if there is one. Otherwise
+    /// the machine is switched off by `systemctl poweroff`.
+    #[must_use]
+    pub fn with_systemd(mut self) -> Self {
+        self.init = "systemd";
+        self
+    }
+
+    /// Returns the directory that guest and host share, at the same path for both. It is the script's working directory. It
+    /// is kept from run to run and removed when this value is dropped.
     pub fn dir(&self) -> &Path {
         self.job.path()
     }
 
-    /// Boots, runs `script` by bash as root (with `set -euo pipefail`), and returns how it ended. Kills the guest when that
-    /// takes too long.
+    /// Boots, runs `script` in bash as root with `set -euo pipefail`, and returns how it ended. Kills the guest if the
+    /// script takes too long.
     ///
     /// # Panics
-    /// When the kernel cannot be started.
+    /// If the kernel cannot be started.
     pub fn run(&self, script: &str) -> Finished {
         for leftover in ["output", "exit-code"] {
             let _ = fs::remove_file(self.dir().join(leftover));
         }
-        fs::write(self.dir().join("script"), script).expect("the script is written");
+        fs::write(self.dir().join("script"), script).expect("the script can be written");
         let mut guest = Guest::start(self);
         guest.wait(self.patience);
+        let ended = guest.ended;
         let console = guest.stop();
-        let code = fs::read_to_string(self.dir().join("exit-code")).ok().and_then(|code| code.trim().parse().ok());
+        let code = fs::read_to_string(self.dir().join("exit-code")).ok().filter(|_| ended);
+        let code = code.and_then(|code| code.trim().parse().ok());
         let output = fs::read(self.dir().join("output")).unwrap_or_default();
         Finished { code, output: String::from_utf8_lossy(&output).into_owned(), console }
     }
 
-    /// As [`Kernel::run`], for a script that succeeds; returns what it wrote.
+    /// Runs a script that must succeed, as [`Kernel::run`] does, and returns what it wrote.
     ///
     /// # Panics
-    /// When it fails or does not end, with all that was seen on the console.
+    /// If the script fails or does not end. The message shows the whole console.
     pub fn expect(&self, script: &str) -> String {
         let finished = self.run(script);
         assert!(
@@ -107,7 +138,7 @@ impl Kernel {
     }
 }
 
-/// A running kernel: a group of processes. Dropping it kills them.
+/// A running kernel, which is a group of processes. Dropping it kills them.
 struct Guest {
     child: Child,
     ended: bool,
@@ -117,24 +148,34 @@ struct Guest {
 
 impl Guest {
     fn start(kernel: &Kernel) -> Self {
-        let init = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernel/init");
         let job = kernel.dir().display();
+        let init = checkout().join("tests/kernel/init");
+        fs::copy(init, kernel.dir().join("init")).expect("the guest's first program can be copied");
+        // The guest's first root filesystem is the host's root. But the kernel may automatically mount devtmpfs on /dev, and the
+        // job directory may lie below /dev. So the job directory is mounted once more.
+        let start = format!("mkdir -p {job}; mount -t hostfs -o {job} job {job}; exec /bin/bash {job}/init");
+        let shown: Vec<_> = kernel.shown.iter().map(|dir| dir.display().to_string()).collect();
         let mut child = Command::new(&kernel.program)
             .arg(format!("mem={MEMORY}M"))
-            // Its control socket, which nobody uses: beside the job, where it disturbs no other guest.
+            // The kernel's control socket is not used. It lies in the job directory, so that it does not collide with
+            // another guest's.
             .args(["umid=guest".to_owned(), format!("uml_dir={job}/")])
             .args(["rootfstype=hostfs", "rootflags=/", "ro", "con=null", "con0=fd:0,fd:1", "loglevel=4"])
-            .arg(format!("init={}", init.display()))
+            .arg("init=/bin/bash")
             .arg(format!("NBDCRYPT_JOB={job}"))
             .arg(format!("NBDCRYPT_MODULES={}", kernel.modules.display()))
-            // The guest's memory is a file there, without a name.
+            .arg(format!("NBDCRYPT_SHOWN={}", shown.join(":")))
+            .arg(format!("NBDCRYPT_INIT={}", kernel.init))
+            // The arguments after this are for the guest's first program. The kernel removes the quotes.
+            .args(["--", "-c", &format!("\"{start}\"")])
+            // The guest's memory is an unnamed file in this directory.
             .env("TMPDIR", memory_dir())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .process_group(0)
             .spawn()
-            .expect("the kernel is started");
+            .expect("the kernel can be started");
         let console = Arc::new(Mutex::new(Vec::new()));
         let out = child.stdout.take().map(|pipe| collect(pipe, &console));
         let err = child.stderr.take().map(|pipe| collect(pipe, &console));
@@ -144,26 +185,26 @@ impl Guest {
     fn wait(&mut self, patience: Duration) {
         let deadline = Instant::now() + patience;
         loop {
-            self.ended = self.child.try_wait().expect("the kernel is our child").is_some();
+            self.ended = self.child.try_wait().expect("the kernel is a child process").is_some();
             if self.ended {
                 return;
             }
             if Instant::now() > deadline {
                 let note = format!("\n[killed after {} s]\n", patience.as_secs());
-                self.console.lock().expect("nobody panicked").extend(note.as_bytes());
+                self.console.lock().expect("no reader panicked").extend(note.as_bytes());
                 return;
             }
             std::thread::sleep(Duration::from_millis(10));
         }
     }
 
-    /// Kills what is left of it, and returns the console.
+    /// Kills what is left of the guest and returns the console's text.
     fn stop(mut self) -> String {
         self.kill();
         for reader in self.readers.drain(..) {
-            reader.join().expect("the console is read");
+            reader.join().expect("the reader of the console does not panic");
         }
-        let console = self.console.lock().expect("nobody panicked");
+        let console = self.console.lock().expect("no reader panicked");
         String::from_utf8_lossy(&console).replace('\r', "")
     }
 
@@ -171,7 +212,7 @@ impl Guest {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
-        // The guest's processes are the host's, and of this group.
+        // The guest's processes are processes of the host, in this process group.
         if let Some(group) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
             let _ = rustix::process::kill_process_group(group, Signal::KILL);
         }
@@ -190,12 +231,27 @@ fn collect(mut pipe: impl Read + Send + 'static, console: &Arc<Mutex<Vec<u8>>>) 
     std::thread::spawn(move || {
         let mut piece = [0; 4096];
         while let Ok(len @ 1..) = pipe.read(&mut piece) {
-            console.lock().expect("nobody panicked").extend(&piece[..len]);
+            console.lock().expect("no reader panicked").extend(&piece[..len]);
         }
     })
 }
 
-/// Memory, where it is large enough: containers are often given 64 MiB of it.
+/// Returns the root of the checkout.
+fn checkout() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the package lies in the checkout")
+        .canonicalize()
+        .expect("the checkout exists")
+}
+
+/// Returns the folder into which Cargo built the programs under test: `debug` or `release` in the target folder.
+fn programs() -> PathBuf {
+    let test = std::env::current_exe().and_then(|test| test.canonicalize()).expect("the test's own path is known");
+    test.ancestors().nth(2).expect("the test lies in a target folder").to_owned()
+}
+
+/// Returns /dev/shm if it is large enough, else the folder for temporary files. Containers often give /dev/shm only 64 MiB.
 fn memory_dir() -> PathBuf {
     let shm = Path::new("/dev/shm");
     let free = rustix::fs::statvfs(shm).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));

@@ -1,5 +1,6 @@
-//! What the tests share.
+//! The helpers that the tests share.
 
+pub mod architecture;
 pub mod http_double;
 pub mod kernel;
 pub mod luks;

@@ -1,4 +1,4 @@
-//! Volumes made by, and shown to, the programs that people have.
+//! Helpers that make LUKS volumes, and that run nbdcrypt, cryptsetup and other programs on them.
 
 use std::io;
 use std::num::NonZeroU32;
@@ -14,7 +14,7 @@ use engine::store::{Access, BlockStore, Caching, FileStore};
 use engine::volume::Volume;
 use tempfile::TempDir;
 
-/// The passphrase of every volume here.
+/// The passphrase of every volume that these helpers make.
 pub const PASSPHRASE: &[u8] = b"ThisIs-a-SecretPassword";
 
 /// A directory with a key file and room for disk images.
@@ -29,54 +29,55 @@ impl Default for Workbench {
 }
 
 impl Workbench {
-    /// A new directory, with [`PASSPHRASE`] in its key file.
+    /// Makes a new directory with a key file that holds [`PASSPHRASE`].
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("key"), PASSPHRASE).unwrap();
         Self { dir }
     }
 
-    /// A path in the directory.
+    /// Returns a path in the directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    /// The key file.
+    /// Returns the path of the key file.
     pub fn key_file(&self) -> PathBuf {
         self.path("key")
     }
 
-    /// Runs a program in the directory; one that fails, fails the test.
+    /// Runs a program in the directory and returns its standard output. Fails the test if the program fails.
     pub fn run<'a>(&self, program: &str, arguments: impl IntoIterator<Item = &'a str>) -> String {
         printed(program, Command::new(program).args(arguments).current_dir(self.dir.path()))
     }
 
-    /// Runs nbdcrypt in the directory; a run that fails, fails the test.
+    /// Runs nbdcrypt in the directory and returns its standard output. Fails the test if nbdcrypt fails.
     pub fn nbdcrypt(&self, arguments: &[&str]) -> String {
         let output = self.try_nbdcrypt(arguments);
         assert!(output.status.success(), "{arguments:?}: {}", crate::nbdcrypt::told(&output));
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// What nbdcrypt says that refuses to do something; a run that succeeds, fails the test.
+    /// Runs nbdcrypt and returns its standard error. Fails the test unless nbdcrypt exits with code 1.
     pub fn refusal(&self, arguments: &[&str]) -> String {
         let output = self.try_nbdcrypt(arguments);
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {}", crate::nbdcrypt::told(&output));
         String::from_utf8(output.stderr).unwrap()
     }
 
-    fn try_nbdcrypt(&self, arguments: &[&str]) -> Output {
+    /// Runs nbdcrypt in the directory. It may fail.
+    pub fn try_nbdcrypt(&self, arguments: &[&str]) -> Output {
         let name = crate::nbdcrypt::binary();
         output("nbdcrypt", Command::new(name).args(arguments).current_dir(self.dir.path()))
     }
 
-    /// Whether cryptsetup opens a keyslot of `disk` with the key file.
+    /// Returns whether cryptsetup opens a keyslot of `disk` with the key file.
     pub fn cryptsetup_opens(&self, disk: &str, keyslot: &str, key_file: &str) -> bool {
         let arguments = ["open", "--test-passphrase", "--key-slot", keyslot, "--key-file", key_file, disk];
         output("cryptsetup", Command::new("cryptsetup").args(arguments).current_dir(self.dir.path())).status.success()
     }
 
-    /// cryptsetup finds nothing to complain of in the header of `disk`; returns its dump.
+    /// Checks that cryptsetup has no complaint about the header of `disk`, and returns its dump.
     pub fn accepted_by_cryptsetup(&self, disk: &str) -> String {
         let dump = |options: &[&str]| {
             let arguments = [&["luksDump"], options, &[disk]].concat();
@@ -92,7 +93,7 @@ impl Workbench {
         String::from_utf8(plain.stdout).unwrap()
     }
 
-    /// A sparse file of `len` bytes.
+    /// Makes a sparse file of `len` bytes and returns its path.
     pub fn disk(&self, name: &str, len: u64) -> PathBuf {
         let path = self.path(name);
         std::fs::File::create(&path).unwrap().set_len(len).unwrap();
@@ -100,12 +101,12 @@ impl Workbench {
     }
 }
 
-/// Runs a program and returns what it printed; one that fails, fails the test.
+/// Runs a program and returns its standard output. Fails the test if the program fails.
 pub fn run<S: AsRef<std::ffi::OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> String {
     printed(program, Command::new(program).args(arguments))
 }
 
-/// Runs a program; one that is not installed fails the test.
+/// Runs a program. Fails the test if the program is not installed.
 pub fn try_run<S: AsRef<std::ffi::OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Output {
     output(program, Command::new(program).args(arguments))
 }
@@ -124,7 +125,7 @@ fn output(program: &str, command: &mut Command) -> Output {
         .unwrap_or_else(|error| panic!("{program} cannot be run: {error}"))
 }
 
-/// The disk image as a store.
+/// Opens the disk image as a store.
 pub fn store(disk: &Path) -> Arc<dyn BlockStore> {
     Arc::new(FileStore::open(disk, Access::ReadWrite, Caching::PageCache).unwrap())
 }
@@ -135,7 +136,7 @@ pub fn unlock(disk: &Path, passphrase: &[u8]) -> Result<UnlockedVolume, LuksErro
     luks::read(store.as_ref(), &Limits::default())?.unlock(store.as_ref(), &Passphrase::new(passphrase.to_vec()))
 }
 
-/// The plaintext of the volume in `disk`, which [`PASSPHRASE`] opens.
+/// Opens the volume in `disk` with [`PASSPHRASE`] and returns its plaintext.
 pub fn open(disk: &Path) -> Volume {
     let UnlockedVolume { key, segment, .. } = unlock(disk, PASSPHRASE).unwrap();
     Volume::encrypted(store(disk), segment, &key).unwrap()
@@ -157,7 +158,7 @@ pub fn begin_luks2(store: &dyn BlockStore, options: &luks2::Options, key: Volume
     luks2::begin(store, options, &Passphrase::new(PASSPHRASE.to_vec()), key, &mut noise(2)).unwrap()
 }
 
-/// Options for LUKS2 with as little work as cryptsetup allows.
+/// Returns options for LUKS2 with as little work as cryptsetup allows.
 pub fn quick_luks2() -> luks2::Options {
     luks2::Options {
         kdf: quick_pbkdf2(HashAlgorithm::Sha256),
@@ -172,17 +173,17 @@ pub fn quick_luks2() -> luks2::Options {
     }
 }
 
-/// PBKDF2 with as few iterations as cryptsetup allows.
+/// Returns PBKDF2 with as few iterations as cryptsetup allows.
 pub fn quick_pbkdf2(hash: HashAlgorithm) -> KdfOptions {
     KdfOptions::Pbkdf2 { hash, iterations: NonZeroU32::new(1000).unwrap() }
 }
 
-/// The volume key as cryptsetup knows it.
+/// Returns the volume key, as cryptsetup reads it with the workbench's key file.
 pub fn cryptsetup_key(bench: &Workbench, disk: &Path) -> Vec<u8> {
     cryptsetup_key_of(bench, disk, "key")
 }
 
-/// The same, with another key file of the workbench's.
+/// Returns the volume key, as cryptsetup reads it with the key file `key_file` of the workbench.
 pub fn cryptsetup_key_of(bench: &Workbench, disk: &Path, key_file: &str) -> Vec<u8> {
     let out = bench.path("volume-key");
     let _ = std::fs::remove_file(&out);
@@ -191,10 +192,10 @@ pub fn cryptsetup_key_of(bench: &Workbench, disk: &Path, key_file: &str) -> Vec<
     std::fs::read(out).unwrap()
 }
 
-/// The UUID of every volume that is made here.
+/// The UUID of every volume that these helpers make.
 pub const UUID: &str = "b0a5a5a5-0001-4002-8003-00000000c0de";
 
-/// Options with as few iterations as cryptsetup allows.
+/// Returns options for LUKS1 with as few iterations as cryptsetup allows.
 pub fn quick_luks1(hash: HashAlgorithm) -> luks1::Options {
     let iterations = NonZeroU32::new(1000).unwrap();
     luks1::Options {
@@ -206,7 +207,7 @@ pub fn quick_luks1(hash: HashAlgorithm) -> luks1::Options {
     }
 }
 
-/// The same noise for the same seed: splitmix64.
+/// Returns a generator of pseudorandom bytes (splitmix64). The same seed gives the same bytes.
 pub fn noise(seed: u64) -> impl FnMut(&mut [u8]) -> io::Result<()> {
     let mut state = seed;
     move |data| {
@@ -221,14 +222,14 @@ pub fn noise(seed: u64) -> impl FnMut(&mut [u8]) -> io::Result<()> {
     }
 }
 
-/// A key of so many bytes, the same every time.
+/// Makes a key of `len` bytes. It is the same key every time.
 pub fn key(len: usize) -> VolumeKey {
     let mut bytes = vec![0; len];
     noise(len as u64)(&mut bytes).unwrap();
     VolumeKey::new(bytes).unwrap()
 }
 
-/// SHA-256: the checksum of a header that a test has changed.
+/// Returns the SHA-256 of `bytes`, as the checksum of a header that a test has changed.
 pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     use sha2::Digest;
     sha2::Sha256::digest(bytes).into()

@@ -1,4 +1,4 @@
-//! S3 and KMS on this machine: moto's server, and the AWS CLI to talk to it.
+//! S3 and KMS on this machine: moto's server, and the AWS CLI as a client of it.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -8,10 +8,13 @@ use std::process::{Child, Command, Output, Stdio};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// The region that everything runs in unless a test says otherwise.
+/// The region of every request, unless a test says otherwise.
 pub const REGION: &str = "eu-central-1";
 
-/// A running server; it ends with this value, and with the process that made it, however that ends.
+/// moto's account.
+pub const ACCOUNT: &str = "123456789012";
+
+/// A running server. It ends when this value is dropped or the test process ends, however that ends.
 pub struct Moto {
     server: Child,
     address: String,
@@ -21,11 +24,11 @@ impl Moto {
     /// Starts a server with no buckets and no keys, and waits until it listens.
     ///
     /// # Panics
-    /// Where `make test` has not installed moto.
+    /// If moto is not installed. `make test` installs it.
     pub fn start() -> Self {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("moto/server.py");
         let python = venv().join("python");
-        // Standard input is the server's leash: it closes when this process goes, and the server goes with it.
+        // The server ends when its standard input closes. This happens when this process ends, even if it crashes.
         let mut server = Command::new(&python)
             .arg(script)
             .stdin(Stdio::piped())
@@ -39,12 +42,12 @@ impl Moto {
         Self { server, address: address.trim().to_owned() }
     }
 
-    /// `http://127.0.0.1:PORT`.
+    /// Returns `http://127.0.0.1:PORT`.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// A directory and an environment to talk to this server from.
+    /// Makes a directory and an environment for clients of this server.
     pub fn client(&self) -> Client {
         let mut client = Client::new();
         client.set("AWS_ENDPOINT_URL", &self.endpoint());
@@ -55,7 +58,7 @@ impl Moto {
         client
     }
 
-    /// A client that is the user `machine`, who may do nothing yet.
+    /// Makes the user `machine`, who has no permissions yet, and returns a client that acts as this user.
     pub fn make_user(&self) -> Client {
         let mut client = self.client();
         let keys = client.shell(
@@ -69,19 +72,76 @@ impl Moto {
         client
     }
 
-    /// From now on every request needs permission by IAM, and `machine` has it for these actions, a list in JSON.
+    /// Turns on IAM checks of every request. `machine` may then do only `actions`, a JSON list.
     pub fn permit_only(&self, actions: &Value) {
         let client = self.client();
         let statement = json!([{ "Effect": "Allow", "Action": actions, "Resource": "*" }]);
         client.file("policy.json", json!({ "Version": "2012-10-17", "Statement": statement }).to_string());
-        // An administrator's request, which is none that IAM knows.
-        self.request("POST", "/moto-api/reset-auth", "s3", "", b"1000000");
+        self.enforce_policies(false);
         client
             .shell("aws iam put-user-policy --user-name machine --policy-name p --policy-document file://policy.json");
-        self.request("POST", "/moto-api/reset-auth", "s3", "", b"0");
+        self.enforce_policies(true);
     }
 
-    /// Makes a bucket. This and what follows is what the AWS CLI does as well, in a hundredth of its second.
+    /// Turns checks of every request on or off. The other methods of this value send administrators' requests, for
+    /// which the checks must be off.
+    pub fn enforce_policies(&self, on: bool) {
+        self.request("POST", "/moto-api/reset-auth", "s3", "", if on { b"0" } else { b"1000000" });
+    }
+
+    /// Makes a role that instances have.
+    pub fn make_role(&self, role: &str) {
+        let trust = json!({ "Version": "2012-10-17", "Statement": [{
+            "Effect": "Allow", "Principal": { "Service": "ec2.amazonaws.com" }, "Action": "sts:AssumeRole"
+        }] });
+        self.query("iam", "CreateRole", &[("RoleName", role), ("AssumeRolePolicyDocument", &trust.to_string())]);
+    }
+
+    /// Returns a client with credentials of this role, as an instance gets them.
+    pub fn assume_role(&self, role: &str) -> Client {
+        let arn = format!("arn:aws:iam::{ACCOUNT}:role/{role}");
+        let answer = self.query("sts", "AssumeRole", &[("RoleArn", &arn), ("RoleSessionName", "i-0123456789abcdef0")]);
+        let part = |name: &str| {
+            let after = answer.split_once(&format!("<{name}>")).unwrap_or_else(|| panic!("no {name}: {answer}")).1;
+            after.split('<').next().unwrap().to_owned()
+        };
+        let mut client = self.client();
+        client.set("AWS_ACCESS_KEY_ID", &part("AccessKeyId"));
+        client.set("AWS_SECRET_ACCESS_KEY", &part("SecretAccessKey"));
+        client.set("AWS_SESSION_TOKEN", &part("SessionToken"));
+        client
+    }
+
+    /// Sets the role's only policy.
+    pub fn set_role_policy(&self, role: &str, policy: &Value) {
+        let policy = policy.to_string();
+        let parameters = [("RoleName", role), ("PolicyName", "p"), ("PolicyDocument", &policy)];
+        self.query("iam", "PutRolePolicy", &parameters);
+    }
+
+    /// Sets the key's policy.
+    pub fn set_key_policy(&self, key: &str, policy: &Value) {
+        self.kms("PutKeyPolicy", &json!({ "KeyId": key, "PolicyName": "default", "Policy": policy.to_string() }));
+    }
+
+    /// Sets the bucket's policy.
+    pub fn set_bucket_policy(&self, bucket: &str, policy: &Value) {
+        self.request("PUT", &format!("/{bucket}?policy"), "s3", "", policy.to_string().as_bytes());
+    }
+
+    /// Sends a request of the AWS query protocol and returns the answer's body.
+    fn query(&self, service: &str, action: &str, parameters: &[(&str, &str)]) -> String {
+        let encoded = |text: &str| text.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>();
+        let mut body = format!("Action={action}");
+        for (name, value) in parameters {
+            body.push_str(&format!("&{name}={}", encoded(value)));
+        }
+        let form = "Content-Type: application/x-www-form-urlencoded\r\n";
+        self.request("POST", "/", service, form, body.as_bytes())
+    }
+
+    /// Makes a bucket. The AWS CLI could do this too, and what the next functions do, but it takes a second, which is a
+    /// hundred times as long.
     pub fn make_bucket(&self, bucket: &str) {
         let body = format!(
             "<CreateBucketConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\">\
@@ -90,12 +150,17 @@ impl Moto {
         self.request("PUT", &format!("/{bucket}"), "s3", "", body.as_bytes());
     }
 
-    /// Puts an object of these bytes there.
+    /// Puts an object with this content into the bucket.
     pub fn put_object(&self, bucket: &str, key: &str, content: &[u8]) {
         self.request("PUT", &format!("/{bucket}/{key}"), "s3", "", content);
     }
 
-    /// Makes a symmetric key with an alias; its id.
+    /// Removes an object if it exists.
+    pub fn delete_object(&self, bucket: &str, key: &str) {
+        self.request("DELETE", &format!("/{bucket}/{key}"), "s3", "", b"");
+    }
+
+    /// Makes a symmetric key with an alias, and returns the key's id.
     pub fn make_key(&self, alias: &str) -> String {
         let key: Value = serde_json::from_str(&self.kms("CreateKey", &json!({}))).unwrap();
         let id = key["KeyMetadata"]["KeyId"].as_str().unwrap();
@@ -103,27 +168,31 @@ impl Moto {
         id.to_owned()
     }
 
-    /// Has the key's policy deny `action` to everybody.
+    /// Makes the key's policy deny `action` to everybody.
     pub fn deny(&self, key: &str, action: &str) {
         let all = |effect: &str, action: &str| json!({ "Effect": effect, "Principal": "*", "Action": action, "Resource": "*" });
-        let policy = json!({ "Version": "2012-10-17", "Statement": [all("Allow", "kms:*"), all("Deny", action)] });
-        self.kms("PutKeyPolicy", &json!({ "KeyId": key, "PolicyName": "default", "Policy": policy.to_string() }));
+        self.set_key_policy(
+            key,
+            &json!({ "Version": "2012-10-17", "Statement": [all("Allow", "kms:*"), all("Deny", action)] }),
+        );
     }
 
-    /// Asks KMS anything; its answer.
+    /// Sends KMS a request and returns the answer.
     pub fn kms(&self, action: &str, parameters: &Value) -> String {
         let target = format!("X-Amz-Target: TrentService.{action}\r\n");
         self.request("POST", "/", "kms", &target, parameters.to_string().as_bytes())
     }
 
-    /// One request that must succeed; the answer's body.
+    /// Sends one request, which must succeed, and returns the answer's body.
     fn request(&self, method: &str, path: &str, service: &str, headers: &str, body: &[u8]) -> String {
         let mut stream = TcpStream::connect(&self.address).unwrap();
-        // moto looks for the service and the region there, and not at the signature.
+        let binary = "Content-Type: application/octet-stream\r\n".to_owned();
+        let headers = if headers.contains("Content-Type") { headers.to_owned() } else { binary + headers };
+        // moto takes the service and the region from this header and does not check the signature.
         write!(
             stream,
             "{method} {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Length: {}\r\n\
-             Content-Type: application/octet-stream\r\n{headers}\
+             {headers}\
              Authorization: AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/20200101/{REGION}/{service}/aws4_request, \
              SignedHeaders=host, Signature=0\r\n\r\n",
             self.address,
@@ -133,7 +202,7 @@ impl Moto {
         stream.write_all(body).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
-        assert!(answer.starts_with("HTTP/1.1 200"), "{method} {path}: {answer}");
+        assert!(answer.starts_with("HTTP/1.1 20"), "{method} {path}: {answer}");
         answer.split_once("\r\n\r\n").unwrap().1.to_owned()
     }
 }
@@ -145,14 +214,14 @@ impl Drop for Moto {
     }
 }
 
-/// A working directory, and an environment with nothing of this machine's AWS configuration in it.
+/// A working directory, and an environment without this machine's AWS configuration.
 pub struct Client {
     dir: TempDir,
     environment: Vec<(String, String)>,
 }
 
 impl Client {
-    /// No region, no credentials, no endpoint.
+    /// Makes a client without region, credentials or endpoint.
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut client = Self { dir, environment: Vec::new() };
@@ -164,23 +233,23 @@ impl Client {
         client
     }
 
-    /// Where its programs run.
+    /// Returns the directory in which the client's programs run.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Sets a variable of its programs' environment, in place of an earlier one.
+    /// Sets an environment variable for the client's programs, and replaces an earlier value.
     pub fn set(&mut self, name: &str, value: &str) {
         self.unset(name);
         self.environment.push((name.to_owned(), value.to_owned()));
     }
 
-    /// Takes a variable out of its programs' environment.
+    /// Removes a variable from the environment of the client's programs.
     pub fn unset(&mut self, name: &str) {
         self.environment.retain(|(other, _)| other != name);
     }
 
-    /// A program in this directory and environment.
+    /// Returns a command that runs `program` in this directory and environment.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
         command
@@ -191,10 +260,10 @@ impl Client {
         command
     }
 
-    /// Runs a shell script that stops at the first failure; what it wrote to standard output.
+    /// Runs a shell script that stops at the first failure, and returns its standard output.
     ///
     /// # Panics
-    /// When it fails.
+    /// If the script fails.
     #[track_caller]
     pub fn shell(&self, script: &str) -> String {
         let output = self.try_shell(script);
@@ -203,12 +272,12 @@ impl Client {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// The same, whatever comes of it.
+    /// Runs a shell script that stops at the first failure, and returns how it ended.
     pub fn try_shell(&self, script: &str) -> Output {
         self.command("sh").args(["-euc", script]).output().unwrap()
     }
 
-    /// Writes a file into the directory; its path.
+    /// Writes a file into the directory and returns its path.
     pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let path = self.dir().join(name);
         std::fs::write(&path, content).unwrap();
@@ -222,7 +291,7 @@ impl Default for Client {
     }
 }
 
-/// Where `make test` puts the programs written in Python.
-fn venv() -> PathBuf {
+/// Returns the folder where `make test` installs the Python programs.
+pub fn venv() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("target/venv/bin")
 }

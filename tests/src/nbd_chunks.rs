@@ -1,4 +1,4 @@
-//! A raw client whose replies come in chunks: structured ones, or with extended headers.
+//! A raw client that negotiates structured replies or extended headers, so that replies come in chunks.
 
 use std::os::unix::net::UnixStream;
 
@@ -7,50 +7,50 @@ use nbd_server::proto::wire::*;
 
 use crate::nbd::{RawClient, TestServer, be16, be32, be64, query, request_bytes};
 
-/// One reply chunk, or a simple reply that tells of success.
+/// One reply chunk, or a simple reply without an error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chunk {
-    /// It was a simple reply.
+    /// Whether this was a simple reply.
     pub simple: bool,
-    /// `NBD_REPLY_FLAG_DONE`, or nothing.
+    /// `NBD_REPLY_FLAG_DONE` or 0.
     pub flags: u16,
     /// The chunk's type.
     pub kind: u16,
     /// The request's cookie.
     pub cookie: u64,
-    /// The request's offset, which extended headers repeat.
+    /// The request's offset, which only extended headers repeat.
     pub offset: Option<u64>,
     /// What follows the header.
     pub payload: Vec<u8>,
 }
 
-/// What an error chunk says.
+/// The content of an error chunk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChunkError {
-    /// The error.
+    /// The error code.
     pub code: u32,
-    /// The line for people.
+    /// The message for people.
     pub message: String,
-    /// Which byte of the export is at fault, where the chunk names one.
+    /// The offset in the export at which the error occurred, if the chunk has one.
     pub at: Option<u64>,
 }
 
 impl Chunk {
-    /// Whether it says "done" and nothing else.
+    /// Returns whether this chunk only ends the reply.
     pub fn is_done(&self) -> bool {
         self.flags == NBD_REPLY_FLAG_DONE && self.kind == NBD_REPLY_TYPE_NONE && self.payload.is_empty()
     }
 
-    /// The error that it tells of.
+    /// Parses an error chunk.
     ///
     /// # Panics
-    /// When it is no error chunk whose lengths add up.
+    /// If this is not an error chunk, or its lengths do not add up.
     #[track_caller]
     pub fn error(&self) -> ChunkError {
         let has_offset = match self.kind {
             NBD_REPLY_TYPE_ERROR => false,
             NBD_REPLY_TYPE_ERROR_OFFSET => true,
-            _ => panic!("no error: {self:?}"),
+            _ => panic!("not an error chunk: {self:?}"),
         };
         let (message, tail) = self.payload[6..].split_at(be16(&self.payload[4..]).into());
         assert_eq!(tail.len(), if has_offset { 8 } else { 0 }, "{self:?}");
@@ -59,10 +59,10 @@ impl Chunk {
         ChunkError { code: be32(&self.payload), message, at: has_offset.then(|| be64(tail)) }
     }
 
-    /// The extents that it tells of, as length and status.
+    /// Parses the extents, each as length and status.
     ///
     /// # Panics
-    /// When it tells of none.
+    /// If this is not a block status chunk.
     #[track_caller]
     pub fn extents(&self) -> Vec<(u64, u64)> {
         assert_eq!(be32(&self.payload), ALLOCATION_CONTEXT);
@@ -75,55 +75,55 @@ impl Chunk {
             NBD_REPLY_TYPE_BLOCK_STATUS_EXT => {
                 let extents = self.payload[8..].chunks_exact(16);
                 assert!(extents.remainder().is_empty());
-                assert_eq!(extents.len(), be32(&self.payload[4..]) as usize, "as many as the chunk counts");
+                assert_eq!(extents.len(), be32(&self.payload[4..]) as usize, "the chunk's count of extents");
                 extents.map(|extent| (be64(extent), be64(&extent[8..]))).collect()
             }
-            _ => panic!("no extents: {self:?}"),
+            _ => panic!("not a block status chunk: {self:?}"),
         }
     }
 }
 
-/// A client in transmission that negotiated how requests and replies look.
+/// A client in the transmission phase that negotiated structured replies or extended headers.
 pub struct ChunkClient {
-    /// The client beneath, for bytes that this one would not send.
+    /// The raw client, for bytes that this client would not send.
     pub raw: RawClient<UnixStream>,
-    /// What was negotiated; not [`Headers::Simple`].
+    /// The headers that were negotiated; never [`Headers::Simple`].
     pub headers: Headers,
     cookie: u64,
 }
 
 impl ChunkClient {
-    /// Negotiates the headers and `base:allocation` and chooses the export.
+    /// Connects, negotiates the headers and `base:allocation`, and enters transmission with the export.
     ///
     /// # Panics
-    /// When the server refuses any of it.
+    /// If the server refuses any of it.
     pub fn enter(server: &TestServer, export: &str, headers: Headers) -> Self {
-        let mut raw = haggling(server, headers);
+        let mut raw = negotiated(server, headers);
         let replies = raw.option(NBD_OPT_SET_META_CONTEXT, &contexts(export, &[BASE_ALLOCATION]));
         assert_eq!(replies.iter().map(|reply| reply.kind).collect::<Vec<_>>(), [NBD_REP_META_CONTEXT, NBD_REP_ACK]);
         assert_eq!(be32(&replies[0].data), ALLOCATION_CONTEXT);
         Self::go(raw, export, headers)
     }
 
-    /// Chooses the export on a connection whose headers are negotiated.
+    /// Enters transmission with the export. The headers are negotiated already.
     ///
     /// # Panics
-    /// When the server refuses.
+    /// If the server refuses.
     pub fn go(mut raw: RawClient<UnixStream>, export: &str, headers: Headers) -> Self {
         let replies = raw.option(NBD_OPT_GO, &query(export, &[]));
         assert_eq!(replies.last().map(|reply| reply.kind), Some(NBD_REP_ACK), "{replies:?}");
         Self { raw, headers, cookie: 0 }
     }
 
-    /// Sends a request's header; gives its cookie.
+    /// Sends a request's header and returns its cookie.
     ///
     /// # Panics
-    /// When the length does not fit the header.
+    /// If the length does not fit the header.
     pub fn send_request(&mut self, flags: u16, kind: u16, offset: u64, len: u64) -> u64 {
         self.cookie += 0x0101_0101_0101;
         let bytes = match self.headers {
             Headers::Extended => extended_request_bytes(flags, kind, self.cookie, offset, len),
-            _ => request_bytes(flags, kind, self.cookie, offset, u32::try_from(len).expect("a length of 32 bits")),
+            _ => request_bytes(flags, kind, self.cookie, offset, u32::try_from(len).expect("the length has 32 bits")),
         };
         self.raw.send(&bytes);
         self.cookie
@@ -132,13 +132,13 @@ impl ChunkClient {
     /// Receives a chunk.
     ///
     /// # Panics
-    /// When what comes is none.
+    /// If the server sends anything else.
     #[track_caller]
     pub fn chunk(&mut self) -> Chunk {
         let extended = self.headers == Headers::Extended;
         let mut header = self.raw.receive(SIMPLE_REPLY_LEN);
         if self.headers == Headers::Structured && be32(&header) == NBD_SIMPLE_REPLY_MAGIC {
-            assert_eq!(be32(&header[4..]), 0, "an error comes in a chunk");
+            assert_eq!(be32(&header[4..]), 0, "errors come in chunks");
             let (flags, cookie) = (NBD_REPLY_FLAG_DONE, be64(&header[8..]));
             return Chunk { simple: true, flags, kind: NBD_REPLY_TYPE_NONE, cookie, offset: None, payload: Vec::new() };
         }
@@ -150,15 +150,15 @@ impl ChunkClient {
             true => (Some(be64(&header[16..])), be64(&header[24..])),
             false => (None, be32(&header[16..]).into()),
         };
-        let payload = self.raw.receive(usize::try_from(len).expect("a chunk that fits into memory"));
+        let payload = self.raw.receive(usize::try_from(len).expect("the chunk fits into memory"));
         let (flags, kind, cookie) = (be16(&header[4..]), be16(&header[6..]), be64(&header[8..]));
         Chunk { simple: false, flags, kind, cookie, offset, payload }
     }
 
-    /// Receives the reply to the last request sent, which is one chunk.
+    /// Receives the reply to the last request sent. The reply must be one chunk.
     ///
     /// # Panics
-    /// When it is another request's reply, or not the last chunk.
+    /// If the chunk replies to another request or is not the last chunk.
     #[track_caller]
     pub fn answer(&mut self, offset: u64) -> Chunk {
         let chunk = self.chunk();
@@ -174,7 +174,7 @@ impl ChunkClient {
         self.answer(offset)
     }
 
-    /// Sends a request with a payload, of whatever command, and receives its reply.
+    /// Sends a request of any command with a payload, and receives its reply.
     #[track_caller]
     pub fn ask_with(&mut self, flags: u16, kind: u16, offset: u64, payload: &[u8]) -> Chunk {
         self.send_request(flags, kind, offset, payload.len() as u64);
@@ -182,17 +182,17 @@ impl ChunkClient {
         self.answer(offset)
     }
 
-    /// Writes, as the negotiated headers have it.
+    /// Writes `data`, in the form that the negotiated headers require.
     #[track_caller]
     pub fn write(&mut self, flags: u16, offset: u64, data: &[u8]) -> Chunk {
         let announced = if self.headers == Headers::Extended { NBD_CMD_FLAG_PAYLOAD_LEN } else { 0 };
         self.ask_with(flags | announced, NBD_CMD_WRITE, offset, data)
     }
 
-    /// Reads at least a byte, which comes in one chunk.
+    /// Reads `len` bytes, at least one. The reply must be one data chunk.
     ///
     /// # Panics
-    /// When it does not.
+    /// If the reply is anything else.
     #[track_caller]
     pub fn read(&mut self, flags: u16, offset: u64, len: u64) -> Vec<u8> {
         let chunk = self.ask(flags, NBD_CMD_READ, offset, len);
@@ -201,7 +201,7 @@ impl ChunkClient {
         chunk.payload[8..].to_vec()
     }
 
-    /// What is allocated, as length and status.
+    /// Returns the allocation status of a range, as length and status of each extent.
     #[track_caller]
     pub fn status(&mut self, flags: u16, offset: u64, len: u64) -> Vec<(u64, u64)> {
         let chunk = self.ask(flags, NBD_CMD_BLOCK_STATUS, offset, len);
@@ -212,13 +212,13 @@ impl ChunkClient {
     }
 }
 
-/// A connection in the handshake whose headers are negotiated.
+/// Connects and negotiates the headers. The handshake goes on after that.
 ///
 /// # Panics
-/// When the server refuses them.
-pub fn haggling(server: &TestServer, headers: Headers) -> RawClient<UnixStream> {
+/// If the server refuses them.
+pub fn negotiated(server: &TestServer, headers: Headers) -> RawClient<UnixStream> {
     let mut raw = server.connect();
-    raw.haggle(NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES);
+    raw.start_handshake(NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES);
     let option = match headers {
         Headers::Simple => return raw,
         Headers::Structured => NBD_OPT_STRUCTURED_REPLY,
@@ -228,9 +228,9 @@ pub fn haggling(server: &TestServer, headers: Headers) -> RawClient<UnixStream> 
     raw
 }
 
-/// The data of `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`.
+/// Returns the data of `NBD_OPT_LIST_META_CONTEXT` or `NBD_OPT_SET_META_CONTEXT`.
 pub fn contexts(export: &str, queries: &[&str]) -> Vec<u8> {
-    let len = |len: usize| u32::try_from(len).expect("a length of 32 bits").to_be_bytes();
+    let len = |len: usize| u32::try_from(len).expect("the length has 32 bits").to_be_bytes();
     let mut data = [&len(export.len()), export.as_bytes(), &len(queries.len())].concat();
     for query in queries {
         data.extend(len(query.len()));
@@ -239,7 +239,7 @@ pub fn contexts(export: &str, queries: &[&str]) -> Vec<u8> {
     data
 }
 
-/// An extended request's header.
+/// Returns an extended request's header.
 pub fn extended_request_bytes(flags: u16, kind: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
     let mut bytes = NBD_EXTENDED_REQUEST_MAGIC.to_be_bytes().to_vec();
     bytes.extend(flags.to_be_bytes());

@@ -1,4 +1,4 @@
-//! Disks that remember what was written to them, so that a test can cut the power at any moment.
+//! Disks that record what is written to them, so that a test can simulate a power cut at any moment.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -7,13 +7,13 @@ use engine::store::{BlockStore, MemoryStore};
 
 use crate::luks::noise;
 
-/// Bytes that a disk writes whole or not at all.
+/// The bytes that a disk writes completely or not at all.
 pub const SECTOR: usize = 512;
 
-/// How many mixtures of what was not flushed yet are drawn for each flush.
+/// How many random subsets of the unflushed sectors are tried at each flush.
 const MIXTURES: usize = 8;
 
-/// A disk in memory, and everything that was done to it.
+/// A disk in memory, with a log of its writes and flushes.
 pub struct RecordingStore {
     number: usize,
     now: MemoryStore,
@@ -27,55 +27,55 @@ enum Event {
     Flush,
 }
 
-/// What a disk holds after a power cut. It keeps account of the sectors that are read.
+/// The content of a disk after a power cut. It records which sectors are read.
 pub struct CutDisk {
     disk: MemoryStore,
     read: Mutex<Vec<bool>>,
 }
 
-/// How much was shown of all that there was.
+/// How many power cuts were simulated, and how many of them `see` examined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cuts {
-    /// Moments at which the power was cut.
+    /// The moments at which the power was cut.
     pub moments: usize,
-    /// Of these, those at which something was different of what had been read the last time.
+    /// The moments at which a sector that `see` had read last time was different, so that `see` ran again.
     pub looked_at: usize,
 }
 
 impl RecordingStore {
-    /// A disk that holds `bytes` and takes whole blocks of `alignment` bytes alone.
+    /// Makes a disk that holds `bytes`. It accepts only whole blocks of `alignment` bytes.
     pub fn new(bytes: Vec<u8>, alignment: usize) -> Self {
         Self { number: 0, now: MemoryStore::from(bytes.clone()), before: bytes, alignment, log: Arc::default() }
     }
 
-    /// A second disk on the same power line: the header's and the data's, where they are two.
+    /// Makes a second disk that loses power at the same moment: for example, one disk for the header and one for the data.
     pub fn beside(&self, bytes: Vec<u8>) -> Self {
         let log = Arc::clone(&self.log);
         Self { number: 1, now: MemoryStore::from(bytes.clone()), before: bytes, alignment: self.alignment, log }
     }
 
-    /// What the disk holds at the end.
+    /// Returns what the disk holds at the end.
     pub fn snapshot(&self) -> Vec<u8> {
         self.now.snapshot()
     }
 
-    /// Shows `see` what the disk can hold after a power cut, at every sector of every write.
+    /// Shows `see` what the disk can hold after a power cut, for a cut at every sector of every write.
     ///
-    /// What was flushed is there. Of what was written since, any part may be: shown are the sectors in their order, and
-    /// before each flush mixtures of them. What `see` finds must follow from what it reads alone: a sector that it did not
-    /// read the last time changes nothing for it, and it is not asked again.
+    /// Flushed data is always there. Any part of the data written since the last flush may be there. `see` is shown the
+    /// sectors as they arrive, in their order, and random subsets of them before each flush. The findings of `see` must
+    /// depend only on what it reads. So if no sector that it read last time has changed, `see` is not called again.
     pub fn cut_everywhere(&self, see: &mut dyn FnMut(&CutDisk)) -> Cuts {
         cut(&[self], &mut |disks| see(&disks[0]))
     }
 
-    /// The same for this disk and the one beside it, which may be flushed or not whatever this one is.
+    /// Does what [`Self::cut_everywhere`] does, for this disk and `other`. Each disk is flushed independently.
     pub fn cut_both_everywhere(&self, other: &Self, see: &mut dyn FnMut(&CutDisk, &CutDisk)) -> Cuts {
         cut(&[self, other], &mut |disks| see(&disks[0], &disks[1]))
     }
 
     fn check(&self, offset: u64, len: usize) {
         let misaligned = !offset.is_multiple_of(self.alignment as u64) || !len.is_multiple_of(self.alignment);
-        assert!(!misaligned, "{len} bytes at {offset} on a disk with blocks of {}", self.alignment);
+        assert!(!misaligned, "an access of {len} bytes at {offset} on a disk with blocks of {} bytes", self.alignment);
     }
 }
 
@@ -109,7 +109,7 @@ fn cut(stores: &[&RecordingStore], see: &mut dyn FnMut(&[CutDisk])) -> Cuts {
                 }
             }
             Event::Flush => {
-                // All of one disk and nothing of the others, then whatever chance has it.
+                // First all writes to one disk and no writes to the other disks, then random subsets.
                 for mixture in 0..stores.len() + MIXTURES {
                     let mixed = durable.iter().zip(&volatile).enumerate().map(|(number, (durable, volatile))| {
                         let mut mixed = durable.clone();
@@ -130,7 +130,7 @@ fn cut(stores: &[&RecordingStore], see: &mut dyn FnMut(&[CutDisk])) -> Cuts {
     cuts
 }
 
-/// A write as the disk's sectors have it, the first and the last perhaps in part.
+/// Splits a write at the disk's sector boundaries. The first and the last piece may be only part of a sector.
 fn sectors(mut offset: usize, mut data: &[u8]) -> Vec<Piece<'_>> {
     let mut pieces = Vec::with_capacity(data.len() / SECTOR + 2);
     while !data.is_empty() {
@@ -151,7 +151,7 @@ impl CutDisk {
         Self { disk: MemoryStore::from(bytes), read: Mutex::new(vec![false; sectors]) }
     }
 
-    /// Writes a piece of a sector; whether that makes a difference to who read the disk.
+    /// Writes a piece of a sector. Returns whether this changed a sector that was read.
     fn put(&self, (offset, piece): Piece<'_>) -> bool {
         let mut now = vec![0; piece.len()];
         self.disk.read_at(&mut now, offset as u64).unwrap();
@@ -163,7 +163,7 @@ impl CutDisk {
         self.read.lock().unwrap().fill(false);
     }
 
-    /// A copy of what the disk holds.
+    /// Returns a copy of what the disk holds. This counts as reading all of it.
     pub fn snapshot(&self) -> Vec<u8> {
         self.read.lock().unwrap().fill(true);
         self.disk.snapshot()
@@ -228,14 +228,14 @@ impl BlockStore for RecordingStore {
     }
 }
 
-/// A disk that is written to for as long as this lives, and stays as it was.
+/// A view of a disk that keeps all writes to itself. The disk beneath does not change.
 pub struct Scratch<'d> {
     disk: &'d dyn BlockStore,
     written: Mutex<Vec<(u64, Vec<u8>)>>,
 }
 
 impl<'d> Scratch<'d> {
-    /// What is on the disk, to be changed.
+    /// Makes a view of `disk` that can be written to.
     pub fn on(disk: &'d dyn BlockStore) -> Self {
         Self { disk, written: Mutex::default() }
     }
@@ -285,14 +285,15 @@ mod tests {
     }
 
     #[test]
-    fn every_sector_that_is_read_is_seen_to_change_and_no_other() {
+    fn a_change_is_shown_exactly_if_its_sector_was_read() {
         let store = RecordingStore::new(vec![0; 64 * SECTOR], 1);
         store.write_at(&[1; 40 * SECTOR], 100).unwrap();
         store.flush().unwrap();
         for sector in 1..40 {
             let mut found = Vec::new();
             let cuts = store.cut_everywhere(&mut |disk| found.push(byte(disk, sector * SECTOR)));
-            // The write begins and ends within sectors. At the end there is nothing more to mix.
+            // The write begins and ends within a sector. At the end of the log, every write is flushed, so there is
+            // nothing to mix.
             assert_eq!(cuts.moments, 1 + 41 + 2 * (1 + MIXTURES));
             assert_eq!(cuts.looked_at, 1 + 1 + 2 * (1 + MIXTURES));
             assert_eq!(found[..2], [0, 1]);
@@ -302,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_flushed_may_be_missing_and_what_is_may_not() {
+    fn only_unflushed_writes_can_be_missing() {
         let first = RecordingStore::new(vec![0; SECTOR], 1);
         let second = first.beside(vec![0; SECTOR]);
         first.write_at(&[1], 0).unwrap();

@@ -1,4 +1,5 @@
-//! The main job, whole: the administrator's shell commands as they stand, then `nbdcrypt up` on the object they made.
+//! The main job from start to end: the administrator's shell commands unchanged, then `nbdcrypt up` with the object that
+//! they made.
 
 use std::fs;
 use std::path::PathBuf;
@@ -8,14 +9,14 @@ use harness::moto::{Client, Moto};
 use harness::nbdcrypt::{binary, told};
 use serde_json::json;
 
-/// What an administrator runs (with AWS CLI 1; version 2 needs `--cli-binary-format raw-in-base64-out`).
+/// The administrator's commands, for AWS CLI 1. Version 2 needs `--cli-binary-format raw-in-base64-out`.
 const ADMINISTRATOR: &str = r#"
 aws kms encrypt --key-id alias/EncFSForEC2InternalStorageKey --plaintext "ThisIs-a-SecretPassword" \
     --query CiphertextBlob --output text | base64 --decode > LuksInternalStorageKey
 aws s3 cp LuksInternalStorageKey s3://BUCKET/LuksInternalStorageKey
 "#;
 
-/// An instance with the configuration of the README, but for the places of disk and mount.
+/// An instance with the README's configuration, except for the paths of the disk and the mountpoint.
 struct Instance {
     client: Client,
 }
@@ -53,7 +54,8 @@ impl Instance {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// `up` must fail, say these words and nothing of the secret, and leave nothing.
+    /// Runs `up`, which must fail with an error that contains these words and not the secret, and must leave nothing
+    /// behind.
     #[track_caller]
     fn refused(&self, words: &[&str]) {
         let output = self.run("up");
@@ -74,12 +76,16 @@ impl Drop for Instance {
         if self.path("run/scratch").exists() {
             self.run("down");
         }
+        // The mountpoint of a volume that was up is immutable, so the folder could not be removed.
+        if self.path("mnt").is_dir() {
+            let _ = bootstrap::machine::bare_folder::unprotect(&self.path("mnt"));
+        }
     }
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, the AWS CLI, root and FUSE: run `make test`")]
-fn the_administrators_object_unlocks_a_filesystem_that_comes_and_goes() {
+fn the_administrators_object_unlocks_the_filesystem() {
     let moto = Moto::start();
     moto.make_bucket("BUCKET");
     moto.make_key("alias/EncFSForEC2InternalStorageKey");
@@ -95,7 +101,7 @@ fn the_administrators_object_unlocks_a_filesystem_that_comes_and_goes() {
     assert_eq!(fs::read_to_string(instance.path("mnt/file")).unwrap(), "kept");
     instance.succeeds("down");
 
-    // What the old boot script would do with the same object: the password, by shell and cryptsetup.
+    // The old boot script does this with the same object: it gets the password with shell commands and runs cryptsetup.
     administrator.file("disk", "");
     let opened = administrator.shell(&format!(
         "aws s3 cp s3://BUCKET/LuksInternalStorageKey fetched > /dev/null\n\
@@ -108,7 +114,7 @@ fn the_administrators_object_unlocks_a_filesystem_that_comes_and_goes() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, the AWS CLI, cryptsetup, root and FUSE: run `make test`")]
-fn the_old_boot_scripts_volume_comes_up_with_the_same_object() {
+fn an_old_boot_script_volume_opens_with_the_same_object() {
     let moto = Moto::start();
     moto.make_bucket("BUCKET");
     moto.make_key("alias/EncFSForEC2InternalStorageKey");
@@ -131,7 +137,7 @@ fn the_old_boot_scripts_volume_comes_up_with_the_same_object() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, the AWS CLI, root and FUSE: run `make test`")]
-fn what_kms_and_s3_refuse_leaves_nothing_behind() {
+fn a_refusal_by_kms_or_s3_leaves_nothing_behind() {
     let moto = Moto::start();
     moto.make_bucket("BUCKET");
     let key = moto.make_key("alias/EncFSForEC2InternalStorageKey");
@@ -146,7 +152,7 @@ fn what_kms_and_s3_refuse_leaves_nothing_behind() {
     instance.refused(&["no-such-bucket"]);
     instance.configure("s3://BUCKET/LuksInternalStorageKey", "endpoint-url = \"http://127.0.0.1:1\"");
     instance.refused(&["127.0.0.1:1"]);
-    instance.configure("s3://BUCKET/LuksInternalStorageKey", "random = true");
+    instance.configure("s3://BUCKET/LuksInternalStorageKey", "");
     moto.kms("DisableKey", &json!({ "KeyId": key }));
     instance.refused(&["disabled"]);
     moto.kms("EnableKey", &json!({ "KeyId": key }));
@@ -156,7 +162,7 @@ fn what_kms_and_s3_refuse_leaves_nothing_behind() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, root and FUSE: run `make test`")]
-fn a_provisioned_secret_unlocks_and_is_never_replaced_unasked() {
+fn a_provisioned_secret_unlocks_and_is_never_overwritten() {
     let moto = Moto::start();
     moto.make_bucket("BUCKET");
     moto.make_key("alias/EncFSForEC2InternalStorageKey");
@@ -172,9 +178,10 @@ fn a_provisioned_secret_unlocks_and_is_never_replaced_unasked() {
     instance.succeeds("down");
 }
 
+/// The data lies on the disk at the configured offset, encrypted with the configured IV.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, the AWS CLI, libnbd, root and FUSE: run `make test`")]
-fn the_key_of_a_plain_volume_is_made_by_kms_and_lies_on_the_disk_where_it_is_said_to() {
+fn kms_makes_the_key_of_a_plain_volume() {
     let moto = Moto::start();
     moto.make_bucket("BUCKET");
     moto.make_key("alias/volumes");
@@ -196,7 +203,7 @@ fn the_key_of_a_plain_volume_is_made_by_kms_and_lies_on_the_disk_where_it_is_sai
         || instance.client.command(binary()).arg("provision").arg(instance.path("scratch.toml")).output().unwrap();
     let made = provision();
     assert!(made.status.success(), "{}", told(&made));
-    assert!(told(&provision()).contains("s3://BUCKET/key"), "what is there stays");
+    assert!(told(&provision()).contains("s3://BUCKET/key"), "an existing object stays");
     instance.succeeds("up");
     fs::write(instance.path("mnt/file"), "kept").unwrap();
     instance.succeeds("down");
@@ -204,7 +211,8 @@ fn the_key_of_a_plain_volume_is_made_by_kms_and_lies_on_the_disk_where_it_is_sai
     assert_eq!(fs::read_to_string(instance.path("mnt/file")).unwrap(), "kept");
     instance.succeeds("down");
 
-    // What no header tells from a wrong key is not replaced; the text says what is to be done instead, and that works.
+    // A header would show that a key is wrong, but this volume has none. So the key is not replaced. The error gives a
+    // command that works instead.
     moto.make_key("alias/new");
     let rewrap = || {
         let arguments = ["key", "rewrap", "secretfs", "--config", "scratch.toml", "--new-kms-key", "alias/new"];
@@ -232,7 +240,7 @@ fn the_key_of_a_plain_volume_is_made_by_kms_and_lies_on_the_disk_where_it_is_sai
     assert_eq!(fs::read_to_string(instance.path("mnt/file")).unwrap(), "kept");
     instance.succeeds("down");
 
-    // With the key in hand, and the same words on the command line, it is the same volume.
+    // With the key and the same parameters on the command line, the server opens the same volume.
     instance.client.shell(
         "aws s3 cp s3://BUCKET/key blob > /dev/null\n\
          aws kms decrypt --ciphertext-blob fileb://blob --encryption-context volume=scratch --query Plaintext \
@@ -251,11 +259,138 @@ fn the_key_of_a_plain_volume_is_made_by_kms_and_lies_on_the_disk_where_it_is_sai
         ))
     };
     assert_eq!(filesystem("16").trim(), "ext4");
-    assert_eq!(filesystem("24").trim(), "", "another IV is another volume");
-    assert!(fs::read(instance.path("secretfs")).unwrap()[..1 << 20].iter().all(|byte| *byte == 0), "before the offset");
-    // Nothing says that the key or its place is wrong but that there is no filesystem; what is there is not touched.
+    assert_eq!(filesystem("24").trim(), "", "with another IV there is no filesystem");
+    assert!(
+        fs::read(instance.path("secretfs")).unwrap()[..1 << 20].iter().all(|byte| *byte == 0),
+        "nothing is written before the offset"
+    );
+    // Only the missing filesystem shows that the key or the offset is wrong. The disk is not changed.
     let before = instance.client.shell("sha256sum secretfs");
     config(24);
     assert_eq!(instance.run("up").status.code(), Some(1));
     assert_eq!(instance.client.shell("sha256sum secretfs"), before);
+}
+
+/// Writes all readable memory of a process into a file.
+fn dump_memory(pid: u32, to: &std::path::Path) {
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+    let memory = fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+    let mut dump = fs::File::create(to).unwrap();
+    for line in fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().lines() {
+        let (range, rest) = line.split_once(' ').unwrap();
+        let (start, end) = range.split_once('-').unwrap();
+        let [start, end] = [start, end].map(|address| u64::from_str_radix(address, 16).unwrap());
+        let mut block = vec![0; 1 << 20];
+        for at in (start..end).step_by(1 << 20).take_while(|_| rest.starts_with('r')) {
+            let len = usize::try_from((end - at).min(1 << 20)).unwrap();
+            // Memory that cannot be read, such as [vvar], holds none of the server's data.
+            if let Ok(read) = memory.read_at(&mut block[..len], at) {
+                dump.write_all(&block[..read]).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto, the AWS CLI, root and FUSE: run `make test`")]
+fn a_running_server_has_no_secret_in_memory() {
+    let moto = Moto::start();
+    moto.make_bucket("BUCKET");
+    moto.make_key("alias/EncFSForEC2InternalStorageKey");
+    moto.client().shell(ADMINISTRATOR);
+    let mut client = moto.client();
+    // The credentials come from a file, because a process's environment stays in its memory for as long as it lives.
+    for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"] {
+        client.unset(name);
+    }
+    let secret_key = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY";
+    fs::create_dir(client.dir().join(".aws")).unwrap();
+    client.file(
+        ".aws/credentials",
+        format!("[default]\naws_access_key_id = AKIAIOSFODNN7EXAMPLE\naws_secret_access_key = {secret_key}\n"),
+    );
+    // The path is relative, and the background server must still find the file.
+    client.set("AWS_SHARED_CREDENTIALS_FILE", ".aws/credentials");
+    let instance = Instance::new(client);
+    let check = |when: &str| {
+        let status: serde_json::Value = {
+            let mut command = instance.client.command(binary());
+            command.arg("--run-dir").arg(instance.path("run")).args(["status", "--json"]);
+            serde_json::from_slice(&command.output().unwrap().stdout).unwrap()
+        };
+        let pid = status.as_array().map_or(&status, |all| &all[0])["pid"].as_u64().unwrap();
+        let dump = instance.path("dump");
+        dump_memory(u32::try_from(pid).unwrap(), &dump);
+        let holds = |what: &str| {
+            let grep = std::process::Command::new("grep").args(["-qaF", "-e", what]).arg(&dump).status().unwrap();
+            grep.success()
+        };
+        assert!(holds("LuksInternalStorageKey"), "the search finds text that is in memory");
+        let base64 = "VGhpc0lzLWEtU2VjcmV0UGFzc3dvcmQ=";
+        for (name, what) in [("passphrase", "ThisIs-a-SecretPassword"), ("base64", base64), ("secret key", secret_key)]
+        {
+            assert!(!holds(what), "{when}: the {name} is in the server's memory");
+        }
+        fs::remove_file(&dump).unwrap();
+    };
+    instance.succeeds("up");
+    check("made");
+    instance.succeeds("down");
+    instance.succeeds("up");
+    check("unlocked");
+    instance.succeeds("down");
+}
+
+/// The helper process that asks AWS ends when its parent ends. If the helper dies first, the parent reports this.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root: run `make test`")]
+fn the_aws_helper_process_ends_with_its_parent() {
+    use std::time::{Duration, Instant};
+    let mut client = Client::new();
+    for (name, value) in [("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_REGION", "eu-central-1")] {
+        client.set(name, value);
+    }
+    let instance = Instance::new(client);
+    instance.configure("s3://BUCKET/key", "endpoint-url = \"http://127.0.0.1:1\"");
+    let text = fs::read_to_string(instance.path("scratch.toml")).unwrap().replace("\"5s\"", "\"1h\"");
+    instance.client.file("scratch.toml", text);
+    let helper_of = |parent: u32| {
+        let list = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
+        let children = |task: String| fs::read_to_string(format!("{task}/children")).unwrap_or_default();
+        let tasks = fs::read_dir(format!("/proc/{parent}/task")).into_iter().flatten().flatten();
+        let all: String = tasks.map(|task| children(task.path().display().to_string()) + " ").collect();
+        (list + " " + &all).split_whitespace().next().map(|pid| pid.parse::<i32>().unwrap())
+    };
+    let eventually = |what: &str, is: &mut dyn FnMut() -> bool| {
+        let begun = Instant::now();
+        while !is() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "{what}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let start = || {
+        let mut command = instance.client.command(binary());
+        command.arg("provision").arg(instance.path("scratch.toml"));
+        let mut child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+        let mut helper = None;
+        eventually("the helper starts", &mut || {
+            helper = helper_of(child.id());
+            assert!(child.try_wait().unwrap().is_none(), "it waits for AWS");
+            helper.is_some()
+        });
+        (child, helper.unwrap())
+    };
+    let (mut parent, helper) = start();
+    parent.kill().unwrap();
+    parent.wait().unwrap();
+    eventually("the helper ends with its parent", &mut || {
+        fs::read_to_string(format!("/proc/{helper}/stat")).map_or(true, |stat| stat.contains(") Z "))
+    });
+    let (parent, helper) = start();
+    let pid = rustix::process::Pid::from_raw(helper).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let output = parent.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", told(&output));
+    assert!(told(&output).contains("asks AWS for the secret ended without an answer (signal: 9"), "{}", told(&output));
 }

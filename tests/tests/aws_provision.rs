@@ -1,4 +1,4 @@
-//! `nbdcrypt provision` against S3 and KMS as moto plays them: what it makes, the original shell steps open.
+//! `nbdcrypt provision` with moto's S3 and KMS: the original shell commands open what it makes.
 
 use std::path::PathBuf;
 use std::process::Output;
@@ -41,7 +41,7 @@ fn refused(output: &Output, words: &[&str]) {
     }
 }
 
-/// The boot script's steps.
+/// The steps of the original boot script.
 fn by_shell(client: &Client, name: &str) -> String {
     client.shell(&format!(
         "aws s3 cp s3://test-{name}/key LuksInternalStorageKey > /dev/null\n\
@@ -53,7 +53,7 @@ fn by_shell(client: &Client, name: &str) -> String {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
-fn the_shell_steps_open_what_provision_makes() {
+fn the_shell_commands_open_what_provision_makes() {
     let (client, config) = account("shell");
     let made = run(&client, &["provision"], &config);
     let said = String::from_utf8_lossy(&made.stdout).into_owned();
@@ -62,15 +62,15 @@ fn the_shell_steps_open_what_provision_makes() {
     let secret = by_shell(&client, "shell");
     assert_eq!(secret.len(), 64);
     assert_eq!(run(&client, &["passphrase"], &config).stdout, secret.as_bytes());
-    assert!(!said.contains(&secret), "never printed");
-    // The context is bound to it.
+    assert!(!said.contains(&secret), "the secret is never printed");
+    // The encryption context is needed for decryption.
     let without = client.try_shell("aws kms decrypt --ciphertext-blob fileb://LuksInternalStorageKey");
     assert!(!without.status.success());
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
-fn an_object_that_exists_is_left_alone_until_it_is_to_be_replaced() {
+fn an_existing_object_is_replaced_only_on_request() {
     let (client, config) = account("exists");
     client.shell("printf precious > precious; aws s3 cp precious s3://test-exists/key");
     refused(&run(&client, &["provision"], &config), &["s3://test-exists/key exists", "--replace"]);
@@ -78,12 +78,12 @@ fn an_object_that_exists_is_left_alone_until_it_is_to_be_replaced() {
     assert!(run(&client, &["provision", "--replace"], &config).status.success());
     let first = by_shell(&client, "exists");
     assert!(run(&client, &["provision", "--replace"], &config).status.success());
-    assert_ne!(by_shell(&client, "exists"), first, "a new secret each time");
+    assert_ne!(by_shell(&client, "exists"), first, "each secret is new");
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
-fn of_many_at_once_one_provisions() {
+fn only_one_of_several_concurrent_provisions_succeeds() {
     let (client, config) = account("race");
     let outputs: Vec<Output> = std::thread::scope(|scope| {
         let runs: Vec<_> = (0..6).map(|_| scope.spawn(|| run(&client, &["provision"], &config))).collect();
@@ -98,7 +98,7 @@ fn of_many_at_once_one_provisions() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
-fn a_missing_key_or_bucket_says_how_to_make_one_and_leaves_nothing() {
+fn a_missing_key_or_bucket_is_reported_with_a_remedy() {
     let (client, config) = account("lacking");
     let text = std::fs::read_to_string(&config).unwrap();
     let no_key = client.file("no-key.toml", text.replace("alias/lacking", "alias/nobody"));
@@ -115,7 +115,7 @@ fn a_missing_key_or_bucket_says_how_to_make_one_and_leaves_nothing() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
-fn who_may_write_and_not_read_provisions_all_the_same() {
+fn provisioning_works_with_only_write_permission() {
     let moto = Moto::start();
     let (_administrator, config) = account_on(&moto, "writer");
     let writer = moto.make_user();
@@ -132,7 +132,7 @@ fn who_may_write_and_not_read_provisions_all_the_same() {
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     assert!(said.contains("not read back: S3 denies access"), "{said}");
     refused(&run(&writer, &["provision"], &config), &["exists"]);
-    // What is there may be replaced only by what can be decrypted.
+    // An object may be replaced only by a secret that can be decrypted again.
     refused(&run(&writer, &["provision", "--replace"], &config), &["is left as it is", "kms:Decrypt on alias/writer"]);
     moto.permit_only(&json!(["s3:GetObject", "kms:Decrypt"]));
     assert_eq!(run(&writer, &["passphrase"], &config).stdout.len(), 64);

@@ -1,4 +1,4 @@
-//! A volume that carries its own secret, wrapped by KMS, in a token of its LUKS2 header: no S3 at all.
+//! A volume with its own secret, encrypted by KMS, in a token of its LUKS2 header. No S3 is needed.
 
 use std::fs;
 use std::path::PathBuf;
@@ -55,7 +55,7 @@ impl Instance {
         serde_json::from_str(&self.0.shell("cryptsetup token export --token-id 0 disk")).unwrap()
     }
 
-    /// Puts another token in the place of the volume's own, as whoever can write to the disk can.
+    /// Replaces the volume's own token, as anyone who can write to the disk could.
     fn replace_token(&self, token: &Value) {
         self.0.file("token.json", token.to_string());
         self.0.shell("cryptsetup token remove --token-id 0 disk 2> removed || true; cryptsetup token import --token-id 0 --json-file token.json disk");
@@ -72,11 +72,11 @@ impl Drop for Instance {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, cryptsetup, root and FUSE: run `make test`")]
-fn a_volume_carries_its_own_secret_and_a_recovery_passphrase_beside_it() {
+fn a_volume_holds_its_secret_and_a_recovery_passphrase() {
     let moto = Moto::start();
     let key = moto.make_key("alias/volumes");
     let instance = Instance::new(&moto, "encryption-context = { volume = \"scratch\" }");
-    // There is no bucket at all.
+    // There is no bucket.
     instance.refused("provision", &["nothing to provision", "nbdcrypt up"]);
     assert!(instance.succeeds("plan").contains("the token in the LUKS2 header"));
     assert!(instance.succeeds("up").contains("LUKS2, AES-256-XTS"));
@@ -91,7 +91,7 @@ fn a_volume_carries_its_own_secret_and_a_recovery_passphrase_beside_it() {
     let dump = instance.0.shell("cryptsetup luksDump disk");
     assert!(dump.contains("0: aws-kms\n\tKeyslot:    0\n") && dump.contains("PBKDF:      pbkdf2"), "{dump}");
 
-    // A recovery passphrase, in a keyslot of its own: cryptsetup opens the volume by it, with no KMS around.
+    // A recovery passphrase in a keyslot of its own. cryptsetup opens the volume with it, without KMS.
     let wrapped = token["ciphertext"].as_str().unwrap();
     let asked = json!({ "CiphertextBlob": wrapped, "EncryptionContext": token["encryption-context"] });
     let secret: Value = serde_json::from_str(&moto.kms("Decrypt", &asked)).unwrap();
@@ -105,15 +105,16 @@ fn a_volume_carries_its_own_secret_and_a_recovery_passphrase_beside_it() {
     instance.succeeds("up");
     assert_eq!(fs::read_to_string(instance.path("mnt/file")).unwrap(), "kept");
     instance.succeeds("down");
-    // The token says which keyslot; the key that is disabled opens nothing.
+    // The token names the keyslot. Once its KMS key is disabled, the token opens nothing.
     moto.kms("DisableKey", &json!({ "KeyId": key }));
     instance.refused("up", &["disabled"]);
     instance.0.shell("cryptsetup open --test-passphrase --key-file recovery disk");
 }
 
+/// A recovery passphrase can be added with the secret that KMS keeps.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, cryptsetup, root and FUSE: run `make test`")]
-fn a_secret_moves_to_another_kms_key_and_a_recovery_passphrase_comes_by_the_secret_that_kms_keeps() {
+fn rewrap_moves_the_token_to_another_kms_key() {
     let moto = Moto::start();
     let old = moto.make_key("alias/volumes");
     let new = moto.make_key("alias/new");
@@ -136,10 +137,10 @@ fn a_secret_moves_to_another_kms_key_and_a_recovery_passphrase_comes_by_the_secr
     assert_eq!(done(&[&add[..], &quick].concat()), "disk: key in keyslot 1\n");
     instance.0.shell("cryptsetup open --test-passphrase --key-slot 1 --key-file recovery disk");
 
-    // To the same key again: another ciphertext, and nothing else.
+    // Encrypting again with the same key changes only the ciphertext.
     let before = instance.token();
     let said = done(&["rewrap", "disk", "--config", "scratch.toml"]);
-    assert!(said.contains("token 0: the secret is encrypted under arn:") && said.contains(&old), "{said}");
+    assert!(said.contains("token 0: the secret is now encrypted under arn:") && said.contains(&old), "{said}");
     let mut after = instance.token();
     assert_ne!(after["ciphertext"], before["ciphertext"]);
     after["ciphertext"] = before["ciphertext"].clone();
@@ -147,7 +148,7 @@ fn a_secret_moves_to_another_kms_key_and_a_recovery_passphrase_comes_by_the_secr
     instance.succeeds("up");
     instance.succeeds("down");
 
-    // To another one, which the configuration then has to name.
+    // The secret moves to another key. The configuration must name this key from then on.
     let said = done(&["rewrap", "disk", "--config", "scratch.toml", "--new-kms-key", "alias/new"]);
     assert!(said.contains(&new) && said.contains("write `kms-key = \"alias/new\"`"), "{said}");
     assert!(instance.token()["kms-key"].as_str().unwrap().ends_with(&new));
@@ -160,7 +161,7 @@ fn a_secret_moves_to_another_kms_key_and_a_recovery_passphrase_comes_by_the_secr
     instance.succeeds("down");
     assert!(instance.0.shell("cryptsetup luksDump disk").contains("0: aws-kms\n\tKeyslot:    0\n"));
 
-    // A key that may not encrypt leaves the token as it is.
+    // If the key may not encrypt, the token is not changed.
     let before = instance.token();
     let output = key(&["rewrap", "disk", "--config", "scratch.toml", "--new-kms-key", "alias/volumes"]);
     assert_eq!(output.status.code(), Some(1));
@@ -168,9 +169,10 @@ fn a_secret_moves_to_another_kms_key_and_a_recovery_passphrase_comes_by_the_secr
     assert_eq!(instance.token(), before);
 }
 
+/// The object is replaced only if its secret opens the volume and the new key can decrypt it.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, cryptsetup and the AWS CLI: run `make test`")]
-fn a_secret_in_s3_moves_to_another_kms_key_once_it_is_known_to_open_the_volume() {
+fn rewrap_moves_an_s3_secret_to_another_kms_key() {
     let moto = Moto::start();
     moto.make_bucket("secrets");
     moto.make_key("alias/old");
@@ -200,7 +202,7 @@ fn a_secret_in_s3_moves_to_another_kms_key_once_it_is_known_to_open_the_volume()
     let format = |key| [&["format", "disk", "--size", "24M", "--key-file", key][..], &quick].concat();
     let rewrap = ["key", "rewrap", "disk", "--config", "scratch.toml", "--new-kms-key", "alias/new"];
 
-    // A volume that the secret does not open: the wrong object, perhaps.
+    // A volume that the secret does not open: the object may be the wrong one.
     done(&format("other"));
     let before = client.shell("aws s3 cp s3://secrets/key - | sha256sum");
     let output = nbdcrypt(&rewrap);
@@ -211,7 +213,7 @@ fn a_secret_in_s3_moves_to_another_kms_key_once_it_is_known_to_open_the_volume()
     client.shell("rm disk");
     done(&format("secret"));
 
-    // A key that encrypts and does not decrypt would lock the volume.
+    // A key that encrypts but does not decrypt would lock the volume.
     let one_way = moto.make_key("alias/one-way");
     moto.deny(&one_way, "kms:Decrypt");
     let output = nbdcrypt(&["key", "rewrap", "disk", "--config", "scratch.toml", "--new-kms-key", "alias/one-way"]);
@@ -225,7 +227,10 @@ fn a_secret_in_s3_moves_to_another_kms_key_once_it_is_known_to_open_the_volume()
     assert_eq!(client.shell(decrypt).as_bytes(), fs::read(client.dir().join("secret")).unwrap());
 
     let said = done(&rewrap);
-    assert!(said.starts_with("s3://secrets/key: the secret is encrypted under arn:") && said.contains(&new), "{said}");
+    assert!(
+        said.starts_with("s3://secrets/key: the secret is now encrypted under arn:") && said.contains(&new),
+        "{said}"
+    );
     let key = client.shell("aws s3 cp s3://secrets/key blob > /dev/null; aws kms decrypt --ciphertext-blob fileb://blob --query KeyId --output text");
     assert!(key.trim().ends_with(&new), "{key}");
     assert_eq!(client.shell(decrypt).as_bytes(), fs::read(client.dir().join("secret")).unwrap());
@@ -233,7 +238,7 @@ fn a_secret_in_s3_moves_to_another_kms_key_once_it_is_known_to_open_the_volume()
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, cryptsetup, root and FUSE: run `make test`")]
-fn a_token_that_is_not_the_volumes_own_is_refused_by_what_is_wrong_with_it() {
+fn another_volumes_token_is_refused_with_the_reason() {
     let moto = Moto::start();
     moto.make_key("alias/volumes");
     let instance = Instance::new(&moto, "");
@@ -244,7 +249,8 @@ fn a_token_that_is_not_the_volumes_own_is_refused_by_what_is_wrong_with_it() {
     }
     let (own, others) = (instance.token(), other.token());
 
-    // Of another volume: by the UUID that it says itself, and by KMS where it lies.
+    // The token of another volume. nbdcrypt refuses it because of the UUID in it. If the UUID is forged, KMS refuses
+    // it.
     instance.replace_token(&others);
     let made_for = others["encryption-context"]["luks-uuid"].as_str().unwrap();
     instance.refused("up", &["made for", made_for, "this is volume"]);
@@ -265,7 +271,7 @@ fn a_token_that_is_not_the_volumes_own_is_refused_by_what_is_wrong_with_it() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, root and FUSE: run `make test`")]
-fn what_kms_refuses_leaves_no_volume_behind() {
+fn a_refusal_by_kms_leaves_no_volume_behind() {
     let moto = Moto::start();
     let instance = Instance::new(&moto, "");
     instance.refused("up", &["alias/volumes"]);

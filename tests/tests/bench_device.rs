@@ -1,15 +1,16 @@
-//! `nbdcrypt bench device` and `bench compare`, as short as they can be: what they say is whole, and nothing is left behind.
+//! The shortest runs of `nbdcrypt bench device` and `nbdcrypt-bench servers`: their reports are complete, and they leave
+//! nothing behind.
 
 use std::path::Path;
 use std::process::{Command, Output};
 
-use harness::nbdcrypt::{binary, told};
+use harness::nbdcrypt::{bench_binary, binary, told};
 use serde_json::Value;
 
-/// Runs `bench` with images in `folder`, finding programs in `path` alone if it is given.
-fn bench(folder: &Path, path: Option<&Path>, arguments: &[&str]) -> Output {
-    let mut command = Command::new(binary());
-    command.arg("bench").args(arguments).args(["--size", "64M", "--runtime", "0.1", "--quick", "--json", "--dir"]);
+/// Runs `program` with images in `folder`. If `path` is given, `program` finds other programs only there.
+fn bench(program: &Path, folder: &Path, path: Option<&Path>, arguments: &[&str]) -> Output {
+    let mut command = Command::new(program);
+    command.args(arguments).args(["--size", "64M", "--runtime", "0.1", "--quick", "--json", "--dir"]);
     command.arg(folder).env("TMPDIR", folder);
     if let Some(path) = path {
         command.env("PATH", path);
@@ -24,54 +25,44 @@ fn json(output: &Output) -> Value {
 }
 
 #[track_caller]
-fn is_empty(folder: &Path) {
+fn assert_empty(folder: &Path) {
     let left: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.is_empty(), "left behind: {left:?}");
 }
 
-/// Every figure of a sample is there and above zero, but CPU time, which in so short a run may be no whole tick.
+/// Checks that every figure of a sample is there and above zero. The CPU time may be zero, because such a short run may
+/// take less than a clock tick.
 #[track_caller]
-fn is_whole(sample: &Value) {
-    for figure in ["mb_per_s", "iops", "p99_us", "peak_rss_mib"] {
+fn assert_complete(sample: &Value) {
+    for figure in ["mb_per_s", "iops", "p99_us"] {
         assert!(sample[figure].as_f64().is_some_and(|value| value > 0.0), "{figure}: {sample}");
     }
     assert!(sample["server_cpu_s_per_gb"].is_number(), "{sample}");
 }
 
 #[test]
-fn the_lean_client_measures_the_server_encrypted_and_plain() {
+fn the_server_is_measured_without_other_programs() {
     let folder = tempfile::tempdir().unwrap();
-    let answer = json(&bench(folder.path(), None, &["device", "--client", "lean"]));
+    let answer = json(&bench(binary(), folder.path(), Some(folder.path()), &["bench", "device"]));
     let rows = answer["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 8, "{answer:#}");
-    rows.iter().for_each(is_whole);
-    for contestant in ["nbdcrypt", "nbdcrypt-plaintext"] {
-        assert_eq!(rows.iter().filter(|row| row["contestant"] == contestant).count(), 4);
+    rows.iter().for_each(assert_complete);
+    for subject in ["encrypted", "plaintext"] {
+        assert_eq!(rows.iter().filter(|row| row["subject"] == subject).count(), 4);
     }
-    is_empty(folder.path());
+    assert_empty(folder.path());
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs fio with its nbd engine: run `make test`")]
-fn fio_measures_the_server() {
+fn peers_are_compared_and_missing_ones_named() {
     let folder = tempfile::tempdir().unwrap();
-    let answer = json(&bench(folder.path(), None, &["device"]));
-    let rows = answer["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 8, "{answer:#}");
-    rows.iter().for_each(is_whole);
-    is_empty(folder.path());
-}
-
-#[test]
-#[cfg_attr(not(feature = "interop"), ignore = "needs fio with its nbd engine: run `make test`")]
-fn peers_are_compared_and_the_missing_are_named() {
-    let folder = tempfile::tempdir().unwrap();
-    // Of all programs, fio alone is to be found.
+    // fio is the only program that can be found.
     let programs = tempfile::tempdir().unwrap();
     std::os::unix::fs::symlink("/usr/bin/fio", programs.path().join("fio")).unwrap();
     let report = tempfile::tempdir().unwrap();
-    let arguments = ["compare", "--rounds", "1", "--report", report.path().to_str().unwrap()];
-    let answer = json(&bench(folder.path(), Some(programs.path()), &arguments));
+    let arguments = ["servers", "--rounds", "1", "--report", report.path().to_str().unwrap()];
+    let answer = json(&bench(bench_binary(), folder.path(), Some(programs.path()), &arguments));
     let reason = |contestant: &str| {
         let missing = answer["missing"].as_array().unwrap().iter().find(|missing| missing["contestant"] == contestant);
         missing.unwrap_or_else(|| panic!("{contestant}: {answer:#}"))["reason"].as_str().unwrap().to_owned()
@@ -85,20 +76,23 @@ fn peers_are_compared_and_the_missing_are_named() {
     for results in sections.iter().map(|section| section["results"].as_array().unwrap()) {
         let names: Vec<&str> = results.iter().map(|turns| turns["contestant"].as_str().unwrap()).collect();
         assert_eq!(names, ["nbdcrypt", "nbdcrypt-plaintext", "yardstick", "null"]);
-        results.iter().for_each(|turns| is_whole(&turns["median"]));
+        for median in results.iter().map(|turns| &turns["median"]) {
+            assert_complete(median);
+            assert!(median["peak_rss_mib"].as_f64().is_some_and(|value| value > 0.0), "{median}");
+        }
     }
-    for (file, holds) in [("compare.md", "### Bars"), ("large.svg", "</svg>"), ("small.svg", "</svg>")] {
+    for (file, holds) in [("servers.md", "### Bars"), ("large.svg", "</svg>"), ("small.svg", "</svg>")] {
         let content = std::fs::read_to_string(report.path().join(file)).unwrap();
         assert!(content.contains(holds), "{file}: {content}");
     }
-    is_empty(folder.path());
+    assert_empty(folder.path());
 }
 
 #[test]
-fn without_fio_it_says_what_to_install() {
+fn without_fio_the_error_says_what_to_install() {
     let folder = tempfile::tempdir().unwrap();
-    let output = bench(folder.path(), Some(folder.path()), &["device"]);
+    let output = bench(bench_binary(), folder.path(), Some(folder.path()), &["servers"]);
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("apt-get install fio"), "{}", told(&output));
-    is_empty(folder.path());
+    assert_empty(folder.path());
 }

@@ -1,6 +1,6 @@
-//! A volume as a FUSE file and a loop device, under the running kernel.
+//! A volume as a FUSE file and a loop device on the running kernel.
 //!
-//! The tests' own threads serve the device, so only other programs touch it.
+//! The tests' own threads serve the device, so only other programs access it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 
 use bootstrap::attach::{self, AttachError, Attachment, DetachError, Ended, Method, Options};
 use engine::key::VolumeKey;
-use engine::luks::Segment;
+use engine::layout::Segment;
 use engine::sector::{Lba512, SectorSize};
 use engine::store::{Access, BlockStore, Caching, FaultyStore, FileStore, MemoryStore, Operation};
 use engine::volume::Volume;
 
 const MIB: usize = 1 << 20;
 
-/// A directory to mount in, and what to check when all is over.
+/// A directory to mount in, and a check that nothing is left there.
 struct Place {
     dir: tempfile::TempDir,
 }
@@ -32,6 +32,7 @@ impl Place {
             method: Method::Fuse,
             device: None,
             connections: 4,
+            request_timeout: None,
             read_only: false,
             identifier: "nbdcrypt-test".to_owned(),
             mount_dir: self.fuse_dir(),
@@ -48,13 +49,13 @@ impl Place {
         path
     }
 
-    /// No mount and no loop device has anything of this place.
+    /// Checks that no mount and no loop device of this place is left.
     fn expect_nothing_left(&self) {
         let here = self.dir.path().to_str().unwrap();
         let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
-        assert!(!mounts.contains(here), "a mount was left:\n{mounts}");
+        assert!(!mounts.contains(here), "a mount is left:\n{mounts}");
         let loops = run("losetup", &["--list", "--noheadings", "--output", "NAME,BACK-FILE"]);
-        assert!(!loops.contains(here), "a loop device was left:\n{loops}");
+        assert!(!loops.contains(here), "a loop device is left:\n{loops}");
         assert!(!self.fuse_dir().exists());
     }
 }
@@ -86,9 +87,10 @@ fn attach(volume: Arc<Volume>, place: &Place) -> Attachment {
     attach::attach(volume, &place.options()).unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// After the detach nothing is left.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE, loop devices and e2fsprogs: run `make test`")]
-fn a_filesystem_lives_on_the_loop_device_and_nothing_is_left() {
+fn a_filesystem_works_on_the_loop_device() {
     for sector_size in SectorSize::ALL {
         let place = Place::new();
         let disk = place.dir.path().join("disk");
@@ -117,7 +119,7 @@ fn a_filesystem_lives_on_the_loop_device_and_nothing_is_left() {
         attachment.detach().unwrap_or_else(|still| panic!("{still}"));
         place.expect_nothing_left();
         let found = Command::new("grep").arg("-c").arg("quick brown fox").arg(&disk).output().unwrap();
-        assert_eq!(found.stdout, b"0\n", "the text lies in the backing file");
+        assert_eq!(found.stdout, b"0\n", "the text is in the backing file");
     }
 }
 
@@ -141,14 +143,14 @@ fn a_sync_in_the_mounted_filesystem_reaches_the_disk() {
     shell("echo x > \"$2/x\"; sync \"$2/x\"", &paths);
     let after = flushes.load(Ordering::SeqCst);
     shell("umount \"$2\"", &paths);
-    assert!(after > before, "no flush for a sync: {before} before, {after} after");
+    assert!(after > before, "the sync caused no flush: {before} flushes before, {after} after");
     attachment.detach().unwrap();
     place.expect_nothing_left();
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE, loop devices and fio: run `make test`")]
-fn many_requests_at_once_come_back_as_they_were_written() {
+fn concurrent_requests_read_what_was_written() {
     let place = Place::new();
     let attachment = attach(in_memory(64 * MIB, SectorSize::B512), &place);
     let file = format!("--filename={}", attachment.device().display());
@@ -168,10 +170,10 @@ fn many_requests_at_once_come_back_as_they_were_written() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE and loop devices: run `make test`")]
-fn zeroed_and_discarded_ranges_read_as_the_block_layer_promises() {
+fn zeroed_and_discarded_ranges_read_as_promised() {
     let place = Place::new();
     let attachment = attach(in_memory(16 * MIB, SectorSize::B512), &place);
-    // A discard may do nothing, and may be refused; zeroing, whichever way it is asked for, must zero.
+    // The kernel may ignore or refuse a discard. Every way to zero a range must zero it.
     shell(
         "tr '\\0' x < /dev/zero | dd of=\"$1\" bs=1M count=16 iflag=fullblock oflag=direct status=none
          blkdiscard -o 1M -l 1M \"$1\" 2> /dev/null || true
@@ -187,9 +189,10 @@ fn zeroed_and_discarded_ranges_read_as_the_block_layer_promises() {
     place.expect_nothing_left();
 }
 
+/// The error says where the device is mounted.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE, loop devices and e2fsprogs: run `make test`")]
-fn what_is_mounted_is_not_detached_and_says_where_it_is() {
+fn a_mounted_device_is_not_detached() {
     let place = Place::new();
     let attachment = attach(in_memory(16 * MIB, SectorSize::B4096), &place);
     let mountpoint = place.mountpoint();
@@ -199,7 +202,7 @@ fn what_is_mounted_is_not_detached_and_says_where_it_is() {
     let told = still.to_string();
     assert!(matches!(still.error, DetachError::Held { .. }), "{told}");
     assert!(told.contains(mountpoint.to_str().unwrap()) && told.contains(device.to_str().unwrap()), "{told}");
-    // It goes on working all the while.
+    // The filesystem still works after that.
     shell("echo y > \"$2/y\"; sync \"$2/y\"; umount \"$2\"", &[&device, &mountpoint]);
     still.attachment.detach().unwrap();
     place.expect_nothing_left();
@@ -233,7 +236,7 @@ fn a_read_only_volume_is_a_read_only_device() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE and loop devices: run `make test`")]
-fn a_device_that_someone_else_detaches_is_noticed() {
+fn a_detach_by_another_program_is_noticed() {
     let place = Place::new();
     let attachment = attach(in_memory(MIB, SectorSize::B512), &place);
     let ended = attachment.ended();

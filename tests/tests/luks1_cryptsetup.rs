@@ -1,4 +1,4 @@
-//! LUKS1 both ways: what cryptsetup makes, the engine opens, and cryptsetup takes what the engine makes.
+//! LUKS1 in both directions: the engine opens what cryptsetup makes, and cryptsetup opens what the engine makes.
 
 use engine::key::VolumeKey;
 use engine::luks::{self, HashAlgorithm, LuksError};
@@ -8,7 +8,7 @@ use harness::luks::{
 
 const MIB: u64 = 1 << 20;
 
-/// `cryptsetup luksFormat --type luks1`, with few iterations.
+/// Runs `cryptsetup luksFormat --type luks1` with few iterations.
 fn cryptsetup_format(bench: &Workbench, disk: &str, extra: &[&str]) {
     let (key_file, disk) = (bench.key_file(), bench.path(disk));
     let (key_file, disk) = (key_file.to_str().unwrap(), disk.to_str().unwrap());
@@ -18,7 +18,7 @@ fn cryptsetup_format(bench: &Workbench, disk: &str, extra: &[&str]) {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn what_cryptsetup_formats_opens_with_the_same_key() {
+fn volumes_of_cryptsetup_open_with_the_same_key() {
     let bench = Workbench::new();
     for key_bits in [256, 512] {
         for hash in HashAlgorithm::ALL {
@@ -34,7 +34,7 @@ fn what_cryptsetup_formats_opens_with_the_same_key() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn what_we_format_cryptsetup_takes() {
+fn cryptsetup_accepts_our_volumes() {
     let bench = Workbench::new();
     for key_len in [VolumeKey::AES_128, VolumeKey::AES_256] {
         for hash in HashAlgorithm::ALL {
@@ -54,7 +54,7 @@ fn what_we_format_cryptsetup_takes() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn any_keyslot_opens_and_a_wrong_passphrase_is_called_that() {
+fn any_keyslot_opens_and_a_wrong_passphrase_does_not() {
     let bench = Workbench::new();
     let disk = bench.disk("disk", 16 * MIB);
     cryptsetup_format(&bench, "disk", &[]);
@@ -70,7 +70,7 @@ fn any_keyslot_opens_and_a_wrong_passphrase_is_called_that() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn a_dump_is_what_cryptsetup_prints_and_names_the_encryption() {
+fn dump_prints_the_lines_of_cryptsetup_and_the_encryption() {
     let bench = Workbench::new();
     for (key_bits, encryption) in [("256", "AES-128-XTS"), ("512", "AES-256-XTS")] {
         let disk = bench.disk("disk", 16 * MIB);
@@ -87,7 +87,7 @@ fn a_dump_is_what_cryptsetup_prints_and_names_the_encryption() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn a_hash_that_we_do_not_do_is_refused_by_name_and_still_shown() {
+fn an_unsupported_hash_is_named_and_shown() {
     let bench = Workbench::new();
     let disk = bench.disk("disk", 16 * MIB);
     cryptsetup_format(&bench, "disk", &["--hash", "md5-sha1"]);

@@ -1,11 +1,12 @@
-//! Keys of LUKS1 volumes, managed by `nbdcrypt` where cryptsetup formatted, and by cryptsetup where nbdcrypt did.
+//! Key management of LUKS1 volumes: `nbdcrypt` on volumes that cryptsetup formatted, and cryptsetup on volumes that
+//! nbdcrypt formatted.
 
 use engine::luks::HashAlgorithm;
 use harness::luks::{Workbench, cryptsetup_key, cryptsetup_key_of, unlock};
 
 const QUICK: [&str; 2] = ["--pbkdf-force-iterations", "1000"];
 
-/// A disk, and a key file for each keyslot, and `other` for none.
+/// Makes a disk, a key file for each keyslot, and a key file `other` that opens none.
 fn workbench() -> Workbench {
     let bench = Workbench::new();
     for slot in 0..8 {
@@ -29,15 +30,15 @@ fn add(bench: &Workbench, slot: usize) {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn keys_of_cryptsetup_s_volumes_of_512_bits_are_added_changed_and_removed() {
-    // One of each family; all are opened both ways in `luks1_cryptsetup`.
+fn keys_of_cryptsetup_volumes_with_512_bits_are_managed() {
+    // One hash of each family. `luks1_cryptsetup` opens volumes with every hash, in both directions.
     use HashAlgorithm::{Blake2b512, Ripemd160, Sha3_256, Sha256, Whirlpool};
     manage(&[Sha256, Ripemd160, Whirlpool, Sha3_256, Blake2b512], "512");
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn keys_of_cryptsetup_s_volumes_of_256_bits_are_added_changed_and_removed() {
+fn keys_of_cryptsetup_volumes_with_256_bits_are_managed() {
     manage(&[HashAlgorithm::Sha1, HashAlgorithm::Sha512], "256");
 }
 
@@ -56,9 +57,12 @@ fn manage(hashes: &[HashAlgorithm], key_bits: &str) {
         }
         let change = ["key", "change", "disk", "--new-key-file", "other", QUICK[0], QUICK[1], "--key-file"];
         assert!(bench.refusal(&[&change[..], &["key6"]].concat()).contains("no room"));
-        assert_eq!(bench.nbdcrypt(&["key", "remove", "disk", "--key-slot", "3"]), "disk: keyslot 3 cleared\n");
+        assert_eq!(
+            bench.nbdcrypt(&["key", "remove", "disk", "--key-slot", "3", "-d", "key0"]),
+            "disk: keyslot 3 cleared\n"
+        );
         assert_eq!(bench.nbdcrypt(&["key", "remove", "disk", "--key-file", "key4"]), "disk: keyslot 4 cleared\n");
-        // LUKS1 has no room for a key's successor in its own place.
+        // LUKS1 has no space to replace a key in its own keyslot.
         assert_eq!(bench.nbdcrypt(&[&change[..], &["key6"]].concat()), "disk: new key in keyslot 3\n");
         let dump = bench.accepted_by_cryptsetup("disk");
         for (slot, used) in [(2, true), (3, true), (4, false), (5, true), (6, false), (7, true)] {
@@ -70,7 +74,7 @@ fn manage(hashes: &[HashAlgorithm], key_bits: &str) {
         }
         assert!(bench.cryptsetup_opens("disk", "3", "other"));
         assert_eq!(cryptsetup_key_of(&bench, &bench.path("disk"), "other"), expected);
-        // cryptsetup adds to what we removed.
+        // cryptsetup can add a key to the keyslot that nbdcrypt cleared.
         cryptsetup(&bench, &[&["luksAddKey", "-q"], &QUICK[..], &["--key-file", "key0", "disk", "key6"]].concat());
         assert_eq!(unlock(&bench.path("disk"), b"passphrase 6").unwrap().keyslot, 4);
     }
@@ -78,7 +82,7 @@ fn manage(hashes: &[HashAlgorithm], key_bits: &str) {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn the_last_key_stays_and_a_wrong_one_removes_nothing() {
+fn the_last_key_is_not_removed_without_force() {
     let bench = workbench();
     let format = ["luksFormat", "-q", "--type", "luks1", "--key-file", "key0", "disk"];
     cryptsetup(&bench, &[&format[..], &QUICK].concat());
@@ -119,7 +123,7 @@ fn cryptsetup_manages_the_keys_of_our_volumes() {
         }
         let before = std::fs::read(bench.path("disk")).unwrap();
         cryptsetup(&bench, &["repair", "-q", "disk"]);
-        assert!(std::fs::read(bench.path("disk")).unwrap() == before, "repair finds nothing to do");
+        assert!(std::fs::read(bench.path("disk")).unwrap() == before, "cryptsetup repair changes nothing");
         std::fs::copy(bench.path("key6"), bench.key_file()).unwrap();
         assert_eq!(cryptsetup_key(&bench, &bench.path("disk")), expected);
     }

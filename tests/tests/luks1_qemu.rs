@@ -1,4 +1,4 @@
-//! LUKS1 both ways with the other programs that read it: QEMU's block driver and nbdkit's filter.
+//! LUKS1 in both directions with the other programs that read it: QEMU's block driver and nbdkit's filter.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use harness::luks::{PASSPHRASE, Workbench, format_luks1, key, noise, open, run, 
 
 const MIB: usize = 1 << 20;
 
-/// Noise, with a stretch of zeros in it.
+/// Returns noise with a range of zeros in it.
 fn data() -> Vec<u8> {
     let mut data = vec![0; 6 * MIB];
     noise(7)(&mut data[..4 * MIB]).unwrap();
@@ -15,7 +15,7 @@ fn data() -> Vec<u8> {
     data
 }
 
-/// `qemu-img` with the passphrase as the secret `s`.
+/// Runs `qemu-img` with the passphrase as the secret `s`.
 fn qemu_img(bench: &Workbench, command: &str, arguments: &[&str]) {
     let secret = format!("secret,id=s,file={}", bench.key_file().display());
     run("qemu-img", [command, "--object", &secret].iter().chain(arguments));
@@ -29,14 +29,18 @@ fn plaintext(disk: &Path, len: usize) -> Vec<u8> {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs qemu-img: run `make test`")]
-fn what_qemu_img_encrypts_we_read() {
+fn volumes_of_qemu_img_are_readable() {
     let bench = Workbench::new();
     std::fs::write(bench.path("raw"), data()).unwrap();
     let (raw, disk) = (bench.path("raw"), bench.path("disk"));
-    // Few: QEMU takes seconds to measure the machine each time.
-    for (cipher, bits, hash) in [("aes-128", 256, "sha1"), ("aes-256", 512, "sha256"), ("aes-256", 512, "ripemd160")] {
+    // Only a few combinations: QEMU takes seconds each time to measure the machine's speed.
+    for (cipher, iv, bits, hash) in [
+        ("aes-128", "plain64", 256, "sha1"),
+        ("aes-256", "plain64", 512, "sha256"),
+        ("aes-256", "plain", 512, "ripemd160"),
+    ] {
         let options =
-            format!("key-secret=s,cipher-alg={cipher},cipher-mode=xts,ivgen-alg=plain64,hash-alg={hash},iter-time=10");
+            format!("key-secret=s,cipher-alg={cipher},cipher-mode=xts,ivgen-alg={iv},hash-alg={hash},iter-time=10");
         let places = [raw.to_str().unwrap(), disk.to_str().unwrap()];
         qemu_img(&bench, "convert", &["-f", "raw", "-O", "luks", "-o", &options, places[0], places[1]]);
         assert_eq!(unlock(&disk, PASSPHRASE).unwrap().key.bits(), bits);
@@ -46,13 +50,12 @@ fn what_qemu_img_encrypts_we_read() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs qemu-img: run `make test`")]
-fn ciphers_that_we_do_not_do_are_refused_by_name() {
+fn unsupported_ciphers_are_refused_by_name() {
     let bench = Workbench::new();
     let disk = bench.path("disk");
     let cases = [
         ("cipher-alg=serpent-256,cipher-mode=xts,ivgen-alg=plain64", "serpent-xts-plain64"),
         ("cipher-alg=aes-256,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256", "aes-cbc-essiv:sha256"),
-        ("cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain", "aes-xts-plain with"),
     ];
     for (options, name) in cases {
         let options = format!("key-secret=s,{options},iter-time=10");
@@ -64,7 +67,7 @@ fn ciphers_that_we_do_not_do_are_refused_by_name() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs qemu-img, nbdkit, nbdcopy: run `make test`")]
-fn what_we_encrypt_qemu_img_and_nbdkit_read() {
+fn qemu_img_and_nbdkit_read_our_volumes() {
     let bench = Workbench::new();
     for (key_len, hash) in [(64, HashAlgorithm::Sha256), (32, HashAlgorithm::Sha1), (64, HashAlgorithm::Sha512)] {
         let disk = bench.disk("disk", 8 * MIB as u64);

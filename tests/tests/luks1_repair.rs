@@ -1,4 +1,5 @@
-//! Damaged LUKS1 headers, repaired to the byte as `cryptsetup repair` repairs them, and cut anywhere.
+//! Repair of damaged LUKS1 headers: the result equals that of `cryptsetup repair` byte for byte, and a power cut at any
+//! moment does no harm.
 
 use engine::key::Passphrase;
 use engine::luks::luks1::{self, Fix};
@@ -11,7 +12,7 @@ const CIPHER_MODE: usize = 40;
 const HASH: usize = 72;
 const NEW: &[u8] = b"another passphrase";
 
-/// Byte `field` of keyslot `number` in the header.
+/// Returns the offset of byte `field` of keyslot `number`.
 fn keyslot(number: usize, field: usize) -> usize {
     208 + number * 48 + field
 }
@@ -22,7 +23,7 @@ const SALT: usize = 8;
 const OFFSET: usize = 40;
 const STRIPES: usize = 44;
 
-/// A damage, and what is said of its repair; nothing where there is none.
+/// Damage to a header, and what the repair reports: nothing if the header cannot be repaired.
 struct Damage {
     name: &'static str,
     patches: Vec<(usize, Vec<u8>)>,
@@ -40,7 +41,7 @@ impl Damage {
     }
 }
 
-/// What a partitioning tool leaves in a disk's first sector: a disk's number, one entry, the signature.
+/// Returns what a partitioning tool writes to a disk's first sector: a disk number, one entry, the signature.
 fn partition_table() -> Vec<(usize, Vec<u8>)> {
     let entry = [0x80, 0x20, 0x21, 0x00, 0x83, 0x8e, 0x0a, 0x14, 0x00, 0x08, 0x00, 0x00, 0x00, 0x38, 0x02, 0x00];
     let mut sector = [0; 512 - 440];
@@ -50,45 +51,52 @@ fn partition_table() -> Vec<(usize, Vec<u8>)> {
     vec![(440, sector.to_vec())]
 }
 
-/// What is mended by cryptsetup and by us, on a volume whose keyslots 0 and 1 are in use.
+/// Returns kinds of damage to a volume whose keyslots 0 and 1 are in use. Both cryptsetup and nbdcrypt repair them.
 fn damages() -> Vec<Damage> {
     vec![
         Damage {
             name: "a partition table",
             patches: partition_table(),
             said: &[
-                "keyslot 4: the key material's offset was 3877461904, and is 2024",
-                "keyslot 4: the stripes were 32800, and are 4000",
-                "keyslot 4: disabled, its salt cleared",
-                "keyslot 5: the key material's offset was 0, and is 2528",
-                "keyslot 5: the stripes were 0, and are 4000",
-                "keyslot 5: disabled, its salt cleared",
-                "keyslot 6: there was the signature of a partition table",
-                "keyslot 6: disabled, its salt cleared",
+                "keyslot 4: the offset of the key material was 3877461904, and is now 2024",
+                "keyslot 4: the number of stripes was 32800, and is now 4000",
+                "keyslot 4: disabled, and its salt cleared",
+                "keyslot 5: the offset of the key material was 0, and is now 2528",
+                "keyslot 5: the number of stripes was 0, and is now 4000",
+                "keyslot 5: disabled, and its salt cleared",
+                "keyslot 6: the salt contained the signature of a partition table",
+                "keyslot 6: disabled, and its salt cleared",
             ],
         },
         Damage::new(
             "an offset",
             &[(keyslot(3, OFFSET), &[0, 0, 0, 9])],
-            &["keyslot 3: the key material's offset was 9, and is 1520", "keyslot 3: disabled, its salt cleared"],
+            &[
+                "keyslot 3: the offset of the key material was 9, and is now 1520",
+                "keyslot 3: disabled, and its salt cleared",
+            ],
         ),
         Damage::new(
-            "stripes, and a rest of a salt",
+            "stripes, and the rest of a salt",
             &[(keyslot(7, STRIPES), &[0, 0, 0x0f, 0xa1]), (keyslot(7, SALT + 3), &[1, 2, 3])],
-            &["keyslot 7: the stripes were 4001, and are 4000", "keyslot 7: disabled, its salt cleared"],
+            &[
+                "keyslot 7: the number of stripes was 4001, and is now 4000",
+                "keyslot 7: disabled, and its salt cleared",
+            ],
         ),
-        Damage::new("a hash in capitals", &[(HASH, b"SHA256")], &["the hash was SHA256, and is sha256"]),
+        Damage::new("a hash in capitals", &[(HASH, b"SHA256")], &["the hash was SHA256, and is now sha256"]),
         Damage::new("nothing", &[], &["the header is whole"]),
-        Damage::new("what harms nobody", &[(510, &[0x55, 0xaa])], &["the header is whole"]),
+        Damage::new("a harmless change", &[(510, &[0x55, 0xaa])], &["the header is whole"]),
         Damage::new("the stripes of a key", &[(keyslot(1, STRIPES), &[0, 0, 0, 1])], &[]),
         Damage::new("the place of a key", &[(keyslot(1, OFFSET), &[0, 0, 0, 1])], &[]),
         Damage::new("a key of another size", &[(108, &[0, 0, 0, 63]), (keyslot(5, STRIPES), &[1])], &[]),
     ]
 }
 
+/// nbdcrypt repairs what cryptsetup repairs, to the same bytes. It refuses what cryptsetup does not repair.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn what_cryptsetup_repairs_we_repair_to_the_same_bytes_and_what_it_does_not_we_refuse() {
+fn repair_gives_the_same_bytes_as_cryptsetup_or_refuses() {
     let bench = Workbench::new();
     std::fs::write(bench.path("new"), NEW).unwrap();
     bench.disk("whole", 6 << 20);
@@ -125,9 +133,10 @@ fn what_cryptsetup_repairs_we_repair_to_the_same_bytes_and_what_it_does_not_we_r
     }
 }
 
+/// After the repair cryptsetup opens the keyslot.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn a_keyslot_whose_state_alone_is_damaged_is_in_use_again_and_cryptsetup_opens_it() {
+fn a_keyslot_with_only_a_damaged_state_is_enabled_again() {
     let bench = Workbench::new();
     bench.disk("disk", 6 << 20);
     let format =
@@ -137,15 +146,19 @@ fn a_keyslot_whose_state_alone_is_damaged_is_in_use_again_and_cryptsetup_opens_i
     broken[keyslot(0, ACTIVE)] ^= 0x40;
     std::fs::write(bench.path("disk"), &broken).unwrap();
     assert!(!bench.cryptsetup_opens("disk", "0", "key"));
-    let told = bench.refusal(&["dump", "disk"]);
-    assert!(told.contains("active of keyslot 0") && told.contains("nbdcrypt header repair"), "{told}");
+    assert!(bench.nbdcrypt(&["dump", "disk"]).contains("Key Slot 0: DISABLED (damaged: its state is 0x40ac71f3)\n"));
+    let told = bench.refusal(&["key", "test", "disk", "--key-file", "key"]);
+    assert!(told.contains("the state of keyslot 0") && told.contains("nbdcrypt header repair"), "{told}");
     let said = bench.nbdcrypt(&["header", "repair", "disk"]);
-    assert_eq!(said, "disk: keyslot 0: its state was 0x40ac71f3, and it is enabled, since it holds a key\n");
+    assert_eq!(
+        said,
+        "disk: keyslot 0: the state was 0x40ac71f3, and is now enabled, because the keyslot holds a key\n"
+    );
     assert!(bench.cryptsetup_opens("disk", "0", "key"));
     bench.accepted_by_cryptsetup("disk");
 }
 
-/// A volume with two keys, and a copy with `damage`.
+/// Returns a volume with two keys, to which tests apply damage.
 fn volume() -> Vec<u8> {
     let store = MemoryStore::zeroed((2 << 20) + 4096);
     let passphrase = Passphrase::new(PASSPHRASE.to_vec());
@@ -174,7 +187,7 @@ fn repair(bytes: &[u8]) -> Result<(Vec<u8>, Vec<Fix>), LuksError> {
 }
 
 #[test]
-fn a_repair_that_is_cut_anywhere_can_be_done_again_with_the_same_end() {
+fn an_interrupted_repair_can_be_repeated() {
     for damage in damages().into_iter().filter(|damage| !damage.said.is_empty()) {
         let name = damage.name;
         let mut broken = volume();
@@ -188,14 +201,14 @@ fn a_repair_that_is_cut_anywhere_can_be_done_again_with_the_same_end() {
 }
 
 #[test]
-fn a_mode_ecb_has_no_iv_and_keyslots_that_never_were_are_cleared() {
+fn ecb_loses_its_iv_and_empty_keyslots_are_cleared() {
     let mut broken = volume();
     broken[CIPHER_MODE..CIPHER_MODE + 12].copy_from_slice(b"ecb-plain\0\0\0");
     let (repaired, fixes) = repair(&broken).unwrap();
     assert_eq!(fixes, [Fix::CipherMode { from: "ecb-plain".to_owned() }]);
     assert_eq!(repaired[CIPHER_MODE..CIPHER_MODE + 12], *b"ecb\0\0\0\0\0\0\0\0\0");
 
-    // No salt, no iterations, or no key material: there is no key.
+    // Without a salt, without iterations, or without key material there is no key.
     for (at, len) in [(keyslot(1, ITERATIONS), 4), (keyslot(1, SALT), 32), (512 * 512 + 1024, 512)] {
         let mut broken = volume();
         broken[keyslot(1, ACTIVE)] = 7;
@@ -208,12 +221,12 @@ fn a_mode_ecb_has_no_iv_and_keyslots_that_never_were_are_cleared() {
 }
 
 #[test]
-fn what_is_no_luks1_header_is_told_as_what_it_is() {
+fn only_luks1_headers_are_repaired() {
     for (bytes, words) in [(vec![0; 4096], "no LUKS header"), (vec![0; 100], "no LUKS header")] {
         let told = repair(&bytes).unwrap_err().to_string();
         assert!(told.contains(words), "{told}");
     }
-    // An old layout, of which it is not known where its keyslots should be.
+    // An old layout, for which the correct offsets of the keyslots are unknown.
     let mut old = volume();
     old[keyslot(0, OFFSET)..][..4].copy_from_slice(&[0, 0, 0, 2]);
     old[keyslot(1, OFFSET)..][..4].copy_from_slice(&[0, 0, 1, 0xf6]);

@@ -1,4 +1,4 @@
-//! LUKS2 both ways: what cryptsetup makes, the engine opens, and cryptsetup takes what the engine makes.
+//! LUKS2 in both directions: the engine opens what cryptsetup makes, and cryptsetup opens what the engine makes.
 
 use std::path::Path;
 
@@ -30,7 +30,7 @@ fn cryptsetup_format(bench: &Workbench, disk: &Path, extra: &[&str]) {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn what_cryptsetup_formats_opens_with_the_same_key() {
+fn volumes_of_cryptsetup_open_with_the_same_key() {
     let bench = Workbench::new();
     for kdf in KDFS {
         for (key_bits, sector) in [("512", "4096"), ("256", "512"), ("512", "1024")] {
@@ -50,7 +50,7 @@ fn what_cryptsetup_formats_opens_with_the_same_key() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn what_we_format_cryptsetup_takes() {
+fn cryptsetup_accepts_our_volumes() {
     let bench = Workbench::new();
     let argon2 = KdfOptions::Argon2id(Argon2Cost { time: 4, memory: 4096, lanes: 4 });
     let kdfs = [argon2, quick_pbkdf2(HashAlgorithm::Sha1), quick_pbkdf2(HashAlgorithm::Sha512)];
@@ -79,7 +79,7 @@ fn what_we_format_cryptsetup_takes() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn cryptsetup_manages_what_we_format_and_we_open_the_result() {
+fn our_volumes_open_after_cryptsetup_changed_them() {
     let bench = Workbench::new();
     let disk = bench.disk("disk", 32 * MIB);
     begin_luks2(store(&disk).as_ref(), &quick_luks2(), key(64)).commit(store(&disk).as_ref()).unwrap();
@@ -106,7 +106,7 @@ fn cryptsetup_manages_what_we_format_and_we_open_the_result() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn a_dump_is_what_cryptsetup_prints_and_names_the_encryption() {
+fn dump_prints_the_lines_of_cryptsetup_and_the_encryption() {
     let bench = Workbench::new();
     let disk = bench.disk("disk", 32 * MIB);
     cryptsetup_format(&bench, &disk, KDFS[4]);
@@ -134,7 +134,7 @@ fn a_dump_is_what_cryptsetup_prints_and_names_the_encryption() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup, mkfs.xfs: run `make test`")]
-fn the_second_header_opens_the_volume_unless_the_disk_has_a_new_owner() {
+fn the_second_header_opens_unless_the_disk_was_reused() {
     let bench = Workbench::new();
     let disk = bench.disk("disk", 512 * MIB);
     cryptsetup_format(&bench, &disk, KDFS[1]);
@@ -149,14 +149,14 @@ fn the_second_header_opens_the_volume_unless_the_disk_has_a_new_owner() {
         assert!(matches!(error, LuksError::Corrupt { .. } | LuksError::NotLuks), "{what}: {error}");
         store(&disk).write_at(&before[..32768], 0).unwrap();
     }
-    // mkfs.xfs leaves the second header where it is.
+    // mkfs.xfs does not overwrite the second header.
     run("mkfs.xfs", ["-qf", disk.to_str().unwrap()]);
     assert!(matches!(unlock(&disk, PASSPHRASE), Err(LuksError::NotLuks)));
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn what_we_do_not_do_is_refused_by_name() {
+fn unsupported_features_are_refused_by_name() {
     let bench = Workbench::new();
     let disk = bench.disk("disk", 64 * MIB);
     cryptsetup_format(&bench, &disk, KDFS[1]);

@@ -1,5 +1,5 @@
-//! Headers that cryptsetup makes and dm-crypt opens, and nbdcrypt does not: each is shown, and refused by the name of what
-//! it has.
+//! Headers that cryptsetup makes and dm-crypt opens, but nbdcrypt does not. `dump` shows each of them, and opening is
+//! refused with an error that names the unsupported feature.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use harness::nbdcrypt::binary;
 
 const MIB: u64 = 1 << 20;
 
-/// What the refusal says; the header is shown all the same.
+/// Returns the error of an attempt to open the volume. Also checks that `dump` shows the header.
 #[track_caller]
 fn refusal(disk: &Path) -> String {
     let store = store(disk);
@@ -21,18 +21,16 @@ fn refusal(disk: &Path) -> String {
         .and_then(|volume| volume.unlock(store.as_ref(), &passphrase).map(|_| ()));
     match opened.unwrap_err() {
         error @ LuksError::Unsupported { .. } => error.to_string(),
-        other => panic!("not refused by name: {other}"),
+        other => panic!("the error does not name the feature: {other}"),
     }
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn a_cipher_or_hash_that_we_do_not_do_is_refused_by_its_name() {
+fn an_unsupported_cipher_or_hash_is_named() {
     let bench = Workbench::new();
     let quick = ["luksFormat", "-q", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", "key"];
     for (luks_type, options, name) in [
-        ("luks1", ["--cipher", "aes-xts-plain"], "cipher aes-xts-plain with a key of 512 bits"),
-        ("luks2", ["--cipher", "aes-xts-plain"], "cipher aes-xts-plain with"),
         ("luks2", ["--cipher", "aes-xts-plain64be"], "cipher aes-xts-plain64be"),
         ("luks1", ["--cipher", "aes-cbc-essiv:sha256"], "cipher aes-cbc-essiv:sha256 with a key of 256 bits"),
         ("luks2", ["--cipher", "aes-cbc-essiv:sha256"], "cipher aes-cbc-essiv:sha256"),
@@ -43,13 +41,13 @@ fn a_cipher_or_hash_that_we_do_not_do_is_refused_by_its_name() {
         let disk = bench.disk("disk", 20 * MIB);
         bench.run("cryptsetup", [&quick[..], &["--type", luks_type], &options, &["disk"]].concat());
         let said = refusal(&disk);
-        assert!(said.contains(name) && said.contains("open it with cryptsetup"), "{luks_type} {options:?}: {said}");
+        assert!(said.contains(name), "{luks_type} {options:?}: {said}");
     }
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn an_xts_volume_whose_keyslot_has_another_cipher_is_refused_for_the_keyslot() {
+fn an_unsupported_keyslot_cipher_is_named() {
     let bench = Workbench::new();
     let disk = bench.disk("disk", 20 * MIB);
     let quick = ["luksFormat", "-q", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", "key"];
@@ -59,10 +57,10 @@ fn an_xts_volume_whose_keyslot_has_another_cipher_is_refused_for_the_keyslot() {
     assert!(said.contains("aes-cbc-essiv:sha256 with a key of 256 bits"), "{said}");
 }
 
-/// What cryptsetup makes with the help of a kernel's ciphers alone.
+/// Headers that cryptsetup makes only with the help of a kernel's ciphers.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux and cryptsetup: run `make test`")]
-fn what_needs_a_kernel_to_be_made_is_refused_by_its_name() {
+fn headers_made_with_kernel_ciphers_are_refused_by_name() {
     let kernel = Kernel::new();
     let steps = r#"
         modprobe -a loop dm-crypt dm-integrity

@@ -1,9 +1,10 @@
-//! Header backups: the same file as cryptsetup's, restored by either, and a restore that is cut anywhere.
+//! Header backups: the file is the same as cryptsetup's, either program restores the other's, and a power cut during a
+//! restore does no harm.
 
 use std::os::unix::fs::PermissionsExt;
 
 use engine::key::Passphrase;
-use engine::luks::{self, Backup, HashAlgorithm, Limits, NewKey, luks1, luks2};
+use engine::luks::{self, Backup, FormatOptions, HashAlgorithm, Limits, LuksError, NewKey, luks1, luks2};
 use engine::store::{BlockStore, MemoryStore};
 use harness::luks::{PASSPHRASE, Workbench, key, noise, quick_luks1, quick_luks2, quick_pbkdf2, unlock};
 use harness::recording::RecordingStore;
@@ -20,7 +21,7 @@ fn workbench(kind: &str, key_bits: &str) -> Workbench {
     bench
 }
 
-/// The key is changed, and all that is behind the header is something.
+/// Changes the key, and fills the space behind the header.
 fn change(bench: &Workbench) {
     let change = ["luksChangeKey", "-q", "--key-file", "key", "disk", "new"];
     bench.run("cryptsetup", change.into_iter().chain(QUICK));
@@ -33,7 +34,7 @@ fn read(bench: &Workbench, name: &str) -> Vec<u8> {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn a_backup_is_cryptsetup_s_and_each_restores_the_other_s() {
+fn nbdcrypt_and_cryptsetup_make_and_restore_the_same_backups() {
     for (kind, key_bits) in [("luks1", "512"), ("luks1", "256"), ("luks2", "512"), ("luks2", "256")] {
         let bench = workbench(kind, key_bits);
         let expected = unlock(&bench.path("disk"), PASSPHRASE).unwrap().key.expose().to_vec();
@@ -52,7 +53,7 @@ fn a_backup_is_cryptsetup_s_and_each_restores_the_other_s() {
         assert!(read(&bench, "disk") == before, "{kind}, {key_bits}");
         bench.accepted_by_cryptsetup("disk");
         assert_eq!(unlock(&bench.path("disk"), PASSPHRASE).unwrap().key.expose(), expected);
-        // What was saved first undoes it, with cryptsetup as well.
+        // cryptsetup can also restore the backup that nbdcrypt made of the header before the restore.
         bench.run("cryptsetup", ["luksHeaderRestore", "-q", "--header-backup-file", "theirs.before", "disk"]);
         assert!(unlock(&bench.path("disk"), NEW).is_ok() && unlock(&bench.path("disk"), PASSPHRASE).is_err());
         let len = read(&bench, "theirs.before").len();
@@ -60,7 +61,7 @@ fn a_backup_is_cryptsetup_s_and_each_restores_the_other_s() {
         bench.run("cryptsetup", ["luksHeaderRestore", "-q", "--header-backup-file", "ours", "disk"]);
         assert!(read(&bench, "disk") == before, "{kind}, {key_bits}");
 
-        // What was saved before is not written over.
+        // An existing backup is not overwritten.
         let told = bench.refusal(&["header", "restore", "disk", "theirs"]);
         assert!(told.contains("theirs.before") && told.contains("exists"), "{told}");
     }
@@ -68,16 +69,16 @@ fn a_backup_is_cryptsetup_s_and_each_restores_the_other_s() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn a_restore_leaves_data_alone_that_begins_in_the_page_where_the_keyslots_end() {
+fn a_restore_keeps_data_in_the_keyslots_last_page() {
     let bench = workbench("luks1", "256");
     let disk = bench.path("disk");
-    // As an old cryptsetup may have made it: the data begins where the last keyslot's material ends, 250 sectors from where
-    // it begins, which is sector 8 and seven times 256. (Byte 104 of the header is where the data begins.)
+    // An old cryptsetup may have made such a volume: the data begins where the last keyslot's material ends. That is 250
+    // sectors after the material's start at sector 8 + 7 * 256. (Byte 104 of the header holds the data's offset.)
     let mut bytes = read(&bench, "disk");
     bytes[104..108].copy_from_slice(&(8 + 7 * 256 + 250_u32).to_be_bytes());
     std::fs::write(&disk, &bytes).unwrap();
     let segment = unlock(&disk, PASSPHRASE).unwrap().segment;
-    assert_ne!(segment.offset % 4096, 0, "the data begins within a page");
+    assert_ne!(segment.offset % 4096, 0, "the data begins in the middle of a page");
     bench.nbdcrypt(&["header", "backup", "disk", "ours"]);
     bench.run("cryptsetup", ["luksHeaderBackup", "--header-backup-file", "theirs", "disk"]);
     let end = usize::try_from(segment.offset).unwrap();
@@ -91,13 +92,13 @@ fn a_restore_leaves_data_alone_that_begins_in_the_page_where_the_keyslots_end() 
     std::fs::write(&disk, &changed).unwrap();
     change(&bench);
     bench.nbdcrypt(&["header", "restore", "disk", "ours"]);
-    assert!(read(&bench, "disk")[end..] == changed[end..], "the data is as it was");
+    assert!(read(&bench, "disk")[end..] == changed[end..], "the data is unchanged");
     assert!(unlock(&disk, PASSPHRASE).is_ok());
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
-fn another_volume_s_backup_needs_force_and_one_that_does_not_fit_is_refused() {
+fn only_a_fitting_backup_of_the_same_volume_is_restored() {
     for kind in ["luks1", "luks2"] {
         let bench = workbench(kind, "512");
         bench.nbdcrypt(&["header", "backup", "disk", "first"]);
@@ -123,7 +124,7 @@ fn another_volume_s_backup_needs_force_and_one_that_does_not_fit_is_refused() {
             assert!(told.contains("sector size"), "{told}");
         }
         std::fs::write(bench.path("disk"), &first).unwrap();
-        // Another UUID.
+        // A header with another UUID.
         bench.run("cryptsetup", ["luksUUID", "-q", "--uuid", "11111111-2222-4333-8444-555555555555", "disk"]);
         let other = read(&bench, "disk");
         let told = bench.refusal(&["header", "restore", "disk", "first"]);
@@ -133,7 +134,7 @@ fn another_volume_s_backup_needs_force_and_one_that_does_not_fit_is_refused() {
         assert!(read(&bench, "disk") == first);
         std::fs::remove_file(bench.path("first.before")).unwrap();
 
-        // A header that is gone.
+        // A disk without a header.
         let mut gone = first.clone();
         gone[..1 << 20].fill(0);
         std::fs::write(bench.path("disk"), &gone).unwrap();
@@ -142,7 +143,7 @@ fn another_volume_s_backup_needs_force_and_one_that_does_not_fit_is_refused() {
         bench.nbdcrypt(&["header", "restore", "disk", "first", "--force"]);
         assert!(read(&bench, "disk") == first);
 
-        // A file that is none, and one that was cut off.
+        // A file that is not a backup, and a backup that was cut off.
         std::fs::write(bench.path("cut"), &read(&bench, "first")[..200_000]).unwrap();
         for (file, words) in [("key", "no LUKS header"), ("cut", "200000 bytes")] {
             let told = bench.refusal(&["header", "restore", "disk", file, "--force"]);
@@ -151,14 +152,106 @@ fn another_volume_s_backup_needs_force_and_one_that_does_not_fit_is_refused() {
     }
 }
 
-/// A header that names a far place for its key material, on a disk that reaches there, would have a terabyte read into memory.
+/// The data's key has changed since the backup. After a restore, all data would be noise.
 #[test]
-fn a_header_longer_than_any_is_not_read_into_memory() {
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn a_backup_with_an_old_key_needs_force() {
+    let bench = workbench("luks2", "512");
+    bench.nbdcrypt(&["header", "backup", "disk", "before"]);
+    let reencrypt = ["reencrypt", "-q", "--force-offline-reencrypt", "--key-file", "key", "disk"];
+    bench.run("cryptsetup", reencrypt.into_iter().chain(QUICK));
+    let disk = read(&bench, "disk");
+    let told = bench.refusal(&["header", "restore", "disk", "before"]);
+    for words in ["another volume key", "all data on the disk would be noise", "reencrypted", "--force"] {
+        assert!(told.contains(words), "{told}");
+    }
+    assert!(read(&bench, "disk") == disk && !bench.path("before.before").exists());
+    // A backup of the new key is restored without a question, even if the passphrases changed.
+    bench.nbdcrypt(&["header", "backup", "disk", "after"]);
+    change(&bench);
+    bench.nbdcrypt(&["header", "restore", "disk", "after"]);
+    assert!(read(&bench, "disk") == disk);
+    // With --force the old header is restored, and the current one is saved first.
+    bench.nbdcrypt(&["header", "restore", "disk", "before", "--force"]);
+    assert!(read(&bench, "disk")[..1 << 20] != disk[..1 << 20]);
+    bench.nbdcrypt(&["header", "restore", "disk", "before.before", "--force"]);
+    assert!(read(&bench, "disk") == disk);
+
+    // A reencryption is unfinished, on the disk or in the backup.
+    let begin = ["reencrypt", "--init-only", "-q", "--force-offline-reencrypt", "--key-file", "key", "disk"];
+    bench.run("cryptsetup", begin.into_iter().chain(QUICK));
+    let pending = read(&bench, "disk");
+    bench.run("cryptsetup", ["luksHeaderBackup", "--header-backup-file", "pending", "disk"]);
+    let told = bench.refusal(&["header", "restore", "disk", "after"]);
+    assert!(told.contains("the header on the disk says") && told.contains("online-reencrypt"), "{told}");
+    assert!(told.contains("cryptsetup reencrypt --resume-only"), "{told}");
+    assert!(read(&bench, "disk") == pending);
+    std::fs::write(bench.path("disk"), &disk).unwrap();
+    let told = bench.refusal(&["header", "restore", "disk", "pending"]);
+    assert!(told.contains("the backup says") && told.contains("noise"), "{told}");
+    assert!(read(&bench, "disk") == disk);
+}
+
+/// In LUKS1 and LUKS2, equal volume keys are recognised by the digest.
+#[test]
+fn a_backup_with_another_key_is_restored_only_by_force() {
+    let key_of = |bytes: &[u8]| {
+        // The header is as if the volume had been formatted again with the same UUID.
+        let store = MemoryStore::zeroed(bytes.len());
+        let passphrase = Passphrase::new(PASSPHRASE.to_vec());
+        let (options, mut random) = (quick_luks1(HashAlgorithm::Sha256), noise(77));
+        let mut other = quick_luks2();
+        other.layout.keyslots_size = Some(1 << 20);
+        other.layout.data_offset = Some(2 << 20);
+        let format = if bytes[7] == 1 { FormatOptions::Luks1(options) } else { FormatOptions::Luks2(Box::new(other)) };
+        let mut key = vec![0; 64];
+        random(&mut key).unwrap();
+        let key = engine::key::VolumeKey::new(key).unwrap();
+        format.begin(&store, &passphrase, key, &mut random).unwrap().commit(&store).unwrap();
+        store
+    };
+    for bytes in formats() {
+        let mut bytes = bytes;
+        bytes.resize(3 << 20, 0);
+        let backup = Backup::read(&MemoryStore::from(bytes.clone())).unwrap();
+        let disk = key_of(&bytes);
+        let now = disk.snapshot();
+        let error = backup.restore(&disk, false, &mut noise(1)).unwrap_err();
+        let is_told = matches!(error, LuksError::BackupOfOtherKey { .. });
+        assert!(is_told, "{error}");
+        assert!(disk.snapshot() == now);
+        backup.restore(&disk, true, &mut noise(1)).unwrap();
+        assert!(opens(&disk, PASSPHRASE));
+    }
+}
+
+/// If only the digest or only its salt differs, it is damaged. With another key, both would differ.
+#[test]
+fn a_damaged_digest_is_named_and_restored_only_with_force() {
+    let [luks1, _] = formats();
+    let backup = Backup::read(&MemoryStore::from(luks1.clone())).unwrap();
+    for (at, words) in [(112, "its salt is the same in both"), (132, "the digest itself is the same in both")] {
+        let mut bytes = luks1.clone();
+        bytes[at] ^= 1;
+        let disk = MemoryStore::from(bytes.clone());
+        assert!(!opens(&disk, PASSPHRASE));
+        let error = backup.restore(&disk, false, &mut noise(1)).unwrap_err().to_string();
+        assert!(error.contains(words) && !error.contains("another volume key"), "{error}");
+        assert!(disk.snapshot() == bytes);
+        backup.restore(&disk, true, &mut noise(1)).unwrap();
+        assert!(disk.snapshot() == luks1 && opens(&disk, PASSPHRASE));
+    }
+}
+
+/// On a large disk, a header may place its key material at a far offset. Reading everything before it would take a
+/// terabyte of memory.
+#[test]
+fn an_absurdly_long_header_is_not_read_into_memory() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk");
     let file = std::fs::File::create(&path).unwrap();
     let [mut luks1, _] = formats();
-    // The last keyslot is not in use; the data is on another disk.
+    // The last keyslot is not in use, and the data is on another disk.
     luks1[104..108].fill(0);
     luks1[208 + 7 * 48 + 40..][..4].copy_from_slice(&(u32::MAX - 4096).to_be_bytes());
     std::os::unix::fs::FileExt::write_all_at(&file, &luks1, 0).unwrap();
@@ -167,7 +260,7 @@ fn a_header_longer_than_any_is_not_read_into_memory() {
     assert!(luks::dump(disk.as_ref()).is_ok());
     let error = Backup::read(disk.as_ref()).err().unwrap().to_string();
     assert!(error.contains("key-material-offset is up to byte 2199"), "{error}");
-    // As little of it is saved before another one takes its place.
+    // Nor is such a header saved before another header replaces it.
     luks1[208 + 7 * 48 + 40..][..4].copy_from_slice(&3592u32.to_be_bytes());
     let backup = Backup::read(&MemoryStore::from(luks1)).unwrap();
     assert!(backup.replaced(disk.as_ref()).unwrap().len() <= 136 << 20);
@@ -191,7 +284,7 @@ fn opens(store: &dyn BlockStore, passphrase: &[u8]) -> bool {
         .is_ok_and(|unlocked| unlocked.key.expose() == key(64).expose())
 }
 
-/// The disk after `change` of its keys.
+/// Returns the disk after `change` has changed its keys.
 fn after(bytes: &[u8], change: impl FnOnce(&MemoryStore, &luks::LockedVolume, &NewKey<'_>)) -> Vec<u8> {
     let store = MemoryStore::from(bytes.to_vec());
     let passphrase = Passphrase::new(NEW.to_vec());
@@ -201,7 +294,7 @@ fn after(bytes: &[u8], change: impl FnOnce(&MemoryStore, &luks::LockedVolume, &N
     store.snapshot()
 }
 
-/// Cuts the restore of what `saved` has to a disk that holds `now`.
+/// Restores `saved` on a disk that holds `now`, and checks every power cut with `is_good`.
 #[track_caller]
 fn cut(saved: &[u8], now: &[u8], is_good: &dyn Fn(&dyn BlockStore) -> bool) {
     let backup = Backup::read(&MemoryStore::from(saved.to_vec())).unwrap();
@@ -217,22 +310,23 @@ fn cut(saved: &[u8], now: &[u8], is_good: &dyn Fn(&dyn BlockStore) -> bool) {
 }
 
 #[test]
-fn a_restore_is_cut_anywhere_and_a_key_that_stays_or_has_its_place_alone_opens() {
+fn a_key_always_opens_during_an_interrupted_restore() {
     let limits = Limits::default();
     for bytes in formats() {
         let two = after(&bytes, |store, volume, new| {
             volume.add_key(store, &limits, &key(64), new, None, &mut noise(5)).unwrap();
         });
-        // A key comes back, or goes: the one that stays opens at every cut.
+        // A key is added or removed by the restore. The key that remains opens the volume at every cut.
         cut(&two, &bytes, &|disk| opens(disk, PASSPHRASE));
         cut(&bytes, &two, &|disk| opens(disk, PASSPHRASE));
-        // A key was changed since: its successor lies elsewhere, and one of the two opens at every cut.
+        // A key was changed since the backup. The new key lies elsewhere, and at every cut either the old or the new
+        // key opens the volume.
         let changed = after(&bytes, |store, volume, new| {
-            volume.change_key(store, &limits, &key(64), 0, new, &mut noise(6)).unwrap();
+            volume.change_key(store, &limits, &key(64), 0, new, false, &mut noise(6)).unwrap();
         });
         assert!(!opens(&MemoryStore::from(changed.clone()), PASSPHRASE));
         cut(&bytes, &changed, &|disk| opens(disk, PASSPHRASE) || opens(disk, NEW));
-        // A LUKS2 disk of which one header only is whole.
+        // A LUKS2 disk on which only one header is intact.
         if bytes[7] == 2 {
             for damaged in [5000, 16384 + 5000] {
                 let mut torn = changed.clone();
@@ -243,9 +337,10 @@ fn a_restore_is_cut_anywhere_and_a_key_that_stays_or_has_its_place_alone_opens()
     }
 }
 
-/// What force allows: the larger headers' second copy lies where the smaller ones' keys do.
+/// With force, headers of another size can be restored. The second copy of the larger headers then lies at the same
+/// place as the keys of the smaller headers.
 #[test]
-fn while_smaller_headers_take_the_place_of_larger_ones_there_is_a_header() {
+fn a_restore_of_smaller_headers_always_leaves_a_header() {
     let [_, saved] = formats();
     let disk = MemoryStore::zeroed(17 << 20);
     let mut options = quick_luks2();
@@ -261,4 +356,31 @@ fn while_smaller_headers_take_the_place_of_larger_ones_there_is_a_header() {
         seen += 1;
     });
     assert!(opens(&MemoryStore::from(store.snapshot()), PASSPHRASE));
+}
+
+/// The saved header may be the only one with an old key. Swapped arguments would write the present header over it.
+#[test]
+fn a_saved_header_is_not_taken_for_the_disk() {
+    for kind in ["luks1", "luks2"] {
+        let bench = Workbench::new();
+        let format = ["format", "disk", "--type", kind, "--size", "20M", "--key-file", "key"];
+        bench.nbdcrypt(&[&format[..], &QUICK].concat());
+        bench.nbdcrypt(&["header", "backup", "disk", "backup"]);
+        std::fs::set_permissions(bench.path("backup"), std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::fs::write(bench.path("new"), NEW).unwrap();
+        let add = ["key", "add", "disk", "--key-file", "key", "--new-key-file", "new"];
+        bench.nbdcrypt(&[&add[..], &QUICK].concat());
+        let saved = read(&bench, "backup");
+        let told = bench.refusal(&["header", "restore", "backup", "disk"]);
+        assert!(told.contains("backup looks like a saved header") && told.contains("--force"), "{told}");
+        assert!(read(&bench, "backup") == saved && !bench.path("disk.before").exists());
+        // A file that is too long for a header.
+        std::fs::write(bench.path("long"), &saved).unwrap();
+        std::fs::File::options().write(true).open(bench.path("long")).unwrap().set_len(512 << 20).unwrap();
+        let told = bench.refusal(&["header", "restore", "disk", "long"]);
+        assert!(told.contains("long looks like a disk") && told.contains("--force"), "{told}");
+        bench.nbdcrypt(&["header", "restore", "disk", "backup"]);
+        bench.nbdcrypt(&["header", "restore", "--force", "backup", "disk"]);
+        assert!(unlock(&bench.path("disk"), NEW).is_err());
+    }
 }

@@ -1,18 +1,19 @@
-//! Every change of a header can be cut off at any write and any sector: the volume opens with what opened it before, or
-//! with what shall.
+//! A power cut at any write and any sector of a header change leaves a volume that opens with an old passphrase or with the
+//! new one.
 
 use std::num::NonZeroU32;
 
 use engine::key::{Passphrase, VolumeKey};
 use engine::luks::{self, Disks, FormatOptions, HashAlgorithm, Limits, LockedVolume, LuksError, NewKey, luks1, luks2};
 use engine::store::{BlockStore, MemoryStore};
-use harness::luks::{PASSPHRASE, key, noise, quick_luks1, quick_luks2, quick_pbkdf2};
+use harness::luks::{PASSPHRASE, key, noise, quick_luks1, quick_luks2, quick_pbkdf2, sha256};
 use harness::recording::{RecordingStore, Scratch};
+use serde_json::{Value, json};
 
 const NEW: &[u8] = b"another passphrase";
 const THIRD: &[u8] = b"a third one";
 
-/// A header's disk, and its data's where that is another one.
+/// A disk with a header, and the length of a separate data disk if there is one.
 #[derive(Clone)]
 struct Disk {
     bytes: Vec<u8>,
@@ -32,7 +33,7 @@ fn disk(version: u8, is_detached: bool) -> Disk {
     };
     let passphrase = Passphrase::new(PASSPHRASE.to_vec());
     let header_len = usize::try_from(options.header_len(64)).unwrap();
-    // The data of one that is not detached begins after 2 MiB.
+    // If the header is not detached, the data begins after 2 MiB.
     let header = MemoryStore::zeroed(if is_detached { header_len } else { (2 << 20) + 65536 });
     let data = data();
     let disks = if is_detached { Disks::detached(&header, &data) } else { Disks::from(&header) };
@@ -40,7 +41,7 @@ fn disk(version: u8, is_detached: bool) -> Disk {
     Disk { bytes: header.snapshot(), is_detached }
 }
 
-/// The disk that holds the data of a detached header.
+/// Makes the disk that holds the data of a detached header.
 fn data() -> MemoryStore {
     MemoryStore::zeroed(1 << 20)
 }
@@ -58,7 +59,7 @@ impl Disk {
         Self { bytes, is_detached: self.is_detached }
     }
 
-    /// Bytes that it takes at once: a file's, or a disk's of large blocks.
+    /// Returns the block size. A detached header is a file; any other header is on a disk with large blocks.
     fn blocks(&self) -> usize {
         if self.is_detached { 1 } else { 4096 }
     }
@@ -67,7 +68,7 @@ impl Disk {
         MemoryStore::from(self.bytes.clone())
     }
 
-    /// Whether the passphrase opens the volume, as whoever serves it would.
+    /// Returns whether the passphrase opens the volume for a server.
     fn opens(&self, passphrase: &[u8]) -> bool {
         opens(&self.store(), self.is_detached, passphrase)
     }
@@ -80,13 +81,14 @@ impl Disk {
         self.with(store.snapshot())
     }
 
-    /// Cuts `change` everywhere, and makes sure that one of `either` opens the volume; returns the disk at the end.
+    /// Cuts `change` everywhere and checks that one of the passphrases in `either` always opens the volume. Returns the
+    /// disk at the end.
     #[track_caller]
     fn cut(&self, alignment: usize, either: &[&[u8]], change: &dyn Fn(&dyn BlockStore)) -> Self {
         self.cut_and(alignment, either, change, &|_| {})
     }
 
-    /// As [`Disk::cut`], and looks at every state.
+    /// Does the same as [`Disk::cut`], and also runs `look` on every state.
     #[track_caller]
     fn cut_and(
         &self,
@@ -101,7 +103,7 @@ impl Disk {
         let mut seen = 0;
         let cuts = store.cut_everywhere(&mut |disk| {
             let found = either.iter().position(|passphrase| opens(disk, self.is_detached, passphrase));
-            // The next time it is likely to be the same.
+            // The passphrase that opened this state probably opens the next one too, so it is tried first.
             either.swap(0, found.unwrap_or_else(|| panic!("state {seen}")));
             look(disk);
             seen += 1;
@@ -120,7 +122,7 @@ fn opens(header: &dyn BlockStore, is_detached: bool, passphrase: &[u8]) -> bool 
 }
 
 #[test]
-fn a_key_is_added_without_a_moment_in_which_the_old_one_does_not_open() {
+fn the_old_key_always_opens_while_one_is_added() {
     for disk in formats() {
         // Keyslot 6 of LUKS1 lies across a sector boundary.
         for (alignment, slot) in [(1, None), (4096, None), (1, Some(6)), (512, Some(7))] {
@@ -136,19 +138,20 @@ fn a_key_is_added_without_a_moment_in_which_the_old_one_does_not_open() {
 }
 
 #[test]
-fn a_key_is_changed_without_a_moment_in_which_neither_opens() {
+fn one_key_always_opens_while_one_is_changed() {
     for disk in formats() {
         let end = disk.cut(disk.blocks(), &[PASSPHRASE, NEW], &|store| {
             let passphrase = Passphrase::new(NEW.to_vec());
             let (limits, mut random) = (Limits::default(), noise(7));
-            volume(store).change_key(store, &limits, &key(64), 0, &new_key(&passphrase), &mut random).unwrap();
+            volume(store).change_key(store, &limits, &key(64), 0, &new_key(&passphrase), false, &mut random).unwrap();
         });
         assert!(!end.opens(PASSPHRASE) && end.opens(NEW));
     }
 }
 
+/// At the end the removed key's material is erased.
 #[test]
-fn a_key_is_removed_without_a_moment_in_which_the_other_does_not_open_and_its_material_is_gone() {
+fn the_other_key_always_opens_while_one_is_removed() {
     for disk in formats() {
         for (alignment, slot) in [(disk.blocks(), 0), (1, 6), (512, 7)] {
             let other = if slot == 0 { (Some(3), NEW) } else { (Some(slot), NEW) };
@@ -161,7 +164,7 @@ fn a_key_is_removed_without_a_moment_in_which_the_other_does_not_open_and_its_ma
                 alignment,
                 &[stays],
                 &|store| volume(store).remove_key(store, slot, false, &mut noise(8)).unwrap(),
-                // Where the one that goes opens no more, the other is the last, and stays.
+                // Once the removed key no longer opens, the other key is the last one and cannot be removed.
                 &|disk| {
                     if slot == 0 && !opens(disk, before.is_detached, goes) {
                         let disk = Scratch::on(disk);
@@ -171,7 +174,7 @@ fn a_key_is_removed_without_a_moment_in_which_the_other_does_not_open_and_its_ma
                 },
             );
             assert!(end.opens(stays) && !end.opens(goes));
-            // A header that still named the keyslot would find nothing in it.
+            // A header that still named the keyslot would find no key material in it.
             let header_len = if let LockedVolume::Luks1(_) = volume(&end.store()) { 4096 } else { 32768 };
             let mut spliced = end.clone();
             spliced.bytes[..header_len].copy_from_slice(&before.bytes[..header_len]);
@@ -180,10 +183,11 @@ fn a_key_is_removed_without_a_moment_in_which_the_other_does_not_open_and_its_ma
     }
 }
 
+/// An older copy of the header, left by the interrupted update, must not name a key that is removed.
 #[test]
-fn an_update_after_one_that_was_cut_off_cannot_fall_back_on_what_is_gone() {
+fn an_update_after_an_interrupted_one_keeps_no_removed_key() {
     let disk = disk(2, false);
-    // Cut off after the first copy: that names two keys, the second copy one.
+    // The update was cut off after the first copy: the first copy names two keys, the second copy one.
     let mut torn = disk.with_key(NEW, None);
     torn.bytes[16384..32768].copy_from_slice(&disk.bytes[16384..32768]);
     assert!(torn.opens(NEW));
@@ -191,7 +195,7 @@ fn an_update_after_one_that_was_cut_off_cannot_fall_back_on_what_is_gone() {
 }
 
 #[test]
-fn tokens_settings_and_repair_are_cut_anywhere_and_the_volume_opens() {
+fn the_volume_opens_after_any_interrupted_header_change() {
     let token = br#"{"type":"aws-kms","keyslots":["0"],"unknown":{"kept":[1,{"two":null}]}}"#;
     for is_detached in [false, true] {
         let end = disk(2, is_detached).cut(4096, &[PASSPHRASE], &|store| {
@@ -218,7 +222,7 @@ fn tokens_settings_and_repair_are_cut_anywhere_and_the_volume_opens() {
 }
 
 #[test]
-fn what_cannot_be_is_refused_with_the_disk_untouched() {
+fn impossible_changes_are_refused_and_write_nothing() {
     for disk in formats() {
         let store = disk.store();
         let locked = volume(&store);
@@ -245,7 +249,7 @@ fn what_cannot_be_is_refused_with_the_disk_untouched() {
     let deep = format!(r#"{{"type":"x","keyslots":[],"y":{}1{}}}"#, "[".repeat(40), "]".repeat(40));
     for (token, words) in [
         (large.as_str(), "metadata would take"),
-        (deep.as_str(), "30 deep"),
+        (deep.as_str(), "more than 30 levels deep"),
         (r#"{"type":"x","keyslots":["7"]}"#, "keyslot \"7\""),
         (r#"{"type":"luks2-x","keyslots":[]}"#, "reserved"),
         (r#"{"type":"x"}"#, "keyslots"),
@@ -258,7 +262,7 @@ fn what_cannot_be_is_refused_with_the_disk_untouched() {
 }
 
 #[test]
-fn every_keyslot_of_luks1_can_be_used_and_a_ninth_cannot() {
+fn luks1_has_room_for_exactly_eight_keys() {
     let mut disk = disk(1, false);
     for number in 1..8 {
         disk = disk.with_key(format!("passphrase {number}").as_bytes(), None);
@@ -269,4 +273,72 @@ fn every_keyslot_of_luks1_can_be_used_and_a_ninth_cannot() {
     let ninth =
         luks1::add_key(&disk.store(), &Limits::default(), &key(64), &passphrase, iterations, None, &mut noise(1));
     assert!(ninth.unwrap_err().to_string().contains("no room"));
+}
+
+/// Makes a LUKS2 volume with all 32 keyslots in use and with space for one more key's material. All keyslots but the first
+/// are small and of an unknown type.
+fn full_luks2() -> Disk {
+    let mut disk = disk(2, false);
+    let end = disk.bytes[4096..16384].iter().position(|byte| *byte == 0).unwrap();
+    let mut json: Value = serde_json::from_slice(&disk.bytes[4096..4096 + end]).unwrap();
+    for number in 1..32u64 {
+        let area = json!({ "type": "x", "offset": (32768 + (1 << 20) - 4096 * number).to_string(), "size": "4096" });
+        json["keyslots"][number.to_string()] = json!({ "type": "x", "key_size": 1, "area": area });
+    }
+    let text = json.to_string();
+    for copy in [0, 16384] {
+        let header = &mut disk.bytes[copy..copy + 16384];
+        header[4096..4096 + text.len()].copy_from_slice(text.as_bytes());
+        header[448..512].fill(0);
+        let checksum = sha256(header);
+        header[448..480].copy_from_slice(&checksum);
+    }
+    disk
+}
+
+fn full_luks1() -> Disk {
+    let disk = disk(1, false);
+    (1..8).fold(disk, |disk, number| disk.with_key(format!("passphrase {number}").as_bytes(), None))
+}
+
+fn change(store: &dyn BlockStore, slot: usize, in_place: bool) -> Result<usize, LuksError> {
+    let passphrase = Passphrase::new(NEW.to_vec());
+    volume(store).change_key(store, &Limits::default(), &key(64), slot, &new_key(&passphrase), in_place, &mut noise(3))
+}
+
+#[test]
+fn a_key_is_changed_with_all_keyslots_in_use() {
+    let disk = full_luks2();
+    let changed = disk.cut(512, &[PASSPHRASE, NEW], &|store| {
+        assert_eq!(change(store, 0, false).unwrap(), 0);
+    });
+    assert!(changed.opens(NEW) && !changed.opens(PASSPHRASE));
+    assert!(changed.bytes[32768..32768 + 258_048].iter().all(|byte| *byte == 0), "the old key material is gone");
+}
+
+/// Without space for a second copy of the key, there is a moment at which neither passphrase opens the volume.
+#[test]
+fn a_key_is_changed_in_place_only_on_request() {
+    // A LUKS2 volume whose keyslots area has space for two keys and holds two.
+    let small = {
+        let mut options = quick_luks2();
+        options.layout.keyslots_size = Some(2 * 258_048);
+        let store = MemoryStore::zeroed((2 << 20) + 65536);
+        luks2::begin(&store, &options, &Passphrase::new(PASSPHRASE.to_vec()), key(64), &mut noise(2))
+            .unwrap()
+            .commit(&store)
+            .unwrap();
+        Disk { bytes: store.snapshot(), ..disk(2, false) }.with_key(b"passphrase 1", None)
+    };
+    for disk in [full_luks1(), small] {
+        let store = disk.store();
+        let told = change(&store, 0, false).unwrap_err().to_string();
+        for words in ["no room for the new key", "neither passphrase"] {
+            assert!(told.contains(words), "{told}");
+        }
+        assert!(store.snapshot() == disk.bytes);
+        assert_eq!(change(&store, 0, true).unwrap(), 0);
+        let changed = disk.with(store.snapshot());
+        assert!(changed.opens(NEW) && !changed.opens(PASSPHRASE) && changed.opens(b"passphrase 1"));
+    }
 }

@@ -1,7 +1,7 @@
-//! Everything that a LUKS volume can be here, both ways: what cryptsetup makes the engine opens, and what the engine makes
-//! cryptsetup opens; both add keyslots, and either removes and changes keys, imports tokens and repairs on what the other made.
-//! Each format, key derivation, sector size, key size, header attached and detached, and 1 to 8 keyslots. That the data is the
-//! same is in `kernel/dm_crypt`.
+//! Every kind of LUKS volume in both directions: the engine opens what cryptsetup makes, and cryptsetup opens what the
+//! engine makes. Both add keyslots. Each of the two removes and changes keys, imports tokens, and repairs headers on
+//! volumes that the other made. The matrix covers each format, key derivation, sector size and key size, headers
+//! attached and detached, and 1 to 8 keyslots. `kernel/dm_crypt` checks that the data is the same.
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -26,7 +26,7 @@ enum Kdf {
 }
 
 impl Kdf {
-    /// With little work, and the hash of the rest of the keyslot.
+    /// Returns options with little work, and the hash for the rest of the keyslot.
     fn options(self) -> (KdfOptions, HashAlgorithm) {
         let cost = Argon2Cost { time: 4, memory: 256, lanes: 2 };
         match self {
@@ -47,7 +47,7 @@ struct Cell {
     detached: bool,
 }
 
-/// All volumes with this format and key derivation.
+/// Returns all volumes with this format and key derivation.
 fn cells(luks1: bool, kdf: Kdf) -> Vec<Cell> {
     let sectors: &[SectorSize] = if luks1 { &[SectorSize::B512] } else { &[SectorSize::B512, SectorSize::B4096] };
     let mut cells = Vec::new();
@@ -59,7 +59,7 @@ fn cells(luks1: bool, kdf: Kdf) -> Vec<Cell> {
     cells
 }
 
-/// A disk for one volume, and what opens it.
+/// A disk for one volume, and its key files.
 struct Stage {
     bench: Workbench,
     cell: Cell,
@@ -81,7 +81,7 @@ impl Stage {
         Self { bench, cell, disk, header }
     }
 
-    /// cryptsetup, on the header: quick key derivation where it makes a keyslot.
+    /// Runs cryptsetup on the header. If it makes a keyslot, the key derivation is quick.
     fn cryptsetup(&self, arguments: &[&str]) -> String {
         self.bench.run("cryptsetup", arguments.iter().copied())
     }
@@ -114,7 +114,7 @@ impl Stage {
         self.cryptsetup(&all);
     }
 
-    /// What we make, as `nbdcrypt format` does.
+    /// Formats the volume as `nbdcrypt format` does.
     fn format(&self) {
         let Cell { luks1, kdf, sector, key_len, .. } = self.cell;
         let (kdf, hash) = kdf.options();
@@ -144,7 +144,7 @@ impl Stage {
         }
     }
 
-    /// A keyslot more: every other one by nbdcrypt, the rest by cryptsetup.
+    /// Adds one keyslot: every second one with nbdcrypt, the others with cryptsetup.
     fn add_key(&self, slot: usize) {
         if slot % 2 == 1 {
             return self.add_key_of_ours(slot);
@@ -155,7 +155,7 @@ impl Stage {
         );
     }
 
-    /// What `nbdcrypt key add` does.
+    /// Adds a keyslot as `nbdcrypt key add` does.
     fn add_key_of_ours(&self, slot: usize) {
         let (store, limits) = (store(&self.header), Limits::default());
         let volume = luks::read_for_keys(store.as_ref(), &limits).unwrap();
@@ -177,7 +177,7 @@ impl Stage {
         })
     }
 
-    /// Every passphrase of the first `slots` opens its own keyslot with us and with cryptsetup, and no other does.
+    /// Checks that each of the first `slots` passphrases opens exactly its own keyslot, with nbdcrypt and with cryptsetup.
     fn assert_opens(&self, slots: usize, expected: &[u8]) {
         let Cell { sector, key_len, detached, luks1, .. } = self.cell;
         for slot in 0..slots {
@@ -188,7 +188,7 @@ impl Stage {
             let offset = match (detached, luks1, key_len) {
                 (true, ..) => 0,
                 (false, true, VolumeKey::AES_256) => 2 * MIB,
-                // Keyslots of 128 KiB: rounded up, that is 2 MiB too.
+                // Keyslots of 128 KiB: rounded up, this is 2 MiB too.
                 (false, true, _) => 2 * MIB,
                 (false, false, _) => 16 * MIB,
             };
@@ -198,8 +198,8 @@ impl Stage {
         assert!(matches!(wrong, LuksError::WrongPassphrase), "{:?}: {wrong}", self.cell);
     }
 
-    /// As a slip of a partition table or of a disk leaves it: a keyslot that is not in use says of itself what cannot be, or
-    /// the first of two headers is broken.
+    /// Damages the header as a faulty disk or partitioning tool might: an unused LUKS1 keyslot gets impossible values, or
+    /// the first LUKS2 header is broken.
     fn damage(&self, unused: u64) {
         let place = if self.cell.luks1 { 208 + unused * 48 + 44 } else { 4096 + 100 };
         let disk = store(&self.header);
@@ -210,7 +210,7 @@ impl Stage {
         }
     }
 
-    /// Keyslot 3 is gone, keyslot 5 has another key, the token is there, and cryptsetup finds nothing to complain of.
+    /// Checks that keyslot 3 is cleared, keyslot 5 has another key, the token is there, and cryptsetup has no complaint.
     fn assert_managed(&self, expected: &[u8]) {
         self.bench.accepted_by_cryptsetup(self.header_name());
         for slot in 0..KEYSLOTS {
@@ -243,7 +243,7 @@ impl Stage {
     }
 }
 
-/// The passphrase of a keyslot.
+/// Returns the passphrase of a keyslot.
 fn passphrase(slot: usize) -> Vec<u8> {
     [PASSPHRASE, slot.to_string().as_bytes()].concat()
 }
@@ -260,7 +260,7 @@ fn theirs(luks1: bool, kdf: Kdf) {
         }
         stage.assert_opens(KEYSLOTS, &expected);
         let header = stage.header_name();
-        stage.bench.nbdcrypt(&["key", "remove", header, "--key-slot", "3"]);
+        stage.bench.nbdcrypt(&["key", "remove", header, "--key-slot", "3", "-d", "key0"]);
         stage.damage(3);
         stage.bench.nbdcrypt(&["header", "repair", header]);
         let change = ["key", "change", header, "--key-slot", "5", "--key-file", "key5", "--new-key-file", "other"];
@@ -294,7 +294,7 @@ fn ours(luks1: bool, kdf: Kdf) {
             stage.cryptsetup(&["open", "--test-passphrase", "--key-file", &name, header]);
         }
         stage.assert_opens(KEYSLOTS, key(cell.key_len).expose());
-        // repair finds nothing to do, and changes nothing.
+        // cryptsetup repair finds nothing to do and changes nothing.
         let before = std::fs::read(&stage.header).unwrap();
         stage.cryptsetup(&["repair", "-q", header]);
         assert!(std::fs::read(&stage.header).unwrap() == before, "{cell:?}");
@@ -310,7 +310,7 @@ fn ours(luks1: bool, kdf: Kdf) {
     }
 }
 
-/// A test for each format and key derivation and direction, so that they run side by side.
+/// Makes one test for each format, key derivation and direction, so that they run in parallel.
 macro_rules! matrix {
     ($($luks1:literal $kdf:expr => $theirs:ident, $ours:ident;)*) => {$(
         #[test]

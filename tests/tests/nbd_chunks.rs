@@ -1,5 +1,5 @@
-//! Structured replies, metadata contexts and extended headers as the NBD protocol document has them, on raw bytes, by
-//! both sessions. Quotations are the document's, <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>.
+//! Structured replies, metadata contexts and extended headers of the NBD protocol, tested on raw bytes with both kinds of
+//! session. Quotations are from <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>.
 
 use std::io;
 use std::sync::Arc;
@@ -8,24 +8,24 @@ use engine::sector::SectorSize;
 use engine::store::{Access, Caching, FaultyStore, FileStore, MemoryStore, Operation};
 use engine::volume::Volume;
 use harness::nbd::{TestServer, be16, be32, encrypted, query, request_bytes};
-use harness::nbd_chunks::{ChunkClient, contexts, extended_request_bytes, haggling};
+use harness::nbd_chunks::{ChunkClient, contexts, extended_request_bytes, negotiated};
 use nbd_server::proto::wire::*;
 use nbd_server::proto::{ErrorCode, Headers, MAX_EXTENTS, MAX_PAYLOAD};
 use nbd_server::{Export, SessionKind};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 8 * MIB;
-/// More than 32 bits can say.
+/// More bytes than a 32-bit number can express.
 const HUGE: u64 = 6 << 30;
 const CHUNKS: [Headers; 2] = [Headers::Structured, Headers::Extended];
 const HOLE: u64 = NBD_STATE_HOLE as u64;
 const HOLE_OF_ZEROES: u64 = (NBD_STATE_HOLE | NBD_STATE_ZERO) as u64;
 
-/// A disk of nothing but hole, past the page cache where the filesystem allows it.
+/// Makes a disk that is one large hole. It uses direct I/O if the filesystem allows it.
 fn sparse(len: u64) -> Arc<FileStore> {
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.as_file().set_len(len).unwrap();
-    // The name may go: the store holds the file.
+    // The file's name may be removed: the store keeps the file open.
     Arc::new(FileStore::open(file.path(), Access::ReadWrite, Caching::Direct).unwrap())
 }
 
@@ -33,7 +33,8 @@ fn plaintext(len: u64) -> Arc<Volume> {
     Arc::new(Volume::plaintext(sparse(len), SectorSize::B4096).unwrap())
 }
 
-/// The same disk in cipher and in plaintext, with data in the second and the fifth mebibyte and holes elsewhere.
+/// Starts a server with one encrypted and one plaintext export. The second and the fifth mebibyte hold data, the rest is
+/// holes.
 fn server(session: SessionKind) -> TestServer {
     let cipher = Arc::new(encrypted(sparse(SIZE), SectorSize::B4096));
     let plain = plaintext(SIZE);
@@ -54,7 +55,7 @@ fn einval(client: &mut ChunkClient, flags: u16, kind: u16, offset: u64, len: u64
 mod structured {
     use super::*;
 
-    fn a_read_is_one_chunk_of_data_that_says_it_is_the_last(session: SessionKind) {
+    fn a_read_is_answered_with_one_final_data_chunk(session: SessionKind) {
         // "NBD_REPLY_TYPE_OFFSET_DATA (1) ... 64 bits: offset (unsigned) / length - 8 bytes: data"
         let server = server(session);
         for headers in CHUNKS {
@@ -81,10 +82,10 @@ mod structured {
         }
     }
 
-    fn what_has_no_content_is_answered_simply_or_by_a_chunk_of_none(session: SessionKind) {
+    fn replies_without_data_are_simple_or_a_none_chunk(session: SessionKind) {
         // "If structured replies have been negotiated, a simple reply MAY be used as a reply to any request other than
-        // NBD_CMD_READ, but only if the reply has no data payload", and with extended headers never. "NBD_REPLY_TYPE_NONE (0):
-        // length MUST be 0 ... This chunk type MUST always be used with the NBD_REPLY_FLAG_DONE"
+        // NBD_CMD_READ, but only if the reply has no data payload". With extended headers it may never be used.
+        // "NBD_REPLY_TYPE_NONE (0): length MUST be 0 ... This chunk type MUST always be used with the NBD_REPLY_FLAG_DONE"
         let server = server(session);
         for headers in CHUNKS {
             let mut client = ChunkClient::enter(&server, "plain", headers);
@@ -98,13 +99,13 @@ mod structured {
         }
     }
 
-    fn df_is_offered_with_chunks_and_never_without(session: SessionKind) {
+    fn the_df_flag_is_offered_only_with_chunks(session: SessionKind) {
         // "MUST leave this flag clear if neither structured replies nor extended headers have been negotiated"
         let server = server(session);
         for (headers, expected) in
             [(Headers::Simple, 0), (Headers::Structured, NBD_FLAG_SEND_DF), (Headers::Extended, NBD_FLAG_SEND_DF)]
         {
-            let replies = haggling(&server, headers).option(NBD_OPT_GO, &query("cipher", &[]));
+            let replies = negotiated(&server, headers).option(NBD_OPT_GO, &query("cipher", &[]));
             assert_eq!(be16(&replies[0].data), NBD_INFO_EXPORT);
             assert_eq!(be16(&replies[0].data[10..]) & NBD_FLAG_SEND_DF, expected, "{headers:?}");
         }
@@ -122,7 +123,7 @@ mod structured {
         assert_eq!(simple.request(NBD_CMD_FLAG_DF, NBD_CMD_READ, 0, 512), ErrorCode::Inval.code());
     }
 
-    fn an_error_past_the_end_says_where_the_end_is(session: SessionKind) {
+    fn an_error_past_the_end_names_the_ends_offset(session: SessionKind) {
         // "NBD_REPLY_TYPE_ERROR_OFFSET ... the offset MUST lie within the request's range"
         let server = server(session);
         for headers in CHUNKS {
@@ -143,7 +144,7 @@ mod structured {
         }
     }
 
-    fn a_read_longer_than_a_payload_overflows(session: SessionKind) {
+    fn a_read_above_the_payload_limit_fails_with_eoverflow(session: SessionKind) {
         // "the server is also permitted to reject large read requests up front with NBD_EOVERFLOW"
         let volume = encrypted(Arc::new(MemoryStore::zeroed(MAX_PAYLOAD as usize + 4096)), SectorSize::B512);
         let server = TestServer::on(session, [Export::new("", Arc::new(volume))]);
@@ -157,7 +158,7 @@ mod structured {
         }
     }
 
-    fn a_disk_error_is_an_error_chunk_and_the_next_read_is_served(session: SessionKind) {
+    fn after_a_disk_error_the_next_read_is_served(session: SessionKind) {
         let store = FaultyStore::new(MemoryStore::zeroed(1 << 20), |operation| {
             matches!(operation, Operation::Read(at, len) if at + len > 512 << 10).then_some(io::ErrorKind::Other)
         });
@@ -184,7 +185,10 @@ mod structured {
             while !waiting.is_empty() {
                 let chunk = client.chunk();
                 assert_eq!((chunk.flags, chunk.kind), (NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_OFFSET_DATA));
-                let place = waiting.iter().position(|(cookie, _)| *cookie == chunk.cookie).expect("asked, once");
+                let place = waiting
+                    .iter()
+                    .position(|(cookie, _)| *cookie == chunk.cookie)
+                    .expect("a reply to a request that is still unanswered");
                 let (_, block) = waiting.swap_remove(place);
                 assert!(chunk.payload[8..] == [block; 4096]);
             }
@@ -192,13 +196,13 @@ mod structured {
     }
 
     harness::on_both_sessions! {
-        a_read_is_one_chunk_of_data_that_says_it_is_the_last,
+        a_read_is_answered_with_one_final_data_chunk,
         a_read_of_nothing_has_no_content,
-        what_has_no_content_is_answered_simply_or_by_a_chunk_of_none,
-        df_is_offered_with_chunks_and_never_without,
-        an_error_past_the_end_says_where_the_end_is,
-        a_read_longer_than_a_payload_overflows,
-        a_disk_error_is_an_error_chunk_and_the_next_read_is_served,
+        replies_without_data_are_simple_or_a_none_chunk,
+        the_df_flag_is_offered_only_with_chunks,
+        an_error_past_the_end_names_the_ends_offset,
+        a_read_above_the_payload_limit_fails_with_eoverflow,
+        after_a_disk_error_the_next_read_is_served,
         many_reads_at_once_are_each_answered_once,
     }
 }
@@ -206,7 +210,7 @@ mod structured {
 mod block_status {
     use super::*;
 
-    fn holes_are_told_and_read_as_zeroes_in_plaintext_alone(session: SessionKind) {
+    fn only_plaintext_holes_are_reported_as_zeros(session: SessionKind) {
         // "NBD_STATE_HOLE (bit 0): if set, the block represents a hole ... NBD_STATE_ZERO (bit 1): if set, the block
         // contents read as all zeroes"
         let server = server(session);
@@ -215,10 +219,11 @@ mod block_status {
                 let mut client = ChunkClient::enter(&server, export, headers);
                 let expected = [(MIB, hole), (MIB, 0), (2 * MIB, hole), (MIB, 0), (3 * MIB, hole)];
                 assert_eq!(client.status(0, 0, SIZE), expected, "{export} {headers:?}");
-                // What is told is so.
+                // The content matches the status.
                 let zeroes = client.read(0, 0, 4096) == [0; 4096];
                 assert_eq!(zeroes, hole == HOLE_OF_ZEROES, "{export}");
-                // "the server ... MUST NOT [describe] beyond the requested range" for all extents but the last; none here.
+                // "the server ... MUST NOT [describe] beyond the requested range" for all extents but the last; here there
+                // is only the last.
                 assert_eq!(client.status(0, MIB + 100, 50), [(50, 0)]);
                 assert_eq!(client.status(0, MIB - 100, 200), [(100, hole), (100, 0)]);
                 assert_eq!(client.status(0, SIZE - 1, 1), [(1, hole)]);
@@ -226,7 +231,7 @@ mod block_status {
         }
     }
 
-    fn req_one_is_answered_by_one_extent_within_the_request(session: SessionKind) {
+    fn req_one_returns_one_extent_within_the_request(session: SessionKind) {
         // "the server MUST return at most one extent per metadata context ... MUST NOT exceed the requested length"
         let server = server(session);
         for headers in CHUNKS {
@@ -241,13 +246,13 @@ mod block_status {
         }
     }
 
-    fn a_trim_makes_a_hole_and_zeroes_do_in_plaintext_unless_forbidden(session: SessionKind) {
+    fn trim_and_in_plaintext_write_zeroes_make_holes(session: SessionKind) {
         let server = server(session);
         for headers in CHUNKS {
             for (export, hole) in [("cipher", HOLE), ("plain", HOLE_OF_ZEROES)] {
                 let mut client = ChunkClient::enter(&server, export, headers);
                 assert!(client.write(0, MIB, &vec![1; 1 << 20]).is_done());
-                // Blocks that are trimmed in part are kept whole.
+                // Blocks that are only partly trimmed keep all their data.
                 assert!(client.ask(NBD_CMD_FLAG_FUA, NBD_CMD_TRIM, MIB + 4000, 128 << 10).is_done());
                 let told = client.status(0, MIB, MIB);
                 assert_eq!(told, [(4096, 0), (31 * 4096, hole), (MIB - 32 * 4096, 0)], "{export}");
@@ -265,7 +270,7 @@ mod block_status {
         }
     }
 
-    fn an_answer_has_a_bounded_number_of_extents_and_the_client_asks_on(session: SessionKind) {
+    fn a_block_status_reply_has_a_bounded_number_of_extents(session: SessionKind) {
         let blocks = 3 * MAX_EXTENTS as u64;
         let volume = plaintext(blocks * 4096);
         for block in (0..blocks).step_by(2) {
@@ -287,14 +292,14 @@ mod block_status {
         }
     }
 
-    fn status_without_a_context_or_of_nothing_is_invalid(session: SessionKind) {
+    fn block_status_needs_a_context_and_a_length(session: SessionKind) {
         // "If the client did not negotiate a metadata context ... the server SHOULD fail with NBD_EINVAL"
         let server = server(session);
         let mut simple = server.connect();
         simple.enter("plain");
         assert_eq!(simple.request(0, NBD_CMD_BLOCK_STATUS, 0, 4096), ErrorCode::Inval.code());
         for headers in CHUNKS {
-            let mut client = ChunkClient::go(haggling(&server, headers), "plain", headers);
+            let mut client = ChunkClient::go(negotiated(&server, headers), "plain", headers);
             einval(&mut client, 0, NBD_CMD_BLOCK_STATUS, 0, 4096);
             assert_eq!(client.read(0, MIB, 3), [0x5a; 3]);
             let mut client = ChunkClient::enter(&server, "plain", headers);
@@ -306,7 +311,7 @@ mod block_status {
 
     fn an_export_without_discards_never_makes_a_hole(session: SessionKind) {
         let server = TestServer::on(session, [Export::new("", plaintext(SIZE)).without_discard()]);
-        let replies = haggling(&server, Headers::Structured).option(NBD_OPT_GO, &query("", &[]));
+        let replies = negotiated(&server, Headers::Structured).option(NBD_OPT_GO, &query("", &[]));
         let flags = be16(&replies[0].data[10..]);
         assert_eq!(flags & NBD_FLAG_SEND_TRIM, 0);
         assert_ne!(flags & NBD_FLAG_SEND_WRITE_ZEROES, 0);
@@ -315,7 +320,7 @@ mod block_status {
             assert!(client.write(0, 0, &vec![3; 1 << 20]).is_done());
             einval(&mut client, 0, NBD_CMD_TRIM, 0, 4096);
             assert!(client.ask(0, NBD_CMD_WRITE_ZEROES, 4096, 64 << 10).is_done());
-            assert_eq!(client.status(0, 0, MIB), [(MIB, 0)], "zeroes are written");
+            assert_eq!(client.status(0, 0, MIB), [(MIB, 0)], "zeros are written");
             assert_eq!(client.read(0, 4095, (64 << 10) + 1)[1..], vec![0; 64 << 10]);
             let fast = client.ask(NBD_CMD_FLAG_FAST_ZERO, NBD_CMD_WRITE_ZEROES, 0, 4096).error();
             assert_eq!(fast.code, ErrorCode::NotSup.code());
@@ -323,7 +328,7 @@ mod block_status {
         }
     }
 
-    fn caching_changes_nothing_and_checks_its_range(session: SessionKind) {
+    fn cache_requests_change_nothing_and_check_their_range(session: SessionKind) {
         for caching in [Caching::Direct, Caching::PageCache] {
             let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
             file.as_file().set_len(SIZE).unwrap();
@@ -339,19 +344,19 @@ mod block_status {
                 assert!(client.read(0, 0, SIZE) == before);
                 einval(&mut client, 0, NBD_CMD_CACHE, 1, SIZE);
                 einval(&mut client, 0, NBD_CMD_CACHE, u64::MAX, 2);
-                assert_eq!(client.status(0, 0, SIZE), [(SIZE, HOLE)], "reading ahead allocates nothing");
+                assert_eq!(client.status(0, 0, SIZE), [(SIZE, HOLE)], "read-ahead allocates nothing");
             }
         }
     }
 
     harness::on_both_sessions! {
-        holes_are_told_and_read_as_zeroes_in_plaintext_alone,
-        req_one_is_answered_by_one_extent_within_the_request,
-        a_trim_makes_a_hole_and_zeroes_do_in_plaintext_unless_forbidden,
-        an_answer_has_a_bounded_number_of_extents_and_the_client_asks_on,
-        status_without_a_context_or_of_nothing_is_invalid,
+        only_plaintext_holes_are_reported_as_zeros,
+        req_one_returns_one_extent_within_the_request,
+        trim_and_in_plaintext_write_zeroes_make_holes,
+        a_block_status_reply_has_a_bounded_number_of_extents,
+        block_status_needs_a_context_and_a_length,
         an_export_without_discards_never_makes_a_hole,
-        caching_changes_nothing_and_checks_its_range,
+        cache_requests_change_nothing_and_check_their_range,
     }
 }
 
@@ -364,7 +369,7 @@ mod extended {
         TestServer::on(session, [plain, cipher])
     }
 
-    fn extents_longer_than_4_gib_are_told_whole(session: SessionKind) {
+    fn extents_longer_than_4_gib_are_reported_as_one(session: SessionKind) {
         // "NBD_REPLY_TYPE_BLOCK_STATUS_EXT (6) ... 64 bits, length of the extent"
         let server = huge(session);
         for (export, hole) in [("plain", HOLE_OF_ZEROES), ("cipher", HOLE)] {
@@ -376,7 +381,7 @@ mod extended {
         }
     }
 
-    fn a_trim_longer_than_4_gib_gives_all_of_it_back(session: SessionKind) {
+    fn a_trim_longer_than_4_gib_frees_all_blocks(session: SessionKind) {
         let server = huge(session);
         for (export, hole) in [("plain", HOLE_OF_ZEROES), ("cipher", HOLE)] {
             let mut client = ChunkClient::enter(&server, export, Headers::Extended);
@@ -389,7 +394,7 @@ mod extended {
         }
     }
 
-    fn zeroes_longer_than_4_gib_are_all_there(session: SessionKind) {
+    fn more_than_4_gib_can_be_zeroed(session: SessionKind) {
         let server = huge(session);
         let mut client = ChunkClient::enter(&server, "plain", Headers::Extended);
         for flags in [0, NBD_CMD_FLAG_FAST_ZERO] {
@@ -405,7 +410,7 @@ mod extended {
         assert!(client.ask(0, NBD_CMD_CACHE, 0, HUGE).is_done());
     }
 
-    fn clients_with_32_bits_are_told_what_they_can_hold(session: SessionKind) {
+    fn structured_replies_serve_ranges_up_to_32_bits_long(session: SessionKind) {
         let server = huge(session);
         let mut client = ChunkClient::enter(&server, "plain", Headers::Structured);
         let most = u64::from(u32::MAX);
@@ -423,7 +428,7 @@ mod extended {
         let mut client = ChunkClient::enter(&server, "cipher", Headers::Extended);
         let data: Vec<u8> = (0..300_000u32).map(|n| (n % 253).to_le_bytes()[0]).collect();
         for len in [1, 512, 4096, 65_536, 65_537, 300_000] {
-            // "MUST set the flag"; a client that does not is served all the same, as qemu 10's.
+            // "MUST set the flag". A client that does not set it, such as qemu 10, is served too.
             for flags in [NBD_CMD_FLAG_PAYLOAD_LEN, 0, NBD_CMD_FLAG_PAYLOAD_LEN | NBD_CMD_FLAG_FUA] {
                 assert!(client.ask_with(flags, NBD_CMD_WRITE, 777, &data[..len]).is_done());
                 assert!(client.read(0, 777, len as u64) == data[..len], "{len}");
@@ -434,7 +439,7 @@ mod extended {
         assert!(client.raw.is_closed());
     }
 
-    fn a_payload_that_no_command_takes_is_skipped_and_refused(session: SessionKind) {
+    fn a_payload_for_another_command_is_skipped_and_refused(session: SessionKind) {
         // "the server MUST ... consume[] the payload" of a command that takes none, "and fail with NBD_EINVAL"
         let server = server(session);
         let mut client = ChunkClient::enter(&server, "cipher", Headers::Extended);
@@ -446,14 +451,14 @@ mod extended {
             }
         }
         assert_eq!(client.ask_with(flag, NBD_CMD_FLUSH, 0, &[1; 8]).error().code, ErrorCode::Inval.code());
-        assert!(client.write(0, 0, b"in step").is_done());
-        assert_eq!(client.read(0, 0, 7), b"in step");
+        assert!(client.write(0, 0, b"in sync").is_done());
+        assert_eq!(client.read(0, 0, 7), b"in sync");
     }
 
-    fn lengths_of_64_bits_are_checked_as_such(session: SessionKind) {
+    fn all_64_bits_of_a_length_are_checked(session: SessionKind) {
         let server = server(session);
         let mut client = ChunkClient::enter(&server, "plain", Headers::Extended);
-        // Cut to 32 bits, each of these would be within the export.
+        // If only 32 bits of these lengths counted, each range would be within the export.
         for len in [1 << 32, (1 << 32) + 512, u64::MAX, u64::MAX - 511, 1 << 63] {
             for kind in [NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_CACHE, NBD_CMD_BLOCK_STATUS] {
                 einval(&mut client, 0, kind, 512, len);
@@ -461,13 +466,13 @@ mod extended {
             let error = client.ask(0, NBD_CMD_WRITE_ZEROES, 512, len).error();
             assert_eq!(error.code, ErrorCode::NoSpc.code());
         }
-        assert_eq!(client.read(0, MIB, 512), [0x5a; 512], "nothing of it was done");
+        assert_eq!(client.read(0, MIB, 512), [0x5a; 512], "the invalid requests changed nothing");
         for len in [1, 1 << 32] {
             einval(&mut client, 0, NBD_CMD_FLUSH, 0, len);
         }
     }
 
-    fn a_payload_longer_than_was_advertised_is_cut_off(session: SessionKind) {
+    fn a_payload_above_the_advertised_limit_is_disconnected(session: SessionKind) {
         // "A server SHOULD initiate hard disconnect if a client sets the NBD_CMD_FLAG_PAYLOAD_LEN flag and uses a length
         // larger than a server's advertised or default maximum payload length"
         let server = server(session);
@@ -480,7 +485,7 @@ mod extended {
         }
     }
 
-    fn a_header_of_the_other_kind_is_cut_off(session: SessionKind) {
+    fn a_header_of_the_wrong_kind_is_disconnected(session: SessionKind) {
         let server = server(session);
         let mut client = ChunkClient::enter(&server, "cipher", Headers::Extended);
         client.raw.send(&[request_bytes(0, NBD_CMD_READ, 1, 0, 512), vec![0; 4]].concat());
@@ -491,24 +496,24 @@ mod extended {
     }
 
     harness::on_both_sessions! {
-        extents_longer_than_4_gib_are_told_whole,
-        a_trim_longer_than_4_gib_gives_all_of_it_back,
-        zeroes_longer_than_4_gib_are_all_there,
-        clients_with_32_bits_are_told_what_they_can_hold,
+        extents_longer_than_4_gib_are_reported_as_one,
+        a_trim_longer_than_4_gib_frees_all_blocks,
+        more_than_4_gib_can_be_zeroed,
+        structured_replies_serve_ranges_up_to_32_bits_long,
         each_command_is_served_with_extended_headers,
-        a_payload_that_no_command_takes_is_skipped_and_refused,
-        lengths_of_64_bits_are_checked_as_such,
-        a_payload_longer_than_was_advertised_is_cut_off,
-        a_header_of_the_other_kind_is_cut_off,
+        a_payload_for_another_command_is_skipped_and_refused,
+        all_64_bits_of_a_length_are_checked,
+        a_payload_above_the_advertised_limit_is_disconnected,
+        a_header_of_the_wrong_kind_is_disconnected,
     }
 }
 
-mod haggling_for_chunks {
+mod negotiation {
     use super::*;
 
-    /// The replies' types, and the names of the contexts among them with their numbers.
+    /// Sends the option and returns the types of the replies, and the numbers and names of the contexts.
     fn asked(server: &TestServer, headers: Headers, option: u32, data: &[u8]) -> (Vec<u32>, Vec<(u32, String)>) {
-        let replies = haggling(server, headers).option(option, data);
+        let replies = negotiated(server, headers).option(option, data);
         let contexts = replies.iter().filter(|reply| reply.kind == NBD_REP_META_CONTEXT);
         let contexts = contexts.map(|reply| (be32(&reply.data), String::from_utf8(reply.data[4..].to_vec()).unwrap()));
         (replies.iter().map(|reply| reply.kind).collect(), contexts.collect())
@@ -517,7 +522,8 @@ mod haggling_for_chunks {
     fn contexts_are_listed_and_chosen_by_name(session: SessionKind) {
         let server = server(session);
         for headers in CHUNKS {
-            // "In the absence of any query string, the server SHOULD return all contexts"; "base:" all of its namespace.
+            // "In the absence of any query string, the server SHOULD return all contexts"; "base:" asks for all of its
+            // namespace.
             for queries in [&[][..], &["base:"], &["base:allocation"], &["qemu:dirty-bitmap:b", "base:allocation"]] {
                 let listed = asked(&server, headers, NBD_OPT_LIST_META_CONTEXT, &contexts("plain", queries));
                 // "The metadata context ID in these replies is reserved and SHOULD be set to zero"
@@ -530,7 +536,7 @@ mod haggling_for_chunks {
                     assert_eq!(listed, (vec![NBD_REP_ACK], vec![]), "{queries:?}");
                 }
             }
-            // Nothing is chosen by asking for nothing, or for a namespace.
+            // An empty query list and a query for a namespace choose nothing.
             for queries in [&[][..], &["base:"]] {
                 let set = asked(&server, headers, NBD_OPT_SET_META_CONTEXT, &contexts("plain", queries));
                 assert_eq!(set, (vec![NBD_REP_ACK], vec![]), "{queries:?}");
@@ -538,7 +544,7 @@ mod haggling_for_chunks {
         }
     }
 
-    fn a_mistake_is_told_and_leaves_nothing_chosen(session: SessionKind) {
+    fn a_bad_context_query_fails_and_clears_the_choice(session: SessionKind) {
         // "the selection ... replaces all previously-set metadata contexts (including when this command fails)"
         let server = server(session);
         let good = contexts("plain", &[BASE_ALLOCATION]);
@@ -553,14 +559,14 @@ mod haggling_for_chunks {
             (contexts("plain", &["base:x"; 2000]), NBD_REP_ERR_TOO_BIG),
             ([good.clone(), vec![0]].concat(), NBD_REP_ERR_INVALID),
         ];
-        // Cut anywhere; and a count of queries that are not there.
+        // Also queries that are cut off at any byte, and a count that is higher than the number of queries.
         mistakes.extend((0..good.len()).map(|len| (good[..len].to_vec(), NBD_REP_ERR_INVALID)));
         let mut many = good.clone();
         many[9..13].copy_from_slice(&u32::MAX.to_be_bytes());
         mistakes.push((many, NBD_REP_ERR_INVALID));
         for headers in CHUNKS {
             for (data, expected) in &mistakes {
-                let mut raw = haggling(&server, headers);
+                let mut raw = negotiated(&server, headers);
                 assert_eq!(raw.option(NBD_OPT_LIST_META_CONTEXT, data)[0].kind, *expected, "{:?}", data.get(..40));
                 assert_eq!(raw.option(NBD_OPT_SET_META_CONTEXT, &good).len(), 2);
                 assert_eq!(raw.option(NBD_OPT_SET_META_CONTEXT, data)[0].kind, *expected, "{:?}", data.get(..40));
@@ -570,7 +576,7 @@ mod haggling_for_chunks {
         }
     }
 
-    fn the_last_choice_counts_and_for_its_export_alone(session: SessionKind) {
+    fn the_last_context_choice_counts_only_for_its_export(session: SessionKind) {
         let server = server(session);
         for headers in CHUNKS {
             for (last, counts) in [
@@ -578,13 +584,13 @@ mod haggling_for_chunks {
                 (contexts("plain", &[BASE_ALLOCATION, "base:", "base:allocation"]), true),
                 (contexts("plain", &["base:"]), false),
                 (contexts("plain", &[]), false),
-                // "MUST be for the same export" as the one that is then entered.
+                // "MUST be for the same export" as the one that the client enters after that.
                 (contexts("cipher", &[BASE_ALLOCATION]), false),
             ] {
-                let mut raw = haggling(&server, headers);
+                let mut raw = negotiated(&server, headers);
                 raw.option(NBD_OPT_SET_META_CONTEXT, &contexts("plain", &[BASE_ALLOCATION]));
                 raw.option(NBD_OPT_SET_META_CONTEXT, &last);
-                // A list changes nothing.
+                // Listing contexts does not change the choice.
                 raw.option(NBD_OPT_LIST_META_CONTEXT, &contexts("plain", &[]));
                 let mut client = ChunkClient::go(raw, "plain", headers);
                 if counts {
@@ -596,7 +602,7 @@ mod haggling_for_chunks {
         }
     }
 
-    fn contexts_before_chunks_are_invalid(session: SessionKind) {
+    fn contexts_need_chunks_negotiated_first(session: SessionKind) {
         // "The client MUST have negotiated structured replies ... the server MUST reply with NBD_REP_ERR_INVALID"
         let server = server(session);
         for option in [NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT] {
@@ -608,47 +614,47 @@ mod haggling_for_chunks {
     fn structured_replies_after_extended_headers_are_refused(session: SessionKind) {
         // "If ... extended headers [were] negotiated, the server SHOULD reply NBD_REP_ERR_EXT_HEADER_REQD"
         let server = server(session);
-        let mut raw = haggling(&server, Headers::Extended);
+        let mut raw = negotiated(&server, Headers::Extended);
         assert_eq!(raw.option(NBD_OPT_STRUCTURED_REPLY, &[])[0].kind, NBD_REP_ERR_EXT_HEADER_REQD);
-        // And it is extended headers that are in force.
+        // The extended headers are still in force.
         let mut client = ChunkClient::go(raw, "plain", Headers::Extended);
         assert_eq!(client.read(0, MIB, 4), [0x5a; 4]);
-        // The other way round is the way up.
-        let mut raw = haggling(&server, Headers::Structured);
+        // Extended headers may follow structured replies.
+        let mut raw = negotiated(&server, Headers::Structured);
         assert_eq!(raw.option(NBD_OPT_EXTENDED_HEADERS, &[])[0].kind, NBD_REP_ACK);
         let mut client = ChunkClient::go(raw, "plain", Headers::Extended);
         assert_eq!(client.read(0, MIB, 4), [0x5a; 4]);
     }
 
-    fn both_options_carry_no_data_and_then_negotiate_nothing(session: SessionKind) {
+    fn options_with_unexpected_data_negotiate_nothing(session: SessionKind) {
         let server = server(session);
         for option in [NBD_OPT_STRUCTURED_REPLY, NBD_OPT_EXTENDED_HEADERS] {
             for len in [1, 100_000] {
-                let mut raw = haggling(&server, Headers::Simple);
+                let mut raw = negotiated(&server, Headers::Simple);
                 assert_eq!(raw.option(option, &vec![0; len])[0].kind, NBD_REP_ERR_INVALID);
                 raw.option(NBD_OPT_GO, &query("plain", &[]));
-                assert_eq!(raw.read(MIB, 2), Ok(vec![0x5a; 2]), "simple replies");
+                assert_eq!(raw.read(MIB, 2), Ok(vec![0x5a; 2]), "replies are simple");
             }
         }
     }
 
-    fn export_name_after_extended_headers_is_cut_off(session: SessionKind) {
+    fn export_name_after_extended_headers_is_disconnected(session: SessionKind) {
         let server = server(session);
-        let mut raw = haggling(&server, Headers::Extended);
+        let mut raw = negotiated(&server, Headers::Extended);
         raw.send_option(NBD_OPT_EXPORT_NAME, b"plain");
         assert!(raw.is_closed());
-        let mut raw = haggling(&server, Headers::Structured);
+        let mut raw = negotiated(&server, Headers::Structured);
         raw.send_option(NBD_OPT_EXPORT_NAME, b"plain");
         assert_ne!(be16(&raw.receive(10)[8..]) & NBD_FLAG_SEND_DF, 0);
     }
 
     harness::on_both_sessions! {
         contexts_are_listed_and_chosen_by_name,
-        a_mistake_is_told_and_leaves_nothing_chosen,
-        the_last_choice_counts_and_for_its_export_alone,
-        contexts_before_chunks_are_invalid,
+        a_bad_context_query_fails_and_clears_the_choice,
+        the_last_context_choice_counts_only_for_its_export,
+        contexts_need_chunks_negotiated_first,
         structured_replies_after_extended_headers_are_refused,
-        both_options_carry_no_data_and_then_negotiate_nothing,
-        export_name_after_extended_headers_is_cut_off,
+        options_with_unexpected_data_negotiate_nothing,
+        export_name_after_extended_headers_is_disconnected,
     }
 }

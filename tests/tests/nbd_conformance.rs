@@ -1,5 +1,5 @@
-//! What the NBD protocol document says a server MUST and SHOULD do, a test a sentence, over a socket. Quotations are the
-//! document's, <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>.
+//! What the NBD specification says a server MUST or SHOULD do, one test for each sentence, over a socket. Quotations are from
+//! <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -22,7 +22,7 @@ fn volume() -> Arc<Volume> {
     Arc::new(encrypted(Arc::new(MemoryStore::zeroed(40 << 20)), SectorSize::B512))
 }
 
-/// A server of an export `disk` and a read-only export `fixed`.
+/// Starts a server with an export `disk` and a read-only export `fixed`.
 fn server() -> TestServer {
     server_on(SessionKind::Auto)
 }
@@ -34,9 +34,9 @@ fn server_on(session: SessionKind) -> TestServer {
     )
 }
 
-fn haggling(server: &TestServer) -> RawClient<UnixStream> {
+fn negotiated(server: &TestServer) -> RawClient<UnixStream> {
     let mut client = server.connect();
-    client.haggle(BOTH);
+    client.start_handshake(BOTH);
     client
 }
 
@@ -51,7 +51,7 @@ mod handshake {
     use super::*;
 
     #[test]
-    fn fixed_newstyle_must_be_set_and_no_flag_that_is_not_defined() {
+    fn only_defined_handshake_flags_are_set() {
         // "NBD_FLAG_FIXED_NEWSTYLE; MUST be set by servers that support the fixed newstyle protocol ... The server MUST
         // NOT set any other flags"
         let flags = server().connect().greeting();
@@ -64,7 +64,7 @@ mod handshake {
         let server = server();
         for flag in 2..32 {
             let mut client = server.connect();
-            client.haggle(FIXED | 1 << flag);
+            client.start_handshake(FIXED | 1 << flag);
             assert!(client.is_closed(), "bit {flag}");
         }
     }
@@ -72,40 +72,40 @@ mod handshake {
     #[test]
     fn an_option_without_its_magic_closes_the_connection() {
         let server = server();
-        let mut client = haggling(&server);
+        let mut client = negotiated(&server);
         client.send(&[0x55; 16]);
         assert!(client.is_closed());
     }
 
     #[test]
-    fn export_name_is_answered_with_size_flags_and_124_zeroes() {
+    fn export_name_is_answered_with_size_flags_and_124_zeros() {
         let server = server();
         let mut client = server.connect();
-        client.haggle(FIXED);
+        client.start_handshake(FIXED);
         client.send_option(NBD_OPT_EXPORT_NAME, b"disk");
         let reply = client.receive(134);
         assert_eq!(be64(&reply), SIZE);
         assert_ne!(be16(&reply[8..]) & NBD_FLAG_HAS_FLAGS, 0);
         assert!(reply[10..].iter().all(|byte| *byte == 0));
-        assert_eq!(client.flush(), 0, "in transmission");
+        assert_eq!(client.flush(), 0, "the transmission phase has begun");
     }
 
     #[test]
-    fn the_zeroes_must_not_be_sent_when_the_client_does_not_want_them() {
+    fn the_124_zeros_are_left_out_if_both_agreed() {
         // "the server MUST NOT send the 124 bytes of zero"
         let server = server();
         let mut client = server.connect();
-        client.haggle(BOTH);
+        client.start_handshake(BOTH);
         client.send_option(NBD_OPT_EXPORT_NAME, b"disk");
         assert_eq!(be64(&client.receive(10)), SIZE);
-        assert_eq!(client.flush(), 0, "the next bytes are a reply");
+        assert_eq!(client.flush(), 0, "the next bytes must be a reply");
     }
 
     #[test]
     fn export_name_of_an_unknown_export_must_terminate_the_session() {
         // "If the chosen export does not exist ..., the server MUST terminate the session."
         let server = server();
-        let mut client = haggling(&server);
+        let mut client = negotiated(&server);
         client.send_option(NBD_OPT_EXPORT_NAME, b"nowhere");
         assert!(client.is_closed());
     }
@@ -114,7 +114,7 @@ mod handshake {
     fn the_empty_name_is_the_default_export() {
         // "A special, "empty", name ... is reserved for a "default" export"
         let server = server();
-        let mut client = haggling(&server);
+        let mut client = negotiated(&server);
         let told = infos(&mut client, NBD_OPT_INFO, "", &[NBD_INFO_NAME]);
         assert!(told.contains(&(NBD_INFO_NAME, b"disk".to_vec())));
     }
@@ -124,7 +124,7 @@ mod handshake {
         // "The server MUST reply with NBD_REP_ACK ... a server SHOULD ignore any data sent by the client"
         let server = server();
         for data in [vec![], vec![1], vec![9; 100_000]] {
-            let mut client = haggling(&server);
+            let mut client = negotiated(&server);
             let replies = client.option(NBD_OPT_ABORT, &data);
             assert_eq!(replies.iter().map(|reply| reply.kind).collect::<Vec<_>>(), [NBD_REP_ACK]);
             assert!(client.is_closed());
@@ -134,7 +134,7 @@ mod handshake {
     #[test]
     fn list_names_each_export_and_is_then_acknowledged() {
         let server = server();
-        let mut replies = haggling(&server).option(NBD_OPT_LIST, &[]);
+        let mut replies = negotiated(&server).option(NBD_OPT_LIST, &[]);
         assert_eq!(replies.pop().unwrap().kind, NBD_REP_ACK);
         let names: Vec<_> = replies
             .iter()
@@ -153,9 +153,9 @@ mod handshake {
         // "the server SHOULD reject a request that includes data with NBD_REP_ERR_INVALID"
         let server = server();
         for data in [vec![0], vec![0; 50_000]] {
-            let mut client = haggling(&server);
+            let mut client = negotiated(&server);
             assert_eq!(client.option(NBD_OPT_LIST, &data)[0].kind, NBD_REP_ERR_INVALID);
-            assert_eq!(client.option(NBD_OPT_LIST, &[]).len(), 3, "the haggling goes on");
+            assert_eq!(client.option(NBD_OPT_LIST, &[]).len(), 3, "the handshake goes on");
         }
     }
 
@@ -164,7 +164,7 @@ mod handshake {
         // "The presence of the option length in every option allows the server to skip any options ... that it does not
         // understand."
         let server = server();
-        let mut client = haggling(&server);
+        let mut client = negotiated(&server);
         for (option, len) in [(4, 0), (0x1234, 1), (u32::MAX, 300_000), (77, 16 * 1024 + 1)] {
             let replies = client.option(option, &vec![0xee; len]);
             assert_eq!(replies.len(), 1);
@@ -179,17 +179,17 @@ mod handshake {
         // "If the server receives NBD_OPT_STARTTLS it MUST respond with NBD_REP_ERR_POLICY ... NBD_REP_ERR_UNSUP ... The
         // server MUST NOT respond to any option request with NBD_REP_ERR_TLS_REQD."
         let server = server();
-        let replies = haggling(&server).option(NBD_OPT_STARTTLS, &[]);
+        let replies = negotiated(&server).option(NBD_OPT_STARTTLS, &[]);
         assert_eq!(replies[0].kind, NBD_REP_ERR_POLICY);
     }
 
     #[test]
-    fn info_and_go_must_tell_of_size_and_flags_before_they_acknowledge() {
+    fn info_and_go_send_size_and_flags_before_the_ack() {
         // "The server MUST send an NBD_INFO_EXPORT information type at some point before sending an NBD_REP_ACK ...
         // length MUST be 12"
         let server = server();
         for option in [NBD_OPT_INFO, NBD_OPT_GO] {
-            let mut client = haggling(&server);
+            let mut client = negotiated(&server);
             let told = infos(&mut client, option, "disk", &[]);
             let export = &told.iter().find(|(kind, _)| *kind == NBD_INFO_EXPORT).unwrap().1;
             assert_eq!(export.len(), 10);
@@ -198,43 +198,43 @@ mod handshake {
     }
 
     #[test]
-    fn information_requests_that_are_not_understood_must_be_ignored() {
+    fn unknown_information_requests_must_be_ignored() {
         // "The server MUST ignore any information requests it does not understand."
         let server = server();
-        let mut client = haggling(&server);
+        let mut client = negotiated(&server);
         let told = infos(&mut client, NBD_OPT_GO, "disk", &[999, NBD_INFO_DESCRIPTION, 0xffff]);
         assert!(told.contains(&(NBD_INFO_DESCRIPTION, b"the disk of the tests".to_vec())));
         assert!(told.iter().all(|(kind, _)| *kind <= NBD_INFO_BLOCK_SIZE));
     }
 
     #[test]
-    fn go_must_tell_the_same_as_info_did() {
+    fn go_must_reply_with_the_same_information_as_info() {
         // "the server MUST reply with the same set of information"
         let server = server();
-        let mut client = haggling(&server);
+        let mut client = negotiated(&server);
         let asked = [NBD_INFO_BLOCK_SIZE, NBD_INFO_NAME, NBD_INFO_DESCRIPTION];
         let info = infos(&mut client, NBD_OPT_INFO, "disk", &asked);
         assert_eq!(infos(&mut client, NBD_OPT_GO, "disk", &asked), info);
     }
 
     #[test]
-    fn after_go_no_zeroes_must_follow_whatever_the_client_flags_were() {
+    fn go_never_sends_the_124_zeros() {
         // "The server MUST NOT send any zero padding bytes after the NBD_REP_ACK data, whether or not the client
         // negotiated the NBD_FLAG_C_NO_ZEROES flag."
         let server = server();
         for flags in [FIXED, BOTH] {
             let mut client = server.connect();
-            client.haggle(flags);
+            client.start_handshake(flags);
             client.option(NBD_OPT_GO, &query("disk", &[]));
-            assert_eq!(client.flush(), 0, "the next bytes are a reply");
+            assert_eq!(client.flush(), 0, "the next bytes must be a reply");
         }
     }
 
     #[test]
-    fn go_to_an_unknown_export_is_an_error_and_the_haggling_goes_on() {
+    fn go_to_an_unknown_export_does_not_end_the_handshake() {
         // "NBD_REP_ERR_UNKNOWN: The chosen export does not exist ... the server SHOULD NOT send NBD_REP_INFO replies."
         let server = server();
-        let mut client = haggling(&server);
+        let mut client = negotiated(&server);
         for option in [NBD_OPT_INFO, NBD_OPT_GO] {
             let replies = client.option(option, &query("nowhere", &[NBD_INFO_BLOCK_SIZE]));
             assert_eq!(replies.iter().map(|reply| reply.kind).collect::<Vec<_>>(), [NBD_REP_ERR_UNKNOWN]);
@@ -244,10 +244,10 @@ mod handshake {
     }
 
     #[test]
-    fn a_name_that_reaches_past_its_option_is_invalid() {
+    fn a_name_longer_than_its_option_is_invalid() {
         // "32 bits, length of name (unsigned); MUST be no larger than the option data length - 6"
         let server = server();
-        let mut client = haggling(&server);
+        let mut client = negotiated(&server);
         let mut data = query("disk", &[]);
         for len in [5u32, 6, 4096, u32::MAX] {
             data[..4].copy_from_slice(&len.to_be_bytes());
@@ -259,10 +259,10 @@ mod handshake {
     }
 
     #[test]
-    fn a_string_must_be_no_longer_than_4096_bytes_and_have_no_nul() {
+    fn strings_have_at_most_4096_bytes_and_no_nul() {
         // "MUST NOT contain NUL characters ... and MUST be no longer than 4096 bytes"
         let server = server();
-        let mut client = haggling(&server);
+        let mut client = negotiated(&server);
         assert_eq!(client.option(NBD_OPT_GO, &query("di\0sk", &[]))[0].kind, NBD_REP_ERR_INVALID);
         assert_eq!(client.option(NBD_OPT_GO, &query(&"x".repeat(4096), &[]))[0].kind, NBD_REP_ERR_UNKNOWN);
         assert_eq!(client.option(NBD_OPT_GO, &query(&"x".repeat(4097), &[]))[0].kind, NBD_REP_ERR_TOO_BIG);
@@ -270,12 +270,12 @@ mod handshake {
     }
 
     #[test]
-    fn block_sizes_must_be_powers_of_two_in_order() {
+    fn block_sizes_must_be_ascending_powers_of_two() {
         // "this value MUST be a power of 2, MUST NOT be larger than 2^16"; "MUST be a power of 2 at least as large as the
         // maximum of the minimum block size and 2^9"; "MUST be at least as large as the preferred block size, and SHOULD
         // be at least 2^20"
         let server = server();
-        let told = infos(&mut haggling(&server), NBD_OPT_INFO, "disk", &[NBD_INFO_BLOCK_SIZE]);
+        let told = infos(&mut negotiated(&server), NBD_OPT_INFO, "disk", &[NBD_INFO_BLOCK_SIZE]);
         let sizes = &told.iter().find(|(kind, _)| *kind == NBD_INFO_BLOCK_SIZE).unwrap().1;
         assert_eq!(sizes.len(), 12);
         let (minimum, preferred, maximum) = (be32(sizes), be32(&sizes[4..]), be32(&sizes[8..]));
@@ -285,11 +285,11 @@ mod handshake {
     }
 
     #[test]
-    fn transmission_flags_must_be_those_of_what_is_served() {
+    fn transmission_flags_must_match_what_the_export_supports() {
         // "NBD_FLAG_HAS_FLAGS: MUST always be 1"; "MUST leave this flag [SEND_DF] clear if structured replies have not
         // been negotiated"; SEND_FAST_ZERO "MUST [be] 0 if NBD_FLAG_SEND_WRITE_ZEROES is not set"
         let server = server();
-        let mut client = haggling(&server);
+        let mut client = negotiated(&server);
         let mut flags = |name| be16(&infos(&mut client, NBD_OPT_INFO, name, &[])[0].1[8..]);
         let (disk, fixed) = (flags("disk"), flags("fixed"));
         for flags in [disk, fixed] {
@@ -301,10 +301,10 @@ mod handshake {
     }
 
     #[test]
-    fn a_client_that_haggles_without_end_is_cut_off() {
+    fn a_client_that_sends_options_without_end_is_disconnected() {
         // "if a server believes a client's behaviour constitutes a denial of service, it MAY initiate a hard disconnect"
         let server = server();
-        let mut client = haggling(&server);
+        let mut client = negotiated(&server);
         for _ in 0..128 {
             assert_eq!(client.option(NBD_OPT_LIST, &[]).len(), 3);
         }
@@ -313,9 +313,9 @@ mod handshake {
     }
 
     #[test]
-    fn a_client_that_announces_gigabytes_of_option_is_cut_off() {
+    fn an_option_that_announces_gigabytes_is_disconnected() {
         let server = server();
-        let mut client = haggling(&server);
+        let mut client = negotiated(&server);
         let mut header = option_bytes(0x77, &[]);
         header[12..].copy_from_slice(&u32::MAX.to_be_bytes());
         client.send(&header);
@@ -323,11 +323,11 @@ mod handshake {
     }
 
     #[test]
-    fn a_client_that_comes_without_fixed_newstyle_is_served_all_the_same() {
+    fn a_client_without_fixed_newstyle_is_served_too() {
         // "Servers MAY choose to honour fixed newstyle from clients that didn't set this bit"
         let server = server();
         let mut client = server.connect();
-        client.haggle(0);
+        client.start_handshake(0);
         client.send_option(NBD_OPT_EXPORT_NAME, b"disk");
         client.receive(134);
         assert_eq!(client.flush(), 0);
@@ -378,7 +378,7 @@ mod transmission {
             let reply = client.reply();
             assert_eq!(reply.error, 0);
             let block = usize::try_from(reply.cookie).unwrap();
-            assert!(!std::mem::replace(&mut seen[block], true), "answered twice");
+            assert!(!std::mem::replace(&mut seen[block], true), "a request was answered twice");
             let expected = u8::try_from(block).unwrap();
             assert!(client.receive(4096).iter().all(|byte| *byte == expected));
         }
@@ -396,7 +396,7 @@ mod transmission {
         assert_eq!(client.flush(), 0);
     }
 
-    fn a_write_past_the_end_has_no_space_and_the_rest_is_invalid_there(session: SessionKind) {
+    fn requests_past_the_end_fail_with_enospc_or_einval(session: SessionKind) {
         // "The server SHOULD return NBD_ENOSPC if it receives a write request including one or more sectors beyond the
         // size of the device ... NBD_EINVAL if it receives a read or trim request"
         let server = server_on(session);
@@ -409,7 +409,7 @@ mod transmission {
             assert_eq!(client.request(0, NBD_CMD_TRIM, offset, len), EINVAL);
             assert_eq!(client.request(0, NBD_CMD_CACHE, offset, len), EINVAL);
         }
-        assert_eq!(client.write(0, SIZE - 512, &[1; 512]), 0, "the last sector");
+        assert_eq!(client.write(0, SIZE - 512, &[1; 512]), 0, "the last sector can be written");
     }
 
     fn unknown_commands_and_flags_are_invalid(session: SessionKind) {
@@ -428,7 +428,7 @@ mod transmission {
                     assert_eq!(client.request(1 << flag, command, 0, len), EINVAL, "command {command} bit {flag}");
                 }
             }
-            assert_eq!(client.write(1 << flag, 0, &[0; 512]), EINVAL, "bit {flag}: the payload is consumed");
+            assert_eq!(client.write(1 << flag, 0, &[0; 512]), EINVAL, "bit {flag}, with a payload");
         }
         assert_eq!(client.flush(), 0);
     }
@@ -455,7 +455,7 @@ mod transmission {
         assert_eq!(client.request(0, NBD_CMD_FLUSH, 0, 512), EINVAL);
     }
 
-    fn requests_of_no_length_do_not_disconnect(session: SessionKind) {
+    fn requests_of_length_zero_do_not_disconnect(session: SessionKind) {
         // "the behavior of a server on such a request is unspecified although the server SHOULD NOT disconnect"
         let server = server_on(session);
         let mut client = client(&server, "disk");
@@ -467,7 +467,7 @@ mod transmission {
         assert_eq!(client.flush(), 0);
     }
 
-    fn a_payload_of_32_mebibytes_is_served_and_one_longer_is_refused(session: SessionKind) {
+    fn payloads_are_served_up_to_32_mib(session: SessionKind) {
         // "any payload not exceeding 2^25 (33,554,432) bytes SHOULD NOT be considered a denial of service attack"
         let server = server_on(session);
         let mut client = client(&server, "disk");
@@ -476,24 +476,24 @@ mod transmission {
         assert!(client.read(4096, MAX_PAYLOAD) == Ok(data));
         assert_eq!(client.read(0, MAX_PAYLOAD + 1), Err(EINVAL));
         assert_eq!(client.write(0, 0, &vec![7; MAX_PAYLOAD as usize + 1]), EINVAL);
-        assert_ne!(client.read(0, 512), Ok(vec![7; 512]), "nothing was written, and the connection lives");
+        assert_ne!(client.read(0, 512), Ok(vec![7; 512]), "nothing was written and the connection still works");
     }
 
-    fn a_payload_of_gigabytes_is_cut_off(session: SessionKind) {
+    fn a_payload_of_gigabytes_is_disconnected(session: SessionKind) {
         let server = server_on(session);
         let mut client = client(&server, "disk");
         client.send_request(0, NBD_CMD_WRITE, 0, u32::MAX);
         assert!(client.is_closed());
     }
 
-    fn a_request_without_its_magic_is_cut_off(session: SessionKind) {
+    fn a_request_without_its_magic_is_disconnected(session: SessionKind) {
         let server = server_on(session);
         let mut client = client(&server, "disk");
         client.send(&[0x25; REQUEST_LEN]);
         assert!(client.is_closed());
     }
 
-    fn trims_and_zeroes_may_be_longer_than_a_payload(session: SessionKind) {
+    fn trims_and_write_zeroes_may_exceed_the_payload_limit(session: SessionKind) {
         // "the client MAY request an effect length larger than the maximum payload size; the server SHOULD NOT disconnect"
         let server = server_on(session);
         let mut client = client(&server, "disk");
@@ -504,7 +504,7 @@ mod transmission {
         assert_eq!(client.request(0, NBD_CMD_TRIM, 0, all), 0);
     }
 
-    fn zeroes_must_read_back_as_zeroes(session: SessionKind) {
+    fn written_zeros_must_read_back_as_zeros(session: SessionKind) {
         // "it MUST ensure that the data reads back as zero"; NO_HOLE "MUST [be] support[ed]"
         let server = server_on(session);
         let mut client = client(&server, "disk");
@@ -517,7 +517,7 @@ mod transmission {
         }
     }
 
-    fn fast_zeroes_must_fail_quickly_where_they_are_not_fast(session: SessionKind) {
+    fn fast_zero_must_fail_quickly_if_it_is_not_fast(session: SessionKind) {
         // "MUST fail quickly with NBD_ENOTSUP unless the request can be serviced in less time than a corresponding
         // NBD_CMD_WRITE, and SHOULD NOT alter the contents"; without the flag "the server MUST NOT fail with NBD_ENOTSUP"
         let server = server_on(session);
@@ -531,7 +531,7 @@ mod transmission {
         assert_eq!(client.request(0, NBD_CMD_WRITE_ZEROES, 0, 4096), 0);
     }
 
-    fn fast_zeroes_succeed_where_they_are_fast(session: SessionKind) {
+    fn fast_zero_succeeds_if_it_is_fast(session: SessionKind) {
         let store = Arc::new(MemoryStore::from(vec![0xff; 1 << 20]));
         let server = TestServer::of(session, Volume::plaintext(store, SectorSize::B512).unwrap());
         let mut client = server.client();
@@ -539,14 +539,14 @@ mod transmission {
         let mut expected = vec![0xff; 2048];
         expected[512..1536].fill(0);
         assert_eq!(client.read(0, 2048), Ok(expected));
-        // Zeros within a sector must be written, and a full provision is one that is written.
+        // The server must write zeros that begin or end within a sector. It must also write them if no hole is allowed.
         let not_fast = ErrorCode::NotSup.code();
         assert_eq!(client.request(NBD_CMD_FLAG_FAST_ZERO, NBD_CMD_WRITE_ZEROES, 100, 1024), not_fast);
         let no_hole = NBD_CMD_FLAG_FAST_ZERO | NBD_CMD_FLAG_NO_HOLE;
         assert_eq!(client.request(no_hole, NBD_CMD_WRITE_ZEROES, 0, 1024), not_fast);
     }
 
-    fn a_disconnect_must_be_preceded_by_the_answers_that_are_due_and_has_none_itself(session: SessionKind) {
+    fn a_disconnect_waits_for_outstanding_replies_and_gets_none(session: SessionKind) {
         // "The server MUST handle all outstanding requests ... and close the TCP session ... There is no reply to an
         // NBD_CMD_DISC."
         let server = server_on(session);
@@ -580,19 +580,19 @@ mod transmission {
         without_negotiation_every_reply_must_be_simple,
         many_requests_at_once_are_each_answered_once,
         writes_to_a_read_only_export_must_fail,
-        a_write_past_the_end_has_no_space_and_the_rest_is_invalid_there,
+        requests_past_the_end_fail_with_enospc_or_einval,
         unknown_commands_and_flags_are_invalid,
         fua_must_be_accepted_with_every_command,
         the_offset_and_length_of_a_flush_must_be_zero,
-        requests_of_no_length_do_not_disconnect,
-        a_payload_of_32_mebibytes_is_served_and_one_longer_is_refused,
-        a_payload_of_gigabytes_is_cut_off,
-        a_request_without_its_magic_is_cut_off,
-        trims_and_zeroes_may_be_longer_than_a_payload,
-        zeroes_must_read_back_as_zeroes,
-        fast_zeroes_must_fail_quickly_where_they_are_not_fast,
-        fast_zeroes_succeed_where_they_are_fast,
-        a_disconnect_must_be_preceded_by_the_answers_that_are_due_and_has_none_itself,
+        requests_of_length_zero_do_not_disconnect,
+        payloads_are_served_up_to_32_mib,
+        a_payload_of_gigabytes_is_disconnected,
+        a_request_without_its_magic_is_disconnected,
+        trims_and_write_zeroes_may_exceed_the_payload_limit,
+        written_zeros_must_read_back_as_zeros,
+        fast_zero_must_fail_quickly_if_it_is_not_fast,
+        fast_zero_succeeds_if_it_is_fast,
+        a_disconnect_waits_for_outstanding_replies_and_gets_none,
         caching_has_no_effect_on_what_is_read,
     }
 }
@@ -602,7 +602,7 @@ mod durability {
 
     type Log = Arc<Mutex<Vec<Operation>>>;
 
-    /// A server whose disk notes what reaches it; writes and flushes fail when told to.
+    /// Starts a server whose disk logs the operations that reach it. Writes and flushes fail where `fail` says so.
     fn server(
         session: SessionKind,
         fail: impl Fn(Operation) -> Option<io::ErrorKind> + Send + Sync + 'static,
@@ -623,18 +623,18 @@ mod durability {
             > last(|operation| matches!(operation, Operation::Write(..) | Operation::Discard(..)))
     }
 
-    fn a_flush_must_follow_what_was_answered_before_it(session: SessionKind) {
+    fn a_flush_must_cover_writes_already_answered(session: SessionKind) {
         // "The server MUST NOT send a successful reply header for this request before all write requests for which a reply
         // has already been sent to the client have reached permanent storage"
         let (server, log) = server(session, |_| None);
         let mut client = server.client();
         assert_eq!(client.write(0, 0, &[1; 4096]), 0);
-        assert!(!flushed_after_last_write(&log), "a plain write is not flushed");
+        assert!(!flushed_after_last_write(&log), "a write without FUA is not flushed");
         assert_eq!(client.flush(), 0);
         assert!(flushed_after_last_write(&log));
     }
 
-    fn a_flush_must_cover_what_other_connections_were_answered(session: SessionKind) {
+    fn a_flush_must_cover_writes_of_other_connections(session: SessionKind) {
         // "the effects of NBD_CMD_FLUSH and NBD_CMD_FLAG_FUA MUST be visible across all connections"
         let (server, log) = server(session, |_| None);
         let (mut one, mut other) = (server.client(), server.client());
@@ -657,7 +657,7 @@ mod durability {
         }
     }
 
-    fn a_flush_that_fails_must_say_so(session: SessionKind) {
+    fn a_failed_flush_must_be_reported(session: SessionKind) {
         let (server, _) = server(session, |operation| (operation == Operation::Flush).then_some(io::ErrorKind::Other));
         let mut client = server.client();
         assert_eq!(client.flush(), ErrorCode::Io.code());
@@ -665,7 +665,7 @@ mod durability {
         assert_eq!(client.write(0, 0, &[1; 512]), 0);
     }
 
-    fn a_full_disk_is_no_space(session: SessionKind) {
+    fn a_full_disk_is_reported_as_enospc(session: SessionKind) {
         // "It also SHOULD map the EDQUOT and EFBIG errors to NBD_ENOSPC."
         for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded, io::ErrorKind::FileTooLarge] {
             let (server, _) =
@@ -675,10 +675,10 @@ mod durability {
     }
 
     harness::on_both_sessions! {
-        a_flush_must_follow_what_was_answered_before_it,
-        a_flush_must_cover_what_other_connections_were_answered,
+        a_flush_must_cover_writes_already_answered,
+        a_flush_must_cover_writes_of_other_connections,
         fua_must_be_answered_after_the_data_is_durable,
-        a_flush_that_fails_must_say_so,
-        a_full_disk_is_no_space,
+        a_failed_flush_must_be_reported,
+        a_full_disk_is_reported_as_enospc,
     }
 }

@@ -1,5 +1,5 @@
-//! Holes, as the programs that ask for them and make them see them: in plaintext and in cipher, on tmpfs and in a file on a
-//! disk, by both sessions.
+//! Tests holes with the programs that ask for them and make them: in plaintext and encrypted exports, on tmpfs and in a
+//! file on a disk, with both kinds of session.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -18,11 +18,11 @@ const SIZE: u64 = 8 * MIB;
 const BLOCK: u64 = 4096;
 const EXPORTS: [&str; 4] = ["plain-memory", "plain-file", "cipher-memory", "cipher-file"];
 
-/// What a client is told of a stretch.
+/// What block status says about an extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Data,
-    /// It reads as anything.
+    /// A hole whose content is undefined.
     Hole,
     HoleOfZeroes,
 }
@@ -34,24 +34,24 @@ impl State {
             (false, false) => Data,
             (true, false) => Hole,
             (true, true) => HoleOfZeroes,
-            (false, true) => panic!("zeros that are no hole: the server knows of none"),
+            (false, true) => panic!("the server reports allocated zeros, which it never should"),
         }
     }
 }
 
-/// Lengths and states, in order.
+/// The length and state of each extent, in order.
 type Map = Vec<(u64, State)>;
 
-/// A sparse file, in memory mapped as the program does it, elsewhere past the page cache.
+/// Makes a sparse file. On tmpfs the store maps it, as nbdcrypt does. Elsewhere the store uses direct I/O.
 fn sparse(place: &Path) -> Arc<FileStore> {
     let file = tempfile::NamedTempFile::new_in(place).unwrap();
     file.as_file().set_len(SIZE).unwrap();
-    // The name may go: the store holds the file.
+    // The file's name may be removed: the store keeps the file open.
     let store = FileStore::open(file.path(), Access::ReadWrite, Caching::Direct).unwrap();
     Arc::new(store.mapped(BusErrorsCaught::new().unwrap()))
 }
 
-/// A server of each of [`EXPORTS`], all hole.
+/// Starts a server with each of [`EXPORTS`]. Each is one large hole.
 fn server(session: SessionKind) -> TestServer {
     TestServer::on(
         session,
@@ -68,17 +68,17 @@ fn server(session: SessionKind) -> TestServer {
     )
 }
 
-/// Has qemu-io do these one after the other.
+/// Runs these qemu-io commands one after the other.
 fn qemu_io(uri: &str, commands: &[&str]) {
     let mut arguments = vec!["-f", "raw", "-d", "unmap"];
     arguments.extend(commands.iter().flat_map(|command| ["-c", command]));
     arguments.push(uri);
     let said = run("qemu-io", &arguments);
-    // qemu-io ends well even when a request failed.
+    // qemu-io exits with success even if a request failed.
     assert!(!said.contains("failed") && said.matches(" ops; ").count() == commands.len(), "{commands:?}: {said}");
 }
 
-/// What `nbdinfo --map` tells.
+/// Returns the map that `nbdinfo --map` prints.
 fn nbdinfo_map(uri: &str) -> Map {
     let told: serde_json::Value = serde_json::from_str(&run("nbdinfo", ["--map", "--json", uri])).unwrap();
     let told = told.as_array().unwrap().iter();
@@ -92,7 +92,7 @@ fn nbdinfo_map(uri: &str) -> Map {
     told.collect()
 }
 
-/// What `qemu-img map` tells.
+/// Returns the map that `qemu-img map` prints.
 fn qemu_img_map(uri: &str) -> Map {
     let told = run("qemu-img", ["map", "--output=json", "-f", "raw", uri]);
     let told: serde_json::Value = serde_json::from_str(&told).unwrap();
@@ -107,11 +107,12 @@ fn qemu_img_map(uri: &str) -> Map {
     told.collect()
 }
 
-fn what_trim_and_zeroes_leave_is_mapped_alike_by_nbdinfo_and_qemu_img(session: SessionKind) {
+/// Checks the holes that trims and zero writes leave.
+fn nbdinfo_and_qemu_img_map_the_same_holes(session: SessionKind) {
     let server = server(session);
     for name in EXPORTS {
         let uri = server.uri(name);
-        // Under a cipher a hole reads as anything, and zeros are written.
+        // In an encrypted export, the content of a hole is undefined, and zeros are written as data.
         let is_plain = name.starts_with("plain");
         let (hole, zeroes) = if is_plain { (HoleOfZeroes, HoleOfZeroes) } else { (Hole, Data) };
         let map = |expected: &[(u64, State)], when: &str| {
@@ -130,7 +131,7 @@ fn what_trim_and_zeroes_leave_is_mapped_alike_by_nbdinfo_and_qemu_img(session: S
         map(&[(SIZE, Data)], "written");
         qemu_io(&uri, &["discard 1M 1M", "write -z -u 3M 1M", "write -z 5M 1M", "discard 6295456 128k"]);
         let rest = 2 * MIB - 32 * BLOCK;
-        // Of what is trimmed, whole blocks go; zeros that may not be a hole are written.
+        // Only whole blocks of a trimmed range become holes. Zeros are written as data if no hole is allowed.
         let trimmed = [
             (MIB, Data),
             (MIB, hole),
@@ -161,11 +162,12 @@ fn what_trim_and_zeroes_leave_is_mapped_alike_by_nbdinfo_and_qemu_img(session: S
     }
 }
 
-fn copies_in_and_out_over_four_connections_are_equal_and_plaintext_keeps_its_holes(session: SessionKind) {
+/// Copies in and out over four connections are equal, and plaintext exports keep their holes.
+fn nbdcopy_keeps_the_data_and_the_holes_of_plaintext(session: SessionKind) {
     let server = server(session);
     let path = |name: &str| server.directory().join(name).to_str().unwrap().to_owned();
     let (image, copied, converted) = (path("image"), path("copied"), path("converted"));
-    // Two stretches of data, the second of which begins and ends within blocks.
+    // Two ranges of data. The second one begins and ends within a block.
     let file = fs::File::create(&image).unwrap();
     file.set_len(SIZE).unwrap();
     let data: Vec<u8> = (0..MIB).map(|at| (at % 251).to_le_bytes()[0] | 1).collect();
@@ -185,13 +187,13 @@ fn copies_in_and_out_over_four_connections_are_equal_and_plaintext_keeps_its_hol
 
         let before = connected();
         run("nbdcopy", ["--threads=4", "--connections=4", "--request-size=65536", &image, &uri]);
-        assert_eq!(connected() - before, 4, "it trusts NBD_FLAG_CAN_MULTI_CONN");
+        assert_eq!(connected() - before, 4, "nbdcopy opens four connections because of NBD_FLAG_CAN_MULTI_CONN");
         assert!(read_all() == image_bytes, "{name}");
         let holes: u64 = nbdinfo_map(&uri).iter().filter(|(_, state)| *state == HoleOfZeroes).map(|(len, _)| len).sum();
         let data_blocks = MIB + 74 * BLOCK;
         assert_eq!(if is_plain { SIZE - data_blocks } else { 0 }, holes, "{name}");
 
-        // What a hole of a cipher's reads as is no zeros, and is copied as it reads.
+        // A hole of an encrypted export does not read as zeros. It is copied as data.
         qemu_io(&uri, &["discard 1536k 2M"]);
         let now = read_all();
         assert!(now != image_bytes, "{name}");
@@ -212,7 +214,7 @@ fn copies_in_and_out_over_four_connections_are_equal_and_plaintext_keeps_its_hol
 
 harness::on_both_sessions! {
     #[cfg_attr(not(feature = "interop"), ignore = "needs nbdinfo, qemu-img and qemu-io: run `make test`")]
-    what_trim_and_zeroes_leave_is_mapped_alike_by_nbdinfo_and_qemu_img,
+    nbdinfo_and_qemu_img_map_the_same_holes,
     #[cfg_attr(not(feature = "interop"), ignore = "needs nbdcopy, nbdinfo, qemu-img and qemu-io: run `make test`")]
-    copies_in_and_out_over_four_connections_are_equal_and_plaintext_keeps_its_holes,
+    nbdcopy_keeps_the_data_and_the_holes_of_plaintext,
 }

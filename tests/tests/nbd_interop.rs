@@ -1,4 +1,4 @@
-//! Clients that nobody here wrote, each against an encrypted volume on a unix socket.
+//! Other projects' NBD clients, each with an encrypted volume on a unix socket.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -16,7 +16,7 @@ use nbd_server::{Export, SessionKind};
 
 const SIZE: u64 = 64 << 20;
 
-/// A server of a volume in a file, with and without direct I/O by turns, and another in memory.
+/// Starts a server with volumes in files, one with direct I/O and one without, and a volume in memory.
 fn server_on(session: SessionKind) -> TestServer {
     let memory = Arc::new(MemoryStore::zeroed(16 << 20));
     let memory = Export::new("memory", Arc::new(encrypted(memory, SectorSize::B512)));
@@ -24,28 +24,28 @@ fn server_on(session: SessionKind) -> TestServer {
 }
 
 fn file_export(name: &str, caching: Caching) -> Export {
-    // In the target folder, which lies on a disk where anything does: tmpfs is memory.
+    // The target folder lies on a real disk, unlike tmpfs, which is memory.
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.as_file().set_len(SIZE).unwrap();
-    // The name may go: the store holds the file.
+    // The file's name may be removed: the store keeps the file open.
     let store = FileStore::open(file.path(), Access::ReadWrite, caching).unwrap();
     let volume = Arc::new(encrypted(Arc::new(store), SectorSize::B4096));
-    // Sectors that nobody wrote read as noise, which no two clients need agree to skip.
+    // Unwritten sectors would read as noise, and clients may differ in what they skip.
     volume.write_zeroes(0, SIZE, false).unwrap();
     Export::new(name, volume).described("a disk in a file")
 }
 
-/// Runs a program and gives what it printed.
+/// Runs a program and returns its standard output.
 fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output();
-    let output = output.unwrap_or_else(|error| panic!("{program} is needed here: {error}; run `make test`"));
+    let output = output.unwrap_or_else(|error| panic!("cannot run {program}: {error}; `make test` installs it"));
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
     assert!(output.status.success(), "{program} {arguments:?}: {}\n{stdout}\n{stderr}", output.status);
     stdout
 }
 
-/// A file of as many bytes as the disk, with data and holes that differ all over.
+/// Makes a file of the disk's size, with different data and holes all over.
 fn image(directory: &Path) -> PathBuf {
     let path = directory.join("image");
     let mut file = File::create(&path).unwrap();
@@ -73,7 +73,7 @@ fn same(one: &Path, other: &Path) -> bool {
     a == b
 }
 
-fn nbdinfo_sees_the_exports_as_they_are(session: SessionKind) {
+fn nbdinfo_shows_the_exports_correctly(session: SessionKind) {
     let server = server_on(session);
     let info: serde_json::Value = serde_json::from_str(&run("nbdinfo", &["--json", &server.uri("disk")])).unwrap();
     let export = &info["exports"][0];
@@ -108,7 +108,7 @@ fn nbdinfo_sees_the_exports_as_they_are(session: SessionKind) {
     assert_eq!(exports[1]["can_trim"], false);
 }
 
-fn nbdcopy_copies_a_disk_in_and_out_over_several_connections(session: SessionKind) {
+fn nbdcopy_copies_both_ways_over_several_connections(session: SessionKind) {
     let server = server_on(session);
     let image = image(server.directory());
     let back = server.directory().join("back");
@@ -165,7 +165,7 @@ fn qemu_io_reads_back_the_patterns_it_wrote(session: SessionKind) {
             &server.uri("disk"),
         ],
     );
-    // qemu-io ends well even when a pattern differs.
+    // qemu-io exits with success even if a pattern differs.
     assert!(!out.contains("Pattern verification failed") && !out.contains("failed:"), "{out}");
     assert_eq!(out.matches("read ").count(), 7, "{out}");
 }
@@ -187,8 +187,8 @@ fn qemu_img_converts_compares_and_benches(session: SessionKind) {
     run("qemu-img", &writes);
 }
 
-/// The client that has them is qemu's, from 8.2 on; libnbd's has from 1.18 on, which Debian 12 does not ship.
-fn qemu_has_extended_headers_and_zeroes_six_gibibytes_with_one_request(session: SessionKind) {
+/// qemu supports extended headers from 8.2 on. libnbd supports them from 1.18 on, which Debian 12 does not ship.
+fn qemu_zeroes_6_gib_with_one_request_and_extended_headers(session: SessionKind) {
     const HUGE: u64 = 6 << 30;
     let huge = || {
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -223,7 +223,7 @@ fn qemu_has_extended_headers_and_zeroes_six_gibibytes_with_one_request(session: 
         let holes = [1 << 30, (4 << 30) - (64 << 10), (1 << 30) - (64 << 10)].map(|len| (len, false));
         assert_eq!(lengths(export), [holes[0], data, holes[1], data, holes[2]], "{export}");
     }
-    // `-n` is NBD_CMD_FLAG_FAST_ZERO, which a plaintext disk alone can do.
+    // `-n` is NBD_CMD_FLAG_FAST_ZERO, which only a plaintext disk supports.
     let said = qemu_io("plain", &["write -z -u -n 0 6G", "read -P 0 1G 64k", "read -P 0 5G 64k"]);
     assert!(
         said.contains(".from = 0, .len = 6442450944, .cookie = 1, .flags = 0x11, .type = 6 (write zeroes)"),
@@ -252,7 +252,7 @@ fn fio_verifies_what_it_wrote(session: SessionKind) {
     }
 }
 
-fn libnbd_in_python_finds_what_the_protocol_promises(session: SessionKind) {
+fn libnbd_in_python_finds_the_promised_features(session: SessionKind) {
     let script = r#"
 import errno, nbd, sys
 h = nbd.NBD()
@@ -293,7 +293,7 @@ for offset, count in [(0, 32 << 20), (12345, 5 << 20), (size - 1, 1)]:
     assert chunks == [(offset, count, nbd.READ_DATA, 0)], chunks
     assert data == h.pread(count, offset)
 
-# Many requests at once, each answered once, whatever the order.
+# Many requests at once: each is answered once, in any order.
 done = []
 buffers = [nbd.Buffer.from_bytearray(bytearray([n]) * 4096) for n in range(64)]
 for n, buffer in enumerate(buffers):
@@ -312,7 +312,7 @@ h.connect_unix(sys.argv[2])
 h.opt_list(lambda name, description: names.append(name))
 assert names == ["disk", "memory"], names
 h.set_export_name("nowhere")
-fails(errno.ENOENT, h.opt_go)     # And the haggling goes on.
+fails(errno.ENOENT, h.opt_go)     # The handshake goes on.
 h.set_export_name("memory")
 h.opt_go()
 assert h.is_read_only()
@@ -322,7 +322,7 @@ h.shutdown()
 print("all well")
 "#;
     let server = server_on(session);
-    // The system's own Python: the module is Debian's.
+    // This is Debian's own Python, because the module libnbd is a Debian package.
     let out = run("/usr/bin/python3", &["-c", script, &server.uri("disk"), server.socket().to_str().unwrap()]);
     assert_eq!(out, "all well\n");
 }
@@ -334,29 +334,29 @@ fn the_crate_nbd_reads_and_writes(session: SessionKind) {
     assert_eq!(export.size, SIZE);
     let mut client = nbd::client::NbdClient::new(stream, &export);
     client.seek(SeekFrom::Start(100_001)).unwrap();
-    client.write_all(b"told by a client that knows EXPORT_NAME alone").unwrap();
+    client.write_all(b"sent by a client with only NBD_OPT_EXPORT_NAME").unwrap();
     client.flush().unwrap();
     client.seek(SeekFrom::Start(100_001)).unwrap();
-    let mut back = [0; 45];
+    let mut back = [0; 46];
     client.read_exact(&mut back).unwrap();
-    assert_eq!(&back, b"told by a client that knows EXPORT_NAME alone");
+    assert_eq!(&back, b"sent by a client with only NBD_OPT_EXPORT_NAME");
     assert!(nbd::client::handshake(&mut connect(&server.socket()), b"nowhere").is_err());
 }
 
 harness::on_both_sessions! {
     #[cfg_attr(not(feature = "interop"), ignore = "needs libnbd's nbdinfo: run `make test`")]
-    nbdinfo_sees_the_exports_as_they_are,
+    nbdinfo_shows_the_exports_correctly,
     #[cfg_attr(not(feature = "interop"), ignore = "needs libnbd's nbdcopy: run `make test`")]
-    nbdcopy_copies_a_disk_in_and_out_over_several_connections,
+    nbdcopy_copies_both_ways_over_several_connections,
     #[cfg_attr(not(feature = "interop"), ignore = "needs qemu-io: run `make test`")]
     qemu_io_reads_back_the_patterns_it_wrote,
     #[cfg_attr(not(feature = "interop"), ignore = "needs qemu-img: run `make test`")]
     qemu_img_converts_compares_and_benches,
     #[cfg_attr(not(feature = "interop"), ignore = "needs qemu-io, 8.2 or later: run `make test`")]
-    qemu_has_extended_headers_and_zeroes_six_gibibytes_with_one_request,
+    qemu_zeroes_6_gib_with_one_request_and_extended_headers,
     #[cfg_attr(not(feature = "interop"), ignore = "needs fio with its nbd engine: run `make test`")]
     fio_verifies_what_it_wrote,
     #[cfg_attr(not(feature = "interop"), ignore = "needs python3-libnbd: run `make test`")]
-    libnbd_in_python_finds_what_the_protocol_promises,
+    libnbd_in_python_finds_the_promised_features,
     the_crate_nbd_reads_and_writes,
 }

@@ -1,5 +1,5 @@
-//! Whatever one client gets wrong, it is told what the document names for it, or dropped, and another client of the same
-//! server notices nothing: each mistake by itself, with every kind of header, by both sessions. In the manner of libnbd's
+//! If a client makes a mistake, it gets the error that the NBD specification names, or it is disconnected. Another client of the
+//! same server notices nothing. Each mistake is made with every kind of header and with both kinds of session, as in libnbd's
 //! `errors-*` tests.
 
 use std::os::unix::net::UnixStream;
@@ -8,16 +8,16 @@ use std::sync::Arc;
 use engine::sector::SectorSize;
 use engine::store::MemoryStore;
 use harness::nbd::{RawClient, TestServer, encrypted, option_bytes, query};
-use harness::nbd_chunks::{ChunkClient, contexts, haggling};
+use harness::nbd_chunks::{ChunkClient, contexts, negotiated};
 use nbd_server::proto::wire::*;
 use nbd_server::proto::{ErrorCode, Headers, MAX_PAYLOAD};
 use nbd_server::{Export, SessionKind};
 
-/// More than the longest payload, so that a request can be too long and yet within the export.
+/// Larger than the payload limit, so that a request can exceed the limit and still be within the export.
 const SIZE: u64 = 40 << 20;
 const HEADERS: [Headers; 3] = [Headers::Simple, Headers::Structured, Headers::Extended];
 
-/// A server, and a client of it that does all right and must notice nothing.
+/// A server, and a witness: a correct client that must notice nothing.
 struct Scene {
     server: TestServer,
     witness: RawClient<UnixStream>,
@@ -34,9 +34,9 @@ impl Scene {
         Self { server, witness, seen: 0 }
     }
 
-    /// The witness is served as ever, and what it wrote is there.
+    /// Checks that the witness is still served and that its data is still there.
     #[track_caller]
-    fn is_calm(&mut self) {
+    fn assert_undisturbed(&mut self) {
         self.seen += 1;
         assert_eq!(self.witness.read(SIZE - 4096, 4096), Ok(vec![0x77; 4096]));
         assert_eq!(self.witness.write(0, SIZE - 8192, &self.seen.to_le_bytes()), 0);
@@ -74,7 +74,7 @@ impl Client {
         }
     }
 
-    /// The error in the reply to the request with this cookie.
+    /// Receives the reply to the request with this cookie and returns its error.
     #[track_caller]
     fn error(&mut self, offset: u64, cookie: u64) -> u32 {
         match self {
@@ -87,14 +87,14 @@ impl Client {
         }
     }
 
-    /// The error of a request without payload.
+    /// Sends a request without payload and returns the error of the reply.
     #[track_caller]
     fn refused(&mut self, flags: u16, kind: u16, offset: u64, len: u64) -> u32 {
         let cookie = self.send_request(flags, kind, offset, len);
         self.error(offset, cookie)
     }
 
-    /// The error of a write.
+    /// Sends a write and returns the error of the reply.
     #[track_caller]
     fn refused_write(&mut self, flags: u16, offset: u64, payload: &[u8]) -> u32 {
         let cookie = self.send_request(flags, NBD_CMD_WRITE, offset, payload.len() as u64);
@@ -102,9 +102,9 @@ impl Client {
         self.error(offset, cookie)
     }
 
-    /// The stream is in step still, and requests are served.
+    /// Checks that client and server are still in sync and that requests are served.
     #[track_caller]
-    fn is_served(&mut self) {
+    fn assert_served(&mut self) {
         match self {
             Self::Simple(raw) => {
                 assert_eq!(raw.write(0, 99, b"right"), 0);
@@ -118,35 +118,35 @@ impl Client {
     }
 }
 
-fn a_request_longer_than_allowed(session: SessionKind) {
+fn a_request_longer_than_allowed_is_refused(session: SessionKind) {
     let mut scene = Scene::new(session);
     for headers in HEADERS {
         let mut client = Client::enter(&scene, headers);
         let too_long = if headers == Headers::Simple { ErrorCode::Inval } else { ErrorCode::Overflow };
         for len in [MAX_PAYLOAD + 1, 36 << 20, 40 << 20] {
             assert_eq!(client.refused(0, NBD_CMD_READ, 0, len.into()), too_long.code(), "{headers:?} {len}");
-            client.is_served();
-            scene.is_calm();
+            client.assert_served();
+            scene.assert_undisturbed();
         }
         if headers != Headers::Extended {
-            // Read to its end and thrown away. "SHOULD NOT return NBD_EOVERFLOW except [...] in response to NBD_CMD_READ [...], or
-            // when a command without payload requests a length larger" than allowed.
+            // The server reads the payload to its end and drops it. "SHOULD NOT return NBD_EOVERFLOW except [...] in
+            // response to NBD_CMD_READ [...], or when a command without payload requests a length larger" than allowed.
             let payload = vec![0xee; MAX_PAYLOAD as usize + 1];
             assert_eq!(client.refused_write(0, 0, &payload), ErrorCode::Inval.code());
-            client.is_served();
-            scene.is_calm();
+            client.assert_served();
+            scene.assert_undisturbed();
         }
-        // Longer than anybody would skip.
+        // Too long for the server to skip.
         for len in [MAX_PAYLOAD * 2 + 1, u32::MAX] {
             let mut client = Client::enter(&scene, headers);
             client.send_request(0, NBD_CMD_WRITE, 0, len.into());
             assert!(client.raw().is_closed(), "{headers:?} {len}");
-            scene.is_calm();
+            scene.assert_undisturbed();
         }
     }
 }
 
-fn an_offset_past_the_end_or_a_sum_past_all_numbers(session: SessionKind) {
+fn a_range_past_the_end_is_refused(session: SessionKind) {
     let mut scene = Scene::new(session);
     let (inval, nospc) = (ErrorCode::Inval.code(), ErrorCode::NoSpc.code());
     let ranges = [
@@ -156,7 +156,7 @@ fn an_offset_past_the_end_or_a_sum_past_all_numbers(session: SessionKind) {
         (1 << 40, 4096),
         (i64::MAX as u64, 512),
         (1 << 63, 512),
-        // The sum overflows; cut to 64 bits, it would be a good range.
+        // The sum of offset and length overflows. Cut to 64 bits, the range would be valid.
         (u64::MAX, 1),
         (u64::MAX, 2),
         (u64::MAX - 510, 512),
@@ -173,30 +173,30 @@ fn an_offset_past_the_end_or_a_sum_past_all_numbers(session: SessionKind) {
             for flags in [0, NBD_CMD_FLAG_FUA] {
                 assert_eq!(client.refused_write(flags, offset, &vec![0xee; usize::try_from(len).unwrap()]), nospc);
             }
-            client.is_served();
-            scene.is_calm();
+            client.assert_served();
+            scene.assert_undisturbed();
         }
-        // A payload that is received by itself, refused.
+        // The server receives the payload before it refuses the write.
         assert_eq!(client.refused_write(0, SIZE - 512, &vec![0xee; 1 << 20]), nospc);
-        client.is_served();
-        scene.is_calm();
+        client.assert_served();
+        scene.assert_undisturbed();
     }
 }
 
-fn an_unknown_command(session: SessionKind) {
+fn an_unknown_command_is_refused(session: SessionKind) {
     let mut scene = Scene::new(session);
     for headers in HEADERS {
         let mut client = Client::enter(&scene, headers);
-        // 8 was NBD_CMD_RESIZE once.
+        // 8 used to be NBD_CMD_RESIZE.
         for kind in (8..64).chain([255, 256, 0x7fff, 0x8000, u16::MAX]) {
             assert_eq!(client.refused(0, kind, 0, 512), ErrorCode::Inval.code(), "{headers:?} {kind}");
         }
-        client.is_served();
-        scene.is_calm();
+        client.assert_served();
+        scene.assert_undisturbed();
     }
 }
 
-fn an_unknown_flag_and_one_that_the_command_does_not_take(session: SessionKind) {
+fn unknown_and_inapplicable_flags_are_refused(session: SessionKind) {
     let mut scene = Scene::new(session);
     let takes = |headers: Headers, kind: u16| {
         NBD_CMD_FLAG_FUA
@@ -213,7 +213,7 @@ fn an_unknown_flag_and_one_that_the_command_does_not_take(session: SessionKind) 
         let kinds =
             [NBD_CMD_READ, NBD_CMD_FLUSH, NBD_CMD_TRIM, NBD_CMD_CACHE, NBD_CMD_WRITE_ZEROES, NBD_CMD_BLOCK_STATUS];
         for flag in (0..16).map(|bit| 1u16 << bit) {
-            // With a payload length, bytes follow: nbd_chunks has those.
+            // With the payload-length flag a payload follows. `nbd_chunks` tests that.
             let has_payload = headers == Headers::Extended && flag == NBD_CMD_FLAG_PAYLOAD_LEN;
             for kind in kinds.into_iter().filter(|kind| takes(headers, *kind) & flag == 0 && !has_payload) {
                 let len = if kind == NBD_CMD_FLUSH { 0 } else { 512 };
@@ -226,15 +226,15 @@ fn an_unknown_flag_and_one_that_the_command_does_not_take(session: SessionKind) 
                 }
             }
         }
-        client.is_served();
-        scene.is_calm();
+        client.assert_served();
+        scene.assert_undisturbed();
         if let Client::Simple(raw) = &mut client {
             assert_ne!(raw.read(0, 16), Ok(vec![0xee; 16]), "nothing was written");
         }
     }
 }
 
-fn an_option_with_a_wrong_length(session: SessionKind) {
+fn an_option_with_a_wrong_length_is_refused(session: SessionKind) {
     let mut scene = Scene::new(session);
     let longer = |data: &[u8]| [data, &[0]].concat();
     let go = query("disk", &[NBD_INFO_BLOCK_SIZE]);
@@ -252,56 +252,56 @@ fn an_option_with_a_wrong_length(session: SessionKind) {
         options.extend((0..good.len()).map(|len| (option, good[..len].to_vec())));
     }
     for (option, data) in options {
-        let mut raw = haggling(&scene.server, Headers::Structured);
+        let mut raw = negotiated(&scene.server, Headers::Structured);
         let replies = raw.option(option, &data);
         let told: Vec<_> = replies.iter().map(|reply| (reply.option, reply.kind)).collect();
         assert_eq!(told, [(option, NBD_REP_ERR_INVALID)], "{data:?}");
-        // The haggling goes on where it was.
+        // The handshake goes on at the same point.
         let mut client = Client::Chunks(ChunkClient::go(raw, "disk", Headers::Structured));
-        client.is_served();
+        client.assert_served();
     }
-    scene.is_calm();
-    // What EXPORT_NAME gets wrong can't be told.
+    scene.assert_undisturbed();
+    // EXPORT_NAME has no error reply.
     for name in [&b"d\0sk"[..], &[0xff], &[b'n'; 4097]] {
-        let mut raw = haggling(&scene.server, Headers::Simple);
+        let mut raw = negotiated(&scene.server, Headers::Simple);
         raw.send_option(NBD_OPT_EXPORT_NAME, name);
         assert!(raw.is_closed());
     }
-    // Announced and not sent: the server waits for the rest, and others do not wait for it.
-    let mut raw = haggling(&scene.server, Headers::Simple);
+    // The client announces data and does not send it. The server waits for the rest, but other clients need not wait.
+    let mut raw = negotiated(&scene.server, Headers::Simple);
     raw.send(&option_bytes(NBD_OPT_GO, &go)[..20]);
-    scene.is_calm();
+    scene.assert_undisturbed();
     raw.send(&option_bytes(NBD_OPT_GO, &go)[20..]);
     assert_eq!(raw.option_reply().kind, NBD_REP_INFO);
 }
 
-fn a_payload_for_an_option_that_nobody_knows(session: SessionKind) {
+fn an_unknown_option_with_data_is_refused(session: SessionKind) {
     let mut scene = Scene::new(session);
     for option in [0, 4, 12, 99, 0x7fff_ffff, 1 << 31, u32::MAX] {
-        let mut raw = haggling(&scene.server, Headers::Simple);
+        let mut raw = negotiated(&scene.server, Headers::Simple);
         for len in [0, 1, 4096, 16 << 10, (16 << 10) + 1, 1 << 20] {
             let replies = raw.option(option, &vec![0xee; len]);
             assert_eq!((replies.len(), replies[0].kind), (1, NBD_REP_ERR_UNSUP), "{option} {len}");
         }
         raw.option(NBD_OPT_GO, &query("disk", &[]));
-        Client::Simple(raw).is_served();
-        // More than anybody would skip.
+        Client::Simple(raw).assert_served();
+        // Too much for the server to skip.
         for announced in [(1 << 20) + 1, u32::MAX] {
-            let mut raw = haggling(&scene.server, Headers::Simple);
+            let mut raw = negotiated(&scene.server, Headers::Simple);
             let mut header = option_bytes(option, &[]);
             header[12..].copy_from_slice(&announced.to_be_bytes());
             raw.send(&header);
             assert!(raw.is_closed());
         }
-        scene.is_calm();
+        scene.assert_undisturbed();
     }
 }
 
 harness::on_both_sessions! {
-    a_request_longer_than_allowed,
-    an_offset_past_the_end_or_a_sum_past_all_numbers,
-    an_unknown_command,
-    an_unknown_flag_and_one_that_the_command_does_not_take,
-    an_option_with_a_wrong_length,
-    a_payload_for_an_option_that_nobody_knows,
+    a_request_longer_than_allowed_is_refused,
+    a_range_past_the_end_is_refused,
+    an_unknown_command_is_refused,
+    unknown_and_inapplicable_flags_are_refused,
+    an_option_with_a_wrong_length_is_refused,
+    an_unknown_option_with_data_is_refused,
 }

@@ -1,4 +1,5 @@
-//! Is it a block device? Random requests, aligned and not, over several connections, against a `Vec<u8>`.
+//! Checks that an export behaves as a block device: random requests, aligned and not, over several connections, against a
+//! `Vec<u8>`.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -14,7 +15,7 @@ use nbd_server::{Export, SessionKind, Settings};
 use proptest::prelude::*;
 
 const SIZE: usize = 256 * 1024;
-/// "Error values".
+/// From the section "Error values" of the NBD specification.
 const EIO: u32 = 5;
 
 #[derive(Debug, Clone)]
@@ -42,13 +43,13 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What the ciphertext lies on, which decides who reads and writes it.
+/// Where the ciphertext is stored. This decides how the server reads and writes it.
 #[derive(Debug, Clone, Copy)]
 enum Medium {
     Memory,
     PageCache,
     Direct,
-    /// A file on tmpfs.
+    /// A file on tmpfs that is mapped.
     Mapped,
 }
 
@@ -62,24 +63,24 @@ fn store(medium: Medium) -> (Arc<dyn BlockStore>, Option<tempfile::NamedTempFile
             return (Arc::new(store), Some(file));
         }
     };
-    // In the target folder, which lies on a disk where anything does: tmpfs is memory again.
+    // The target folder lies on a real disk, unlike tmpfs, which is memory.
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.as_file().set_len(SIZE as u64).unwrap();
     let store = FileStore::open(file.path(), Access::ReadWrite, caching).unwrap();
     (Arc::new(store), Some(file))
 }
 
-/// A file in memory that has all its bytes, and so is reached without system calls.
+/// Makes a fully allocated file in memory, which is accessed without system calls.
 fn mapped(size: usize) -> (FileStore, tempfile::NamedTempFile) {
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     std::fs::write(file.path(), vec![0; size]).unwrap();
     let store = FileStore::open(file.path(), Access::ReadWrite, Caching::Direct).unwrap();
     let store = store.mapped(BusErrorsCaught::new().unwrap());
-    assert!(store.is_mapped(), "/dev/shm is no tmpfs");
+    assert!(store.is_mapped(), "/dev/shm is not a tmpfs");
     (store, file)
 }
 
-/// Bytes that differ from place to place, so that a displaced piece shows.
+/// Returns bytes that depend on their offset, so that misplaced data is detected.
 fn pattern(at: usize, len: usize, byte: u8) -> Vec<u8> {
     (at..at + len).map(|place| byte ^ (place % 251).to_le_bytes()[0]).collect()
 }
@@ -92,7 +93,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn it_reads_what_was_written(
+    fn reads_return_what_was_written(
         steps in prop::collection::vec((step(), 0..3usize), 1..60),
         sector_size in prop::sample::select(SectorSize::ALL.to_vec()),
         start in any::<u8>(),
@@ -130,9 +131,10 @@ proptest! {
     }
 }
 
-/// Clients own every `CLIENTS`th piece of a length that no sector size divides, so that each sector has several owners,
-/// and write all of theirs at once, many requests in flight. Whatever the order, every piece is there in the end.
-fn owners_of_interleaved_pieces_lose_nothing(
+/// Cuts the volume into pieces whose length is not a multiple of any sector size, so that several clients write to each
+/// sector. Each client owns every `CLIENTS`th piece and writes all its pieces at once. At the end every piece must be
+/// there, in whatever order the requests are carried out.
+fn writes_of_interleaved_pieces_lose_nothing(
     session: SessionKind,
     store: Arc<dyn BlockStore>,
     sector_size: SectorSize,
@@ -164,29 +166,29 @@ fn owners_of_interleaved_pieces_lose_nothing(
     assert!(server.client().read(0, int(written)).unwrap() == pattern(0, written, 2));
 }
 
-fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_memory(session: SessionKind) {
+fn concurrent_unaligned_writes_lose_nothing_in_memory(session: SessionKind) {
     for sector_size in SectorSize::ALL {
-        owners_of_interleaved_pieces_lose_nothing(session, Arc::new(MemoryStore::zeroed(SIZE)), sector_size);
+        writes_of_interleaved_pieces_lose_nothing(session, Arc::new(MemoryStore::zeroed(SIZE)), sector_size);
     }
 }
 
-fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_a_file(session: SessionKind) {
+fn concurrent_unaligned_writes_lose_nothing_in_a_file(session: SessionKind) {
     for caching in [Caching::Direct, Caching::PageCache] {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(SIZE as u64).unwrap();
         let store = Arc::new(FileStore::open(file.path(), Access::ReadWrite, caching).unwrap());
-        owners_of_interleaved_pieces_lose_nothing(session, store, SectorSize::B4096);
+        writes_of_interleaved_pieces_lose_nothing(session, store, SectorSize::B4096);
     }
 }
 
-fn unaligned_writes_at_once_to_one_sector_lose_nothing_in_mapped_memory(session: SessionKind) {
+fn concurrent_unaligned_writes_lose_nothing_in_mapped_memory(session: SessionKind) {
     for sector_size in SectorSize::ALL {
         let (store, _file) = mapped(SIZE);
-        owners_of_interleaved_pieces_lose_nothing(session, Arc::new(store), sector_size);
+        writes_of_interleaved_pieces_lose_nothing(session, Arc::new(store), sector_size);
     }
 }
 
-fn a_file_in_memory_that_is_cut_short_fails_its_own_requests_alone(session: SessionKind) {
+fn a_truncated_file_fails_only_its_own_requests(session: SessionKind) {
     const LARGE: usize = 4 << 20;
     let (one, file) = mapped(LARGE);
     let (two, _other) = mapped(LARGE);
@@ -210,7 +212,7 @@ fn a_file_in_memory_that_is_cut_short_fails_its_own_requests_alone(session: Sess
     assert_eq!(two.read(2 << 20, 1 << 20), Ok(data));
 }
 
-fn two_unaligned_writes_at_once_to_one_sector_lose_neither(session: SessionKind) {
+fn two_concurrent_unaligned_writes_to_one_sector_lose_nothing(session: SessionKind) {
     let server = TestServer::of(session, encrypted(Arc::new(MemoryStore::zeroed(SIZE)), SectorSize::B4096));
     let (mut one, mut other) = (server.client(), server.client());
     let send = |client: &mut RawClient<_>, at: u64, byte: u8| {
@@ -226,45 +228,45 @@ fn two_unaligned_writes_at_once_to_one_sector_lose_neither(session: SessionKind)
     }
 }
 
-/// What the disk should hold, while many clients are at it.
+/// What the disk should hold while many clients write to it.
 struct Model {
-    /// `None` where any byte is right: in blocks that were trimmed.
+    /// `None` in trimmed blocks, where any byte is correct.
     bytes: Vec<Option<u8>>,
-    /// Places and lengths of the requests under way: none reaches into another, though they share sectors.
-    under_way: Vec<(usize, usize)>,
+    /// Offsets and lengths of the requests in flight. They do not overlap, but they may share sectors.
+    in_flight: Vec<(usize, usize)>,
 }
 
 impl Model {
-    /// Takes the range for one request, unless another is under way there.
+    /// Reserves the range for one request, unless it overlaps the range of another request in flight.
     fn claim(&mut self, at: usize, len: usize) -> bool {
-        let is_free = self.under_way.iter().all(|(other, other_len)| at + len <= *other || other + other_len <= at);
+        let is_free = self.in_flight.iter().all(|(other, other_len)| at + len <= *other || other + other_len <= at);
         if is_free {
-            self.under_way.push((at, len));
+            self.in_flight.push((at, len));
         }
         is_free
     }
 
     fn release(&mut self, at: usize, len: usize) {
-        let place = self.under_way.iter().position(|claimed| *claimed == (at, len)).expect("it was claimed");
-        self.under_way.swap_remove(place);
+        let place = self.in_flight.iter().position(|claimed| *claimed == (at, len)).expect("the range was reserved");
+        self.in_flight.swap_remove(place);
     }
 
-    /// Nobody may be at work there.
+    /// Checks the bytes found at `at`. No request may be in flight there.
     fn assert_holds(&self, at: usize, found: &[u8]) {
         let differs =
             self.bytes[at..].iter().zip(found).position(|(byte, found)| byte.is_some_and(|byte| byte != *found));
-        assert_eq!(differs, None, "counted from {at}, in {} bytes", found.len());
+        assert_eq!(differs, None, "offset of the first wrong byte, counted from {at}, in {} bytes", found.len());
     }
 }
 
-/// A request under way.
+/// A request in flight.
 struct Asked {
     kind: u16,
     at: usize,
     len: usize,
 }
 
-/// A client that has `DEPTH` random requests under way all the time, and looks at whatever it reads.
+/// Runs a client that keeps `DEPTH` random requests in flight and checks everything that it reads.
 fn talk(mut client: RawClient<UnixStream>, seed: u64, block: usize, model: &Mutex<Model>) {
     const REQUESTS: u64 = 400;
     const DEPTH: usize = 12;
@@ -291,7 +293,7 @@ fn talk(mut client: RawClient<UnixStream>, seed: u64, block: usize, model: &Mute
                         _ if kind == NBD_CMD_FLUSH => break (0, 0),
                         0 => (random(SIZE / block) * block, (random(16) + 1) * block),
                         1 => (random(SIZE), random(40_000) + 1),
-                        // Within a sector or two.
+                        // Ranges within one or two sectors.
                         _ => (random(SIZE), random(700) + 1),
                     };
                     let len = len.min(SIZE - at);
@@ -322,7 +324,7 @@ fn talk(mut client: RawClient<UnixStream>, seed: u64, block: usize, model: &Mute
         for () in taken {
             let reply = client.reply();
             let Asked { kind, at, len } =
-                asked.lock().unwrap().remove(&reply.cookie).expect("asked, and not yet answered");
+                asked.lock().unwrap().remove(&reply.cookie).expect("a reply to a request that is still unanswered");
             assert_eq!(reply.error, 0, "command {kind} at {at}");
             let found = if kind == NBD_CMD_READ { client.receive(len) } else { Vec::new() };
             if kind != NBD_CMD_FLUSH {
@@ -334,16 +336,17 @@ fn talk(mut client: RawClient<UnixStream>, seed: u64, block: usize, model: &Mute
     });
 }
 
-/// Four clients at once, each with requests of any length under way that share sectors with the others': what each reads
-/// is what was written there last, and so it is when the server has been stopped and another one serves the disk.
-fn random_requests_at_once_keep_to_their_bytes(session: SessionKind, medium: Medium) {
+/// Runs four clients at once. Each has requests of any length in flight, and they share sectors with the other clients'
+/// requests. Each read must return what was written there last. This must still hold when another server serves the
+/// disk after this one has stopped.
+fn random_concurrent_requests_touch_only_their_bytes(session: SessionKind, medium: Medium) {
     for sector_size in [SectorSize::B512, SectorSize::B4096] {
         let (store, file) = store(medium);
         let volume = encrypted(store, sector_size);
         let block = usize::try_from(volume.block_size()).unwrap();
         let start = pattern(0, SIZE, 77);
         volume.write(0, &mut start.clone()).unwrap();
-        let model = Mutex::new(Model { bytes: start.into_iter().map(Some).collect(), under_way: Vec::new() });
+        let model = Mutex::new(Model { bytes: start.into_iter().map(Some).collect(), in_flight: Vec::new() });
         let server = TestServer::of(session, volume);
         std::thread::scope(|scope| {
             for seed in 0..4 {
@@ -354,32 +357,32 @@ fn random_requests_at_once_keep_to_their_bytes(session: SessionKind, medium: Med
         let model = model.into_inner().unwrap();
         model.assert_holds(0, &server.client().read(0, int(SIZE)).unwrap());
         server.join().unwrap();
-        let file = file.expect("a disk that outlives its server");
+        let file = file.expect("the medium is a file");
         let store = FileStore::open(file.path(), Access::ReadOnly, Caching::PageCache).unwrap();
         let server = TestServer::of(session, encrypted(Arc::new(store), sector_size));
         model.assert_holds(0, &server.client().read(0, int(SIZE)).unwrap());
     }
 }
 
-fn random_requests_at_once_keep_to_their_bytes_in_memory(session: SessionKind) {
-    random_requests_at_once_keep_to_their_bytes(session, Medium::Mapped);
+fn random_concurrent_requests_in_memory(session: SessionKind) {
+    random_concurrent_requests_touch_only_their_bytes(session, Medium::Mapped);
 }
 
-fn random_requests_at_once_keep_to_their_bytes_in_a_cached_file(session: SessionKind) {
-    random_requests_at_once_keep_to_their_bytes(session, Medium::PageCache);
+fn random_concurrent_requests_in_a_cached_file(session: SessionKind) {
+    random_concurrent_requests_touch_only_their_bytes(session, Medium::PageCache);
 }
 
-fn random_requests_at_once_keep_to_their_bytes_in_a_file(session: SessionKind) {
-    random_requests_at_once_keep_to_their_bytes(session, Medium::Direct);
+fn random_concurrent_requests_in_a_file(session: SessionKind) {
+    random_concurrent_requests_touch_only_their_bytes(session, Medium::Direct);
 }
 
 harness::on_both_sessions! {
-    unaligned_writes_at_once_to_one_sector_lose_nothing_in_memory,
-    unaligned_writes_at_once_to_one_sector_lose_nothing_in_a_file,
-    unaligned_writes_at_once_to_one_sector_lose_nothing_in_mapped_memory,
-    a_file_in_memory_that_is_cut_short_fails_its_own_requests_alone,
-    two_unaligned_writes_at_once_to_one_sector_lose_neither,
-    random_requests_at_once_keep_to_their_bytes_in_memory,
-    random_requests_at_once_keep_to_their_bytes_in_a_cached_file,
-    random_requests_at_once_keep_to_their_bytes_in_a_file,
+    concurrent_unaligned_writes_lose_nothing_in_memory,
+    concurrent_unaligned_writes_lose_nothing_in_a_file,
+    concurrent_unaligned_writes_lose_nothing_in_mapped_memory,
+    a_truncated_file_fails_only_its_own_requests,
+    two_concurrent_unaligned_writes_to_one_sector_lose_nothing,
+    random_concurrent_requests_in_memory,
+    random_concurrent_requests_in_a_cached_file,
+    random_concurrent_requests_in_a_file,
 }

@@ -1,5 +1,5 @@
-//! Whatever clients do, others on the same server notice nothing, by both sessions. What it costs in memory is measured in
-//! `nbd_memory`, on a server that is a process of its own.
+//! Whatever some clients do, other clients of the same server notice nothing. Tests both kinds of session. `nbd_memory`
+//! measures the memory that this takes, on a server in a process of its own.
 
 use std::io::{self, ErrorKind, Write};
 use std::net::{Shutdown as Direction, TcpStream};
@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use engine::sector::SectorSize;
-use engine::store::{Access, Caching, FaultyStore, FileStore, MemoryStore, Operation};
+use engine::store::{Access, BusErrorsCaught, Caching, FaultyStore, FileStore, MemoryStore, Operation};
 use engine::volume::Volume;
 use harness::nbd::{RawClient, TestServer, encrypted, request_bytes};
 use nbd_server::proto::ErrorCode;
@@ -22,7 +22,7 @@ fn volume() -> Volume {
     encrypted(Arc::new(MemoryStore::zeroed(SIZE)), SectorSize::B512)
 }
 
-/// That a client is served: what the others must still be able to say.
+/// Returns whether the server serves a new client correctly.
 fn is_served(server: &TestServer) -> bool {
     let mut client = server.client();
     client.write(0, 777, b"still here") == 0 && client.read(777, 10) == Ok(b"still here".to_vec())
@@ -47,7 +47,7 @@ impl Gate {
     }
 }
 
-/// A volume whose writes wait at the gate.
+/// Makes a volume whose writes wait at the gate.
 fn gated(gate: &Arc<Gate>) -> Volume {
     let gate = Arc::clone(gate);
     let store = FaultyStore::new(MemoryStore::zeroed(SIZE), move |operation| {
@@ -59,7 +59,7 @@ fn gated(gate: &Arc<Gate>) -> Volume {
     encrypted(Arc::new(store), SectorSize::B512)
 }
 
-fn a_disk_error_becomes_eio_and_the_connection_lives_on(session: SessionKind) {
+fn a_disk_error_becomes_eio_and_keeps_the_connection(session: SessionKind) {
     let broken = Arc::new(AtomicBool::new(false));
     let store = {
         let broken = Arc::clone(&broken);
@@ -80,9 +80,9 @@ fn a_disk_error_becomes_eio_and_the_connection_lives_on(session: SessionKind) {
     assert_eq!(server.server().exports().all()[0].statistics().snapshot().errors, 5);
 }
 
-fn a_fault_in_the_server_becomes_eio_and_the_connection_lives_on(session: SessionKind) {
+fn a_panic_becomes_eio_and_keeps_the_connection(session: SessionKind) {
     let store = FaultyStore::new(MemoryStore::zeroed(SIZE), |operation| {
-        assert!(!matches!(operation, Operation::Write(0, _)), "a bug, as it were");
+        assert!(!matches!(operation, Operation::Write(0, _)), "a simulated bug");
         None
     });
     let server = TestServer::of(session, Volume::plaintext(Arc::new(store), SectorSize::B512).unwrap());
@@ -115,9 +115,9 @@ fn ten_thousand_clients_are_served_in_turn(session: SessionKind) {
     let server = TestServer::of(session, volume());
     for number in 0..10_000 {
         match number % 4 {
-            // Some come and go, some stop half-way, some are served.
+            // Some clients disconnect at once, some stop half-way, some are served.
             0 => drop(server.connect()),
-            1 => server.connect().haggle(NBD_FLAG_C_FIXED_NEWSTYLE).send_option(NBD_OPT_LIST, &[]),
+            1 => server.connect().start_handshake(NBD_FLAG_C_FIXED_NEWSTYLE).send_option(NBD_OPT_LIST, &[]),
             2 => assert_eq!(server.client().read(0, 16).map(|bytes| bytes.len()), Ok(16)),
             _ => {
                 let mut client = server.client();
@@ -128,13 +128,13 @@ fn ten_thousand_clients_are_served_in_turn(session: SessionKind) {
     }
     assert!(is_served(&server));
     let statistics = Arc::clone(server.server().exports().all()[0].statistics());
-    // Waits for all that serves a connection.
+    // Waits for every connection to end.
     server.join().unwrap();
     let statistics = statistics.snapshot();
     assert_eq!((statistics.connections, statistics.connections_total), (0, 5001));
 }
 
-fn more_clients_than_allowed_wait_for_their_turn(session: SessionKind) {
+fn clients_above_the_limit_wait_for_their_turn(session: SessionKind) {
     let settings = Settings { max_connections: 2, workers: 2, session, ..Settings::default() };
     let server = TestServer::with_settings([Export::new("", Arc::new(volume()))], settings);
     let (first, mut second) = (server.client(), server.client());
@@ -148,24 +148,24 @@ fn more_clients_than_allowed_wait_for_their_turn(session: SessionKind) {
     assert_eq!((second.flush(), third.flush()), (0, 0));
 }
 
-fn a_slow_handshake_is_dropped(session: SessionKind) {
+fn a_slow_handshake_is_disconnected(session: SessionKind) {
     let settings =
         Settings { handshake_timeout: Duration::from_millis(200), workers: 2, session, ..Settings::default() };
     let server = TestServer::with_settings([Export::new("", Arc::new(volume()))], settings);
     let mut silent = server.connect();
     silent.greeting();
     let mut dribbling = server.connect();
-    dribbling.haggle(NBD_FLAG_C_FIXED_NEWSTYLE);
+    dribbling.start_handshake(NBD_FLAG_C_FIXED_NEWSTYLE);
     dribbling.send(&IHAVEOPT.to_be_bytes());
     assert!(silent.is_closed());
     assert!(dribbling.is_closed());
-    // In transmission there is no hurry.
+    // In the transmission phase there is no time limit.
     let mut idle = server.client();
     std::thread::sleep(Duration::from_millis(400));
     assert_eq!(idle.flush(), 0);
 }
 
-fn a_disconnect_in_mid_message_hurts_nobody(session: SessionKind) {
+fn a_disconnect_within_a_message_harms_no_other_client(session: SessionKind) {
     let server = TestServer::of(session, volume());
     let mut half_a_header = server.client();
     half_a_header.send(&request_bytes(0, NBD_CMD_WRITE, 1, 0, 4096)[..11]);
@@ -181,10 +181,11 @@ fn a_disconnect_in_mid_message_hurts_nobody(session: SessionKind) {
         assert!(client.is_closed());
     }
     assert!(is_served(&server));
-    assert_ne!(server.client().read(0, 16), Ok(vec![0xee; 16]), "half a write is no write");
+    assert_ne!(server.client().read(0, 16), Ok(vec![0xee; 16]), "half a write must not be carried out");
 }
 
-fn a_client_that_vanishes_with_replies_due_and_a_payload_half_sent_is_forgotten(session: SessionKind) {
+/// The client disconnects with replies outstanding and a payload half sent.
+fn a_client_that_vanishes_within_a_payload_is_forgotten(session: SessionKind) {
     let server = TestServer::of(session, volume());
     for _ in 0..20 {
         let mut client = server.client();
@@ -201,14 +202,14 @@ fn a_client_that_vanishes_with_replies_due_and_a_payload_half_sent_is_forgotten(
     assert!(is_served(&server));
 }
 
-fn half_a_message_and_silence_hurts_nobody(session: SessionKind) {
+fn clients_silent_within_a_message_harm_no_other_client(session: SessionKind) {
     let server = TestServer::of(session, volume());
     let mut quiet: Vec<_> = (0..20).map(|_| server.client()).collect();
     for (cut, client) in quiet.iter_mut().enumerate() {
         client.send(&request_bytes(0, NBD_CMD_READ, 1, 0, 4096)[..cut]);
     }
     assert!(is_served(&server));
-    // And what was begun can be finished.
+    // A client can still finish a message that it began.
     for (cut, client) in quiet.iter_mut().enumerate() {
         client.send(&request_bytes(0, NBD_CMD_READ, 1, 0, 4096)[cut..]);
         assert_eq!(client.reply().error, 0);
@@ -216,12 +217,13 @@ fn half_a_message_and_silence_hurts_nobody(session: SessionKind) {
     }
 }
 
-fn a_client_that_never_reads_its_replies_is_no_longer_read_from_and_hurts_nobody(session: SessionKind) {
+/// The server stops reading from a client that never reads its replies. Other clients are still served.
+fn requests_of_a_client_that_reads_no_replies_wait(session: SessionKind) {
     let server = TestServer::of(session, volume());
     let mut deaf = server.client();
     deaf.stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
     let requests: Vec<u8> = (0..2000).flat_map(|cookie| request_bytes(0, NBD_CMD_READ, cookie, 0, 1 << 20)).collect();
-    // Two thousand megabytes are asked for. Most requests stay in the sockets, and the writing stops when those are full.
+    // The client requests 2000 megabytes. Most requests stay in the sockets, and sending stops when those are full.
     let mut sent = 0;
     while sent < 20 {
         match deaf.stream.write_all(&requests) {
@@ -234,15 +236,15 @@ fn a_client_that_never_reads_its_replies_is_no_longer_read_from_and_hurts_nobody
     }
     assert!(is_served(&server));
     let served = server.server().exports().all()[0].statistics().snapshot().bytes_read;
-    assert!(served < 128 << 20, "{served} bytes were read for a client that takes none");
-    // When it reads at last, it gets what it asked for.
+    assert!(served < 128 << 20, "{served} bytes were read for a client that reads no replies");
+    // When the client finally reads, it gets what it requested.
     for _ in 0..100 {
         assert_eq!(deaf.reply().error, 0);
         deaf.receive(1 << 20);
     }
 }
 
-fn a_flood_of_requests_to_a_stuck_disk_takes_bounded_memory(session: SessionKind) {
+fn requests_to_a_stuck_disk_take_bounded_memory(session: SessionKind) {
     let gate = Arc::new(Gate::default());
     let server = TestServer::of(session, gated(&gate));
     gate.set(true);
@@ -252,17 +254,17 @@ fn a_flood_of_requests_to_a_stuck_disk_takes_bounded_memory(session: SessionKind
     bytes.resize(bytes.len() + (1 << 20), 0xaa);
     let taken = (0..512).take_while(|_| flooding.stream.write_all(&bytes).is_ok()).count();
     gate.set(false);
-    // A connection's 32 MiB of payload, and what its socket holds.
-    assert!(taken <= 32 + 4 + 4, "{taken} MiB were taken in while nothing was written");
+    // A connection may hold 32 MiB of payload, and its socket some more.
+    assert!(taken <= 32 + 4 + 4, "the server took in {taken} MiB while the disk was stuck");
     assert!(is_served(&server));
 }
 
-fn garbage_of_every_length_is_cut_off_and_hurts_nobody(session: SessionKind) {
+fn garbage_is_disconnected_and_harms_no_other_client(session: SessionKind) {
     let server = TestServer::of(session, volume());
     let garbage: Vec<u8> = (0..100_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24).to_le_bytes()[0]).collect();
     for len in [1, 4, 15, 16, 17, 27, 28, 29, 1000, 100_000] {
         for mut client in [server.connect(), server.client()] {
-            // The server may hang up before all is sent.
+            // The server may close the connection before everything is sent.
             let _ = client.stream.write_all(&garbage[..len]);
             let _ = client.stream.shutdown(Direction::Write);
             client.receive_rest();
@@ -271,14 +273,14 @@ fn garbage_of_every_length_is_cut_off_and_hurts_nobody(session: SessionKind) {
     assert!(is_served(&server));
 }
 
-fn a_shutdown_answers_what_is_under_way_and_refuses_the_rest(session: SessionKind) {
+fn a_shutdown_answers_requests_in_flight_and_refuses_later_ones(session: SessionKind) {
     let gate = Arc::new(Gate::default());
     let server = TestServer::of(session, gated(&gate));
     let mut client = server.client();
     gate.set(true);
     let cookie = client.send_request(0, NBD_CMD_WRITE, 0, 4096);
     client.send(&[9; 4096]);
-    // The answer to a read shows that the write before it was taken on.
+    // The reply to this read shows that the server has accepted the write before it.
     assert!(client.read(0, 512).is_ok());
     server.stop();
     let refused = loop {
@@ -299,7 +301,7 @@ fn a_shutdown_answers_what_is_under_way_and_refuses_the_rest(session: SessionKin
     assert_eq!(back, [9; 4096]);
 }
 
-fn a_shutdown_flushes_and_takes_the_socket_away_from_newcomers(session: SessionKind) {
+fn a_shutdown_flushes_and_refuses_new_clients(session: SessionKind) {
     let flushed = Arc::new(AtomicBool::new(false));
     let store = {
         let flushed = Arc::clone(&flushed);
@@ -310,24 +312,24 @@ fn a_shutdown_flushes_and_takes_the_socket_away_from_newcomers(session: SessionK
     };
     let server = TestServer::of(session, encrypted(Arc::new(store), SectorSize::B512));
     let mut idle = server.client();
-    let mut haggling = server.connect();
-    haggling.greeting();
+    let mut halfway = server.connect();
+    halfway.greeting();
     let keep = server.server().clone();
     let socket = server.socket();
     server.stop();
-    assert!(idle.is_closed() && haggling.is_closed(), "clients with nothing under way are let go");
+    assert!(idle.is_closed() && halfway.is_closed(), "idle clients are disconnected");
     assert!(!socket.exists() || UnixStream::connect(&socket).is_err());
     server.join().unwrap();
     assert!(flushed.load(Ordering::SeqCst));
     drop(keep);
 }
 
-fn a_shutdown_does_not_wait_for_a_client_that_stopped_in_mid_payload(session: SessionKind) {
+fn a_shutdown_does_not_wait_for_an_unfinished_payload(session: SessionKind) {
     let server = TestServer::of(session, volume());
     let mut client = server.client();
     client.send_request(0, NBD_CMD_WRITE, 0, 1 << 20);
     client.send(&[1; 100_000]);
-    // Time for the server to take the write on: one that comes after the shutdown is refused with a reply.
+    // The server needs time to accept the write. A write that arrives after the shutdown is refused with a reply.
     std::thread::sleep(Duration::from_millis(200));
     server.stop();
     assert!(client.is_closed());
@@ -379,15 +381,15 @@ fn wait_for_replies(client: &RawClient<UnixStream>) {
     }
 }
 
-/// Requests gather while the client has replies to read, and only then; and by io_uring alone.
-fn requests_gather_while_replies_are_unread(session: SessionKind) {
+/// The server collects requests only while the client has replies to read, and only with io_uring.
+fn requests_are_collected_while_replies_are_unread(session: SessionKind) {
     let export = Export::new("", Arc::new(volume()));
     let server = TestServer::on(session, [export.clone()]);
     let mut client = server.client();
     for _ in 0..100 {
         assert_eq!(client.read(0, 4096).map(|bytes| bytes.len()), Ok(4096));
     }
-    assert_eq!(export.statistics().pauses(), 0, "it waited for each");
+    assert_eq!(export.statistics().pauses(), 0, "no pauses, because the client waits for each reply");
 
     let mut client = server.client();
     client.send_request(0, NBD_CMD_READ, 0, 4096);
@@ -411,9 +413,9 @@ fn requests_gather_while_replies_are_unread(session: SessionKind) {
     }
 }
 
-/// A write that takes all of a connection's room, behind a reply that is not sent yet, while the client has another left to read:
-/// it is taken on once there is room.
-fn a_write_that_takes_all_the_room_waits_for_no_more_than_the_replies_before_it(session: SessionKind) {
+/// A write needs all of a connection's buffer space. The reply to an earlier read is not sent yet, and the client still
+/// has another reply to read. The server must accept the write as soon as there is space.
+fn a_space_filling_write_waits_only_for_earlier_replies(session: SessionKind) {
     let len = (16 << 20) + 512;
     let server = TestServer::of(session, encrypted(Arc::new(MemoryStore::zeroed(2 * len)), SectorSize::B512));
     for round in 0..20 {
@@ -438,7 +440,7 @@ fn a_write_that_takes_all_the_room_waits_for_no_more_than_the_replies_before_it(
     }
 }
 
-/// A server of a disk that the ring reads and writes.
+/// Starts a server with a disk that io_uring reads and writes.
 fn serve_a_file(session: SessionKind) -> TestServer {
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.as_file().set_len(SIZE as u64).unwrap();
@@ -446,16 +448,18 @@ fn serve_a_file(session: SessionKind) -> TestServer {
     TestServer::of(session, encrypted(Arc::new(store), SectorSize::B512))
 }
 
-/// Takes the replies to so many reads of `len` bytes and to one other request, in any order; the other one's error.
+/// Receives the replies to `reads`, of `len` bytes each, and to one other request, in any order. Returns the other
+/// request's error.
 fn replies(client: &mut RawClient<UnixStream>, reads: &[u64], len: usize, other: u64) -> u32 {
     let (mut left, mut found) = (reads.to_vec(), None);
     while !left.is_empty() || found.is_none() {
         let reply = client.reply();
         if reply.cookie == other {
-            assert!(found.replace(reply.error).is_none(), "answered twice");
+            assert!(found.replace(reply.error).is_none(), "the request was answered twice");
             continue;
         }
-        let place = left.iter().position(|cookie| *cookie == reply.cookie).expect("a read that is not answered yet");
+        let place =
+            left.iter().position(|cookie| *cookie == reply.cookie).expect("a reply to a read that is still unanswered");
         left.swap_remove(place);
         assert_eq!(reply.error, 0);
         client.receive(len);
@@ -463,14 +467,14 @@ fn replies(client: &mut RawClient<UnixStream>, reads: &[u64], len: usize, other:
     found.unwrap()
 }
 
-fn a_large_write_behind_replies_that_nobody_takes_is_answered(session: SessionKind) {
+fn a_large_write_behind_unread_replies_is_answered(session: SessionKind) {
     let server = serve_a_file(session);
     for round in 0..20 {
         let mut client = server.client();
         let reads: Vec<_> = (0..60).map(|_| client.send_request(0, NBD_CMD_READ, 0, 256 << 10)).collect();
         let payload = vec![round; 100 << 10];
         let write = client.send_request(0, NBD_CMD_WRITE, 4 << 20, 100 << 10);
-        // The last byte comes by itself, while replies are ready that the socket does not take.
+        // The last byte is sent separately, while the socket does not accept the replies that are ready.
         client.send(&payload[1..]);
         std::thread::sleep(Duration::from_millis(u64::from(round) % 5));
         client.send(&payload[..1]);
@@ -479,7 +483,7 @@ fn a_large_write_behind_replies_that_nobody_takes_is_answered(session: SessionKi
     }
 }
 
-fn a_refused_write_behind_replies_that_nobody_takes_is_skipped(session: SessionKind) {
+fn a_refused_write_behind_unread_replies_is_skipped(session: SessionKind) {
     let server = serve_a_file(session);
     let mut client = server.client();
     let reads: Vec<_> = (0..60).map(|_| client.send_request(0, NBD_CMD_READ, 0, 256 << 10)).collect();
@@ -493,7 +497,7 @@ fn a_refused_write_behind_replies_that_nobody_takes_is_skipped(session: SessionK
     assert_eq!(client.flush(), 0);
 }
 
-fn reads_of_nothing_take_no_memory(session: SessionKind) {
+fn reads_of_length_zero_take_no_memory(session: SessionKind) {
     let server = serve_a_file(session);
     let mut client = server.client();
     for _ in 0..2000 {
@@ -502,7 +506,7 @@ fn reads_of_nothing_take_no_memory(session: SessionKind) {
     }
 }
 
-fn a_disk_that_was_quick_and_gets_stuck_keeps_nobody_else_waiting(session: SessionKind) {
+fn a_disk_that_gets_stuck_delays_no_other_client(session: SessionKind) {
     let gate = Arc::new(Gate::default());
     let exports = [("stuck", gated(&gate)), ("other", volume())].map(|(name, disk)| Export::new(name, Arc::new(disk)));
     let server = TestServer::on(session, exports);
@@ -511,7 +515,7 @@ fn a_disk_that_was_quick_and_gets_stuck_keeps_nobody_else_waiting(session: Sessi
         client.enter(export);
         client
     };
-    // More of them than the server's event loop has threads.
+    // There are more of these clients than the server's event loop has threads.
     let mut stuck: Vec<_> = (0..4).map(|_| client("stuck")).collect();
     for client in &mut stuck {
         (0..300).for_each(|_| assert_eq!(client.write(0, 0, &[1; 512]), 0));
@@ -529,7 +533,7 @@ fn a_disk_that_was_quick_and_gets_stuck_keeps_nobody_else_waiting(session: Sessi
     stuck.iter_mut().for_each(|client| assert_eq!(client.reply().error, 0));
 }
 
-fn whole_disks_that_are_zeroed_keep_no_small_request_waiting(session: SessionKind) {
+fn zeroing_whole_disks_delays_no_small_request(session: SessionKind) {
     let large = 64 << 20;
     let gate = Arc::new(Gate::default());
     let through = |gate: &Arc<Gate>| {
@@ -563,7 +567,7 @@ fn whole_disks_that_are_zeroed_keep_no_small_request_waiting(session: SessionKin
     (0..20).for_each(|_| assert_eq!(stuck.reply().error, 0));
 }
 
-fn zeroing_a_whole_disk_ends_with_its_client(session: SessionKind) {
+fn zeroing_a_whole_disk_stops_when_its_client_leaves(session: SessionKind) {
     // Each mebibyte takes a while, as on a slow disk.
     let store = FaultyStore::new(MemoryStore::zeroed(SIZE), |operation| {
         if matches!(operation, Operation::Write(..)) {
@@ -581,34 +585,85 @@ fn zeroing_a_whole_disk_ends_with_its_client(session: SessionKind) {
     drop(client);
     let begun = std::time::Instant::now();
     server.join().unwrap();
-    // Carried out whole, they would take twenty-four seconds: eight pieces each, two requests at a time.
+    // If the requests were carried out completely, they would take 24 seconds: eight pieces each, two requests at a time.
     assert!(begun.elapsed() < Duration::from_secs(12), "{:?}", begun.elapsed());
 }
 
+/// A write beyond the new end would make the file long again and leave a hole that decrypts to noise.
+fn a_truncated_file_stays_short_and_returns_eio(session: SessionKind) {
+    let on_disk = env!("CARGO_TARGET_TMPDIR");
+    let len = SIZE as u64;
+    for (place, caching, is_mapped) in [
+        (on_disk, Caching::Direct, false),
+        (on_disk, Caching::PageCache, false),
+        ("/dev/shm", Caching::PageCache, false),
+        ("/dev/shm", Caching::Direct, true),
+    ] {
+        // The last of these ends is within a page. A mapping would still show the rest of that page.
+        for end in [len / 2, 3 << 20, len - 4096, len - 512] {
+            let what = format!("{place}, {caching:?}, {end} bytes");
+            let file = tempfile::NamedTempFile::new_in(place).unwrap();
+            std::fs::write(file.path(), vec![0x77; SIZE]).unwrap();
+            let mut store = FileStore::open(file.path(), Access::ReadWrite, caching).unwrap();
+            if is_mapped {
+                store = store.mapped(BusErrorsCaught::new().unwrap());
+            }
+            let server = TestServer::of(session, encrypted(Arc::new(store), SectorSize::B512));
+            let mut client = server.client();
+            assert_eq!(client.write(0, 0, &[5; 4096]), 0);
+            assert_eq!(client.write(0, len - (1 << 20), &[6; 1 << 20]), 0);
+            file.as_file().set_len(end).unwrap();
+
+            let io = ErrorCode::Io.code();
+            let mut other = server.client();
+            for client in [&mut client, &mut other] {
+                assert_eq!(client.read(len - 512, 512), Err(io), "{what}");
+                assert_eq!(client.read(end & !4095, 4096), Err(io), "{what}");
+                for data in [&[1; 512][..], &[2; 100], &[3; 1 << 20]] {
+                    assert_eq!(client.write(0, len - data.len() as u64, data), io, "{what}");
+                    assert_eq!(client.write(NBD_CMD_FLAG_FUA, len - data.len() as u64, data), io, "{what}");
+                }
+                assert_eq!(client.request(0, NBD_CMD_WRITE_ZEROES, len - 4096, 4096), io, "{what}");
+                assert_eq!(client.request(0, NBD_CMD_TRIM, len - 4096, 4096), io, "{what}");
+                assert_eq!(file.as_file().metadata().unwrap().len(), end, "{what}");
+            }
+            // The rest is served as before, and what was lost does not come back.
+            assert_eq!(client.read(0, 4096), Ok(vec![5; 4096]), "{what}");
+            assert_eq!(client.write(0, 0, &[7; 8192]), 0, "{what}");
+            assert_eq!(other.read(0, 8192), Ok(vec![7; 8192]), "{what}");
+            assert_eq!(client.flush(), 0, "{what}");
+            file.as_file().set_len(len).unwrap();
+            assert_eq!(client.read(len - 512, 512), Err(io), "{what}");
+            assert_eq!(client.write(0, len - 512, &[1; 512]), io, "{what}");
+        }
+    }
+}
+
 harness::on_both_sessions! {
-    a_disk_error_becomes_eio_and_the_connection_lives_on,
-    a_fault_in_the_server_becomes_eio_and_the_connection_lives_on,
+    a_truncated_file_stays_short_and_returns_eio,
+    a_disk_error_becomes_eio_and_keeps_the_connection,
+    a_panic_becomes_eio_and_keeps_the_connection,
     two_hundred_clients_are_served_at_once,
     ten_thousand_clients_are_served_in_turn,
-    more_clients_than_allowed_wait_for_their_turn,
-    a_slow_handshake_is_dropped,
-    a_disconnect_in_mid_message_hurts_nobody,
-    a_client_that_vanishes_with_replies_due_and_a_payload_half_sent_is_forgotten,
-    half_a_message_and_silence_hurts_nobody,
-    a_client_that_never_reads_its_replies_is_no_longer_read_from_and_hurts_nobody,
-    a_flood_of_requests_to_a_stuck_disk_takes_bounded_memory,
-    garbage_of_every_length_is_cut_off_and_hurts_nobody,
-    a_shutdown_answers_what_is_under_way_and_refuses_the_rest,
-    a_shutdown_flushes_and_takes_the_socket_away_from_newcomers,
-    a_shutdown_does_not_wait_for_a_client_that_stopped_in_mid_payload,
+    clients_above_the_limit_wait_for_their_turn,
+    a_slow_handshake_is_disconnected,
+    a_disconnect_within_a_message_harms_no_other_client,
+    a_client_that_vanishes_within_a_payload_is_forgotten,
+    clients_silent_within_a_message_harm_no_other_client,
+    requests_of_a_client_that_reads_no_replies_wait,
+    requests_to_a_stuck_disk_take_bounded_memory,
+    garbage_is_disconnected_and_harms_no_other_client,
+    a_shutdown_answers_requests_in_flight_and_refuses_later_ones,
+    a_shutdown_flushes_and_refuses_new_clients,
+    a_shutdown_does_not_wait_for_an_unfinished_payload,
     tcp_clients_are_served,
     a_socketpair_is_served_without_a_handshake,
-    requests_gather_while_replies_are_unread,
-    a_write_that_takes_all_the_room_waits_for_no_more_than_the_replies_before_it,
-    a_large_write_behind_replies_that_nobody_takes_is_answered,
-    a_refused_write_behind_replies_that_nobody_takes_is_skipped,
-    reads_of_nothing_take_no_memory,
-    a_disk_that_was_quick_and_gets_stuck_keeps_nobody_else_waiting,
-    whole_disks_that_are_zeroed_keep_no_small_request_waiting,
-    zeroing_a_whole_disk_ends_with_its_client,
+    requests_are_collected_while_replies_are_unread,
+    a_space_filling_write_waits_only_for_earlier_replies,
+    a_large_write_behind_unread_replies_is_answered,
+    a_refused_write_behind_unread_replies_is_skipped,
+    reads_of_length_zero_take_no_memory,
+    a_disk_that_gets_stuck_delays_no_other_client,
+    zeroing_whole_disks_delays_no_small_request,
+    zeroing_a_whole_disk_stops_when_its_client_leaves,
 }

@@ -1,5 +1,5 @@
-//! `nbdcrypt serve` under TLS, several exports at once, and the limits on connections: with the clients that people use,
-//! and with raw bytes where a well-behaved client would not say what is to be tested.
+//! `nbdcrypt serve` with TLS, with several exports, and with limits on connections. The clients are the usual programs.
+//! Where no well-behaved client sends what a test needs, the test sends raw bytes.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -19,7 +19,7 @@ use tempfile::TempDir;
 const DATA: u64 = 1 << 20;
 const FLAGS: u32 = NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES;
 
-/// A folder with plain volumes of a mebibyte, their key, and certificates.
+/// A folder with plain volumes of one mebibyte, their key, and certificates.
 struct Folder(TempDir);
 
 impl Folder {
@@ -33,8 +33,8 @@ impl Folder {
         folder
     }
 
-    /// With `pki/`, a server's and a client's certificates by one authority; `other/`, by another; `bare/`, a client's
-    /// directory with nothing but the authority.
+    /// Makes the folder with certificates: `pki/` holds a server's and a client's certificate of one authority, `other/`
+    /// the same of another authority, and `bare/` a client's directory with only the authority's certificate.
     fn with_certificates() -> Self {
         let folder = Self::new();
         for pki in ["pki", "other"] {
@@ -75,7 +75,7 @@ impl Folder {
         ));
     }
 
-    /// Takes the client's certificate back.
+    /// Revokes the client's certificate.
     fn revoke_client(&self) {
         fs::write(self.path("index"), "").unwrap();
         fs::write(
@@ -90,7 +90,7 @@ impl Folder {
         self.run(&format!("openssl ca {by} -gencrl -out pki/ca-crl.pem"));
     }
 
-    /// Runs a command line, in which no word has a blank; it must succeed.
+    /// Runs a command line whose words contain no spaces. The command must succeed.
     #[track_caller]
     fn run(&self, line: &str) -> String {
         let output = self.try_run(line);
@@ -103,10 +103,10 @@ impl Folder {
         let program = words.next().unwrap();
         let path = if program == "nbdcrypt" { binary() } else { Path::new(program) };
         let run = Command::new(path).args(words).current_dir(self.0.path()).stdin(Stdio::null()).output();
-        run.unwrap_or_else(|error| panic!("{program} is needed here: {error}; run `make test`"))
+        run.unwrap_or_else(|error| panic!("cannot run {program}: {error}; `make test` installs it"))
     }
 
-    /// Runs a command line that must fail, and say these words.
+    /// Runs a command line that must fail with an error that contains these words.
     #[track_caller]
     fn refused(&self, line: &str, words: &[&str]) {
         let output = self.try_run(line);
@@ -117,7 +117,7 @@ impl Folder {
         }
     }
 
-    /// Serves `alpha.img`, and what else is named.
+    /// Serves `alpha.img` with the further arguments in `more`.
     #[track_caller]
     fn serve(&self, more: &str) -> Server {
         let mut child = Command::new(binary())
@@ -129,7 +129,7 @@ impl Folder {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let address = lines.next().unwrap_or_else(|| panic!("{more}: the server did not come up")).unwrap();
+        let address = lines.next().unwrap_or_else(|| panic!("{more}: the server did not start")).unwrap();
         Server { child, address }
     }
 
@@ -144,12 +144,12 @@ impl Folder {
 
 struct Server {
     child: Child,
-    /// The first export's.
+    /// The address of the first export.
     address: String,
 }
 
 impl Server {
-    /// The address with a client's certificates.
+    /// Returns the address with a client's certificates.
     fn uri(&self, certificates: &str) -> String {
         let and = if self.address.contains('?') { '&' } else { '?' };
         format!("{}{and}tls-certificates={certificates}", self.address)
@@ -175,7 +175,7 @@ const REQUIRED: &str = "--tls require --tls-certificates pki --tls-verify-peer";
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs openssl and libnbd's programs: run `make test`")]
-fn libnbd_reads_and_writes_under_tls_over_unix_sockets_and_tcp() {
+fn libnbd_reads_and_writes_under_tls() {
     let folder = Folder::with_certificates();
     fs::write(folder.path("data"), vec![0x5a; 1 << 20]).unwrap();
     for (place, scheme) in [(TCP, "nbds://"), (UNIX, "nbds+unix://")] {
@@ -231,18 +231,19 @@ fn qemu_reads_and_writes_under_tls() {
         .args(["-c", "flush", "-c", "read -P 7 4k 900k"])
         .current_dir(folder.0.path())
         .output()
-        .expect("qemu-io is needed here: run `make test`");
+        .expect("cannot run qemu-io; `make test` installs it");
     let said = told(&io);
     assert!(io.status.success() && !said.contains("failed") && said.matches("921600/921600").count() == 2, "{said}");
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs openssl and nbdinfo: run `make test`")]
-fn strangers_are_kept_out() {
+fn clients_without_a_valid_certificate_are_refused() {
     let folder = Folder::with_certificates();
     let server = folder.serve(&format!("{TCP} {REQUIRED}"));
     folder.run(&format!("nbdinfo --size {}", server.uri("pki")));
-    // No TLS at all; a server that is not the client's; no certificate; one by another authority.
+    // A client without TLS, a client that expects another server, a client without a certificate, and a client with
+    // another authority's certificate.
     let plain = server.address.replace("nbds:", "nbd:");
     folder.refused(&format!("nbdinfo --size {plain}"), &["requires", "TLS"]);
     folder.refused(&format!("nbdinfo --list {plain}"), &[]);
@@ -251,11 +252,11 @@ fn strangers_are_kept_out() {
     fs::copy(folder.path("other/client-cert.pem"), folder.path("bare/client-cert.pem")).unwrap();
     fs::copy(folder.path("other/client-key.pem"), folder.path("bare/client-key.pem")).unwrap();
     folder.refused(&format!("nbdinfo --size {}", server.uri("bare")), &[]);
-    // The server is as it was.
+    // The server still works.
     folder.run(&format!("nbdinfo --size {}", server.uri("pki")));
     drop(server);
 
-    // Without --tls-verify-peer, who has no certificate may come; and with `on`, who has no TLS.
+    // Without --tls-verify-peer, a client needs no certificate. With `on`, it does not even need TLS.
     fs::remove_file(folder.path("bare/client-cert.pem")).unwrap();
     fs::remove_file(folder.path("bare/client-key.pem")).unwrap();
     let server = folder.serve(&format!("{TCP} --tls require --tls-certificates pki"));
@@ -276,11 +277,11 @@ fn strangers_are_kept_out() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
-fn tls_has_version_1_2_or_1_3_and_nothing_older() {
+fn only_tls_1_2_and_1_3_are_accepted() {
     let folder = Folder::with_certificates();
     let server = folder.serve(&format!("{TCP} --tls require --tls-certificates pki"));
     for (version, served) in [("-tls1_2", true), ("-tls1_3", true), ("-tls1_1", false)] {
-        // A proxy for the first words, which `openssl s_client` can't say: NBD, then TLS.
+        // A proxy that negotiates TLS over NBD, which `openssl s_client` cannot do.
         let mut upstream = TcpStream::connect(("127.0.0.1", server.port().parse().unwrap())).unwrap();
         upstream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         begin_tls(&mut upstream);
@@ -306,21 +307,22 @@ fn tls_has_version_1_2_or_1_3_and_nothing_older() {
     }
 }
 
-/// Goes as far as the acknowledgement of `NBD_OPT_STARTTLS`.
+/// Goes through the handshake up to the acknowledgement of `NBD_OPT_STARTTLS`.
 fn begin_tls(stream: &mut (impl Read + Write)) {
     let mut client = RawClient::new(stream);
-    client.haggle(FLAGS);
+    client.start_handshake(FLAGS);
     let replies = client.option(NBD_OPT_STARTTLS, &[]);
     assert_eq!(replies.last().map(|reply| reply.kind), Some(NBD_REP_ACK));
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
-fn what_is_slipped_in_behind_starttls_is_never_carried_out() {
+fn plaintext_sent_after_starttls_is_never_executed() {
     let folder = Folder::with_certificates();
     let _server = folder.serve(&format!("{UNIX} --tls on --tls-certificates pki"));
-    // In one packet, so that a server that reads ahead has it all: STARTTLS, and in plaintext behind it a choice of the
-    // export and a write. Someone between client and server would send this before the client's own TLS.
+    // One packet holds STARTTLS and, in plaintext behind it, a choice of the export and a write. A server that reads
+    // ahead would receive all of it. An attacker between client and server would send this before the client begins
+    // TLS.
     let mut client = folder.client();
     client.greeting();
     let mut bytes = FLAGS.to_be_bytes().to_vec();
@@ -331,7 +333,8 @@ fn what_is_slipped_in_behind_starttls_is_never_carried_out() {
     client.send(&bytes);
     let reply = client.option_reply();
     assert_eq!((reply.option, reply.kind), (NBD_OPT_STARTTLS, NBD_REP_ACK));
-    // It stood where TLS begins, and is no TLS: all that follows is an alert (RFC 8446, section 5.1: 21), no NBD.
+    // The server expects TLS here, and this plaintext is not TLS. Only an alert (RFC 8446, section 5.1: 21) may follow,
+    // and no NBD.
     let rest = client.receive_rest();
     assert!(rest.is_empty() || (rest[0] == 21 && rest.len() == 7), "{rest:?}");
     assert!(!rest.windows(4).any(|word| word == NBD_SIMPLE_REPLY_MAGIC.to_be_bytes()));
@@ -340,11 +343,11 @@ fn what_is_slipped_in_behind_starttls_is_never_carried_out() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
-fn before_required_tls_nothing_is_told() {
+fn without_required_tls_no_export_is_revealed() {
     let folder = Folder::with_certificates();
     let _server = folder.serve(&format!("{UNIX} {REQUIRED}"));
     let mut client = folder.client();
-    client.haggle(FLAGS);
+    client.start_handshake(FLAGS);
     for (option, data) in [
         (NBD_OPT_LIST, vec![]),
         (NBD_OPT_INFO, query("", &[])),
@@ -364,7 +367,7 @@ fn before_required_tls_nothing_is_told() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
-fn a_client_that_is_silent_where_tls_begins_is_cut_off() {
+fn a_silent_tls_handshake_is_disconnected() {
     let folder = Folder::with_certificates();
     let _server = folder.serve(&format!("{UNIX} {REQUIRED} --handshake-timeout 1s"));
     let mut client = folder.client();
@@ -376,7 +379,7 @@ fn a_client_that_is_silent_where_tls_begins_is_cut_off() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
-fn a_client_that_is_silent_where_tls_begins_does_not_hold_up_the_shutdown() {
+fn a_silent_tls_handshake_does_not_delay_the_shutdown() {
     let folder = Folder::with_certificates();
     let mut server = folder.serve(&format!("{UNIX} {REQUIRED} --handshake-timeout 10m"));
     let mut client = folder.client();
@@ -388,7 +391,7 @@ fn a_client_that_is_silent_where_tls_begins_does_not_hold_up_the_shutdown() {
 }
 
 #[test]
-fn an_idle_client_is_cut_off_and_a_busy_one_is_not() {
+fn only_idle_clients_are_disconnected() {
     let folder = Folder::new();
     let _server = folder.serve(&format!("{UNIX} --idle-timeout 1s"));
     let enter = || {
@@ -397,7 +400,7 @@ fn an_idle_client_is_cut_off_and_a_busy_one_is_not() {
         client
     };
     let (mut busy, mut idle, mut halting) = (enter(), enter(), enter());
-    // Stops in the middle of a payload.
+    // This client stops within a payload.
     halting.send(&harness::nbd::request_bytes(0, NBD_CMD_WRITE, 1, 0, 4096));
     halting.send(&[1; 100]);
     let begun = Instant::now();
@@ -408,14 +411,14 @@ fn an_idle_client_is_cut_off_and_a_busy_one_is_not() {
     busy.stream.set_nonblocking(true).unwrap();
     assert!(busy.stream.read(&mut [0]).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock));
     for client in [&mut idle, &mut halting] {
-        // It was cut off by now.
+        // The server has disconnected this client by now.
         client.stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         assert!(client.is_closed());
     }
 }
 
 #[test]
-fn further_connections_wait_until_there_is_a_place() {
+fn connections_above_the_limit_wait() {
     let folder = Folder::new();
     let _server = folder.serve(&format!("{UNIX} --max-connections 2"));
     let mut first = folder.client();
@@ -448,7 +451,7 @@ fn several_devices_are_exports_by_name() {
     let server = folder.serve(&format!("beta.img {UNIX}"));
     let row = |name: &str, description: &str, read_only| (name.to_owned(), description.to_owned(), read_only);
     assert_eq!(list(&server), [row("alpha.img", "alpha.img", false), row("beta.img", "beta.img", false)]);
-    // Each is its own disk.
+    // Each export is a disk of its own.
     fs::write(folder.path("data"), vec![9; 1 << 20]).unwrap();
     folder.run("nbdcopy --flush data nbd+unix:///beta.img?socket=socket");
     assert!(fs::read(folder.path("alpha.img")).unwrap().iter().all(|byte| *byte == 0));
@@ -464,14 +467,14 @@ fn several_devices_are_exports_by_name() {
 }
 
 #[test]
-fn mistakes_on_the_command_line_are_told_apart() {
+fn each_command_line_mistake_has_its_own_error() {
     let folder = Folder::new();
     let serve = "nbdcrypt serve --type plain --key-file key --socket socket";
     folder.refused(&format!("{serve} alpha.img beta.img --name one"), &["--name is given 1 times for 2 devices"]);
     folder.refused(&format!("{serve} alpha.img beta.img --name one --name one"), &["as `one`", "--name"]);
     folder.refused(&format!("{serve} alpha.img --key-file key --key-file key"), &["--key-file is given 3 times"]);
     folder.refused(&format!("{serve} alpha.img beta.img --key-file - --key-file -"), &["--key-file"]);
-    folder.refused(&format!("{serve} alpha.img --idle-timeout 5"), &["90s, 2m, 1h"]);
+    folder.refused(&format!("{serve} alpha.img --idle-timeout 5"), &["90s, 2m or 1h"]);
     folder.refused(&format!("{serve} alpha.img --max-connections 0"), &["max-connections"]);
     folder.refused(&format!("{serve} alpha.img --tls require"), &["--tls-certificates"]);
     folder.refused(&format!("{serve} alpha.img --tls-certificates none"), &["--tls require"]);
@@ -485,7 +488,7 @@ fn mistakes_on_the_command_line_are_told_apart() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
-fn certificates_that_cannot_be_used_are_named() {
+fn unusable_certificates_are_named() {
     let folder = Folder::with_certificates();
     let line = format!("nbdcrypt serve --type plain --key-file key --socket socket alpha.img {REQUIRED}");
     let chmod =
@@ -502,10 +505,86 @@ fn certificates_that_cannot_be_used_are_named() {
     fs::write(folder.path("pki/ca-crl.pem"), "").unwrap();
     folder.refused(&line, &["pki/ca-crl.pem", "no revocation list"]);
     fs::write(folder.path("pki/ca-crl.pem"), "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n").unwrap();
-    folder.refused(&line, &["pki/ca-crl.pem", "cannot be understood"]);
+    folder.refused(&line, &["pki/ca-crl.pem", "cannot be parsed"]);
     fs::remove_file(folder.path("pki/ca-crl.pem")).unwrap();
     fs::remove_file(folder.path("pki/ca-cert.pem")).unwrap();
     folder.refused(&line, &["pki/ca-cert.pem", "clients' authorities"]);
     fs::write(folder.path("pki/ca-cert.pem"), "no certificate").unwrap();
     folder.refused(&line, &["pki/ca-cert.pem", "no certificate"]);
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs openssl: run `make test`")]
+fn certificates_outside_their_validity_are_reported_at_start() {
+    use nbd_server::tls::{Clients, Credentials, NotValidBecause};
+    use std::time::{Duration, SystemTime};
+    let folder = Folder::with_certificates();
+    // The chain file holds the server's certificate and then the authority's. The program checks each.
+    let chain = fs::read_to_string(folder.path("pki/server-cert.pem")).unwrap()
+        + &fs::read_to_string(folder.path("pki/ca-cert.pem")).unwrap();
+    fs::write(folder.path("pki/server-cert.pem"), chain).unwrap();
+    let credentials = Credentials::from_directory(&folder.path("pki"), Clients::Anyone).unwrap();
+    let day = Duration::from_secs(86400);
+    let now = SystemTime::now();
+    assert_eq!(credentials.not_valid_at(now + day), []);
+    let expired = credentials.not_valid_at(now + 12 * day);
+    assert_eq!(expired.iter().map(|one| one.number).collect::<Vec<_>>(), [0, 1]);
+    assert!(expired.iter().all(|one| matches!(one.why, NotValidBecause::Expired(ago) if ago > 9 * day)));
+    let told = expired[0].to_string();
+    assert!(told.contains("pki/server-cert.pem expired") && told.ends_with("days ago"), "{told}");
+    let early = credentials.not_valid_at(now - 3 * day);
+    assert!(early.len() == 2 && early.iter().all(|one| matches!(one.why, NotValidBecause::NotYet(_))), "{early:?}");
+
+    // The program warns, but still serves.
+    fs::write(
+        folder.path("ca.cnf"),
+        "[ca]\ndefault_ca=it\n[it]\ndatabase=index\nnew_certs_dir=.\nrand_serial=yes\ndefault_md=sha256\npolicy=any\n\
+         [any]\ncommonName=supplied\n",
+    )
+    .unwrap();
+    for (from, to, words) in
+        [("20200101000000Z", "20210101000000Z", "expired"), ("20900101000000Z", "20910101000000Z", "is not valid yet")]
+    {
+        fs::write(folder.path("index"), "").unwrap();
+        folder.run("openssl req -new -key pki/server-key.pem -subj /CN=localhost -out request.pem");
+        folder.run(&format!(
+            "openssl ca -batch -notext -config ca.cnf -cert pki/ca-cert.pem -keyfile pki/ca-key.pem -in request.pem \
+             -extfile extensions -startdate {from} -enddate {to} -out pki/server-cert.pem"
+        ));
+        let log = log_of_serving(&folder, "--socket socket --tls require --tls-certificates pki");
+        assert!(log.contains("the server's certificate pki/server-cert.pem") && log.contains(words), "{log}");
+        assert!(log.contains("cannot read or write the volume"), "{log}");
+    }
+}
+
+#[test]
+fn the_log_says_what_clients_on_a_port_can_do() {
+    let folder = Folder::new();
+    let log = log_of_serving(&folder, "--listen 0.0.0.0:0");
+    assert!(log.contains("anyone who reaches it may read and write the volume"), "{log}");
+    let log = log_of_serving(&folder, "--listen 0.0.0.0:0 --read-only");
+    assert!(log.contains("anyone who reaches it may read the volume"), "{log}");
+    for near in ["127.0.0.1:0", "127.1.2.3:0"] {
+        let log = log_of_serving(&folder, &format!("--listen {near}"));
+        assert!(!log.contains("anyone"), "{near}: {log}");
+    }
+}
+
+/// Returns what a server logs until it is ready.
+fn log_of_serving(folder: &Folder, more: &str) -> String {
+    let mut child = Command::new(binary())
+        .args("serve --type plain --key-file key alpha.img".split(' '))
+        .args(more.split_whitespace())
+        .current_dir(folder.0.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(fs::File::create(folder.path("log")).unwrap())
+        .spawn()
+        .unwrap();
+    let address = BufReader::new(child.stdout.take().unwrap()).lines().next();
+    let _ = child.kill();
+    let _ = child.wait();
+    let log = fs::read_to_string(folder.path("log")).unwrap();
+    assert!(address.is_some(), "{more}: {log}");
+    log
 }

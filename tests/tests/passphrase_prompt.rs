@@ -1,4 +1,4 @@
-//! Passphrases typed at a terminal: asked for where no file is named, shown nowhere.
+//! Passphrases typed at a terminal: nbdcrypt asks for them if no file is named, and does not show them.
 
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
@@ -8,7 +8,7 @@ use harness::nbdcrypt;
 
 const QUICK: [&str; 4] = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
 
-/// nbdcrypt at a terminal of its own, which script(1) makes.
+/// nbdcrypt at a terminal of its own, which script(1) provides.
 struct Session {
     script: Child,
     seen: String,
@@ -20,16 +20,16 @@ impl Session {
         let mut script = Command::new("script");
         script.args(["--quiet", "--return", "--flush", "--command", &command, "/dev/null"]);
         script.current_dir(bench.path(".")).stdin(Stdio::piped()).stdout(Stdio::piped());
-        Self { script: script.spawn().expect("script(1), of util-linux"), seen: String::new() }
+        Self { script: script.spawn().expect("script(1), of util-linux, is installed"), seen: String::new() }
     }
 
-    /// Waits for the question, and types.
+    /// Waits for the question and types the answer.
     fn answer(&mut self, question: &str, keys: &str) {
         let from = self.seen.len();
         let stdout = self.script.stdout.as_mut().unwrap();
         while !self.seen[from..].ends_with(question) {
             let mut byte = [0];
-            assert_eq!(stdout.read(&mut byte).unwrap(), 1, "{question:?} was never asked: {}", self.seen);
+            assert_eq!(stdout.read(&mut byte).unwrap(), 1, "{question:?} was not asked: {}", self.seen);
             self.seen.push(char::from(byte[0]));
         }
         let stdin = self.script.stdin.as_mut().unwrap();
@@ -37,7 +37,7 @@ impl Session {
         stdin.flush().unwrap();
     }
 
-    /// Whether it succeeded, and all that the terminal showed.
+    /// Returns whether nbdcrypt succeeded, and everything that the terminal showed.
     fn end(mut self) -> (bool, String) {
         self.script.stdout.as_mut().unwrap().read_to_string(&mut self.seen).unwrap();
         (self.script.wait().unwrap().success(), std::mem::take(&mut self.seen))
@@ -46,7 +46,7 @@ impl Session {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs script, cryptsetup: run `make test`")]
-fn a_volume_is_made_and_its_keys_managed_by_what_is_typed_and_not_shown() {
+fn typed_passphrases_format_a_volume_and_manage_its_keys() {
     let bench = Workbench::new();
     let disk = bench.disk("disk", 20 << 20);
     let mut format = Session::start(&bench, &[&["format", "disk"], &QUICK[..]].concat());
@@ -70,6 +70,21 @@ fn a_volume_is_made_and_its_keys_managed_by_what_is_typed_and_not_shown() {
     change.answer("The same again: ", "third secret\r");
     assert!(change.end().0);
     assert_eq!(unlock(&disk, b"third secret").unwrap().keyslot, 1);
+    std::fs::write(bench.path("third"), "third secret").unwrap();
+
+    let mut test = Session::start(&bench, &["key", "test", "disk"]);
+    test.answer("Passphrase of disk: ", "third secret\r");
+    let (done, shown) = test.end();
+    assert!(done && shown.contains("the passphrase opens keyslot 1") && !shown.contains("secret"), "{shown}");
+    // The keyslot's own passphrase is not enough: it opens no keyslot that remains.
+    let question = "Passphrase of another keyslot of disk, which stays: ";
+    for (typed, removed) in [("first secret\r", false), ("third secret\r", true)] {
+        let mut kill = Session::start(&bench, &["key", "remove", "disk", "--key-slot", "0"]);
+        kill.answer(question, typed);
+        assert_eq!(kill.end().0, removed, "{typed:?}");
+        assert_eq!(unlock(&disk, b"first secret").is_err(), removed);
+    }
+    bench.nbdcrypt(&[&["key", "add", "disk", "--key-file", "third", "--new-key-file", "second"], &QUICK[..]].concat());
 
     let mut remove = Session::start(&bench, &["key", "remove", "disk"]);
     remove.answer("Passphrase of disk: ", "third secret\r");
@@ -79,7 +94,7 @@ fn a_volume_is_made_and_its_keys_managed_by_what_is_typed_and_not_shown() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs script: run `make test`")]
-fn two_answers_that_differ_none_and_ctrl_c_change_nothing() {
+fn differing_empty_and_interrupted_answers_change_nothing() {
     let bench = Workbench::new();
     let disk = bench.disk("disk", 20 << 20);
     for (answers, words) in [
@@ -98,7 +113,7 @@ fn two_answers_that_differ_none_and_ctrl_c_change_nothing() {
 }
 
 #[test]
-fn without_a_terminal_and_without_a_file_the_option_is_named() {
+fn without_a_terminal_the_error_names_the_option() {
     let bench = Workbench::new();
     bench.disk("disk", 20 << 20);
     bench.nbdcrypt(&[&["format", "disk", "--key-file", "key"], &QUICK[..]].concat());

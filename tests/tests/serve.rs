@@ -1,8 +1,8 @@
-//! `nbdcrypt format` and `nbdcrypt serve` beside the programs that people use today: each reads what the other wrote.
+//! `nbdcrypt format` and `nbdcrypt serve` with other programs on the same volumes: each reads what the other wrote.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -17,12 +17,16 @@ const DATA: usize = 14 << 20;
 struct Folder(TempDir);
 
 impl Folder {
-    /// A folder with a key file, and plaintext to be written.
+    /// Makes a folder with a key file and plaintext data to write.
     fn new() -> Self {
-        let folder = Self(tempfile::tempdir().unwrap());
+        Self::in_folder(&std::env::temp_dir())
+    }
+
+    fn in_folder(parent: &Path) -> Self {
+        let folder = Self(tempfile::tempdir_in(parent).unwrap());
         fs::write(folder.path("key"), "ThisIs-a-SecretPassword").unwrap();
         fs::set_permissions(folder.path("key"), fs::Permissions::from_mode(0o600)).unwrap();
-        // No two sectors alike, the first and the last told by name.
+        // All sectors differ. The first and the last sector contain their names.
         let mut data: Vec<u8> =
             (0..DATA / 8).flat_map(|n| (n as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes()).collect();
         data[..16].copy_from_slice(b"the first sector");
@@ -39,7 +43,7 @@ impl Folder {
         self.path(name).to_str().unwrap().to_owned()
     }
 
-    /// Runs a program in the folder; it must succeed.
+    /// Runs a program in the folder. It must succeed.
     #[track_caller]
     fn run(&self, program: &str, args: &[&str]) -> String {
         let output = self.try_run(program, args);
@@ -57,7 +61,7 @@ impl Folder {
             .unwrap_or_else(|error| panic!("{}: {error}", program.display()))
     }
 
-    /// A volume of ours.
+    /// Makes a volume with nbdcrypt.
     #[track_caller]
     fn format(&self) {
         let said = self.run(
@@ -78,7 +82,7 @@ impl Folder {
         assert!(said.contains("AES-256-XTS"), "{said}");
     }
 
-    /// A volume of cryptsetup's.
+    /// Makes a volume with cryptsetup.
     #[track_caller]
     fn luks_format(&self, key_bits: &str, hash: &str) {
         File::create(self.path("disk")).unwrap().set_len(DISK).unwrap();
@@ -117,7 +121,8 @@ impl Folder {
             .unwrap();
         let mut address = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut address).unwrap();
-        assert_eq!(address.trim(), "nbd+unix:///?socket=socket", "the server did not come up");
+        let expected = format!("nbd+unix:///?socket={}", self.text("socket"));
+        assert_eq!(address.trim(), expected, "the server did not start");
         Server(child)
     }
 }
@@ -126,7 +131,7 @@ impl Folder {
 struct Server(Child);
 
 impl Server {
-    /// Ends it as a service manager would, and waits.
+    /// Stops the server as a service manager would, and waits.
     #[track_caller]
     fn stop(mut self) {
         kill_process(Pid::from_child(&self.0), Signal::TERM).unwrap();
@@ -136,7 +141,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Only one that a failed test left behind.
+        // Only a failed test leaves a running server.
         if let Ok(None) = self.0.try_wait() {
             let _ = self.0.kill();
             let _ = self.0.wait();
@@ -151,12 +156,36 @@ fn assert_same(folder: &Folder, name: &str) {
     let (expected, got) = (fs::read(folder.path("data")).unwrap(), fs::read(folder.path(name)).unwrap());
     assert_eq!(got.len(), expected.len(), "{name}");
     let differs = expected.iter().zip(&got).position(|(a, b)| a != b);
-    assert_eq!(differs, None, "{name} differs from what was written");
+    assert_eq!(differs, None, "{name} differs from the data that was written");
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs nbdcopy: run `make test`")]
+fn unaligned_data_is_served_on_every_filesystem() {
+    for memory in [false, true] {
+        let parent = if memory { PathBuf::from("/dev/shm") } else { std::env::temp_dir() };
+        let folder = Folder::in_folder(&parent);
+        folder.format();
+        // The payload begins 512 bytes later (LUKS1 specification, figure 1: payload-offset).
+        let disk = File::options().write(true).open(folder.path("disk")).unwrap();
+        disk.write_all_at(&4097_u32.to_be_bytes(), 104).unwrap();
+        fs::OpenOptions::new().write(true).open(folder.path("data")).unwrap().set_len(DATA as u64 - 512).unwrap();
+        for more in [&["--session", "io-uring"][..], &["--session", "tokio"]] {
+            let server = folder.serve(more);
+            folder.run("nbdcopy", &["data", "nbd+unix:///?socket=socket"]);
+            server.stop();
+            let volume = harness::luks::open(&folder.path("disk"));
+            let mut back = vec![0; DATA - 512];
+            volume.read(0, &mut back).unwrap();
+            assert!(back == fs::read(folder.path("data")).unwrap(), "{more:?}, in memory: {memory}");
+            volume.write(0, &mut vec![0; DATA - 512]).unwrap();
+        }
+    }
 }
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup, qemu-img, nbdkit and nbdcopy: run `make test`")]
-fn what_we_format_and_serve_others_read_without_us() {
+fn other_programs_read_our_volumes_without_us() {
     let folder = Folder::new();
     folder.format();
     let server = folder.serve(&[]);
@@ -188,11 +217,11 @@ fn what_we_format_and_serve_others_read_without_us() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup, nbdkit, qemu-img and nbdcopy: run `make test`")]
-fn what_cryptsetup_formats_and_others_write_we_read() {
+fn volumes_of_cryptsetup_written_by_others_are_readable() {
     for (key_bits, hash) in [("512", "sha256"), ("256", "sha1"), ("512", "sha512")] {
         let folder = Folder::new();
         folder.luks_format(key_bits, hash);
-        // Written by nbdkit, read by us.
+        // nbdkit writes and nbdcrypt reads.
         folder.run(
             "nbdkit",
             &[
@@ -207,7 +236,7 @@ fn what_cryptsetup_formats_and_others_write_we_read() {
         let server = folder.serve(&["--read-only"]);
         folder.run("nbdcopy", &[URI, "ours"]);
         assert_same(&folder, "ours");
-        // And it is read-only, for all who ask.
+        // The export is read-only for every client.
         assert!(folder.run("nbdinfo", &[URI]).contains("is_read_only: true"));
         assert!(!folder.try_run("nbdcopy", &["data", URI]).status.success());
         server.stop();
@@ -216,7 +245,7 @@ fn what_cryptsetup_formats_and_others_write_we_read() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs qemu-img and nbdcopy: run `make test`")]
-fn what_qemu_formats_and_writes_we_read() {
+fn volumes_that_qemu_writes_are_readable() {
     let folder = Folder::new();
     let secret = format!("secret,id=key,file={}", folder.text("key"));
     folder.run(
@@ -231,7 +260,7 @@ fn what_qemu_formats_and_writes_we_read() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs qemu-img and qemu-io: run `make test`")]
-fn qemu_img_converts_to_and_from_a_volume_and_its_own_luks_driver_agrees() {
+fn qemu_img_and_its_luks_driver_agree_with_us() {
     for session in ["io-uring", "tokio"] {
         let folder = Folder::new();
         folder.format();
@@ -241,7 +270,7 @@ fn qemu_img_converts_to_and_from_a_volume_and_its_own_luks_driver_agrees() {
         assert!(compared.contains("identical"), "{compared}");
         folder.run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", URI, "copy.qcow2"]);
         folder.run("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", "data", "copy.qcow2"]);
-        // A difference is seen.
+        // A single changed byte is detected.
         folder.run("qemu-io", &["-f", "raw", "-c", "write -P 1 5000000 1", URI]);
         assert!(!folder.try_run("qemu-img", &["compare", "-f", "raw", "-F", "raw", "data", URI]).status.success());
         folder.run("qemu-img", &["convert", "-n", "-f", "qcow2", "-O", "raw", "copy.qcow2", URI]);
@@ -256,7 +285,7 @@ fn qemu_img_converts_to_and_from_a_volume_and_its_own_luks_driver_agrees() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs fio: run `make test`")]
-fn fio_verifies_what_it_wrote_through_the_program() {
+fn fio_verifies_what_it_wrote() {
     let folder = Folder::new();
     folder.format();
     let server = folder.serve(&[]);
@@ -280,14 +309,14 @@ fn fio_verifies_what_it_wrote_through_the_program() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup and nbdcopy: run `make test`")]
-fn what_was_flushed_is_there_after_the_server_is_killed() {
+fn flushed_data_survives_a_killed_server() {
     let folder = Folder::new();
     folder.format();
     let mut server = folder.serve(&[]);
     folder.run("nbdcopy", &["--flush", "data", URI]);
     server.0.kill().unwrap();
     server.0.wait().unwrap();
-    // Its socket is still there, and no obstacle.
+    // The socket file of the killed server is still there and does not prevent a new start.
     let server = folder.serve(&[]);
     folder.run("nbdcopy", &[URI, "ours"]);
     assert_same(&folder, "ours");
@@ -314,7 +343,7 @@ fn a_tcp_port_serves_as_a_socket_does() {
 }
 
 #[test]
-fn a_connection_for_which_there_is_no_ring_is_served_all_the_same() {
+fn a_connection_without_an_io_uring_is_served() {
     let folder = Folder::new();
     folder.format();
     let mut child = Command::new(binary())
@@ -326,8 +355,8 @@ fn a_connection_for_which_there_is_no_ring_is_served_all_the_same() {
         .unwrap();
     BufReader::new(child.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
     let server = Server(child);
-    // The first connection takes three of the five files that are left: the socket, the ring and what wakes it. For the
-    // others there is no ring.
+    // Five more files may be opened. The first connection takes three of them: the socket, the ring and the ring's event
+    // descriptor. No ring is left for the others.
     let pid = server.0.id();
     let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as u64;
     let limit = Some(open + 5);
@@ -350,7 +379,7 @@ fn a_connection_for_which_there_is_no_ring_is_served_all_the_same() {
 }
 
 #[test]
-fn format_and_serve_refuse_by_name_what_they_cannot_do() {
+fn format_and_serve_name_what_they_cannot_do() {
     let folder = Folder::new();
     let refused = |args: &[&str], words: &[&str]| {
         let output = folder.try_run("nbdcrypt", args);
@@ -364,7 +393,7 @@ fn format_and_serve_refuse_by_name_what_they_cannot_do() {
     refused(&["format", "--key-file", "key", "disk"], &["disk does not exist", "--size"]);
     refused(&["format", "--key-file", "none", "--size", "16M", "disk"], &["none", "No such file"]);
     refused(&["format", "--key-file", "key", "--size", "1M", "-i", "1", "disk"], &["at least"]);
-    assert!(!folder.path("disk").exists(), "a file that could not be formatted is gone again");
+    assert!(!folder.path("disk").exists(), "a file that could not be formatted is removed again");
     refused(&["format", "--key-file", "key", "data"], &["not blank", "--wipe"]);
     assert_same(&folder, "data");
 
@@ -372,35 +401,53 @@ fn format_and_serve_refuse_by_name_what_they_cannot_do() {
     let before = fs::read(folder.path("disk")).unwrap();
     refused(&["format", "--key-file", "key", "disk"], &["not blank", "LUKS1"]);
     fs::write(folder.path("other"), "another").unwrap();
-    refused(&["serve", "--key-file", "other", "--socket", "socket", "disk"], &["passphrase is wrong"]);
+    refused(
+        &["serve", "--key-file", "other", "--socket", "socket", "disk"],
+        &["no keyslot opens with this passphrase"],
+    );
     refused(&["serve", "--key-file", "key", "--socket", "socket", "data"], &["no LUKS header"]);
-    refused(&["serve", "--key-file", "key", "--socket", "socket", "--type", "plain", "disk"], &["512 bits"]);
+    refused(
+        &["serve", "--key-file", "key", "--socket", "socket", "--type", "plain", "disk"],
+        &["it has 23 bytes, but 64 were"],
+    );
     refused(&["dump", "data"], &["no LUKS header"]);
     assert_eq!(fs::read(folder.path("disk")).unwrap(), before);
 
-    // What lies at the socket's path is nobody's to remove.
-    refused(&["serve", "--key-file", "key", "--socket", "data", "disk"], &["could not listen on data"]);
+    // The server does not remove other files at the socket's path.
+    refused(&["serve", "--key-file", "key", "--socket", "data", "disk"], &["could not listen on data", "not a socket"]);
     assert_same(&folder, "data");
-    let server = folder.serve(&[]);
-    refused(&["serve", "--key-file", "key", "--socket", "other-socket", "disk"], &["in use"]);
     fs::copy(folder.path("disk"), folder.path("copy")).unwrap();
+    let server = folder.serve(&[]);
+    refused(
+        &["serve", "--key-file", "key", "--socket", "other-socket", "disk"],
+        &["in use", "`nbdcrypt serve` serves it (process "],
+    );
+    refused(
+        &["serve", "--key-file", "key", "--socket", "other-socket", "--header", "./disk", "disk"],
+        &["--header names disk itself", "leave it out"],
+    );
+    // No key is needed to see that a port is taken, so nobody is asked for one.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    refused(&["serve", "--listen", &address, "copy"], &["could not listen on", &address]);
+    refused(&["format", "--key-file", "key", "key"], &["too few for a volume", "the key file?"]);
     refused(&["serve", "--key-file", "key", "--socket", "socket", "copy"], &["another server's socket"]);
     assert!(folder.path("socket").exists());
     folder.run("nbdcrypt", &["dump", "disk"]);
     server.stop();
     // Wrong usage has an exit code of its own.
     assert_eq!(folder.try_run("nbdcrypt", &["serve", "disk"]).status.code(), Some(2));
-    // Asked to, it destroys.
+    // With this option, `format` destroys the old content.
     folder.run(
         "nbdcrypt",
         &["format", "--wipe", "--type", "luks1", "--key-file", "key", "--pbkdf-force-iterations", "1000", "disk"],
     );
 }
 
-/// Who serves from memory handles SIGBUS, which must not make it deaf to one that is meant.
+/// A server with data in memory handles SIGBUS. A SIGBUS that another process sends must still end it.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs a tmpfs in /dev/shm: run `make test`")]
-fn a_bus_error_that_somebody_sends_ends_the_program() {
+fn a_sigbus_from_another_process_ends_the_server() {
     use std::os::unix::process::ExitStatusExt;
     let folder = Folder(tempfile::tempdir_in("/dev/shm").unwrap());
     fs::write(folder.path("key"), "ThisIs-a-SecretPassword").unwrap();
@@ -412,7 +459,7 @@ fn a_bus_error_that_somebody_sends_ends_the_program() {
 }
 
 #[test]
-fn a_volume_that_was_made_stays_even_if_nobody_can_be_told() {
+fn a_new_volume_is_kept_if_standard_output_is_full() {
     let folder = Folder::new();
     let made = Command::new(binary())
         .args([

@@ -1,4 +1,4 @@
-//! Signatures: what real programs leave on a disk is seen, under the name that blkid gives it.
+//! nbdcrypt recognises the signatures that real programs write to a disk, under the names that blkid gives them.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use harness::luks::{Workbench, begin_luks1, format_luks1, key, open, run, store,
 
 const MIB: u64 = 1 << 20;
 
-/// What makes a thing on a disk, the name that it has here, and the one that blkid has for it.
+/// The command that makes something on a disk, nbdcrypt's name for it, and blkid's name.
 struct Maker {
     command: &'static [&'static str],
     name: &'static str,
@@ -39,7 +39,7 @@ fn names(disk: &Path) -> Vec<&'static str> {
     probe(store(disk).as_ref()).unwrap().into_iter().map(|signature| signature.name).collect()
 }
 
-/// blkid's name for what is on the disk; empty when it sees nothing.
+/// Returns blkid's name for what is on the disk, or nothing if blkid recognises nothing.
 fn blkid(disk: &Path) -> String {
     let output = try_run("blkid", ["-p", "-o", "value", "-s", "TYPE", disk.to_str().unwrap()]);
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
@@ -47,7 +47,7 @@ fn blkid(disk: &Path) -> String {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs mkfs, mkswap, cryptsetup, blkid: run `make test`")]
-fn what_programs_make_has_the_name_that_blkid_gives_it() {
+fn signatures_have_the_names_that_blkid_gives_them() {
     let bench = Workbench::new();
     for Maker { command, name, blkid: expected } in MAKERS {
         let disk = bench.disk("disk", 320 * MIB);
@@ -62,7 +62,7 @@ fn what_programs_make_has_the_name_that_blkid_gives_it() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup, wipefs: run `make test`")]
-fn a_luks2_volume_without_its_first_header_is_still_seen() {
+fn a_luks2_volume_without_its_first_header_is_recognised() {
     let bench = Workbench::new();
     let disk = bench.disk("disk", 64 * MIB);
     let format = luks_format("luks2");
@@ -91,7 +91,7 @@ fn the_filesystem_within_a_volume_is_named() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup, blkid, wipefs: run `make test`")]
-fn nobody_takes_an_unfinished_format_for_anything() {
+fn blkid_recognises_nothing_in_an_unfinished_format() {
     let bench = Workbench::new();
     let disk = bench.disk("disk", 32 * MIB);
     let pending = begin_luks1(&disk, HashAlgorithm::Sha256, key(64));

@@ -1,6 +1,7 @@
-//! Makes sure of a device before it is taken away.
+//! Claims a device exclusively before it is detached.
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -8,36 +9,73 @@ use std::time::{Duration, Instant};
 use rustix::fs::OFlags;
 
 use super::error::DetachError;
-use super::holders::{Holder, holders_of};
+use super::node::{Node, why_not_opened};
+use crate::machine::holders::{Holder, holders_of};
+use crate::machine::programs;
 
-/// The longest to wait for those who only look at a device: udev opens every one that was just closed.
+/// The longest time to wait for programs that open the device only briefly. For example, udev opens every device that was just
+/// closed.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Opens `device` so that nobody else can mount it while the claim lasts, once nobody else has it open, and has the
-/// kernel write what it still holds of it. `None` when it is not ours any more.
+/// Waits until no other process has `device` open, and opens `device` exclusively. Nobody can then mount the device while the
+/// claim is held. Then makes the kernel write the device's dirty data. Returns `None` if the device no longer belongs to this
+/// process.
+///
+/// The node in `/dev` may be missing: see [`Node`].
 ///
 /// # Errors
-/// [`DetachError::Held`] and [`DetachError::Flush`].
+/// [`DetachError::Held`], if the device is in use; [`DetachError::Flush`], if the device's data cannot be written;
+/// [`DetachError::Failed`], if the device's node cannot be opened, or is missing and cannot be made.
 pub(super) fn claim(device: &Path, is_ours: impl Fn() -> bool) -> Result<Option<File>, DetachError> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let claim = OpenOptions::new().read(true).custom_flags(OFlags::EXCL.bits().cast_signed()).open(device);
+        let opened = Node::of(device).map(|node| {
+            let exclusively = OFlags::EXCL.bits().cast_signed();
+            let claim = OpenOptions::new().read(true).custom_flags(exclusively).open(node.path());
+            (node, claim)
+        });
         if !is_ours() {
             return Ok(None);
         }
+        let (node, claim) = opened.map_err(|reason| DetachError::Failed { device: device.to_owned(), reason })?;
         let holders = holders_of(device);
         let claim = match claim {
             Ok(claim) if holders.is_empty() => {
-                claim.sync_all().map_err(|source| DetachError::Flush { device: device.to_owned(), source })?;
+                flush(node.path()).map_err(|source| DetachError::Flush { device: device.to_owned(), source })?;
                 return Ok(Some(claim));
+            }
+            // The device has no user, so waiting does not help.
+            Err(error) if holders.is_empty() && error.kind() != io::ErrorKind::ResourceBusy => {
+                return Err(DetachError::Failed { device: device.to_owned(), reason: why_not_opened(device, &error) });
             }
             claim => claim,
         };
-        let lasting = holders.iter().any(|holder| !matches!(holder, Holder::Process { .. }));
-        if lasting || Instant::now() > deadline {
+        if holders.iter().any(Holder::is_lasting) || Instant::now() > deadline {
             return Err(DetachError::Held { device: device.to_owned(), holders });
         }
         drop(claim);
         std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Makes the kernel write the device's dirty data. Another program does this, because this process serves the device. If this
+/// process called fsync(2) itself and were killed meanwhile, the call would wait forever for this process's own reply. Nothing
+/// could then end this process.
+fn flush(device: &Path) -> io::Result<()> {
+    programs::run("sync", &[device.as_os_str()], programs::WHOLE_FILESYSTEM).map(drop).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_node_is_reported_at_once_and_not_as_in_use() {
+        let folder = tempfile::tempdir().unwrap();
+        let start = Instant::now();
+        // The kernel has no such device, so its node cannot be made either.
+        let error = claim(&folder.path().join("no-device"), || true).unwrap_err();
+        assert!(start.elapsed() < PATIENCE, "it waited in vain");
+        assert!(matches!(error, DetachError::Failed { .. }) && error.to_string().contains("is missing"), "{error}");
     }
 }

@@ -1,40 +1,40 @@
-//! Tells whoever waits that an attachment ended by itself.
+//! Signals that an attachment ended unexpectedly.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::watch;
 
-/// Why an attachment ended that nobody here ended.
+/// Why an attachment ended unexpectedly.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Ended {
-    /// Someone else took the device away.
+    /// Another program detached the device.
     #[error("another program detached the device")]
     Disconnected,
-    /// The threads that serve it gave up.
+    /// The threads that serve the device failed.
     #[error("the device's server stopped: {0}")]
     ServerFailed(String),
 }
 
-/// The serving side of an [`EndedSignal`]. The first word counts, and while disarmed none does: an end is expected then.
+/// The sending side of an [`EndedSignal`]. Only the first end is reported, and none while the signal is disarmed.
 #[derive(Clone, Debug)]
 pub(super) struct EndedSender {
     ended: watch::Sender<Option<Ended>>,
     armed: Arc<AtomicBool>,
 }
 
-/// Waits for the end of an attachment. Copies may be held by anyone, longer than the attachment.
+/// Waits for the unexpected end of an attachment. Copies may outlive the attachment.
 #[derive(Clone, Debug)]
 pub struct EndedSignal(watch::Receiver<Option<Ended>>);
 
-/// A disarmed sender and its signal.
+/// Returns a disarmed sender and its signal.
 pub(super) fn ended_signal() -> (EndedSender, EndedSignal) {
     let (ended, receiver) = watch::channel(None);
     (EndedSender { ended, armed: Arc::default() }, EndedSignal(receiver))
 }
 
 impl EndedSender {
-    /// From now on an end is nobody's wish here, or from now on it is.
+    /// Arms or disarms the signal. While disarmed, an end is expected and is not reported.
     pub(super) fn set_armed(&self, armed: bool) {
         self.armed.store(armed, Ordering::SeqCst);
     }
@@ -51,20 +51,21 @@ impl EndedSender {
 }
 
 impl EndedSignal {
-    /// Why it ended, if it has.
+    /// Returns why the attachment ended, or `None` if it has not ended.
     pub fn get(&self) -> Option<Ended> {
         self.0.borrow().clone()
     }
 
-    /// Waits until it ends by itself; for ever where it is detached in order. Runs in any async runtime, and may be
-    /// dropped at any moment.
+    /// Waits until the attachment ends unexpectedly. If the attachment is detached by
+    /// [`detach`](super::Attachment::detach), this waits forever. The future runs in any async runtime, and may be
+    /// dropped at any time.
     pub async fn wait(mut self) -> Ended {
         loop {
             if let Some(ended) = self.0.borrow_and_update().clone() {
                 return ended;
             }
             if self.0.changed().await.is_err() {
-                // The attachment is gone, and said nothing.
+                // The attachment was dropped without an unexpected end.
                 std::future::pending::<()>().await;
             }
         }
@@ -76,7 +77,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_first_word_counts_and_reaches_those_who_come_late() {
+    async fn the_first_end_is_reported_even_to_late_receivers() {
         let (sender, signal) = ended_signal();
         sender.set_armed(true);
         assert_eq!(signal.get(), None);
@@ -88,7 +89,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_orderly_end_is_none() {
+    async fn an_orderly_end_is_not_reported() {
         let (sender, signal) = ended_signal();
         sender.set_armed(true);
         sender.set_armed(false);

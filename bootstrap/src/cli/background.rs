@@ -1,78 +1,227 @@
-//! Two processes for one `up`: the one that was typed waits, and the one behind it does the work and stays.
+//! Two processes for one `up`. The user starts the front process, which waits. The server runs in the background, does the
+//! work and stays.
 //!
-//! The one behind tells its progress over a pipe, its standard output: a line a step, then one that says it is up. If the
-//! pipe ends before that line, it failed, and has said why on the standard error that both share.
+//! The server reports its progress over a pipe, which is its standard output: a line for each step, then a line which says
+//! that the volume is up. If the pipe ends before that line, the start has failed, and the server has printed the reason on
+//! standard error, which both processes share. If the server was killed and could not print anything, the front process says
+//! so.
+//!
+//! The front process passes on SIGINT, SIGTERM and SIGHUP, and waits until the server has undone everything. If the front
+//! process is killed, the server sees the end of the pipe and undoes everything as well (`boot::Waiting::Front`).
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Sender, channel};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal};
 
 use super::up::show;
-use crate::boot::Progress;
+use crate::machine::process;
+use crate::service::boot::Progress;
+use crate::service::run_dir::RunDir;
 
-/// Words at the start of the lines on the pipe.
-const CLEARING_UP: &str = "clearing-up";
+/// The first words of the lines on the pipe.
+const CLEANING_UP: &str = "cleaning-up";
+const DOING: &str = "doing ";
 const DONE: &str = "done ";
+const MADE: &str = "made ";
 const UP: &str = "up ";
 
-/// Starts the process behind and waits until the volume is up.
+/// What can happen in the front process.
+enum Event {
+    /// The server has sent a line.
+    Line(String),
+    /// The server has closed the pipe.
+    End,
+    /// A signal asks this process to stop.
+    Signal(Signal),
+}
+
+/// Starts the server and waits until the volume is up. The server logs as much as this process does (`verbose`). If the
+/// start fails and the server has printed the reason, this process ends with the server's exit code.
 ///
 /// # Errors
-/// When it could not be started. When it fails it has said why itself: then this process ends with its exit code.
-pub(super) fn up(config: &Path, base: &Path) -> Result<()> {
+/// Fails if the server could not be started, if it was killed, or if a signal came too late to call the start off.
+pub(super) fn up(name: &str, config: &Path, base: &Path, verbose: u8) -> Result<()> {
     let program = std::env::current_exe().context("this program's own file")?;
+    let (events, happened) = channel();
+    // This comes before the start, so that no signal can end this process and leave the server.
+    let _signals = watch_signals(&events)?;
     let mut behind = Command::new(program)
         .arg("--run-dir")
         .arg(base)
         .args(["up", "--behind"])
+        .args((0..verbose).map(|_| "-v"))
         .arg(config)
+        .envs(crate::keys::absolute_aws_files())
         .stdout(Stdio::piped())
         .spawn()
         .context("could not start the server")?;
     let pipe = behind.stdout.take().context("the server's standard output")?;
-    for line in BufReader::new(pipe).lines() {
-        let line = line?;
-        if let Some(text) = line.strip_prefix(UP) {
-            show(Progress::Up(text));
-            return Ok(());
+    std::thread::Builder::new().name("pipe".to_owned()).spawn(move || {
+        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+            let _ = events.send(Event::Line(line));
         }
-        match line.strip_prefix(DONE) {
-            Some(step) => eprint_step(step),
-            None if line == CLEARING_UP => show(Progress::ClearingUp),
-            None => {}
+        let _ = events.send(Event::End);
+    })?;
+    let mut passed_on = false;
+    let mut doing = "it was starting".to_owned();
+    let mut text = None;
+    for event in happened {
+        match event {
+            Event::Line(line) => {
+                if let Some(up) = line.strip_prefix(UP) {
+                    text = Some(up.to_owned());
+                    break;
+                }
+                doing = follow(&line).unwrap_or(doing);
+            }
+            Event::Signal(signal) => {
+                pass_on(&behind, signal);
+                passed_on = true;
+            }
+            Event::End => break,
         }
     }
-    let status = behind.wait()?;
-    std::process::exit(if status.success() { 0 } else { 1 });
-}
-
-fn eprint_step(step: &str) {
-    if std::io::IsTerminal::is_terminal(&std::io::stderr()) {
-        eprintln!("  {step}");
+    match text {
+        Some(text) if !passed_on => {
+            show(Progress::Up(&text));
+            Ok(())
+        }
+        // The volume came up before the server got the signal. The server takes it down again.
+        Some(_) => match behind.wait()? {
+            status if status.success() => bail!("interrupted; {name} was up already, and is down again"),
+            status => Err(failed(name, status, "it was going down again", base)),
+        },
+        None => {
+            let status = behind.wait()?;
+            match status.code() {
+                Some(code @ (0 | 1)) => std::process::exit(code),
+                _ => Err(failed(name, status, &doing, base)),
+            }
+        }
     }
 }
 
-/// In the process behind: what is typed at the terminal is not for it any more.
+/// Shows a line of progress. Returns what the server is doing from then on, or `None` if the line does not say so.
+fn follow(line: &str) -> Option<String> {
+    if let Some(step) = line.strip_prefix(DONE) {
+        show(Progress::Done(step));
+        return Some(format!("it was past the step `{step}`"));
+    }
+    if let Some(what) = line.strip_prefix(DOING) {
+        show(Progress::Doing(what));
+        return Some(format!("it was {what}"));
+    }
+    if let Some(text) = line.strip_prefix(MADE) {
+        show(Progress::Made(text));
+        return None;
+    }
+    if line == CLEANING_UP {
+        show(Progress::CleaningUp);
+        return Some("it was cleaning up after a server that died".to_owned());
+    }
+    // Another `up` was faster, and this line reports the result.
+    let _ = super::tell(format_args!("{line}\n"));
+    None
+}
+
+/// Returns the error about a server that ended without saying why.
+fn failed(name: &str, status: ExitStatus, doing: &str, base: &Path) -> anyhow::Error {
+    let how = match status.signal().and_then(Signal::from_named_raw) {
+        Some(signal) => format!("was killed by signal {} ({})", signal.as_raw(), name_of(signal)),
+        None => format!("ended ({status})"),
+    };
+    let memory = if status.signal() == Some(Signal::KILL.as_raw()) {
+        ". The kernel does that when memory runs out: see `dmesg`"
+    } else {
+        ""
+    };
+    let log = RunDir::new(base, name).log();
+    let log = if log.exists() { format!("; its log is {}", log.display()) } else { String::new() };
+    anyhow::anyhow!(
+        "the server of {name} {how} while {doing}{memory}. The next `nbdcrypt up` cleans up what it left, and so does \
+         `nbdcrypt down {name}`{log}"
+    )
+}
+
+fn name_of(signal: Signal) -> &'static str {
+    match signal {
+        Signal::KILL => "SIGKILL",
+        Signal::TERM => "SIGTERM",
+        Signal::INT => "SIGINT",
+        Signal::HUP => "SIGHUP",
+        Signal::ABORT => "SIGABRT",
+        Signal::SEGV => "SIGSEGV",
+        Signal::BUS => "SIGBUS",
+        Signal::ILL => "SIGILL",
+        Signal::SYS => "SIGSYS, as a seccomp filter does",
+        Signal::XCPU => "SIGXCPU, the limit of CPU time",
+        Signal::XFSZ => "SIGXFSZ, the limit of file sizes",
+        _ => "see signal(7)",
+    }
+}
+
+fn pass_on(behind: &Child, signal: Signal) {
+    // The process id stays valid until this process has waited for the server.
+    if let Err(error) = rustix::process::kill_process(Pid::from_child(behind), signal) {
+        tracing::debug!("the server is gone: {error}");
+    }
+}
+
+/// Turns the signals that end a program into events, as long as the returned runtime lives.
+fn watch_signals(events: &Sender<Event>) -> Result<tokio::runtime::Runtime> {
+    use tokio::signal::unix::{SignalKind, signal};
+    nbd_server::threads::can_start(1)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let mut kinds = vec![(SignalKind::interrupt(), Signal::INT), (SignalKind::terminate(), Signal::TERM)];
+    if !process::is_hangup_ignored() {
+        kinds.push((SignalKind::hangup(), Signal::HUP));
+    }
+    for (kind, passed) in kinds {
+        let events = events.clone();
+        let _inside = runtime.enter();
+        let mut signals = signal(kind)?;
+        runtime.spawn(async move {
+            while signals.recv().await.is_some() {
+                let _ = events.send(Event::Signal(passed));
+            }
+        });
+    }
+    Ok(runtime)
+}
+
+/// Detaches the server from the terminal and from the working directory.
 pub(super) fn leave_the_terminal() -> Result<()> {
     rustix::process::setsid().context("setsid")?;
     rustix::process::chdir("/").context("chdir /")?;
     Ok(())
 }
 
-/// In the process behind: tells the one in front how far it is, and once the volume is up lets go of everything that
-/// the two share. From then on, what there is to say goes to `log`.
-pub(super) fn tell(progress: Progress<'_>, log: &Path) -> Result<()> {
+/// Reports the server's progress to the front process. Once the volume is up, closes everything that the two processes
+/// share. From then on, the server logs to `log`.
+pub(super) fn report(progress: Progress<'_>, log: &Path) -> Result<()> {
     let mut pipe = std::io::stdout();
     match progress {
-        Progress::ClearingUp => writeln!(pipe, "{CLEARING_UP}")?,
+        Progress::CleaningUp => writeln!(pipe, "{CLEANING_UP}")?,
+        Progress::Doing(what) => writeln!(pipe, "{DOING}{}", what.replace('\n', " "))?,
         Progress::Done(step) => writeln!(pipe, "{DONE}{step}")?,
+        Progress::Made(text) => {
+            let _ = writeln!(open_log(log)?, "process {}: {text}", std::process::id());
+            writeln!(pipe, "{MADE}{}", text.replace('\n', " "))?;
+        }
         Progress::Up(text) => {
-            let log = OpenOptions::new().create(true).append(true).mode(0o600).open(log).context("the log")?;
+            // The log may still hold the lines of an earlier server that ended with an error.
+            let mut log = open_log(log)?;
             let nothing = OpenOptions::new().read(true).write(true).open("/dev/null").context("/dev/null")?;
+            if log.metadata().is_ok_and(|log| log.len() > 0) {
+                let _ = writeln!(log, "process {}: {text}", std::process::id());
+            }
             writeln!(pipe, "{UP}{text}")?;
             pipe.flush()?;
             rustix::stdio::dup2_stdin(&nothing)?;
@@ -81,4 +230,8 @@ pub(super) fn tell(progress: Progress<'_>, log: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn open_log(path: &Path) -> Result<File> {
+    OpenOptions::new().create(true).append(true).mode(0o600).open(path).context("the log")
 }

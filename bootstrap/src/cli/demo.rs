@@ -1,8 +1,8 @@
-//! `nbdcrypt demo`: the whole job on this machine, with the very commands that a user types, and cleaned up after.
+//! `nbdcrypt demo`: makes, mounts and removes a volume on this machine, with the commands that a user types.
 
 use std::fs;
-use std::io::Read;
-use std::os::unix::fs::DirBuilderExt;
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -10,9 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::tell;
-use crate::{process, system};
+use crate::machine::{bare_folder, process, random};
 
-/// What is written, and searched for.
+/// The text that is written and then searched for.
 const TEXT: &str = "the quick brown fox jumps over the lazy dog, and nobody may know";
 
 #[derive(Debug, clap::Args)]
@@ -24,49 +24,51 @@ pub(super) fn run(_args: Args) -> Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let _inside = runtime.enter();
-    // From here on Ctrl-C ends what this process waits for, and not this process, which has to clear up.
+    // From here on, Ctrl-C ends the commands that this process waits for. This process goes on, since it must clean up.
     let _signals = [signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?, signal(SignalKind::hangup())?];
     let stage = Stage::set()?;
     let result = play(&stage);
-    // In any case, and what it says counts only where nothing else went wrong.
+    // The folder is removed in every case. An error of the removal is returned only if nothing else failed.
     let cleared = stage.clear();
     result.and(cleared)?;
-    tell("\nDone. Nothing is left of it: no mount, no device, no process, no file.\n")
+    tell("\nDone. The demo has left no mount, no device, no process and no file.\n")
 }
 
 fn play(stage: &Stage) -> Result<()> {
     let text_file = stage.mountpoint().join("secret.txt");
 
-    tell(format_args!("A configuration, a key, and a disk that is a file yet to be made:\n\n"))?;
+    tell(format_args!("A configuration with a key file and a disk, which is a file that does not exist yet:\n\n"))?;
     tell(format_args!("{}\n", indented(&fs::read_to_string(stage.config())?)))?;
 
-    tell(format_args!("Up: made, formatted, attached, mkfs, mounted. Then a text is written.\n"))?;
+    tell(format_args!(
+        "`up` makes the file, formats and attaches it, makes a filesystem and mounts it. Then the demo writes a text.\n"
+    ))?;
     stage.nbdcrypt(&["up"])?;
     fs::write(&text_file, TEXT)?;
-    // Out of the kernel's cache, down to the disk.
+    // Writes the text from the kernel's cache to the disk.
     fs::File::open(&text_file)?.sync_all()?;
     stage.nbdcrypt(&["status"])?;
 
-    tell(format_args!("Is the text there to be found, by anyone who reads the raw bytes?\n"))?;
+    tell(format_args!("Can someone who reads the raw bytes find the text?\n"))?;
     let device = stage.device()?;
     let through_the_device = count(&device)?;
     let in_the_file = count(&stage.disk())?;
-    tell(format_args!("  {}, which decrypts: found {through_the_device} times\n", device.display()))?;
-    tell(format_args!("  {}, which lies on the disk: found {in_the_file} times\n\n", stage.disk().display()))?;
-    ensure!(through_the_device > 0, "the text is not even on the device: the search proves nothing");
-    ensure!(in_the_file == 0, "the text lies on the disk in the clear");
+    tell(format_args!("  {}, the decrypted device: found {through_the_device} times\n", device.display()))?;
+    tell(format_args!("  {}, the encrypted file: found {in_the_file} times\n\n", stage.disk().display()))?;
+    ensure!(through_the_device > 0, "the text was not found on the device either, so the search proves nothing");
+    ensure!(in_the_file == 0, "the text was found unencrypted on the disk");
 
-    tell(format_args!("Down, and up again: the text is still there.\n"))?;
+    tell(format_args!("`down`, and `up` again: the text is still there.\n"))?;
     stage.nbdcrypt(&["down"])?;
     ensure!(!text_file.exists(), "the filesystem is still mounted");
     stage.nbdcrypt(&["up"])?;
     let back = fs::read_to_string(&text_file)?;
     tell(format_args!("  {}: {back}\n\n", text_file.display()))?;
-    ensure!(back == TEXT, "another text came back");
+    ensure!(back == TEXT, "the text that was read is not the text that was written");
     stage.nbdcrypt(&["down"])
 }
 
-/// A folder of the demo's own, where everything happens.
+/// The demo's own folder. Everything happens in it.
 struct Stage {
     folder: PathBuf,
 }
@@ -77,9 +79,8 @@ impl Stage {
         fs::DirBuilder::new().mode(0o700).create(&folder).with_context(|| folder.display().to_string())?;
         let stage = Self { folder };
         let mut key = [0; 32];
-        system::random(&mut key)?;
-        fs::write(stage.folder.join("key"), key)?;
-        fs::set_permissions(stage.folder.join("key"), std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+        random::fill(&mut key)?;
+        stage.write("key", &key)?;
         let config = format!(
             "[volume]\ndevices = [\"{disk}\"]\nsize = \"64M\"\n[key]\nsource = \"file\"\npath = \"{key}\"\nrandom = true\n\
              [filesystem]\ntype = \"ext4\"\nmountpoint = \"{mountpoint}\"\n",
@@ -87,8 +88,15 @@ impl Stage {
             key = stage.folder.join("key").display(),
             mountpoint = stage.mountpoint().display(),
         );
-        fs::write(stage.config(), config)?;
+        stage.write("demo.toml", config.as_bytes())?;
         Ok(stage)
+    }
+
+    /// Makes a file that only root may read and write, whatever the umask is.
+    fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+        let path = self.folder.join(name);
+        let made = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        made.and_then(|mut file| file.write_all(content)).with_context(|| path.display().to_string())
     }
 
     fn config(&self) -> PathBuf {
@@ -103,7 +111,7 @@ impl Stage {
         self.folder.join("mnt")
     }
 
-    /// Runs this program as a user would, and shows how.
+    /// Prints a command, runs it as a user would, and prints its output.
     fn nbdcrypt(&self, command: &[&str]) -> Result<()> {
         tell(format_args!("  # nbdcrypt {} {}\n", command.join(" "), self.config().display()))?;
         let output = self.command(command).stderr(Stdio::inherit()).output()?;
@@ -119,7 +127,7 @@ impl Stage {
         started
     }
 
-    /// The attached device, as `status` tells it.
+    /// Returns the attached device, as `status` reports it.
     fn device(&self) -> Result<PathBuf> {
         let output = self.command(&["status", "--json"]).output()?;
         let status: serde_json::Value = serde_json::from_slice(&output.stdout)?;
@@ -127,17 +135,21 @@ impl Stage {
         Ok(device.into())
     }
 
-    /// Takes down what may still be up, then removes the folder.
+    /// Takes the volume down if it is still up, then removes the folder.
     fn clear(self) -> Result<()> {
         let down = self.command(&["down"]).output()?;
         if !down.status.success() {
             bail!("something is still up: {}", String::from_utf8_lossy(&down.stderr).trim());
         }
+        // `down` leaves the empty mountpoint immutable.
+        if self.mountpoint().exists() {
+            bare_folder::unprotect(&self.mountpoint())?;
+        }
         fs::remove_dir_all(&self.folder).with_context(|| self.folder.display().to_string())
     }
 }
 
-/// How often the text stands in the raw bytes of a device or file.
+/// Returns how often the raw bytes of a device or file contain the text.
 fn count(path: &Path) -> Result<usize> {
     let mut bytes = Vec::new();
     fs::File::open(path)?.read_to_end(&mut bytes).with_context(|| path.display().to_string())?;

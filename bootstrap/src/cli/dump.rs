@@ -1,36 +1,38 @@
-//! `nbdcrypt dump`: a volume's header.
+//! `nbdcrypt dump`: shows a volume's header.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use engine::luks::{self, Dump, luks1, luks2};
-use engine::store::{Access, Caching, FileStore};
 use serde_json::json;
 
 use super::header_args::HeaderArgs;
 use super::{tell, tell_json};
+use crate::keys::opening::{self, Then};
+use crate::machine::disk;
+use crate::text;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The disk or file; with `--header` only the header is read.
+    /// The disk or file. With `--header`, only the header is read.
     device: PathBuf,
     #[command(flatten)]
     header: HeaderArgs,
-    /// As JSON.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
     let path = args.header.header.as_ref().unwrap_or(&args.device);
-    // No lock: a header may be looked at while its volume is up.
-    let disk =
-        FileStore::open(path, Access::ReadOnly, Caching::PageCache).with_context(|| path.display().to_string())?;
+    // No lock is taken, since a header may be read while its volume is up.
+    let disk = disk::open_to_look(path)?;
     let header = luks::dump(&disk).with_context(|| path.display().to_string())?;
+    opening::warn_of_copies(path, &disk, Then::Stays);
     if args.json {
         return tell_json(format_args!("{:#}", as_json(&header)));
     }
-    tell(header.display(&path.display().to_string()))
+    tell(header.display(&text::path(path)))
 }
 
 fn as_json(dump: &Dump) -> serde_json::Value {
@@ -40,7 +42,7 @@ fn as_json(dump: &Dump) -> serde_json::Value {
     }
 }
 
-/// The binary header's fields, and the JSON area as it stands.
+/// Returns the fields of the binary header, and the JSON area unchanged.
 fn luks2_as_json(header: &luks2::Header) -> serde_json::Value {
     json!({
         "version": 2,
@@ -59,7 +61,11 @@ fn luks1_as_json(header: &luks1::Header) -> serde_json::Value {
         .iter()
         .map(|slot| {
             json!({
-                "enabled": slot.enabled,
+                "enabled": slot.is_enabled(),
+                "damaged-state": match slot.state {
+                    luks1::KeyslotState::Undecided(word) => Some(format!("{word:#010x}")),
+                    _ => None,
+                },
                 "iterations": slot.iterations,
                 "salt": hex(&slot.salt),
                 "material-offset-sectors": slot.material_offset,

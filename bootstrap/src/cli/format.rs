@@ -1,85 +1,174 @@
 //! `nbdcrypt format`: makes a LUKS volume.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use engine::key::Passphrase;
 use engine::luks::{self, Disks, FormatOptions, kdf, luks1, luks2};
 use engine::sector::{LBA_UNIT, SectorSize};
-use engine::store::{Access, BlockStore, Caching};
+use engine::store::{Access, BlockStore, Caching, FileStore};
+use engine::text::bytes;
+use tokio::signal::unix::{SignalKind, signal};
 use uuid::Uuid;
 
+use super::advice::Settings;
+use super::cryptsetup_args::CryptsetupArgs;
 use super::header_args::HeaderArgs;
 use super::kdf_args::{KdfArgs, Pbkdf};
-use super::{passphrase, tell};
-use crate::config;
-use crate::{content, disk, new_volume, process, status, system};
+use super::{passphrase, tell, telling};
+use crate::machine::{disk, new_file, process, random};
+use crate::service::status;
+use crate::volume::VolumeType;
+use crate::volume::content::{self, Look};
+use crate::volume::new_volume;
+use crate::{config, text};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// A block device, or a regular file.
+    /// A block device or a regular file.
     device: PathBuf,
-    /// The passphrase: the file's bytes, all of them; `-` is standard input. Without it, it is asked for, twice.
-    #[arg(long, value_name = "FILE")]
+    /// A file with the passphrase, which is all of the file's bytes; `-` is standard input. Without this option, nbdcrypt
+    /// asks for it twice.
+    #[arg(short = 'd', long, value_name = "FILE")]
     key_file: Option<PathBuf>,
-    /// The format on the disk.
-    #[arg(long = "type", value_enum, default_value_t = Type::Luks2)]
-    kind: Type,
-    /// Make a file of this size (such as 2G) first, where there is none: sparse, with mode 600.
+    /// The format of the volume.
+    #[arg(short = 'M', long = "type", ignore_case = true, value_parser = luks_type(), default_value = "luks2")]
+    kind: VolumeType,
+    /// If DEVICE does not exist, make a sparse file of this size, such as 2G, with mode 600. No file is made below /dev.
     #[arg(long, value_parser = size)]
     size: Option<u64>,
-    /// Destroy what is on the device.
+    /// Allow what is on the device to be destroyed.
     #[arg(long)]
     wipe: bool,
     #[command(flatten)]
     header: HeaderArgs,
     #[command(flatten)]
     kdf: KdfArgs,
-    /// The length of the volume's key in bits, both halves counted: 512 (AES-256-XTS) or 256 (AES-128-XTS).
+    /// The length of the volume key in bits, with both halves counted: 512 (AES-256-XTS) or 256 (AES-128-XTS).
     #[arg(short = 's', long, value_name = "BITS", default_value = "512", value_parser = key_size)]
     key_size: usize,
-    /// The volume's UUID; a random one by default.
+    /// The volume's UUID. [default: a random one]
     #[arg(long)]
     uuid: Option<Uuid>,
     /// Where the data begins on its disk, in sectors of 512 bytes: a multiple of 8.
     #[arg(short = 'o', long, value_name = "SECTORS")]
     offset: Option<u64>,
-    /// LUKS2: the encryption unit in bytes: 512, 1024, 2048 or 4096. [default: 4096]
+    /// LUKS2 only: the sector size, which is the encryption unit, in bytes: 512, 1024, 2048 or 4096. [default: 4096, or 512
+    /// on a disk whose size is not a multiple of 4096]
     #[arg(long, value_name = "BYTES", value_parser = sector_size)]
     sector_size: Option<SectorSize>,
-    /// LUKS2: a label, of at most 47 bytes.
+    /// LUKS2 only: a label of at most 47 bytes.
     #[arg(long)]
     label: Option<String>,
-    /// LUKS2: a second label, of at most 47 bytes.
+    /// LUKS2 only: a second label of at most 47 bytes.
     #[arg(long)]
     subsystem: Option<String>,
-    /// LUKS2: what one copy of the header takes, such as 64K: a power of two from 16K to 4M. [default: 16K]
+    /// LUKS2 only: the size of one copy of the header, such as 64K: a power of two from 16K to 4M. [default: 16K]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     luks2_metadata_size: Option<u64>,
-    /// LUKS2: what all keyslots take, such as 1M: a multiple of 4K, at most 128M. [default: the rest of the first 16M]
+    /// LUKS2 only: the size of the area for all keyslots, such as 1M: a multiple of 4K, at most 128M. [default: the rest of
+    /// the first 16M]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     luks2_keyslots_size: Option<u64>,
+    #[command(flatten)]
+    _cryptsetup: CryptsetupArgs,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Type {
-    Luks2,
-    Luks1,
+/// Returns the parser of the formats that have a header.
+fn luks_type() -> impl TypedValueParser<Value = VolumeType> {
+    PossibleValuesParser::new([PossibleValue::new("luks2").alias("luks"), PossibleValue::new("luks1")])
+        .map(|name| if name.eq_ignore_ascii_case("luks1") { VolumeType::Luks1 } else { VolumeType::Luks2 })
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
     process::protect_secrets();
-    let mut made = Vec::new();
-    match format(&args, &mut made) {
+    let made = Made::default();
+    match format(&args, &made) {
         Ok(said) => tell(said),
-        Err(error) => Err(match made.iter().rev().try_for_each(|path| remove(path)) {
+        Err(error) => Err(match made.lock().paths.drain(..).rev().try_for_each(|path| remove(&path)) {
             Ok(()) => error,
             Err(second) => error.context(format!("and {second:#}")),
         }),
     }
 }
 
-/// Removes a file that was made, unless somebody else has put something there.
+/// The files of the new volume. The lock is held while a file is made or removed, and while the header is written that
+/// completes the volume.
+#[derive(Clone, Default)]
+struct Made(Arc<Mutex<Files>>);
+
+#[derive(Default)]
+struct Files {
+    /// The files that this process made.
+    paths: Vec<PathBuf>,
+    /// Set when the volume is whole. The files then stay.
+    counts: bool,
+}
+
+impl Made {
+    fn lock(&self) -> MutexGuard<'_, Files> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn make(&self, path: &Path, size: u64) -> Result<()> {
+        // Without the lock, a signal could come before the new file is listed.
+        let mut made = self.lock();
+        disk::make_file(path, size)?;
+        made.paths.push(path.to_owned());
+        Ok(())
+    }
+
+    /// Makes SIGINT, SIGTERM and SIGHUP remove the files and end this process, until the volume is whole.
+    fn remove_on_signal(&self) -> Result<()> {
+        // This must be read before the signal has a handler. Under nohup, SIGHUP is ignored.
+        let obeys_hangup = !process::is_hangup_ignored();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let entered = runtime.enter();
+        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+        let [mut interrupt, mut terminate, mut hangup] = [signal(kinds[0])?, signal(kinds[1])?, signal(kinds[2])?];
+        drop(entered);
+        let made = self.clone();
+        std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+            let kind = runtime.block_on(async {
+                tokio::select! {
+                    _ = interrupt.recv() => kinds[0],
+                    _ = terminate.recv() => kinds[1],
+                    _ = hangup.recv(), if obeys_hangup => kinds[2],
+                }
+            });
+            let made = made.lock();
+            if made.counts {
+                // The process is about to report success and to end normally.
+                return;
+            }
+            for path in made.paths.iter().rev() {
+                match remove_blank(path) {
+                    Ok(()) => eprintln!("nbdcrypt: interrupted; {} was removed again", text::path(path)),
+                    Err(error) => eprintln!(
+                        "nbdcrypt: interrupted: {}",
+                        telling::with_advice(&error, Settings::Options { key_slot: false })
+                    ),
+                }
+            }
+            // The lock is held until the process has ended, so that the volume cannot become whole meanwhile.
+            std::process::exit(128 + kind.as_raw_value());
+        })?;
+        Ok(())
+    }
+}
+
+/// Removes a file that this process made and still has open, unless another program has written to it.
+fn remove_blank(path: &Path) -> Result<()> {
+    let kept = || format!("{}, which was made, is not removed", path.display());
+    let disk = FileStore::open(path, Access::ReadOnly, Caching::PageCache).with_context(kept)?;
+    content::refuse_to_remove(path, &disk)?;
+    std::fs::remove_file(path).with_context(kept)
+}
+
+/// Removes a file that this process made, unless another program has written to it.
 fn remove(path: &Path) -> Result<()> {
     let kept = || format!("{}, which was made, is not removed", path.display());
     let (disk, _lock) = disk::open_header(path).with_context(kept)?;
@@ -87,92 +176,141 @@ fn remove(path: &Path) -> Result<()> {
     std::fs::remove_file(path).with_context(kept)
 }
 
-/// Makes the volume, and returns what there is to tell of it. `made` are the files that were not there before.
-fn format(args: &Args, made: &mut Vec<PathBuf>) -> Result<String> {
+/// Makes the volume, and returns the text to print about it. `made` lists the files that this process makes.
+fn format(args: &Args, made: &Made) -> Result<String> {
     let path = &args.device;
-    let passphrase = passphrase::new(args.key_file.as_deref(), path, "--key-file")?;
-    let key_len = args.key_size / 8;
-    match args.size {
-        Some(size) if !path.exists() => make(path, size, made)?,
-        Some(_) => bail!("{} exists already, so it has a size: leave out --size", path.display()),
-        None => {}
+    if args.kind == VolumeType::Luks1 {
+        refuse_luks2_only(args)?;
     }
-    let data = disk::open(path, Access::ReadWrite, Caching::PageCache)?;
-    let header = match &args.header.header {
-        None => None,
-        Some(header) => {
-            if !header.exists() {
-                make(header, header_len(args, key_len), made)?;
-            }
-            Some((header, disk::open(header, Access::ReadWrite, Caching::PageCache)?))
+    args.header.refuse_same(path)?;
+    // The disks are checked before anybody types a passphrase. Files are made after that.
+    let key_len = args.key_size / 8;
+    let overwritten = overwritten(args, key_len);
+    let look = |path: &Path| -> Result<FileStore> {
+        let disk = disk::open(path, Access::ReadWrite, Caching::PageCache)?;
+        if !args.wipe {
+            content::refuse_unless_free(path, &disk, Look::All(&overwritten))?;
+        }
+        Ok(disk)
+    };
+    let data = match args.size {
+        Some(_) if !path.exists() => {
+            new_file::check_folder(path)?;
+            None
+        }
+        // An earlier run was killed after it had made the file.
+        Some(size) if is_blank_of(path, size, args.wipe) => Some(look(path)?),
+        Some(_) if path.metadata().is_ok_and(|found| found.is_file() && found.len() == 0) => {
+            return Err(disk::DiskError::Empty(path.to_owned()).into());
+        }
+        Some(_) => bail!("{} exists already and keeps its size: leave out --size", path.display()),
+        None => Some(look(path)?),
+    };
+    let header = args.header.header.as_deref().filter(|header| header.exists()).map(look).transpose()?;
+    let passphrase = passphrase::new(args.key_file.as_deref(), path, "--key-file")?;
+    // This comes after the question for the passphrase, which handles signals itself.
+    made.remove_on_signal()?;
+    let data = match (data, args.size) {
+        (Some(data), _) => data,
+        (None, size) => {
+            made.make(path, size.unwrap_or(0))?;
+            disk::open(path, Access::ReadWrite, Caching::PageCache)?
         }
     };
-    let refuse_unless_free = || -> Result<()> {
+    let header = match (&args.header.header, header) {
+        (None, _) => None,
+        (Some(path), Some(header)) => Some((path, header)),
+        (Some(path), None) => {
+            made.make(path, header_len(args, key_len))?;
+            Some((path, disk::open(path, Access::ReadWrite, Caching::PageCache)?))
+        }
+    };
+    let refuse_unless_free = |look: Look<'_>| -> Result<()> {
         if args.wipe {
             return Ok(());
         }
-        content::refuse_unless_free(path, &data)?;
-        header.as_ref().map_or(Ok(()), |(path, disk)| content::refuse_unless_free(path, disk))
+        content::refuse_unless_free(path, &data, look)?;
+        header.as_ref().map_or(Ok(()), |(path, disk)| content::refuse_unless_free(path, disk, look))
     };
-    // Before the time that options take to be found, and when nobody else can be at work on it.
-    refuse_unless_free()?;
     let disks = match &header {
         Some((_, header)) => Disks::detached(header, &data),
         None => Disks::from(&data),
     };
     let name = || header.as_ref().map_or(path, |(path, _)| path).display().to_string();
-    let options = options(args)?;
-    // Old headers are overwritten on both.
+    let options = options(args, data.len())?;
+    // Formatting overwrites old headers on both disks.
     let _lock = disk::lock_header(path, data.file())?;
     let _header_lock = header.as_ref().map(|(path, disk)| disk::lock_header(path, disk.file())).transpose()?;
-    refuse_unless_free()?;
-    make_volume(&options, disks, &passphrase, key_len).with_context(name).map(|len| {
-        let at = header.as_ref().map(|(path, _)| format!(" (header in {})", path.display())).unwrap_or_default();
+    refuse_unless_free(Look::Ends)?;
+    make_volume(&options, disks, &passphrase, key_len, args.wipe, made).with_context(name).map(|len| {
+        let at = header.as_ref().map(|(path, _)| format!(" (header in {})", text::path(path))).unwrap_or_default();
         format!(
-            "{}{at}: {}, {} (aes-xts-plain64, {} bits), UUID {}, {len} of {} bytes for data\n",
-            path.display(),
+            "{}{at}: {}, {} (aes-xts-plain64, {} bits), UUID {}, {} of {} for data\n",
+            text::path(path),
             options.name(),
             status::algorithm(args.key_size),
             args.key_size,
             options.uuid(),
-            data.len()
+            bytes(len),
+            bytes(data.len())
         )
     })
 }
 
-/// Makes the volume, and returns how much data it holds.
-fn make_volume(options: &FormatOptions, disks: Disks<'_>, passphrase: &Passphrase, key_len: usize) -> Result<u64> {
-    let mut random = system::random;
+/// Makes the volume, and returns the length of its data area. With `--wipe`, the volume may be made over old data. A mark in
+/// it then tells that this data does not belong to the volume.
+fn make_volume(
+    options: &FormatOptions,
+    disks: Disks<'_>,
+    passphrase: &Passphrase,
+    key_len: usize,
+    wipe: bool,
+    made: &Made,
+) -> Result<u64> {
+    let mut random = random::fill;
     let key = luks::new_volume_key(key_len, &mut random)?;
     let pending = options.begin(disks, passphrase, key, &mut random)?;
-    Ok(pending.commit(disks)?.len)
+    if wipe {
+        pending.mark_untouched(disks, content::seed()?)?;
+    }
+    let mut made = made.lock();
+    let len = pending.commit(disks)?.len;
+    made.counts = true;
+    made.paths.clear();
+    Ok(len)
 }
 
-fn make(path: &Path, size: u64, made: &mut Vec<PathBuf>) -> Result<()> {
-    disk::make_file(path, size)?;
-    made.push(path.to_owned());
-    Ok(())
+/// Returns whether `path` is a regular file of this size that is blank or holds an unfinished volume. Checks only its ends,
+/// unless it is to be wiped; otherwise all of it is checked later.
+fn is_blank_of(path: &Path, size: u64, wipe: bool) -> bool {
+    let look = if wipe { Look::All(&[]) } else { Look::Ends };
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.len() == size)
+        && FileStore::open(path, Access::ReadOnly, Caching::PageCache)
+            .is_ok_and(|file| content::refuse_unless_free(path, &file, look).is_ok())
 }
 
-fn options(args: &Args) -> Result<FormatOptions> {
+fn options(args: &Args, data_len: u64) -> Result<FormatOptions> {
     let data_offset = args.offset.map(|sectors| sectors.saturating_mul(LBA_UNIT));
-    let uuid = args.uuid.map_or_else(new_volume::new_uuid, Ok)?;
-    if args.kind == Type::Luks1 {
+    let uuid = args.uuid.map_or_else(|| new_volume::new_uuid(&mut random::fill), Ok)?;
+    if args.kind == VolumeType::Luks1 {
         refuse_luks2_only(args)?;
         return Ok(FormatOptions::Luks1(luks1::Options {
             hash: args.kdf.hash,
             keyslot_iterations: args.kdf.pbkdf2_iterations(args.kdf.hash)?,
-            // There is nothing to guess in a random key.
+            // A random key cannot be guessed, so its digest needs no iterations.
             digest_iterations: kdf::MIN_ITERATIONS,
             uuid,
             data_offset,
         }));
     }
+    // This comes before the key derivation is measured, which takes time.
+    let sector_size = new_volume::sector_size(args.sector_size, data_len)
+        .with_context(|| format!("--sector-size does not fit {}", args.device.display()))?;
     Ok(FormatOptions::Luks2(Box::new(luks2::Options {
         kdf: args.kdf.options(Pbkdf::Argon2id)?,
         hash: args.kdf.hash,
         digest_iterations: kdf::MIN_ITERATIONS,
-        sector_size: args.sector_size.unwrap_or(SectorSize::B4096),
+        sector_size,
         label: args.label.clone().unwrap_or_default(),
         subsystem: args.subsystem.clone().unwrap_or_default(),
         uuid,
@@ -190,7 +328,10 @@ fn refuse_luks2_only(args: &Args) -> Result<()> {
         ("--luks2-keyslots-size", args.luks2_keyslots_size.is_some()),
     ];
     match given.into_iter().find(|(_, given)| *given) {
-        Some((option, _)) => bail!("LUKS1 has no {option}: its sectors have 512 bytes, its header no room for more"),
+        Some((option, _)) => bail!(
+            "LUKS1 has no {option}: leave it out, or make a LUKS2 volume. (LUKS1 has sectors of 512 bytes, and no \
+             labels.)"
+        ),
         None => Ok(()),
     }
 }
@@ -204,19 +345,30 @@ fn layout(args: &Args, data_offset: Option<u64>) -> luks2::Layout {
     }
 }
 
-/// Bytes of a header's file that is made.
+/// Returns the size in bytes of a new file for a detached header.
 fn header_len(args: &Args, key_len: usize) -> u64 {
     match args.kind {
-        Type::Luks1 => luks1::header_len(key_len),
-        Type::Luks2 => layout(args, args.offset.map(|sectors| sectors.saturating_mul(LBA_UNIT))).header_len(),
+        VolumeType::Luks1 => luks1::header_len(key_len),
+        VolumeType::Luks2 | VolumeType::Plain => {
+            layout(args, args.offset.map(|sectors| sectors.saturating_mul(LBA_UNIT))).header_len()
+        }
     }
 }
 
-fn size(text: &str) -> Result<u64, String> {
-    config::parse_size(text).ok_or_else(|| "a size is a number of bytes, or of K, M, G or T, such as 2G".to_owned())
+/// Returns the ranges of bytes that formatting overwrites: the header, and old signatures behind it and where the data
+/// begins.
+fn overwritten(args: &Args, key_len: usize) -> [Range<u64>; 2] {
+    const WIPED: u64 = 1 << 20;
+    let data = args.offset.unwrap_or(0).saturating_mul(LBA_UNIT);
+    [0..header_len(args, key_len).saturating_add(WIPED), data..data.saturating_add(WIPED)]
 }
 
-/// The length of a key in bits.
+fn size(text: &str) -> Result<u64, String> {
+    config::parse_size(text)
+        .ok_or_else(|| "a size is a number of bytes, or a number with K, M, G or T, such as 2G".to_owned())
+}
+
+/// Parses the length of a key in bits, and returns it.
 pub(super) fn key_size(text: &str) -> Result<usize, String> {
     match text {
         "512" => Ok(512),
@@ -225,7 +377,7 @@ pub(super) fn key_size(text: &str) -> Result<usize, String> {
     }
 }
 
-/// The encryption unit.
+/// Parses a sector size in bytes.
 pub(super) fn sector_size(text: &str) -> Result<SectorSize, String> {
     let size = text.parse().ok().and_then(SectorSize::from_bytes);
     size.ok_or_else(|| "a sector has 512, 1024, 2048 or 4096 bytes".to_owned())
@@ -238,7 +390,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_was_made_is_removed_unless_somebody_else_put_something_there() {
+    fn a_new_file_is_removed_unless_another_program_wrote_to_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk");
         disk::make_file(&path, 1 << 20).unwrap();
@@ -247,7 +399,7 @@ mod tests {
         disk::make_file(&path, 1 << 20).unwrap();
         std::fs::File::options().write(true).open(&path).unwrap().write_all_at(b"a diary", 0).unwrap();
         let error = format!("{:#}", remove(&path).unwrap_err());
-        assert!(error.contains("which was made, is not removed: by now it holds data"), "{error}");
+        assert!(error.contains("which was made, is not removed: by now it holds unknown data"), "{error}");
         assert!(path.exists());
     }
 }

@@ -1,16 +1,18 @@
-//! `nbdcrypt header`: a LUKS header as a whole.
+//! `nbdcrypt header`: saves, restores, repairs and changes LUKS headers.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use engine::luks::{self, Backup, Dump, LuksError, Repair, luks2};
-use engine::store::{Access, Caching, FileStore};
+use engine::luks::luks2::{self, HeaderCopy};
+use engine::luks::{self, Backup, Dump, LuksError, Repair};
+use engine::store::{Access, BlockStore, Caching, FileStore};
+use engine::text::bytes;
 
-use super::tell;
-use crate::{disk, system};
+use super::{examples, tell};
+use crate::keys::opening::{self, Then};
+use crate::machine::{disk, new_file, random};
+use crate::text;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -20,32 +22,52 @@ pub(super) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Write the broken one of a LUKS2 volume's two headers anew, from the whole one; put right what a partition table has
-    /// damaged in the header of a LUKS1 volume. Does what `cryptsetup repair` does.
+    /// Repair a header. A LUKS2 volume has two header copies: a broken copy is rewritten from the intact one. In a
+    /// LUKS1 header, damage by a partition table is repaired.
+    ///
+    /// Unlike `cryptsetup repair`, this does not replace a copy with a correct checksum, unless `--from` is given.
+    #[command(after_help = examples::HEADER)]
     Repair {
         /// The disk or file that holds the header.
         device: PathBuf,
+        /// Write this copy of a LUKS2 header over the other copy, whatever the other copy holds. Needed only if both
+        /// copies have a correct checksum and differ.
+        #[arg(long, value_name = "COPY", value_enum, ignore_case = true)]
+        from: Option<Copy>,
     },
-    /// Save the header with its keys into a new file, as `cryptsetup luksHeaderBackup` does. Whoever has the file and a
-    /// passphrase of today reads the volume, even when the passphrase is removed from it later.
+    /// Save the header with its keyslots into a new file, as `cryptsetup luksHeaderBackup` does. Anyone who has the
+    /// file and a present passphrase can read the volume, even if the passphrase is later removed from the volume.
+    #[command(after_help = examples::HEADER)]
     Backup {
         /// The disk or file that holds the header.
         device: PathBuf,
         /// The file to make, with mode 400.
         file: PathBuf,
     },
-    /// Change what a LUKS2 header says beside its keys, as `cryptsetup config` does.
+    /// Change the label, subsystem or flags of a LUKS2 header, as `cryptsetup config` does.
+    #[command(after_help = examples::HEADER)]
     Set(Set),
-    /// Put a saved header with its keys back. What it replaces is saved in FILE.before first.
+    /// Restore a saved header with its keyslots. The old header is first saved in FILE.before.
+    #[command(after_help = examples::HEADER)]
     Restore {
         /// The disk or file that holds the header.
         device: PathBuf,
-        /// What `header backup` or `cryptsetup luksHeaderBackup` made.
+        /// A file made by `header backup` or `cryptsetup luksHeaderBackup`.
         file: PathBuf,
-        /// Restore even where the disk's header is gone, or has another UUID, format or size than the one in FILE.
+        /// Restore even if DEVICE looks like a saved header or FILE like a disk, if the disk's header is gone, if it
+        /// differs from the header in FILE in volume key, UUID, format or size, if the two cannot be compared, or if a
+        /// reencryption is not finished. Data that was encrypted with another key is then unreadable.
         #[arg(long)]
         force: bool,
     },
+}
+
+#[derive(Debug, Clone, std::marker::Copy, clap::ValueEnum)]
+enum Copy {
+    /// The copy at the start of the disk.
+    Primary,
+    /// The copy behind the primary one.
+    Secondary,
 }
 
 #[derive(Debug, clap::Args)]
@@ -53,14 +75,14 @@ enum Command {
 struct Set {
     /// The disk or file that holds the header.
     device: PathBuf,
-    /// A label, of at most 47 bytes; an empty one takes it away.
+    /// A label of at most 47 bytes. An empty label removes it.
     #[arg(long, group = "what")]
     label: Option<String>,
-    /// A second label, likewise.
+    /// A second label, also of at most 47 bytes.
     #[arg(long, group = "what")]
     subsystem: Option<String>,
-    /// The flags with which dm-crypt activates the volume, such as allow-discards, separated by commas; they take the place
-    /// of those that are there, and `--flags ""` takes them away.
+    /// The flags with which dm-crypt activates the volume, such as allow-discards, separated by commas. They replace the
+    /// flags that are set. `--flags ""` removes all of them.
     #[arg(long, group = "what", value_name = "FLAGS")]
     flags: Option<String>,
 }
@@ -68,25 +90,30 @@ struct Set {
 pub(super) fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Set(args) => set(args),
-        Command::Repair { device } => repair(&device),
+        Command::Repair { device, from } => repair(&device, from),
         Command::Backup { device, file } => backup(&device, &file),
         Command::Restore { device, file, force } => restore(&device, &file, force),
     }
 }
 
-fn repair(device: &Path) -> Result<()> {
-    let name = || device.display().to_string();
+fn repair(device: &Path, from: Option<Copy>) -> Result<()> {
+    let name = || text::path(device);
     let (disk, _lock) = disk::open_header(device)?;
-    let repair = luks::repair(&disk, &mut system::random).with_context(name)?;
+    let repair = match from {
+        None => luks::repair(&disk, &mut random::fill),
+        Some(Copy::Primary) => luks::repair_from(&disk, HeaderCopy::Primary, &mut random::fill),
+        Some(Copy::Secondary) => luks::repair_from(&disk, HeaderCopy::Secondary, &mut random::fill),
+    };
+    let repair = repair.with_context(name)?;
     let said = match &repair {
         Repair::Luks1(fixes) if fixes.is_empty() => vec!["the header is whole".to_owned()],
         Repair::Luks1(fixes) => fixes.iter().map(ToString::to_string).collect(),
         Repair::Luks2(repaired) => {
             let said = match (repaired.primary, repaired.secondary) {
                 (false, false) => "both headers are whole",
-                (true, false) => "the first header was written anew",
-                (false, true) => "the second header was written anew",
-                (true, true) => "both headers were written anew",
+                (true, false) => "the first header was rewritten",
+                (false, true) => "the second header was rewritten",
+                (true, true) => "both headers were rewritten",
             };
             vec![said.to_owned()]
         }
@@ -96,56 +123,70 @@ fn repair(device: &Path) -> Result<()> {
 
 fn set(args: Set) -> Result<()> {
     let Set { device, label, subsystem, flags } = args;
-    let name = || device.display().to_string();
+    let name = || text::path(&device);
     let (disk, _lock) = disk::open_header(&device)?;
     if let Dump::Luks1(_) = luks::dump(&disk).with_context(name)? {
         bail!("{}: {}", name(), LuksError::Luks2Only("labels and flags"));
     }
+    opening::warn_of_copies(&device, &disk, Then::Changes);
     let flags = flags.map(|flags| flags.split(',').filter(|flag| !flag.is_empty()).map(str::to_owned).collect());
-    luks2::change_settings(&disk, &luks2::Settings { label, subsystem, flags }, &mut system::random)
+    luks2::change_settings(&disk, &luks2::Settings { label, subsystem, flags }, &mut random::fill)
         .with_context(name)?;
     tell(format_args!("{}: header changed\n", name()))
 }
 
 fn backup(device: &Path, file: &Path) -> Result<()> {
-    let name = || device.display().to_string();
+    let name = || text::path(device);
     let (disk, _lock) = disk::open_header_to_read(device)?;
     let backup = Backup::read(&disk).with_context(name)?;
-    write_new(file, backup.bytes()).with_context(|| file.display().to_string())?;
-    tell(format_args!("{}: header saved in {}, {} bytes\n", name(), file.display(), backup.bytes().len()))
+    new_file::with_bytes(file, backup.bytes())?;
+    opening::warn_of_copies(device, &disk, Then::Stays);
+    let len = bytes(backup.bytes().len() as u64);
+    tell(format_args!("{}: header saved in {}, {len}\n", name(), text::path(file)))
+}
+
+/// The longest file that may be a saved header, in bytes: more than two copies of 4 MiB and 128 MiB of key material.
+const MOST: u64 = 256 << 20;
+
+/// Fails if `device` looks like a saved header, or `file` like a disk. The two were then probably given in the wrong
+/// order, and a restore would write the present header over the saved one.
+fn refuse_swapped(device: &Path, disk: &FileStore, file: &Path, saved: &FileStore, backup: &Backup) -> Result<()> {
+    let (device, file) = (text::path(device), text::path(file));
+    let is_device = saved.file().metadata().with_context(|| file.clone())?.file_type().is_block_device();
+    let data = backup.data_offset();
+    let found = if data > 0 && disk.len() <= data {
+        format!(
+            "{device} looks like a saved header: it ends at byte {}, and the volume's data would begin at byte {data}",
+            disk.len()
+        )
+    } else if is_device || saved.len() > MOST {
+        format!("{file} looks like a disk, not like a saved header: it has {}", bytes(saved.len()))
+    } else {
+        return Ok(());
+    };
+    bail!(
+        "{found}. Nothing was changed. The disk comes first, and then the file with the saved header: `nbdcrypt header restore \
+         DISK FILE`. Use --force if {file} is the saved header and {device} is to get it nevertheless"
+    )
 }
 
 fn restore(device: &Path, file: &Path, force: bool) -> Result<()> {
-    let name = || device.display().to_string();
+    let name = || text::path(device);
     let (disk, _lock) = disk::open_header(device)?;
-    let backup = FileStore::open(file, Access::ReadOnly, Caching::PageCache)
-        .map_err(anyhow::Error::from)
-        .and_then(|file| Ok(Backup::read(&file)?))
-        .with_context(|| file.display().to_string())?;
+    let saved = FileStore::open(file, Access::ReadOnly, Caching::PageCache).with_context(|| text::path(file))?;
+    let backup = Backup::read(&saved).with_context(|| text::path(file))?;
+    if !force {
+        refuse_swapped(device, &disk, file, &saved, &backup)?;
+    }
     backup.refuse_unless_fit(&disk, force).with_context(name)?;
     let mut before = file.as_os_str().to_owned();
     before.push(".before");
     let before = PathBuf::from(before);
     let replaced = backup.replaced(&disk).with_context(name)?;
-    write_new(&before, &replaced)
+    new_file::with_bytes(&before, &replaced)
         .with_context(|| format!("what the restore replaces cannot be saved in {}", before.display()))?;
     backup
-        .restore(&disk, force, &mut system::random)
+        .restore(&disk, force, &mut random::fill)
         .with_context(|| format!("{}: what was there before is in {}", name(), before.display()))?;
-    tell(format_args!("{}: header restored; what was there before is in {}\n", name(), before.display()))
-}
-
-/// A new file that its owner alone may read, on stable storage when this returns.
-fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o400).open(path)?;
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    };
-    let written = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| File::open(folder)?.sync_all());
-    if written.is_err() {
-        // It is ours, and not whole.
-        let _ = std::fs::remove_file(path);
-    }
-    written
+    tell(format_args!("{}: header restored; what was there before is in {}\n", name(), text::path(&before)))
 }

@@ -1,54 +1,97 @@
-//! Where a volume's header is, and how much work it may ask for.
+//! Options that say where a volume's header is, and for the work that the header may ask for.
 
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::{Result, bail};
 use engine::luks::Limits;
 
 use crate::config::{self, LimitsConfig};
+use crate::machine::{disk, memory};
+use crate::text;
 
-/// `--header`, as cryptsetup has it.
+/// `--header`, as in cryptsetup.
 #[derive(Debug, clap::Args)]
 pub(super) struct HeaderArgs {
-    /// The disk or file that holds the LUKS header, where the header is detached.
+    /// The disk or file that holds the LUKS header, if the header is detached.
     #[arg(long, value_name = "FILE")]
     pub(super) header: Option<PathBuf>,
 }
 
-/// What a header may ask for.
+impl HeaderArgs {
+    /// Fails if `--header` names `disk` itself, which cannot be opened twice.
+    ///
+    /// # Errors
+    /// The text says to leave `--header` out.
+    pub(super) fn refuse_same(&self, disk: &Path) -> Result<()> {
+        match &self.header {
+            Some(header) if disk::is_same(header, disk) => {
+                bail!("--header names {} itself: leave it out, unless the header is on another disk", text::path(disk))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The volume whose header a command reads or changes.
+#[derive(Debug, clap::Args)]
+pub(super) struct VolumeArgs {
+    /// The disk or file. With `--header`, only the header is used.
+    device: PathBuf,
+    #[command(flatten)]
+    header: HeaderArgs,
+}
+
+impl VolumeArgs {
+    /// Returns the disk or file that holds the header.
+    pub(super) fn path(&self) -> &Path {
+        self.header.header.as_ref().unwrap_or(&self.device)
+    }
+
+    /// Returns the name of that disk or file, for messages.
+    pub(super) fn name(&self) -> String {
+        text::path(self.path())
+    }
+}
+
+const HEADING: &str = "Limits of key derivation";
+
+/// The limits on the work that a header may ask for.
 #[derive(Debug, clap::Args)]
 pub(super) struct LimitArgs {
-    /// The most memory that a keyslot's Argon2 may take, such as 8G. Without it 4G, or what the machine has if that is less.
-    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    /// The most memory that Argon2 may use for a keyslot, such as 8G. [default: 4G, or the machine's memory if that is less]
+    #[arg(help_heading = HEADING, long, value_name = "SIZE", value_parser = memory)]
     max_kdf_memory: Option<u32>,
-    /// The most iterations of a keyslot's PBKDF2. Without it 100 million.
-    #[arg(long, value_name = "N")]
+    /// The most PBKDF2 iterations that a keyslot may ask for. [default: 100 million]
+    #[arg(help_heading = HEADING, long, value_name = "N")]
     max_kdf_iterations: Option<NonZeroU32>,
-    /// The most passes of a keyslot's Argon2 over the most memory; over less, as many more as take the same time. Without
-    /// it 100.
-    #[arg(long, value_name = "N")]
+    /// The most Argon2 passes that a keyslot may ask for, with the most memory. With less memory, it may ask for as many
+    /// more passes as take the same time. [default: 100]
+    #[arg(help_heading = HEADING, long, value_name = "N")]
     max_kdf_passes: Option<NonZeroU32>,
 }
 
 impl LimitArgs {
-    /// The limits, with what was asked for.
+    /// Returns the limits with the values from the command line.
     pub(super) fn limits(&self) -> Limits {
         self.limits_or(LimitsConfig::default())
     }
 
-    /// The limits, with what was asked for here, or else in a configuration.
+    /// Returns the limits with the values from the command line, or else from a configuration.
     pub(super) fn limits_or(&self, configured: LimitsConfig) -> Limits {
         let asked = LimitsConfig {
             kdf_memory: self.max_kdf_memory,
             kdf_iterations: self.max_kdf_iterations,
             kdf_passes: self.max_kdf_passes,
         };
-        asked.or(configured).limits()
+        asked.or(configured).limits(memory::limit_kib())
     }
 }
 
-/// KiB, from a size.
+/// Parses a size, and returns it in KiB.
 fn memory(text: &str) -> Result<u32, String> {
     let kib = config::parse_size(text).and_then(|bytes| u32::try_from(bytes / 1024).ok());
-    kib.ok_or_else(|| "a size is a number of bytes, or of K, M, G or T, such as 8G, and at most 4095G".to_owned())
+    kib.ok_or_else(|| {
+        "a size is a number of bytes, or a number with K, M, G or T, such as 8G, and at most 4095G".to_owned()
+    })
 }

@@ -1,4 +1,4 @@
-//! How a passphrase becomes a keyslot's key: cryptsetup's own options.
+//! cryptsetup's options for key derivation: how a passphrase becomes a keyslot's key.
 
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
@@ -8,30 +8,34 @@ use engine::key::VolumeKey;
 use engine::luks::kdf::{self, Argon2Cost};
 use engine::luks::luks2::KdfOptions;
 use engine::luks::{HashAlgorithm, Limits};
+use engine::text::human;
 
 use crate::config::LimitsConfig;
-use crate::memory;
-use crate::new_volume::{ARGON2_MEMORY, UNLOCK_TIME, argon2_lanes};
+use crate::machine::memory;
+use crate::volume::new_volume::{ARGON2_MEMORY, UNLOCK_TIME, argon2_lanes};
+
+const HEADING: &str = "Key derivation";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct KdfArgs {
-    /// The key derivation: LUKS2 has argon2id by default, LUKS1 has pbkdf2 only.
-    #[arg(long, value_enum)]
+    /// The key derivation. LUKS2 uses argon2id by default. LUKS1 has only pbkdf2.
+    #[arg(help_heading = HEADING, long, value_enum, ignore_case = true)]
     pbkdf: Option<Pbkdf>,
-    /// The hash of PBKDF2, and of what else the keyslot hashes.
-    #[arg(long, value_name = "HASH", default_value = "sha256", value_parser = hash)]
+    /// The hash of PBKDF2 and of the keyslot's anti-forensic splitter.
+    #[arg(help_heading = HEADING, long, value_name = "HASH", default_value = "sha256", value_parser = hash)]
     pub(super) hash: HashAlgorithm,
-    /// How long a guess at the passphrase shall take on this machine, in milliseconds.
-    #[arg(short = 'i', long, value_name = "MS", default_value_t = milliseconds(UNLOCK_TIME))]
+    /// How long one attempt at the passphrase takes on this machine, in milliseconds.
+    #[arg(help_heading = HEADING, short = 'i', long, value_name = "MS", default_value_t = milliseconds(UNLOCK_TIME))]
     iter_time: u64,
-    /// The most memory that Argon2 takes, in KiB: 1 GiB by default, and never more than half of what the machine has.
-    #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(32..=4 << 20))]
+    /// The most memory that Argon2 uses, in KiB, but never more than half of the machine's memory. [default: 1048576, which
+    /// is 1 GiB]
+    #[arg(help_heading = HEADING, long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(32..=4 << 20))]
     pbkdf_memory: Option<u32>,
-    /// The lanes of Argon2, each a thread; by default as many as there are CPUs, and at most 4.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16))]
+    /// The number of Argon2's lanes, each of which is a thread. [default: the number of CPUs, but at most 4]
+    #[arg(help_heading = HEADING, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16))]
     pbkdf_parallel: Option<u32>,
-    /// The iterations of PBKDF2 (at least 1000) or passes of Argon2 (at least 4), instead of measuring.
-    #[arg(long, value_name = "N", conflicts_with = "iter_time")]
+    /// The iterations of PBKDF2 (at least 1000) or the passes of Argon2 (at least 4), instead of measuring.
+    #[arg(help_heading = HEADING, long, value_name = "N", conflicts_with = "iter_time")]
     pbkdf_force_iterations: Option<NonZeroU32>,
 }
 
@@ -43,10 +47,11 @@ pub(super) enum Pbkdf {
 }
 
 impl KdfArgs {
-    /// What was asked for, measured on this machine; `default` where no derivation was.
+    /// Returns the key derivation that the options ask for, measured on this machine. Uses `default` if the options name
+    /// none.
     ///
     /// # Errors
-    /// What cannot be.
+    /// Fails if the options contradict each other or exceed a limit.
     pub(super) fn options(&self, default: Pbkdf) -> Result<KdfOptions> {
         let argon2: fn(Argon2Cost) -> KdfOptions = match self.pbkdf.unwrap_or(default) {
             Pbkdf::Pbkdf2 => {
@@ -55,60 +60,67 @@ impl KdfArgs {
             Pbkdf::Argon2id => KdfOptions::Argon2id,
             Pbkdf::Argon2i => KdfOptions::Argon2i,
         };
-        self.argon2().map(argon2)
+        let start = Instant::now();
+        self.argon2(&mut || start.elapsed()).map(argon2)
     }
 
-    /// The iterations of PBKDF2 with `hash`, for a format that has nothing else.
+    /// Returns the iterations of PBKDF2 with `hash`, for a format that has no other key derivation.
     ///
     /// # Errors
-    /// Where Argon2 was asked for.
+    /// Fails if the options ask for Argon2, or for iterations beyond the limits.
     pub(super) fn pbkdf2_iterations(&self, hash: HashAlgorithm) -> Result<NonZeroU32> {
         if self.pbkdf.is_some_and(|pbkdf| pbkdf != Pbkdf::Pbkdf2) {
-            bail!("LUKS1 has no other key derivation than pbkdf2: leave --pbkdf out, or make a LUKS2 volume");
+            bail!("LUKS1 has no key derivation other than pbkdf2: leave --pbkdf out, or make a LUKS2 volume");
         }
         self.pbkdf2(hash)
     }
 
     fn pbkdf2(&self, hash: HashAlgorithm) -> Result<NonZeroU32> {
         if self.pbkdf_memory.or(self.pbkdf_parallel).is_some() {
-            bail!("--pbkdf-memory and --pbkdf-parallel are Argon2's: PBKDF2 takes no memory and has one lane");
+            bail!("--pbkdf-memory and --pbkdf-parallel are for Argon2 only: leave them out with pbkdf2");
         }
         let iterations = self.pbkdf_force_iterations.unwrap_or_else(|| {
             let start = Instant::now();
             kdf::calibrate(hash, VolumeKey::AES_256, self.target(), &mut || start.elapsed())
         });
-        // What is made here is opened here, with no limit raised.
+        // The volume must open later without raised limits.
         let (least, most) = (kdf::MIN_ITERATIONS, Limits::default().iterations);
         if !(least..=most).contains(&iterations) {
-            bail!("PBKDF2 has {least} to {most} iterations, not {iterations}");
+            bail!("PBKDF2 needs {least} to {most} iterations, not {iterations}");
         }
         Ok(iterations)
     }
 
-    fn argon2(&self) -> Result<Argon2Cost> {
+    /// Returns the cost of Argon2 that takes the wanted time. `clock` returns the time since any fixed moment.
+    fn argon2(&self, clock: &mut dyn FnMut() -> Duration) -> Result<Argon2Cost> {
         let ceiling = memory::argon2_ceiling_kib();
         let wanted = self.pbkdf_memory.unwrap_or(ARGON2_MEMORY);
         if self.pbkdf_memory.is_some() && wanted > ceiling {
-            tracing::warn!("Argon2 gets {ceiling} KiB, half of the memory there is, and not {wanted}");
+            let limit = memory::limit();
+            tracing::warn!(
+                "Argon2 gets {} of memory instead of {}: it never gets more than half of the available memory, and {}",
+                human(u64::from(ceiling) << 10),
+                human(u64::from(wanted) << 10),
+                limit.source.says(limit.kib)
+            );
         }
         let memory = wanted.min(ceiling);
         let lanes = self.pbkdf_parallel.unwrap_or_else(argon2_lanes);
         if memory < 8 * lanes {
-            bail!("Argon2 takes 8 KiB a lane at least: {lanes} lanes and {memory} KiB are too little memory");
+            bail!("Argon2 needs at least 8 KiB for each lane: {memory} KiB of memory are too little for {lanes} lanes");
         }
         let cost = match self.pbkdf_force_iterations {
             Some(passes) => Argon2Cost { time: passes.get(), memory, lanes },
-            None => {
-                let start = Instant::now();
-                kdf::calibrate_argon2id(self.target(), memory, lanes, &mut || start.elapsed())
-                    .map_err(|error| anyhow::anyhow!("{error:?}"))
-                    .context("Argon2 could not be tried with 64 MiB of memory: choose `--pbkdf pbkdf2`")?
-            }
+            None => kdf::calibrate_argon2id(self.target(), memory, lanes, clock)
+                .map_err(|error| anyhow::anyhow!("{error:?}"))
+                .context("Argon2 could not be measured with 64 MiB of memory: choose `--pbkdf pbkdf2`")?,
         };
-        // What is made here is opened here, with no limit raised.
-        let (passes, most) = (cost.time, LimitsConfig::default().limits().argon2_passes(cost.memory));
+        // The volume must open later without raised limits.
+        let (passes, most) =
+            (cost.time, LimitsConfig::default().limits(memory::limit_kib()).argon2_passes(cost.memory));
         if !(4..=most).contains(&passes) {
-            bail!("Argon2 makes 4 to {most} passes over {} KiB, not {passes}", cost.memory);
+            let memory = human(u64::from(cost.memory) << 10);
+            bail!("Argon2 needs 4 to {most} passes over {memory} of memory, not {passes}");
         }
         Ok(cost)
     }
@@ -127,4 +139,30 @@ fn hash(name: &str) -> Result<HashAlgorithm, String> {
 
 fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Typed {
+        #[command(flatten)]
+        kdf: KdfArgs,
+    }
+
+    #[test]
+    fn argon2_makes_as_many_passes_as_the_time_allows() {
+        let typed = ["format", "--pbkdf-memory", "512", "--pbkdf-parallel", "1", "--iter-time", "500"];
+        let args = Typed::try_parse_from(typed).unwrap().kdf;
+        // With this clock, each trial takes 50 milliseconds. A trial makes 4 passes, so ten times as many fit.
+        let mut now = Duration::ZERO;
+        let cost = args.argon2(&mut || {
+            now += Duration::from_millis(50);
+            now
+        });
+        assert_eq!(cost.unwrap(), Argon2Cost { time: 40, memory: 512, lanes: 1 });
+    }
 }

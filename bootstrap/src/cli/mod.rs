@@ -1,40 +1,58 @@
-//! The command line: what there is to type, and which file carries it out.
+//! The command line: what a user can type, and which file carries it out.
 
+mod advice;
+mod ask_aws;
 mod background;
 mod bench;
+mod child;
+mod cryptsetup_args;
 mod demo;
+mod devices;
+mod doctor;
 mod down;
 mod dump;
+mod examples;
 mod format;
+mod found;
 mod header;
 mod header_args;
 mod kdf_args;
 mod key;
+mod listen;
+mod mistyped;
 mod passphrase;
 mod plain_args;
 mod plan;
+mod policy;
 mod provision;
 mod serve;
 mod status;
+mod systemd_generator;
+pub mod telling;
 mod token;
 mod up;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use engine::text::is_unseen;
 
-use crate::run_dir;
+use self::advice::Settings;
+use crate::machine::process;
+use crate::service::run_dir;
+use crate::text;
 
 /// dm-crypt without dm-crypt: LUKS volumes encrypted in user space, served over NBD or FUSE, unlocked by AWS KMS.
 #[derive(Debug, Parser)]
-#[command(name = "nbdcrypt", version, max_term_width = 100)]
+#[command(name = "nbdcrypt", version, max_term_width = 100, after_help = examples::NBDCRYPT)]
 pub struct Cli {
-    /// Where running volumes keep their state.
+    /// The folder in which running volumes keep their state. [default: /run/nbdcrypt]
     #[arg(long, global = true, value_name = "DIR", default_value = run_dir::DEFAULT_BASE, hide_default_value = true)]
     run_dir: PathBuf,
-    /// Tell more on standard error; twice, even more.
+    /// Log more on standard error. Given twice, it logs still more.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
     #[command(subcommand)]
@@ -43,58 +61,133 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// The whole job on this machine, with no cloud account, and cleaned up after.
+    /// Try everything on this machine, without a cloud account, and clean up afterwards.
+    #[command(after_help = examples::DEMO)]
     Demo(demo::Args),
-    /// Make the volume's secret: encrypt it with KMS, then store it in S3.
+    /// Make the volume's secret, encrypt it with KMS, and store it in S3.
+    #[command(after_help = examples::PROVISION)]
     Provision(provision::Args),
-    /// Unlock the volume, or format it if the disk is blank; attach, make a filesystem if there is none, and mount.
+    /// Unlock a volume (or format it if the disk is blank), attach it, make a filesystem if it has none, and mount it.
+    #[command(after_help = examples::UP)]
     Up(up::Args),
-    /// Unmount, detach, and stop the server; the key is wiped.
+    /// Unmount and detach a volume, and stop its server, which wipes the key.
+    #[command(after_help = examples::DOWN)]
     Down(down::Args),
-    /// What `up` would do, step by step, changing nothing.
+    /// Show step by step what `up` would do, without changing anything.
+    #[command(after_help = examples::PLAN)]
     Plan(plan::Args),
-    /// The volumes that are up, as `cryptsetup status` shows them, and more.
+    /// Print the least IAM, KMS and S3 policies that a volume needs.
+    #[command(after_help = examples::POLICY)]
+    Policy(policy::Args),
+    /// Show the volumes that are up, as `cryptsetup status` does, and more.
+    #[command(after_help = examples::STATUS)]
     Status(status::Args),
-    /// Make a LUKS volume on a blank disk or a new file.
+    /// Show the disks of this machine, what they hold, and whether `up` would take them.
+    #[command(after_help = examples::DEVICES)]
+    Devices(devices::Args),
+    /// Show what this machine or a configuration lacks for `up`, each with its cure. Nothing is changed or unlocked.
+    #[command(after_help = examples::DOCTOR)]
+    Doctor(doctor::Args),
+    /// Make a LUKS volume on a blank disk or in a new file.
+    #[command(after_help = examples::FORMAT)]
     Format(format::Args),
     /// Serve volumes to NBD clients, in the foreground.
+    #[command(after_help = examples::SERVE)]
     Serve(serve::Args),
-    /// The header of a volume, as `cryptsetup luksDump` shows it.
+    /// Show a volume's header, as `cryptsetup luksDump` does.
+    #[command(after_help = examples::DUMP)]
     Dump(dump::Args),
-    /// The keys that open a volume: list, add, change, remove.
+    /// List, add, change, test and remove the keys that open a volume.
+    #[command(after_help = examples::KEY)]
     Key(key::Args),
-    /// What else a LUKS2 header holds that helps to open the volume: list, import, export, remove.
+    /// List, import, export and remove the tokens in a LUKS2 header, which help to open the volume.
+    #[command(after_help = examples::TOKEN)]
     Token(token::Args),
-    /// A volume's header as a whole.
+    /// Back up, restore, repair or change a volume's header.
+    #[command(after_help = examples::HEADER)]
     Header(header::Args),
-    /// Throughput on this machine.
+    /// Measure throughput on this machine.
+    #[command(after_help = examples::BENCH)]
     Bench(bench::Args),
+    /// For nbdcrypt itself: run a program that ends when the server ends.
+    #[command(hide = true)]
+    Child(child::Args),
+    /// For nbdcrypt-generator: write the units that systemd needs for each volume.
+    #[command(hide = true)]
+    SystemdGenerator(systemd_generator::Args),
+    /// For nbdcrypt itself: ask AWS for a secret.
+    #[command(name = crate::keys::AWS_HELPER, hide = true)]
+    AskAws,
 }
 
-/// Carries out what was typed. Errors are told here, on standard error.
-pub fn run(cli: Cli) -> ExitCode {
+impl Command {
+    /// Returns how the command gets the settings that advice may name.
+    fn settings(&self) -> Settings {
+        match self {
+            Self::Up(_) | Self::Plan(_) => Settings::Configuration,
+            Self::Key(args) => args.settings(),
+            Self::Serve(_) => Settings::Options { key_slot: true },
+            _ => Settings::Options { key_slot: false },
+        }
+    }
+}
+
+/// Reads the command line, and carries out the command. Errors are printed on standard error here.
+pub fn main() -> ExitCode {
+    match Cli::try_parse() {
+        Ok(cli) => run(cli),
+        Err(error) => {
+            let arguments: Vec<_> =
+                std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect();
+            let error = mistyped::explained(error, &arguments);
+            if !error.use_stderr() || !arguments.iter().any(|argument| argument.contains(is_unseen)) {
+                error.exit();
+            }
+            let _ = write!(std::io::stderr(), "{}", with_escaped_arguments(&error, &arguments));
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Returns clap's error about `arguments` with characters that a terminal would obey shown by their number. clap quotes
+/// arguments unchanged, so this function makes clap parse escaped arguments.
+fn with_escaped_arguments(error: &clap::Error, arguments: &[String]) -> String {
+    let arguments: Vec<_> = arguments.iter().map(|argument| engine::text::printable(argument)).collect();
+    match Cli::try_parse_from(&arguments) {
+        Err(escaped) => text::lines(&mistyped::explained(escaped, &arguments).to_string()),
+        Ok(_) => text::lines(&error.to_string()),
+    }
+}
+
+/// Carries out the command. An error is printed on standard error here.
+fn run(cli: Cli) -> ExitCode {
     log_to_stderr(cli.verbose);
-    match dispatch(cli) {
+    let settings = cli.command.settings();
+    match process::respect_limits().map_err(anyhow::Error::from).and_then(|()| dispatch(cli)) {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever reads the output has seen enough, as in `nbdcrypt dump disk | head`.
+        // The reader of the pipe has ended, as in `nbdcrypt dump disk | head`.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("nbdcrypt: {}", in_one(&error));
+            // `eprintln!` would panic if standard error is closed or its disk is full.
+            let _ = writeln!(std::io::stderr(), "nbdcrypt: {}", telling::with_advice(&error, settings));
             ExitCode::FAILURE
         }
     }
 }
 
 fn dispatch(cli: Cli) -> Result<()> {
-    // A server in the background is at home in another folder.
+    // A server in the background changes its working directory.
     let base = &std::path::absolute(&cli.run_dir)?;
     match cli.command {
         Command::Demo(args) => demo::run(args),
         Command::Provision(args) => provision::run(args),
-        Command::Up(args) => up::run(args, base),
+        Command::Up(args) => up::run(args, base, cli.verbose),
         Command::Down(args) => down::run(args, base),
         Command::Plan(args) => plan::run(args, base),
+        Command::Policy(args) => policy::run(args),
         Command::Status(args) => status::run(args, base),
+        Command::Devices(args) => devices::run(&args),
+        Command::Doctor(args) => doctor::run(&args, base),
         Command::Format(args) => format::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Dump(args) => dump::run(args),
@@ -102,18 +195,22 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Token(args) => token::run(args),
         Command::Header(args) => header::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Child(args) => child::run(args),
+        Command::SystemdGenerator(args) => systemd_generator::run(args),
+        Command::AskAws => ask_aws::run(),
     }
 }
 
-/// Prints on standard output. Unlike `println!` it does not panic where nobody reads any more.
+/// Prints `text` on standard output. Characters that a terminal would obey are shown by their number. Unlike `println!`,
+/// this does not panic if nobody reads any more.
 fn tell(text: impl std::fmt::Display) -> Result<()> {
-    use std::io::Write;
     let mut stdout = std::io::stdout().lock();
+    let text = text::lines(&text.to_string());
     write!(stdout, "{text}").and_then(|()| stdout.flush()).map_err(|error| Unread(error).into())
 }
 
-/// Writes JSON, in which a terminal finds nothing to obey: serde_json leaves some control characters as they are, which
-/// may come from a header, and a string may have them as escapes (RFC 8259, section 7).
+/// Prints JSON without characters that a terminal would obey. serde_json leaves some control characters as they are, and
+/// these may come from a header. A JSON string may hold them as escapes (RFC 8259, section 7).
 fn tell_json(json: impl std::fmt::Display) -> Result<()> {
     tell(format_args!("{}\n", without_controls(&json.to_string())))
 }
@@ -121,25 +218,29 @@ fn tell_json(json: impl std::fmt::Display) -> Result<()> {
 fn without_controls(json: &str) -> String {
     let mut text = String::with_capacity(json.len());
     for letter in json.chars() {
-        // Outside of a string there is no other than the newline, and in one there is none of these.
-        match letter.is_control() && letter != '\n' {
-            true => text.push_str(&format!("\\u{:04x}", u32::from(letter))),
+        // Outside strings, the only such character in JSON is the newline. Inside strings, newlines are escaped already.
+        match is_unseen(letter) && letter != '\n' {
+            true => {
+                let units =
+                    letter.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")).collect::<String>();
+                text.push_str(&units);
+            }
             false => text.push(letter),
         }
     }
     text
 }
 
-/// What went wrong with the disk or file of that name, which errors about opening it tell themselves; those about a
-/// configuration tell its name.
+/// Adds the name of a disk or file to an error. Errors about opening a disk, and errors in a configuration, contain the name
+/// already.
 fn of(name: &str, error: anyhow::Error) -> anyhow::Error {
-    match error.is::<crate::disk::DiskError>() || error.is::<crate::config::ConfigError>() {
+    match error.is::<crate::machine::disk::DiskError>() || error.is::<crate::config::ConfigError>() {
         true => error,
         false => error.context(name.to_owned()),
     }
 }
 
-/// Standard output could not be written to.
+/// Writing to standard output failed.
 #[derive(Debug, thiserror::Error)]
 #[error("standard output: {0}")]
 struct Unread(std::io::Error);
@@ -148,18 +249,37 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<Unread>().is_some_and(|unread| unread.0.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// An error with its causes, leaving out those that the one above quotes already.
-fn in_one(error: &anyhow::Error) -> String {
-    let mut text = String::new();
-    for cause in error.chain().map(ToString::to_string) {
-        if !text.contains(&cause) {
-            if !text.is_empty() {
-                text.push_str(": ");
-            }
-            text.push_str(&cause);
-        }
+/// Standard error for the log. Each event is one line, whatever names and labels it contains, and a terminal obeys none of
+/// its characters. The numbers of the system's errors are left out.
+#[derive(Clone, Copy)]
+struct SafeStderr {
+    /// Whether the text contains escape sequences for colours.
+    with_colours: bool,
+}
+
+impl SafeStderr {
+    /// Returns the event as it is printed.
+    fn shown(self, event: &[u8]) -> String {
+        let text = telling::without_number(&String::from_utf8_lossy(event));
+        let (line, end) = text.strip_suffix('\n').map_or((&*text, ""), |line| (line, "\n"));
+        let safe = match self.with_colours {
+            // The subscriber lets no ESC of a message through, so each ESC belongs to a colour.
+            true => line.split('\u{1b}').map(engine::text::printable).collect::<Vec<_>>().join("\u{1b}"),
+            false => engine::text::printable(line),
+        };
+        safe + end
     }
-    text
+}
+
+impl std::io::Write for SafeStderr {
+    fn write(&mut self, event: &[u8]) -> std::io::Result<usize> {
+        std::io::stderr().lock().write_all(self.shown(event).as_bytes())?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
 }
 
 fn log_to_stderr(verbose: u8) {
@@ -174,16 +294,128 @@ fn log_to_stderr(verbose: u8) {
         2 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    // Other crates tell no more than warnings: what the SDK tells of its requests could hold what nobody may see.
+    // Only our own crates are logged, at every level. The AWS SDK's warnings quote answers that it cannot parse, and these
+    // contain credentials.
     let told = Targets::new()
-        .with_default(LevelFilter::WARN)
+        .with_default(LevelFilter::OFF)
         .with_target("bootstrap", level)
         .with_target("nbd_server", level)
         .with_target("engine", level);
+    let with_colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let to_stderr = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_writer(move || SafeStderr { with_colours })
+        // These would be printed with `eprintln!`, which panics if writing to standard error fails.
+        .log_internal_errors(false)
+        .with_ansi(with_colours)
         .with_target(false)
         .without_time();
     tracing_subscriber::registry().with(to_stderr.with_filter(told)).init();
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    /// Returns every command that is not hidden, with the words that call it.
+    fn commands() -> Vec<(Vec<String>, clap::Command)> {
+        fn below(words: &[String], command: &clap::Command, all: &mut Vec<(Vec<String>, clap::Command)>) {
+            for inner in command.get_subcommands().filter(|inner| !inner.is_hide_set() && inner.get_name() != "help") {
+                let words = [words, &[inner.get_name().to_owned()]].concat();
+                all.push((words.clone(), inner.clone()));
+                below(&words, inner, all);
+            }
+        }
+        let mut all = Vec::new();
+        below(&[], &Cli::command(), &mut all);
+        all
+    }
+
+    #[test]
+    fn every_command_has_examples_that_can_be_typed() {
+        let mut typed = 0;
+        for (words, command) in commands().into_iter().chain([(Vec::new(), Cli::command())]) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.starts_with("Examples:"), "{words:?} has no examples");
+            for line in help.replace("\\\n", " ").lines() {
+                let example = line.split('#').next().unwrap_or_default().trim();
+                let arguments: Vec<&str> = example.trim_start_matches("sudo ").split_whitespace().collect();
+                if arguments.first() == Some(&"nbdcrypt") {
+                    let parsed = Cli::try_parse_from(&arguments);
+                    assert!(parsed.is_ok(), "{example}: {}", parsed.unwrap_err());
+                    typed += 1;
+                }
+            }
+            assert!(help.lines().all(|line| line.len() <= 100), "{help}");
+        }
+        assert!(typed > 40, "{typed}");
+    }
+
+    #[test]
+    fn an_error_about_an_argument_quotes_it_escaped() {
+        for arguments in [&["nbdcrypt", "fo\u{1b}[31m\no"][..], &["nbdcrypt", "format", "x", "--size=1\u{202e}\n2"]] {
+            let error = Cli::try_parse_from(arguments).unwrap_err();
+            let arguments: Vec<_> = arguments.iter().map(|&argument| argument.to_owned()).collect();
+            let shown = with_escaped_arguments(&error, &arguments);
+            assert!(shown.contains("\\u{a}") && (shown.contains("\\u{1b}") || shown.contains("\\u{202e}")), "{shown}");
+            assert!(!shown.contains(|letter| is_unseen(letter) && letter != '\n'), "{shown:?}");
+            assert!(!shown.lines().any(|line| line.starts_with(['o', '2'])), "{shown}");
+        }
+    }
+
+    #[test]
+    fn a_log_line_holds_no_error_number_and_no_control_character() {
+        let event = " WARN disk\u{202e}\n: Operation not permitted (os error 1)\n".as_bytes();
+        let shown = SafeStderr { with_colours: false }.shown(event);
+        assert_eq!(shown, " WARN disk\\u{202e}\\u{a}: Operation not permitted\n");
+    }
+
+    /// Each heading covers only the options that it names.
+    #[test]
+    fn a_heading_covers_no_unrelated_option() {
+        let headings = [
+            (
+                "Options for --type plain, as in cryptsetup",
+                &[
+                    "sector-size",
+                    "key-size",
+                    "offset",
+                    "skip",
+                    "size",
+                    "hash",
+                    "iv-large-sectors",
+                    "cipher",
+                    "keyfile-size",
+                    "hash-key-file",
+                ][..],
+            ),
+            ("TLS", &["tls", "tls-certificates", "tls-verify-peer"]),
+            (
+                "Key derivation",
+                &["pbkdf", "hash", "iter-time", "pbkdf-memory", "pbkdf-parallel", "pbkdf-force-iterations"],
+            ),
+            ("Limits of key derivation", &["max-kdf-memory", "max-kdf-iterations", "max-kdf-passes"]),
+        ];
+        let mut seen = 0;
+        for (words, command) in commands() {
+            for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+                let Some(heading) = argument.get_help_heading() else { continue };
+                let covered = headings.iter().find(|(name, _)| *name == heading);
+                let covered = covered.unwrap_or_else(|| panic!("{words:?}: what does `{heading}` cover?")).1;
+                let name = argument.get_long().unwrap_or_default();
+                assert!(covered.contains(&name), "{words:?}: `{heading}` covers --{name}");
+                seen += 1;
+            }
+        }
+        assert!(seen > 15, "{seen}");
+    }
+
+    #[test]
+    fn json_holds_no_character_that_a_terminal_obeys() {
+        let json = without_controls("{\"a\u{9b}\u{202e}\u{e0001}\": 1}\n");
+        assert_eq!(json, "{\"a\\u009b\\u202e\\udb40\\udc01\": 1}\n");
+        let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(value["a\u{9b}\u{202e}\u{e0001}"], 1);
+    }
 }

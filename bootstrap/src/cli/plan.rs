@@ -1,77 +1,116 @@
-//! `nbdcrypt plan`: what `up` would do.
+//! `nbdcrypt plan`: shows what `up` would do.
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
-use engine::store::Caching;
+use anyhow::{Context, Result, bail};
 
-use super::{tell, tell_json};
-use crate::attach;
-use crate::config::{Config, SYSFS};
-use crate::keys;
-use crate::run_dir::RunDir;
-use crate::steps::{self, Boot, Outside};
-use crate::system::{RealDevices, RealDisks, RealFilesystems, RealKeys};
+use super::advice::Settings;
+use super::found::{self, Asked};
+use super::{tell, tell_json, telling};
+use crate::config::Config;
+use crate::machine::instance_store::SYSFS;
+use crate::service::run_dir::RunDir;
+use crate::service::status::{Condition, Status};
+use crate::service::system::Looking;
+use crate::steps::{self, Boot, Step};
+use crate::text;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The volume's configuration.
     config: PathBuf,
-    /// As JSON: a list of steps.
+    /// Print JSON: a list of steps.
     #[arg(long)]
     json: bool,
 }
 
-pub(super) fn run(args: Args, base: &Path) -> Result<()> {
-    let config = Config::load(&args.config)?;
-    if RunDir::new(base, config.name.as_str()).is_claimed()? {
-        bail!("{} is up already, so `up` would do nothing (see `nbdcrypt status {0}`)", config.name);
-    }
-    let disk = config.volume.device.resolve(Path::new(SYSFS))?;
-    let source = keys::source(&config.key);
-    let never = |_| bail!("a plan fetches no secret");
-    let outside = Outside {
-        keys: &RealKeys { described: source.describe(), fetch: &never, strength: config.strength },
-        disks: &RealDisks { caching: Caching::PageCache },
-        devices: &RealDevices {
-            options: attach::Options {
-                method: attach::Method::Auto,
-                device: None,
-                connections: 1,
-                read_only: true,
-                identifier: String::new(),
-                mount_dir: PathBuf::new(),
-            },
-        },
-        filesystems: &RealFilesystems,
-    };
-    let boot = Boot::new(&config, disk, outside);
-    let mut rows = Vec::new();
-    let mut obstacle = None;
-    for step in steps::all(&config) {
-        let (outlook, why) = match step.is_done(&boot) {
+/// A line of the plan.
+struct Row {
+    step: &'static str,
+    outlook: &'static str,
+    does: String,
+    obstacle: Option<String>,
+}
+
+impl Row {
+    fn of(step: &dyn Step, boot: &Boot<'_>) -> Self {
+        let (outlook, obstacle) = match step.is_done(boot) {
             Ok(Some(true)) => ("done already", None),
             Ok(Some(false)) => ("to do", None),
             Ok(None) => ("if needed", None),
-            Err(error) => ("not possible", Some(format!("{error:#}"))),
+            Err(error) => ("not possible", Some(telling::with_advice(&error, Settings::Configuration))),
         };
-        rows.push((step.name(), outlook, step.describe(&boot), why.clone()));
-        obstacle = obstacle.or(why);
+        Self { step: step.name(), outlook, does: step.describe(boot), obstacle }
     }
-    if args.json {
-        let steps: Vec<_> = rows
-            .iter()
-            .map(|(step, outlook, does, why)| {
-                serde_json::json!({ "step": step, "outlook": outlook, "does": does, "obstacle": why })
-            })
-            .collect();
-        tell_json(serde_json::to_string_pretty(&steps)?)?;
+}
+
+pub(super) fn run(args: Args, base: &Path) -> Result<()> {
+    let config = Config::load(&args.config)?;
+    let meant = found::Meant { name: config.name.to_string(), config: Some(Asked::new(&args.config, &config)) };
+    let dir = RunDir::new(base, config.name.as_str());
+    let found = found::find(&meant, &dir)?;
+    let rows = match &found {
+        Some(status) if status.condition == Condition::Up => vec![nothing_to_do(status)],
+        Some(status) if status.condition == Condition::Attached => vec![mount_again(status)],
+        Some(status) if status.condition != Condition::Dead => {
+            bail!("{} is busy, so `up` would be refused (see `nbdcrypt status {}`)", status.server(), config.name)
+        }
+        dead => {
+            let state = dir.state().with_context(|| dir.path().display().to_string())?.unwrap_or_default();
+            let gone = state.attachment.map(|remains| remains.device);
+            let mut rows: Vec<Row> = dead.iter().map(|status| clean_up(status, gone.as_deref())).collect();
+            rows.extend(bring_up(&config, gone.as_deref())?);
+            rows
+        }
+    };
+    show(rows, args.json)
+}
+
+fn nothing_to_do(status: &Status) -> Row {
+    let device = status.device.as_ref().map(|device| format!(": {}", text::path(device))).unwrap_or_default();
+    let at = status.mountpoint.as_ref().map(|at| format!(" on {}", text::path(at))).unwrap_or_default();
+    Row { step: "up", outlook: "done already", does: format!("{} is up{device}{at}", status.name), obstacle: None }
+}
+
+/// The server of an attached volume mounts its filesystem again.
+fn mount_again(status: &Status) -> Row {
+    let at = status.configured_mountpoint.as_ref().map(text::path).unwrap_or_default();
+    let outlook = if status.doing.is_some() { "not possible" } else { "to do" };
+    let does = format!("mount {} again on {at}", status.name);
+    Row { step: "mount", outlook, does, obstacle: status.doing.clone() }
+}
+
+fn clean_up(status: &Status, gone: Option<&Path>) -> Row {
+    let mounted = status.mountpoint.as_ref().map(|at| format!("unmount {}", text::path(at)));
+    let attached = gone.map(|device| format!("detach {}", text::path(device)));
+    let left: Vec<String> = mounted.into_iter().chain(attached).collect();
+    let left = if left.is_empty() { String::new() } else { format!(": {}", left.join(", ")) };
+    let does = format!("clean up what a dead server (process {}) left{left}", status.pid);
+    Row { step: "clean-up", outlook: "to do", does, obstacle: None }
+}
+
+/// Returns what the steps of `up` would do. What a dead server left on the device `gone` counts as cleaned up.
+fn bring_up(config: &Config, gone: Option<&Path>) -> Result<Vec<Row>> {
+    let disk = config.volume.device.resolve(Path::new(SYSFS))?;
+    let looking = Looking::new(config)?.once_gone(gone.map(Path::to_owned));
+    let boot = Boot::new(config, disk, looking.outside());
+    Ok(steps::all(config).iter().map(|step| Row::of(step.as_ref(), &boot)).collect())
+}
+
+/// Prints the plan.
+///
+/// # Errors
+/// The first obstacle, if there is one.
+fn show(rows: Vec<Row>, json: bool) -> Result<()> {
+    if json {
+        let row = |Row { step, outlook, does, obstacle }: &Row| serde_json::json!({ "step": step, "outlook": outlook, "does": does, "obstacle": obstacle });
+        tell_json(serde_json::to_string_pretty(&rows.iter().map(row).collect::<Vec<_>>())?)?;
     } else {
-        for (step, outlook, does, _) in &rows {
+        for Row { step, outlook, does, .. } in &rows {
             tell(format_args!("{step:<11} {outlook:<13} {does}\n"))?;
         }
     }
-    match obstacle {
+    match rows.into_iter().find_map(|row| row.obstacle) {
         Some(why) => bail!("{why}"),
         None => Ok(()),
     }

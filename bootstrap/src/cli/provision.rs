@@ -1,4 +1,4 @@
-//! `nbdcrypt provision`: makes the volume's secret.
+//! `nbdcrypt provision`: makes a volume's secret.
 
 use std::path::PathBuf;
 
@@ -6,23 +6,23 @@ use anyhow::Result;
 
 use super::tell;
 use crate::config::Config;
-use crate::provision;
+use crate::keys::provision;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The volume's configuration, with an `aws` key.
+    /// The volume's configuration. Its key source must be `aws`.
     config: PathBuf,
-    /// Replace the object that is there: what only its secret unlocks is lost.
+    /// Replace an object that exists already. Volumes that only its secret unlocks are lost.
     #[arg(long)]
     replace: bool,
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
     let config = Config::load(&args.config)?;
-    crate::process::protect_secrets();
+    crate::machine::process::protect_secrets();
     let made = provision::provision(&config, args.replace)?;
     if let Err(error) = &made.read_back {
-        tracing::warn!("the secret is stored, but could not be read back to be checked: {error}");
+        tracing::warn!("the secret is stored, but could not be read back to check it: {error}");
     }
-    tell(format_args!("{}: a new secret, encrypted under {}\n", made.object, made.key_arn))
+    tell(format_args!("{}: stored a new secret, encrypted under {}\n", made.object, made.key_arn))
 }

@@ -1,129 +1,152 @@
-//! `nbdcrypt serve`: volumes for NBD clients.
+//! `nbdcrypt serve`: serves volumes to NBD clients.
 
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
+use clap::ArgAction;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use engine::key::Passphrase;
-use engine::luks::{self, Disks};
-use engine::store::{Access, BlockStore, BusErrorsCaught, Caching};
+use engine::layout::Segment;
+use engine::luks::{self, Disks, LockedVolume};
+use engine::store::{Access, BlockStore, BusErrorsCaught, Caching, FileStore};
 use engine::volume::Volume;
 use nbd_server::tls::{Clients, Credentials};
 use nbd_server::{Export, Exports, ExportsError, Listener, Server, SessionKind, Settings, Tls, shutdown};
-use tokio::net::{TcpListener, UnixListener};
+use rustix::fs::Gid;
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::header_args::{HeaderArgs, LimitArgs};
-use super::passphrase;
+use super::listen::{ListenAddress, Listening, why_no_socket};
 use super::plain_args::PlainArgs;
+use super::{listen, passphrase};
 use crate::config::parse_duration;
-use crate::{disk, process};
+use crate::keys::opening::{self, Then};
+use crate::machine::pid_file::PidFile;
+use crate::machine::socket_file::{self, Permissions, SocketError, SocketFile};
+use crate::machine::{cpu, disk, process};
+use crate::service::status::Requests;
+use crate::text;
 
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("where").required(true))]
 pub(super) struct Args {
-    /// The disks or files that hold the ciphertext: each is an export of its own.
+    /// The disks or files that hold the ciphertext. Each becomes an export.
     #[arg(required = true, value_name = "DEVICE")]
     devices: Vec<PathBuf>,
-    /// The passphrase (with `--type plain`, the volume key): the file's bytes, all of them; `-` is standard input. Given
-    /// once it opens every DEVICE; or once a DEVICE, in their order. Without it, the passphrase that opens every DEVICE is
-    /// asked for.
-    #[arg(long = "key-file", value_name = "FILE")]
+    /// A file with the passphrase (with `--type plain`, the volume key), which is all of the file's bytes; `-` is standard
+    /// input. Give it once for all DEVICEs, or once for each, in their order. Without this option, nbdcrypt asks for one
+    /// passphrase that opens every DEVICE.
+    #[arg(short = 'd', long = "key-file", value_name = "FILE")]
     key_files: Vec<PathBuf>,
-    /// Try the passphrase on this keyslot alone, even one that is ignored otherwise.
+    /// Try the passphrase only on this keyslot, even if the keyslot is set to be ignored.
     #[arg(short = 'S', long, value_name = "N")]
     key_slot: Option<usize>,
     #[command(flatten)]
     header: HeaderArgs,
     #[command(flatten)]
     limits: LimitArgs,
-    /// Listen on a unix socket, which only this user may connect to.
+    /// Listen on a unix socket. Only this user may connect to it, unless `--socket-mode` allows more.
     #[arg(long, value_name = "PATH", group = "where")]
     socket: Option<PathBuf>,
-    /// Listen on a TCP port, such as 127.0.0.1:10809. Whoever reaches it reads and writes the plaintext, unless
-    /// `--tls require --tls-verify-peer` keeps them out.
+    /// The mode of the unix socket, in octal, as for chmod(1). Users who may write to the socket may connect to it, and
+    /// read and write the volume.
+    #[arg(long, value_name = "MODE", default_value = "0600", conflicts_with = "listen", value_parser = mode)]
+    socket_mode: u32,
+    /// The group of the unix socket: a name or a number. Its members may connect with `--socket-mode 0660`.
+    #[arg(long, value_name = "GROUP", conflicts_with = "listen", value_parser = group)]
+    socket_group: Option<Gid>,
+    /// Listen on a TCP port, such as 127.0.0.1:10809 or localhost:10809; `:10809` is every address of this machine. Anyone
+    /// who can reach the port may read and write the volume, unless `--tls require --tls-verify-peer` is given.
     #[arg(long, value_name = "ADDR", group = "where")]
-    listen: Option<SocketAddr>,
-    /// What the disk holds.
-    #[arg(long = "type", value_enum, default_value_t = Type::Luks)]
-    kind: Type,
+    listen: Option<ListenAddress>,
+    /// Write the process ID to this file as soon as clients can connect, and remove the file at the end.
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// The kind of volume on the disk.
+    #[arg(long = "type", ignore_case = true, value_name = "TYPE", value_parser = header_or_none(), default_value = "luks", action = ArgAction::Set)]
+    has_header: bool,
     #[command(flatten)]
     plain: PlainArgs,
-    /// The name that clients ask for; once a DEVICE, in their order. Without it one DEVICE is the default export, with the
-    /// empty name, and several have their files' names.
+    /// The export name that clients ask for. Give it once for each DEVICE, in their order. Without this option, a single
+    /// DEVICE is the default export, with the empty name, and several are named after their files.
     #[arg(long = "name", visible_alias = "export-name", value_name = "NAME")]
     names: Vec<String>,
-    /// A line for people, shown by `nbdinfo --list`; once a DEVICE, in their order. Without it, the DEVICE's path.
+    /// A description of the export, which `nbdinfo --list` shows. Give it once for each DEVICE, in their order. [default:
+    /// the DEVICE's path]
     #[arg(long = "description", value_name = "TEXT")]
     descriptions: Vec<String>,
     /// Refuse writes.
     #[arg(long)]
     read_only: bool,
-    /// Connections served at once; further ones wait.
+    /// The most connections that are served at the same time. More clients wait until a connection ends.
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
     max_connections: u16,
-    /// How long a client may take from connecting to having chosen an export, TLS included, such as 10s or 2m: one that
-    /// takes longer is cut off.
+    /// How long a client may take to connect, set up TLS and choose an export, such as 10s or 2m. A client that takes longer
+    /// is disconnected.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
     handshake_timeout: Duration,
-    /// Cut off a client that neither sends nor takes a byte for so long, such as 90s, 2m or 1h, while nothing is carried out
-    /// for it; without this, none is. Not for a client with a filesystem on the export.
+    /// Disconnect a client that sends and receives nothing for this long, such as 90s, 2m or 1h, while none of its requests
+    /// is in progress. Do not use this for a client that has a filesystem on the export. [default: no limit]
     #[arg(long, value_name = "TIME", value_parser = duration)]
     idle_timeout: Option<Duration>,
-    /// Whether clients speak TLS.
-    #[arg(long, value_enum, default_value_t = TlsChoice::Off, requires_ifs = [("on", "tls_certificates"), ("require", "tls_certificates")])]
+    /// Whether clients use TLS.
+    #[arg(help_heading = "TLS", long, value_enum, ignore_case = true, default_value_t = TlsChoice::Off, requires_ifs = [("on", "tls_certificates"), ("require", "tls_certificates")])]
     tls: TlsChoice,
-    /// The directory with server-cert.pem and server-key.pem and, with `--tls-verify-peer`, ca-cert.pem and perhaps
-    /// ca-crl.pem: as for nbdkit and qemu.
-    #[arg(long, value_name = "DIR")]
+    /// The directory with server-cert.pem and server-key.pem, and with `--tls-verify-peer` also ca-cert.pem and optionally
+    /// ca-crl.pem. The names are those of nbdkit and qemu.
+    #[arg(help_heading = "TLS", long, value_name = "DIR")]
     tls_certificates: Option<PathBuf>,
-    /// Serve only those who have a certificate by an authority in ca-cert.pem.
-    #[arg(long)]
+    /// Serve only clients that have a certificate from an authority in ca-cert.pem.
+    #[arg(help_heading = "TLS", long)]
     tls_verify_peer: bool,
-    /// Give no space back to the disk: TRIM is refused, and zeros are written. Holes show whoever reads the disk which
-    /// parts of it are in use.
+    /// Give no space back to the disk: TRIM is refused, and zeros are written out. Holes show anyone who reads the disk
+    /// which parts of it are in use.
     #[arg(long)]
     no_discard: bool,
-    /// Let the kernel cache the ciphertext. Without it, `O_DIRECT` where the filesystem allows.
+    /// Let the kernel cache the ciphertext. Without this option, `O_DIRECT` is used if the filesystem allows it.
     #[arg(long)]
     page_cache: bool,
-    /// What serves the connections: `auto` is io_uring where the kernel allows it.
-    #[arg(long, value_enum, default_value_t = Session::Auto)]
+    /// How connections are served: `auto` uses io_uring if the kernel allows it.
+    #[arg(long, value_enum, ignore_case = true, default_value_t = Session::Auto)]
     session: Session,
-    /// Have the kernel look up and pin the memory of each request anew.
+    /// Use io_uring without registered buffers.
     #[arg(long, hide = true)]
     no_registered_buffers: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Type {
-    /// A LUKS header says it.
-    Luks,
-    /// No header: all of the disk is data, and the key file is the volume key.
-    Plain,
+/// Returns the parser of `--type`, which yields whether the volume has a header.
+fn header_or_none() -> impl TypedValueParser<Value = bool> {
+    PossibleValuesParser::new([
+        PossibleValue::new("luks").help("LUKS1 or LUKS2, as the header says"),
+        PossibleValue::new("plain")
+            .help("A volume without a header. The whole disk is data, and the key file is the volume key"),
+    ])
+    .map(|name| name.eq_ignore_ascii_case("luks"))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum TlsChoice {
     /// No TLS.
     Off,
-    /// Clients may use it, or not.
+    /// Clients may use TLS, or not.
     On,
-    /// Clients must.
+    /// Clients must use TLS.
     Require,
 }
 
-/// Which session serves.
+/// The kind of session.
 #[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
 enum Session {
-    /// io_uring where the kernel allows it, else tokio.
+    /// io_uring if the kernel allows it, otherwise tokio.
     #[default]
     Auto,
-    /// io_uring, or fail.
+    /// io_uring. The server does not start without it.
     IoUring,
     /// Threads that block.
     Tokio,
@@ -152,24 +175,38 @@ pub(super) fn run(args: Args) -> Result<()> {
         session: args.session.into(),
         ..Settings::default()
     };
+    // This comes before anybody types a passphrase.
+    if let Some(path) = &args.socket {
+        listen::refuse_obstacle(path)?;
+    }
+    if let Some(path) = &args.pid_file {
+        PidFile::refuse_obstacle(path)?;
+    }
+    let runtime = process::runtime().context("the server's threads could not be started")?;
+    let listening = match &args.listen {
+        Some(address) => Some(runtime.block_on(address.listen())?),
+        None => None,
+    };
     let exports = exports(&args, &names)?;
-    let server = Server::new(exports, settings)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(listen_and_serve(&args, &names, &server))
+    let server = Server::new(exports, settings).context(match args.session {
+        Session::IoUring => "the server could not be started with `--session io-uring`",
+        _ => "the server could not be started",
+    })?;
+    runtime.block_on(listen_and_serve(&args, &names, listening, &server))
 }
 
-/// What clients ask for, a name a device.
+/// Returns the export name of each device.
 fn names(args: &Args) -> Result<Vec<String>> {
     let several = args.devices.len() > 1;
     if several && args.header.header.is_some() {
-        bail!("a header is one volume's: with --header, give one DEVICE");
+        bail!("--header belongs to one volume: give only one DEVICE with it");
     }
     once_a_device(args, "--name", args.names.len())?;
     once_a_device(args, "--description", args.descriptions.len())?;
     if args.key_files.len() > 1 {
         once_a_device(args, "--key-file", args.key_files.len())?;
         if args.key_files.iter().filter(|file| file.as_os_str() == "-").count() > 1 {
-            bail!("standard input holds one key: give `--key-file -` once");
+            bail!("standard input holds only one key: give `--key-file -` only once");
         }
     }
     if !args.names.is_empty() {
@@ -178,17 +215,18 @@ fn names(args: &Args) -> Result<Vec<String>> {
     let file_name = |device: &PathBuf| match device.file_name().and_then(|name| name.to_str()) {
         _ if !several => Ok(String::new()),
         Some(name) => Ok(name.to_owned()),
-        None => bail!("{} has no name that clients could ask for: give each DEVICE a --name", device.display()),
+        None => bail!("{} has no file name that can be an export name: give each DEVICE a --name", device.display()),
     };
     args.devices.iter().map(file_name).collect()
 }
 
-/// An option that is given for each device is given for all of them, or not at all.
+/// Fails unless an option is given once for each device, or not at all.
 fn once_a_device(args: &Args, option: &str, given: usize) -> Result<()> {
     let devices = args.devices.len();
     if given != 0 && given != devices {
         bail!(
-            "{option} is given {given} times for {devices} devices: give it once for each, in their order, or not at all"
+            "{option} is given {given} times for {devices} devices: give it once for each device, in their order, or \
+             not at all"
         );
     }
     Ok(())
@@ -200,18 +238,20 @@ fn tls(args: &Args) -> Result<Tls> {
             bail!("--tls-verify-peer needs `--tls require` or `--tls on`")
         }
         (TlsChoice::Off, None) => return Ok(Tls::Off),
-        // Whoever names certificates does not want plaintext.
+        // A user who names certificates does not want plaintext.
         (TlsChoice::Off, Some(_)) => bail!("--tls-certificates needs `--tls require` or `--tls on`"),
         (_, None) => bail!("--tls needs --tls-certificates DIR"),
         (_, Some(directory)) => directory,
     };
     if args.tls == TlsChoice::On && args.tls_verify_peer {
         bail!(
-            "with `--tls on` a client without a certificate could simply do without TLS: --tls-verify-peer needs `--tls require`"
+            "with `--tls on`, a client without a certificate could connect without TLS: --tls-verify-peer needs \
+             `--tls require`"
         );
     }
     let clients = if args.tls_verify_peer { Clients::WithCertificate } else { Clients::Anyone };
     let credentials = Credentials::from_directory(directory, clients).context("TLS")?;
+    warn_of_certificates(&credentials);
     Ok(match args.tls {
         TlsChoice::Require => Tls::Required(credentials),
         _ => Tls::Offered(credentials),
@@ -219,21 +259,24 @@ fn tls(args: &Args) -> Result<Tls> {
 }
 
 fn exports(args: &Args, names: &[String]) -> Result<Exports> {
-    // One key for all is read once: it may be on standard input.
+    // All disks are checked before anybody types a passphrase for one of them.
+    let found = args.devices.iter().map(|device| look(args, device)).collect::<Result<Vec<_>>>()?;
+    // A key for all disks is read only once, since it may come from standard input.
     let only = match args.key_files.as_slice() {
         [] => Some(passphrase::existing(None, &args.devices[0])?),
         [file] => Some(passphrase::existing(Some(file), &args.devices[0])?),
         _ => None,
     };
     let mut exports = Vec::new();
-    for (place, (device, name)) in args.devices.iter().zip(names).enumerate() {
+    for (place, (found, name)) in found.into_iter().zip(names).enumerate() {
+        let device = found.path;
         let own = match (&only, args.key_files.get(place)) {
             (None, Some(file)) => Some(passphrase::existing(Some(file), device)?),
             _ => None,
         };
         let Some(passphrase) = own.as_ref().or(only.as_ref()) else { bail!("no --key-file for {}", device.display()) };
         let key_file = args.key_files.get(place).or(args.key_files.first()).map(PathBuf::as_path);
-        let volume = Arc::new(open(args, device, key_file, passphrase)?);
+        let volume = Arc::new(open(args, found, key_file, passphrase)?);
         let description = args.descriptions.get(place).cloned().unwrap_or_else(|| device.display().to_string());
         let mut export = Export::new(name.clone(), volume).described(description);
         if args.read_only {
@@ -250,59 +293,125 @@ fn exports(args: &Args, names: &[String]) -> Result<Exports> {
     })
 }
 
-fn open(args: &Args, path: &Path, key_file: Option<&Path>, passphrase: &Passphrase) -> Result<Volume> {
-    let name = || path.display().to_string();
+/// A volume that was found and is not unlocked yet.
+struct Found<'a> {
+    path: &'a Path,
+    store: Arc<dyn BlockStore>,
+    kind: FoundKind<'a>,
+}
+
+enum FoundKind<'a> {
+    Luks {
+        /// The disk of the header, if the header is detached, and its path.
+        header: Option<Box<FileStore>>,
+        header_path: &'a Path,
+        locked: LockedVolume,
+    },
+    Plain(Segment),
+}
+
+/// Opens the disk of a volume and reads its header.
+fn look<'a>(args: &'a Args, path: &'a Path) -> Result<Found<'a>> {
     let access = if args.read_only { Access::ReadOnly } else { Access::ReadWrite };
+    args.header.refuse_same(path)?;
     let caching = if args.page_cache { Caching::PageCache } else { Caching::Direct };
-    let store: Arc<dyn BlockStore> = Arc::new(disk::open(path, access, caching)?.mapped(BusErrorsCaught::new()?));
-    let plain = args.plain.volume();
-    let (key, segment) = match args.kind {
-        Type::Luks => {
+    let mut store = match access {
+        Access::ReadOnly => disk::open(path, access, caching)?,
+        Access::ReadWrite => disk::open_as_allowed(path, caching)?,
+    };
+    let (kind, segment) = match args.has_header {
+        true => {
             args.plain.refuse()?;
             let header = match &args.header.header {
                 Some(path) => Some(disk::open(path, Access::ReadOnly, Caching::PageCache)?),
                 None => None,
             };
             let disks = match &header {
-                Some(header) => Disks::detached(header, store.as_ref()),
-                None => store.as_ref().into(),
+                Some(header) => Disks::detached(header, &store),
+                None => Disks::from(&store),
             };
-            let name = || args.header.header.as_deref().unwrap_or(path).display().to_string();
-            let limits = args.limits.limits();
-            let locked = luks::read(disks, &limits).with_context(name)?;
-            let unlocked = locked.unlock_keyslot(disks.header(), args.key_slot, passphrase, &limits);
-            let unlocked = unlocked.with_context(name)?;
-            (unlocked.key, unlocked.segment)
+            let header_path = args.header.header.as_deref().unwrap_or(path);
+            let locked = luks::read(disks, &args.limits.limits()).with_context(|| text::path(header_path))?;
+            opening::warn_of_copies(header_path, disks.header(), Then::Stays);
+            let segment = locked.segment();
+            (FoundKind::Luks { header: header.map(Box::new), header_path, locked }, segment)
         }
-        Type::Plain => {
+        false => {
             if args.header.header.is_some() {
                 bail!("a plain volume has no header: leave --header out");
             }
             if args.key_slot.is_some() {
                 bail!("a plain volume has no keyslots: leave --key-slot out");
             }
-            let key = plain.key(passphrase).with_context(|| {
-                let key = key_file.unwrap_or(Path::new("what was typed")).display();
-                format!("{key} holds no volume key of {} bits", 8 * plain.key_len)
-            })?;
-            (key, plain.segment(store.len()).with_context(name)?)
+            let segment = args.plain.volume().segment(store.len()).with_context(|| text::path(path))?;
+            (FoundKind::Plain(segment), segment)
         }
     };
-    Volume::with_cipher(store, segment, plain.cipher(&key)?).with_context(name)
+    // Direct I/O needs whole blocks, and the data of some volumes does not begin or end at a block boundary.
+    if !(segment.offset | segment.len).is_multiple_of(store.alignment() as u64) {
+        store = store.into_buffered().with_context(|| text::path(path))?;
+    }
+    let store = Arc::new(store.mapped(BusErrorsCaught::new()?));
+    Ok(Found { path, store, kind })
 }
 
-async fn listen_and_serve(args: &Args, names: &[String], server: &Server) -> Result<()> {
-    // Before the address is told: whoever reads it may end this process at once.
+fn open(args: &Args, found: Found<'_>, key_file: Option<&Path>, passphrase: &Passphrase) -> Result<Volume> {
+    let Found { path, store, kind } = found;
+    let plain = args.plain.volume();
+    let (key, segment) = match kind {
+        FoundKind::Luks { header, header_path, locked } => {
+            let disk = header.as_deref().map_or(store.as_ref(), |header| header as &dyn BlockStore);
+            let limits = args.limits.limits();
+            let opens = |passphrase: &Passphrase| locked.unlock_keyslot(disk, args.key_slot, passphrase, &limits);
+            let unlocked = opens(passphrase).map_err(|error| {
+                let keyslot = |other: &Passphrase| opens(other).map(|unlocked| unlocked.keyslot);
+                opening::explained(error, key_file.map(passphrase::key_file).as_ref(), passphrase, keyslot)
+            });
+            let unlocked = unlocked.with_context(|| text::path(header_path))?;
+            (unlocked.key, unlocked.segment)
+        }
+        FoundKind::Plain(segment) => {
+            let is_key_file = key_file.is_some_and(|file| file != Path::new("-"));
+            if plain.ignores_hash(is_key_file) {
+                tracing::warn!(
+                    "--hash is ignored, as cryptsetup does with a key file: the bytes of {} are the key. To hash them, add \
+                     --hash-key-file; otherwise leave --hash out",
+                    text::path(key_file.unwrap_or(path))
+                );
+            }
+            let key = plain.key(passphrase, is_key_file).map_err(|why| {
+                let key = match key_file {
+                    Some(file) if is_key_file => text::path(file),
+                    Some(_) => "standard input".to_owned(),
+                    None => "what was typed".to_owned(),
+                };
+                let (bits, bytes) = (8 * plain.key_len, plain.key_len);
+                anyhow!(
+                    "{key} is not the key of the plain volume on {}: {why}. `--key-size {bits}` takes exactly {bytes} bytes. \
+                     `--keyfile-size {bytes}` takes the first {bytes} bytes of a longer file; for a passphrase, name its hash \
+                     with `--hash`, and add `--hash-key-file` if it is in a file",
+                    text::path(path)
+                )
+            })?;
+            (key, segment)
+        }
+    };
+    Volume::with_cipher(store, segment, plain.cipher(&key, cpu::path()?)?).with_context(|| text::path(path))
+}
+
+async fn listen_and_serve(args: &Args, names: &[String], listening: Option<Listening>, server: &Server) -> Result<()> {
+    // This comes before the address is printed, since its reader may end this process at once.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let (listener, addresses, _socket) = bind(args, names).await?;
+    let (listener, addresses, _socket) = bind(args, names, listening)?;
+    let _pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
     let mut stdout = std::io::stdout();
-    // With one call: whoever needs the first alone may close the pipe behind it.
+    // All lines are written with one call, since a reader may close the pipe after the first one.
     let lines: String = addresses.iter().map(|address| format!("{address}\n")).collect();
     stdout.write_all(lines.as_bytes())?;
     stdout.flush()?;
     if stdout.is_terminal() {
-        let devices: Vec<String> = args.devices.iter().map(|device| device.display().to_string()).collect();
+        let devices: Vec<String> = args.devices.iter().map(text::path).collect();
         eprintln!("serving {} until Ctrl-C", devices.join(", "));
     }
     let (trigger, stop) = shutdown();
@@ -313,91 +422,126 @@ async fn listen_and_serve(args: &Args, names: &[String], server: &Server) -> Res
         _ = interrupt.recv() => {}
     }
     trigger.stop();
-    Ok(serving.await?)
+    serving.await?;
+    for export in server.exports().all() {
+        let counters = export.statistics().snapshot();
+        let (name, clients) = (&export.info().name, counters.connections_total);
+        tracing::info!("export {name:?}: {clients} clients; requests: {}", Requests::from(counters));
+    }
+    Ok(())
 }
 
-/// The listener, and each export's address as an NBD URI (the NBD project's uri.md).
-async fn bind(args: &Args, names: &[String]) -> Result<(Listener, Vec<String>, Option<SocketFile>)> {
+/// Returns the listener, and each export's address as an NBD URI (the NBD project's uri.md).
+fn bind(
+    args: &Args,
+    names: &[String],
+    listening: Option<Listening>,
+) -> Result<(Listener, Vec<String>, Option<SocketFile>)> {
     let scheme = if args.tls == TlsChoice::Off { "nbd" } else { "nbds" };
-    let names = names.iter().map(|name| in_uri(name));
+    let names = names.iter().map(text::in_uri);
     if let Some(path) = &args.socket {
-        let (listener, file) = bind_unix(path)?;
-        let addresses = names.map(|name| format!("{scheme}+unix:///{name}?socket={}", path.display())).collect();
+        let permissions = Permissions { mode: args.socket_mode, group: args.socket_group };
+        let (listener, file) = socket_file::bind(path, permissions).map_err(|error| {
+            let source = match error {
+                SocketError::NoSocket(_) => std::io::ErrorKind::AddrInUse.into(),
+                SocketError::Io { source, .. } => source,
+                other => return other.into(),
+            };
+            anyhow!("could not listen on {}: {}", path.display(), why_no_socket(path, &source))
+        })?;
+        listener.set_nonblocking(true)?;
+        let listener = UnixListener::from_std(listener)?;
+        // The path is absolute, since a client may have another working directory.
+        let at = text::in_uri(std::path::absolute(path)?.as_os_str().as_bytes());
+        let addresses = names.map(|name| format!("{scheme}+unix:///{name}?socket={at}")).collect();
         return Ok((listener.into(), addresses, Some(file)));
     }
-    let Some(address) = args.listen else { bail!("neither --socket nor --listen") };
-    let listener = TcpListener::bind(address).await.with_context(|| format!("could not listen on {address}"))?;
-    let address = listener.local_addr()?;
-    if !address.ip().is_loopback() {
+    let Some(Listening { listeners, addresses, authority }) = listening else { bail!("neither --socket nor --listen") };
+    for address in addresses.into_iter().filter(|address| !address.ip().to_canonical().is_loopback()) {
         warn_of_strangers(args, address);
     }
-    Ok((listener.into(), names.map(|name| format!("{scheme}://{address}/{name}")).collect(), None))
+    Ok((listeners.into(), names.map(|name| format!("{scheme}://{authority}/{name}")).collect(), None))
 }
 
+/// Warns if other machines can reach the port, and says what they may do with the volume.
 fn warn_of_strangers(args: &Args, address: SocketAddr) {
+    let may = if args.read_only { "may read the volume" } else { "may read and write the volume" };
+    let overhear = if args.read_only { "read" } else { "read and change" };
     match (args.tls, args.tls_verify_peer) {
         (TlsChoice::Require, true) => {}
         (TlsChoice::Require, false) => tracing::warn!(
-            "{address} can be reached from other machines, and whoever reaches it reads the plaintext, under TLS: \
-             --tls-verify-peer serves only those who have a certificate"
+            "other machines can reach {address}: anyone who reaches it {may}, with TLS. To serve only clients with a \
+             certificate, add --tls-verify-peer"
         ),
-        _ => tracing::warn!(
-            "{address} can be reached from other machines, and whoever reaches it reads the plaintext: \
-             --tls require --tls-verify-peer serves only those who have a certificate"
+        (TlsChoice::On, _) => tracing::warn!(
+            "other machines can reach {address}: anyone who reaches it {may}, with and without TLS, and anyone on the \
+             network path can {overhear} what is transferred without TLS. To serve only clients with a certificate, \
+             use \
+             `--tls require --tls-verify-peer`"
+        ),
+        (TlsChoice::Off, _) => tracing::warn!(
+            "other machines can reach {address}: anyone who reaches it {may}, and anyone on the network path can \
+             {overhear} what is transferred. To serve only clients with a certificate, with TLS, use \
+             `--tls require --tls-verify-peer --tls-certificates DIR`"
         ),
     }
 }
 
-/// A name as it stands in a URI: all but RFC 3986's unreserved characters and the slash in percent-encoding.
-fn in_uri(name: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
-    name.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
-}
-
-/// A socket in the filesystem that this process made, removed at the end unless it is another's by then.
-struct SocketFile {
-    path: PathBuf,
-    /// Device and inode.
-    identity: (u64, u64),
-}
-
-impl SocketFile {
-    fn identity(path: &Path) -> std::io::Result<(u64, u64)> {
-        std::fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
+/// Warns of each of the server's certificates that is not valid now.
+fn warn_of_certificates(credentials: &Credentials) {
+    for certificate in credentials.not_valid_at(SystemTime::now()) {
+        tracing::warn!(
+            "{certificate}. Clients that check it do not connect, so they cannot read or write the volume. Clients \
+             that do not check it cannot tell this server from another one. Make a new certificate, and start the \
+             server again"
+        );
     }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if Self::identity(&self.path).is_ok_and(|identity| identity == self.identity) {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile)> {
-    let name = || format!("could not listen on {}", path.display());
-    if std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) {
-        match std::os::unix::net::UnixStream::connect(path) {
-            // Left by a server that died.
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).with_context(name)?;
-            }
-            _ => bail!("{} is another server's socket: choose another path", path.display()),
-        }
-    }
-    // No one else may connect, from the first moment on.
-    let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
-    let listener = UnixListener::bind(path);
-    rustix::process::umask(before);
-    let listener = listener.with_context(name)?;
-    let identity = SocketFile::identity(path).with_context(name)?;
-    Ok((listener, SocketFile { path: path.to_owned(), identity }))
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
     match parse_duration(text) {
         Some(time) if !time.is_zero() => Ok(time),
-        _ => Err("a time is a number of seconds, minutes or hours: 90s, 2m, 1h".to_owned()),
+        _ => Err("a time is a number of seconds, minutes or hours, such as 90s, 2m or 1h".to_owned()),
+    }
+}
+
+/// Parses the mode of a socket.
+fn mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 && text.starts_with(|first: char| first.is_ascii_digit()) => Ok(mode),
+        _ => Err("a mode is an octal number up to 0777, such as 0660".to_owned()),
+    }
+}
+
+/// Parses a group: its name, or else its number.
+fn group(text: &str) -> Result<Gid, String> {
+    let found = nix::unistd::Group::from_name(text).map_err(|error| format!("the groups were not read: {error}"))?;
+    match (found, text.parse::<u32>()) {
+        (Some(group), _) => Ok(Gid::from_raw(group.gid.as_raw())),
+        // `u32::MAX` means "no change" to chown(2).
+        (None, Ok(number)) if number != u32::MAX => Ok(Gid::from_raw(number)),
+        _ => Err("there is no such group (`getent group` lists the groups)".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mode_is_octal() {
+        assert_eq!([mode("0660"), mode("600"), mode("0")], [Ok(0o660), Ok(0o600), Ok(0)]);
+        for wrong in ["", "rw", "0888", "01777", "+600", "-1", "0o660"] {
+            assert!(mode(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_group_is_a_name_or_a_number() {
+        assert_eq!(group("root").unwrap().as_raw(), 0);
+        assert_eq!(group("4242").unwrap().as_raw(), 4242);
+        for wrong in ["", "no such group", "4294967295", "-1"] {
+            assert!(group(wrong).unwrap_err().contains("getent group"), "{wrong}");
+        }
     }
 }

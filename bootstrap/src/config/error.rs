@@ -1,24 +1,26 @@
-//! What is wrong with a configuration, and where.
+//! The errors of a configuration, with their positions.
 
 use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// Why a configuration is of no use.
+use crate::machine::trust::Distrust;
+
+/// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file is not called `….toml`. What is in it is not looked at: it may well be a key file.
-    #[error("{}: a configuration file is named NAME.toml", path.display())]
+    /// The file's name does not end in `.toml`. The file is not read, because it may be a key file.
+    #[error("{}: a configuration file is named NAME.toml", crate::text::path(path))]
     NotToml {
-        /// The file that was named.
+        /// The file.
         path: PathBuf,
     },
-    /// The file's stem is no volume name, and `[volume]` has no `name`.
+    /// The file's stem is not a volume name, and `[volume]` has no `name`.
     #[error(
-        "{}: `{stem}` is no volume name (1 to 64 of A-Z a-z 0-9 . _ -, beginning with a letter, a digit or _); \
+        "{}: `{stem}` is not a volume name (1 to 64 of A-Z a-z 0-9 . _ -, starting with a letter, a digit or _); \
          rename the file or write `name = \"...\"` under [volume]",
-        path.display()
+        crate::text::path(path)
     )]
     Name {
         /// The configuration file.
@@ -27,37 +29,48 @@ pub enum ConfigError {
         stem: String,
     },
     /// The file cannot be read.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", crate::text::path(path))]
     Read {
         /// The configuration file.
         path: PathBuf,
-        /// What the system said.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// Something in it is wrong.
+    /// This process runs as root, and other users can change the file.
+    #[error("the {what} {} is refused, because anyone who can change it could control root: {why}", path.display())]
+    Untrusted {
+        /// The configuration file, or the key file that it names.
+        path: PathBuf,
+        /// Which of the two it is.
+        what: &'static str,
+        /// Who can change it, and what to do about it.
+        #[source]
+        why: Distrust,
+    },
+    /// The text contains an error.
     #[error(transparent)]
     At(Box<Fault>),
 }
 
-/// Something wrong at a place in the file.
+/// An error at a position in the file.
 #[derive(Debug, thiserror::Error)]
 pub struct Fault {
     /// The configuration file.
     pub path: PathBuf,
-    /// Counted from 1.
+    /// The line, counted from 1.
     pub line: usize,
-    /// Counted from 1, in characters.
+    /// The column, counted from 1, in characters.
     pub column: usize,
     /// What is wrong, and what would be right.
     pub message: String,
-    /// The line.
+    /// The text of the line.
     excerpt: String,
-    /// How many characters of the line are meant; at least 1.
+    /// How many characters of the line are underlined, at least 1.
     width: usize,
 }
 
 impl Fault {
-    /// `span` counts bytes of `text`; whatever it is, some place in the text is named.
+    /// Makes a fault at `span`, a range of bytes of `text`. A span that reaches past the end of the text is cut there.
     pub(super) fn new(path: &Path, text: &str, span: Range<usize>, message: String) -> Self {
         let start = floor_char(text, span.start);
         let end = floor_char(text, span.end);
@@ -78,8 +91,8 @@ impl Fault {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { path, line, column, message, excerpt, width } = self;
-        writeln!(f, "{}:{line}:{column}: {message}", path.display())?;
-        // A tab is as wide above as below; everything else becomes a space.
+        writeln!(f, "{}:{line}:{column}: {message}", crate::text::path(path))?;
+        // Tabs are kept, so that both lines have the same width. Every other character becomes a space.
         let indent: String = excerpt.chars().take(column - 1).map(|c| if c == '\t' { c } else { ' ' }).collect();
         let number = line.to_string();
         writeln!(f, "  {number} | {excerpt}")?;
@@ -87,7 +100,7 @@ impl fmt::Display for Fault {
     }
 }
 
-/// The last character boundary that is not after `at`.
+/// Returns the last character boundary that is not after `at`.
 fn floor_char(text: &str, at: usize) -> usize {
     (0..=at.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
 }
@@ -98,7 +111,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_fault_shows_its_line_and_points_at_its_place() {
+    fn a_fault_shows_its_line_and_marks_its_position() {
         let text = "[volume]\nname = \"ä\" # x\nsizee = 1\n";
         let at = text.find("sizee").unwrap();
         let fault = Fault::new(Path::new("/etc/x.toml"), text, at..at + 5, "no such key".to_owned());

@@ -1,48 +1,50 @@
-//! From the configuration as it is written to what it means: values, defaults, and what goes together.
+//! Turns the raw configuration into its meaning: checks values, applies defaults, and checks which keys belong together.
 
 use std::num::NonZeroU32;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use engine::key::VolumeKey;
 use engine::luks::HashAlgorithm;
-use engine::luks::plain::{PassphraseHash, Place};
+use engine::luks::plain::{PassphraseHash, PlainSegment};
 use engine::sector::{Lba512, SectorSize};
 use toml::Spanned;
 
 use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawSize, RawVolume};
-use super::value::{self, KeyFile, S3Object, SecretPlace, VolumeName};
-use super::{
-    AttachConfig, AttachMethod, AwsKeyConfig, Config, Device, FilesystemConfig, KeyConfig, LimitsConfig, VolumeConfig,
-    VolumeType,
-};
-use crate::new_volume::Strength;
-use crate::plain::PlainVolume;
+use super::value::{self, KeyFile, S3Object, SecretLocation, VolumeName};
+use super::{AttachConfig, AwsKeyConfig, Config, FilesystemConfig, KeyConfig, LimitsConfig, VolumeConfig};
+use crate::attach::Method;
+use crate::machine::instance_store::Device;
+use crate::volume::VolumeType;
+use crate::volume::new_volume::Strength;
+use crate::volume::plain::{PlainCipher, PlainVolume};
 
-/// What is wrong, and the bytes of the file that say so.
+/// An error, and the range of bytes in the file that it concerns.
 pub(super) struct Wrong {
     pub(super) span: Range<usize>,
     pub(super) message: String,
 }
 
-type Meant<T> = Result<T, Wrong>;
+type Checked<T> = Result<T, Wrong>;
 
-pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Meant<Config> {
+pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Checked<Config> {
     let name = match (&raw.volume.name, name_from_file) {
         (None, Some(name)) => name,
         (Some(name), _) => self::name(name)?,
-        // The caller has told of it already; the empty span is the file's beginning.
+        // The caller has reported this already. The empty span is the start of the file.
         (None, None) => return Err(Wrong { span: 0..0, message: "the volume has no name".to_owned() }),
     };
     let token_kind = raw.volume.kind.as_ref().map(|kind| {
         wrong(
             kind,
-            "`object = \"token\"` keeps the secret in a token, which only a LUKS2 header has; use luks2".to_owned(),
+            "`object = \"token\"` keeps the secret in a token, which only a LUKS2 header has; use type = \"luks2\""
+                .to_owned(),
         )
     });
     let random = raw.key.random == Some(true);
     let (volume, mut key) = (volume(raw.volume)?, key(raw.key)?);
-    let is_token = matches!(&key, KeyConfig::Aws(aws) if aws.object == SecretPlace::Token);
+    let is_token = matches!(&key, KeyConfig::Aws(aws) if aws.object == SecretLocation::Token);
     let strength = if random || is_token { Strength::Random } else { Strength::Guessable };
     if let (true, false, Some(wrong)) = (is_token, volume.kind == VolumeType::Luks2, token_kind) {
         return Err(wrong);
@@ -60,12 +62,12 @@ pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Mean
     })
 }
 
-fn name(name: &Spanned<String>) -> Meant<VolumeName> {
+fn name(name: &Spanned<String>) -> Checked<VolumeName> {
     VolumeName::new(name.get_ref()).ok_or_else(|| {
         wrong(
             name,
             format!(
-                "`{}` is no volume name: 1 to {} of A-Z a-z 0-9 . _ -, beginning with a letter, a digit or _",
+                "`{}` is not a volume name: 1 to {} of A-Z a-z 0-9 . _ -, starting with a letter, a digit or _",
                 name.get_ref(),
                 VolumeName::MAX_LEN
             ),
@@ -73,22 +75,28 @@ fn name(name: &Spanned<String>) -> Meant<VolumeName> {
     })
 }
 
-fn volume(raw: RawVolume) -> Meant<VolumeConfig> {
+fn volume(raw: RawVolume) -> Checked<VolumeConfig> {
     let device = device(&raw.devices)?;
     if let (Device::InstanceStore, Some(size)) = (&device, &raw.size) {
-        return Err(wrong(size, "`size` is for a regular file; an instance-store disk is taken whole".to_owned()));
+        return Err(wrong(size, "`size` is for a regular file; an instance-store disk is used as a whole".to_owned()));
     }
     let kind = raw.kind.as_ref().map_or(Ok(VolumeType::Luks2), volume_type)?;
     if let (VolumeType::Plain, Some(header)) = (kind, &raw.header) {
         return Err(wrong(header, "a plain volume has no header".to_owned()));
     }
-    let sector_size = raw.sector_size.as_ref().map_or(Ok(default_sector_size(kind)), |size| sector_size(size, kind))?;
+    if let (Device::Path(disk), Some(header)) = (&device, &raw.header)
+        && disk == Path::new(header.get_ref())
+    {
+        return Err(wrong(header, "`header` names the disk itself: leave it out if the header is there".to_owned()));
+    }
+    let sector_size = raw.sector_size.as_ref().map(|size| sector_size(size, kind)).transpose()?;
     Ok(VolumeConfig {
         device,
         size: raw.size.as_ref().map(size).transpose()?,
         kind,
         sector_size,
-        plain: plain(&raw, kind, sector_size)?,
+        // cryptsetup's default.
+        plain: plain(&raw, kind, sector_size.unwrap_or(SectorSize::B512))?,
         header: raw.header.as_ref().map(absolute).transpose()?,
         limits: LimitsConfig {
             kdf_memory: raw.max_kdf_memory.as_ref().map(kdf_memory).transpose()?,
@@ -98,15 +106,18 @@ fn volume(raw: RawVolume) -> Meant<VolumeConfig> {
     })
 }
 
-/// What cryptsetup is told of a plain volume by options of the same names.
-fn plain(raw: &RawVolume, kind: VolumeType, sector_size: SectorSize) -> Meant<PlainVolume> {
-    let RawVolume { offset, skip, key_size, hash, iv_large_sectors, .. } = raw;
+/// Checks the parameters of a plain volume, which have the names of cryptsetup's options.
+fn plain(raw: &RawVolume, kind: VolumeType, sector_size: SectorSize) -> Checked<PlainVolume> {
+    let RawVolume { offset, skip, key_size, keyfile_size, hash, hash_key_file, iv_large_sectors, cipher, .. } = raw;
     if kind != VolumeType::Plain {
-        of_plain("offset", offset.as_ref())?;
-        of_plain("skip", skip.as_ref())?;
-        of_plain("key-size", key_size.as_ref())?;
-        of_plain("hash", hash.as_ref())?;
-        of_plain("iv-large-sectors", iv_large_sectors.as_ref())?;
+        only_for_plain("offset", offset.as_ref())?;
+        only_for_plain("skip", skip.as_ref())?;
+        only_for_plain("key-size", key_size.as_ref())?;
+        only_for_plain("keyfile-size", keyfile_size.as_ref())?;
+        only_for_plain("hash", hash.as_ref())?;
+        only_for_plain("hash-key-file", hash_key_file.as_ref())?;
+        only_for_plain("iv-large-sectors", iv_large_sectors.as_ref())?;
+        only_for_plain("cipher", cipher.as_ref())?;
         return Ok(PlainVolume::default());
     }
     let number = |number: &Option<Spanned<u64>>| number.as_ref().map_or(0, |number| *number.get_ref());
@@ -114,7 +125,7 @@ fn plain(raw: &RawVolume, kind: VolumeType, sector_size: SectorSize) -> Meant<Pl
         let step = sector_size.lba_step();
         return Err(wrong(
             skip,
-            format!("`skip` counts 512 bytes: with sectors of {sector_size} a multiple of {step}"),
+            format!("`skip` counts units of 512 bytes: with sectors of {sector_size} it must be a multiple of {step}"),
         ));
     }
     let key_len = match key_size {
@@ -125,63 +136,71 @@ fn plain(raw: &RawVolume, kind: VolumeType, sector_size: SectorSize) -> Meant<Pl
             other => {
                 return Err(wrong(
                     bits,
-                    format!("a key has 512 bits, or 256 (AES-128), both halves counted; not {other}"),
+                    format!("a key has 512 bits, or 256 for AES-128, with both halves counted; not {other}"),
                 ));
             }
         },
     };
+    let keyfile_size = keyfile_size.as_ref().map(|size| match usize::try_from(*size.get_ref()) {
+        Ok(bytes @ 1..) => Ok(bytes),
+        _ => Err(wrong(size, format!("`keyfile-size` counts bytes and must be at least 1, not {}", size.get_ref()))),
+    });
+    if let (Some(flag), None) = (hash_key_file, hash) {
+        return Err(wrong(flag, "`hash-key-file` needs `hash`, which names the hash for the key file".to_owned()));
+    }
     let hash = hash.as_ref().map(|hash| {
         PassphraseHash::from_name(hash.get_ref()).ok_or_else(|| {
             let names: Vec<_> = HashAlgorithm::ALL.iter().map(|hash| hash.name()).collect();
-            wrong(hash, format!("`{}` is no hash; there are plain, {}", hash.get_ref(), names.join(", ")))
+            wrong(hash, format!("`{}` is not a hash; the hashes are plain, {}", hash.get_ref(), names.join(", ")))
         })
     });
     Ok(PlainVolume {
-        place: Place { offset: number(offset), size: None, skip: Lba512(number(skip)), sector_size },
+        data: PlainSegment { offset: number(offset), size: None, skip: Lba512(number(skip)), sector_size },
         key_len,
+        keyfile_size: keyfile_size.transpose()?,
         hash: hash.transpose()?,
+        hash_key_file: hash_key_file.as_ref().is_some_and(|it| *it.get_ref()),
         iv_large_sectors: iv_large_sectors.as_ref().is_some_and(|it| *it.get_ref()),
+        cipher: cipher.as_ref().map_or(Ok(PlainCipher::default()), |name| {
+            PlainCipher::from_name(name.get_ref()).map_err(|e| wrong(name, e))
+        })?,
     })
 }
 
-fn of_plain<T>(key: &str, value: Option<&Spanned<T>>) -> Meant<()> {
+fn only_for_plain<T>(key: &str, value: Option<&Spanned<T>>) -> Checked<()> {
     match value {
-        Some(value) => Err(wrong(value, format!("`{key}` goes with type = \"plain\": a LUKS volume's header says it"))),
+        Some(value) => Err(wrong(value, format!("`{key}` needs type = \"plain\": for LUKS, the header stores it"))),
         None => Ok(()),
     }
 }
 
-/// What its tools make where nothing is said: cryptsetup 512 for plain volumes, and LUKS1 knows no other. LUKS2 is given the
-/// largest, which costs the least work a byte.
-fn default_sector_size(kind: VolumeType) -> SectorSize {
-    match kind {
-        VolumeType::Luks2 => SectorSize::B4096,
-        VolumeType::Luks1 | VolumeType::Plain => SectorSize::B512,
-    }
-}
-
-/// KiB, from a size.
-fn kdf_memory(size: &Spanned<RawSize>) -> Meant<u32> {
+/// Returns a size in KiB.
+fn kdf_memory(size: &Spanned<RawSize>) -> Checked<u32> {
     let (text, bytes) = match size.get_ref() {
         RawSize::Bytes(bytes) => (bytes.to_string(), Some(*bytes)),
         RawSize::Text(text) => (text.clone(), value::parse_size(text)),
     };
     bytes.and_then(|bytes| u32::try_from(bytes / 1024).ok()).ok_or_else(|| {
-        wrong(size, format!("`{text}` is no memory for a key derivation: write a size such as \"8G\", at most 4095G"))
+        wrong(
+            size,
+            format!(
+                "`{text}` is not an amount of memory for a key derivation: write a size such as \"8G\", at most 4095G"
+            ),
+        )
     })
 }
 
-fn kdf_count(count: &Spanned<u64>, of: &str) -> Meant<NonZeroU32> {
+fn kdf_count(count: &Spanned<u64>, of: &str) -> Checked<NonZeroU32> {
     let number = u32::try_from(*count.get_ref()).ok().and_then(NonZeroU32::new);
     number.ok_or_else(|| wrong(count, format!("{} {of}: 1 to {} are possible", count.get_ref(), u32::MAX)))
 }
 
-fn device(devices: &Spanned<Vec<Spanned<String>>>) -> Meant<Device> {
+fn device(devices: &Spanned<Vec<Spanned<String>>>) -> Checked<Device> {
     let [device, more @ ..] = devices.get_ref().as_slice() else {
         return Err(wrong(devices, "name a disk or file, or \"instance-store\"".to_owned()));
     };
     if let Some(second) = more.first() {
-        return Err(wrong(second, "more than one device: striping is not there yet; name one".to_owned()));
+        return Err(wrong(second, "more than one device: striping is not supported yet; name one".to_owned()));
     }
     if device.get_ref() == "instance-store" {
         return Ok(Device::InstanceStore);
@@ -189,33 +208,34 @@ fn device(devices: &Spanned<Vec<Spanned<String>>>) -> Meant<Device> {
     absolute(device).map(Device::Path)
 }
 
-fn size(size: &Spanned<RawSize>) -> Meant<u64> {
+fn size(size: &Spanned<RawSize>) -> Checked<u64> {
     let bytes = match size.get_ref() {
         RawSize::Bytes(bytes) => *bytes,
         RawSize::Text(text) => value::parse_size(text).ok_or_else(|| {
-            wrong(size, format!("`{text}` is no size: digits and one of K, M, G, T (powers of 1024), as in \"2G\""))
+            wrong(
+                size,
+                format!("`{text}` is not a size: write digits and one of K, M, G, T (powers of 1024), as in \"2G\""),
+            )
         })?,
     };
-    // The largest sector: whatever type and sector size the volume gets, the file ends with a sector.
+    // 4096 is the largest sector size. So the file ends with a whole sector, for every volume type and sector size.
     if bytes == 0 || !bytes.is_multiple_of(SectorSize::B4096.bytes_u64()) {
-        return Err(wrong(size, format!("a file of {bytes} bytes: the size must be a multiple of 4096, and not zero")));
+        return Err(wrong(
+            size,
+            format!("a file of {}: the size must be a multiple of 4096, and not zero", engine::text::bytes(bytes)),
+        ));
     }
     Ok(bytes)
 }
 
-fn volume_type(kind: &Spanned<String>) -> Meant<VolumeType> {
-    match kind.get_ref().as_str() {
-        "luks2" => Ok(VolumeType::Luks2),
-        "luks1" => Ok(VolumeType::Luks1),
-        "plain" => Ok(VolumeType::Plain),
-        other => Err(wrong(kind, format!("`{other}` is no volume type; there are luks2, luks1, plain"))),
-    }
+fn volume_type(kind: &Spanned<String>) -> Checked<VolumeType> {
+    kind.get_ref().parse().map_err(|why| wrong(kind, why))
 }
 
-fn sector_size(size: &Spanned<u64>, kind: VolumeType) -> Meant<SectorSize> {
+fn sector_size(size: &Spanned<u64>, kind: VolumeType) -> Checked<SectorSize> {
     let bytes = *size.get_ref();
     match (SectorSize::from_bytes(bytes), kind) {
-        (None, _) => Err(wrong(size, format!("a sector has 512, 1024, 2048, 4096 bytes, not {bytes}"))),
+        (None, _) => Err(wrong(size, format!("a sector can have 512, 1024, 2048, 4096 bytes, not {bytes}"))),
         (Some(sectors), VolumeType::Luks1) if sectors != SectorSize::B512 => {
             Err(wrong(size, "LUKS1 has sectors of 512 bytes only; leave `sector-size` out".to_owned()))
         }
@@ -223,17 +243,17 @@ fn sector_size(size: &Spanned<u64>, kind: VolumeType) -> Meant<SectorSize> {
     }
 }
 
-fn key(raw: RawKey) -> Meant<KeyConfig> {
+fn key(raw: RawKey) -> Checked<KeyConfig> {
     match raw.source.get_ref().as_str() {
         "file" => file_key(&raw).map(KeyConfig::File),
         "aws" => aws_key(raw).map(KeyConfig::Aws),
-        "ephemeral" => Err(wrong(&raw.source, "ephemeral keys are not there yet; use aws, file".to_owned())),
-        other => Err(wrong(&raw.source, format!("`{other}` is no key source; there are aws, file"))),
+        "ephemeral" => Err(wrong(&raw.source, "ephemeral keys are not supported yet; use aws or file".to_owned())),
+        other => Err(wrong(&raw.source, format!("`{other}` is not a key source; the sources are aws, file"))),
     }
 }
 
-fn file_key(raw: &RawKey) -> Meant<KeyFile> {
-    // Every key of RawKey is named here or in `aws_key`: one that a source overlooked would be ignored in silence.
+fn file_key(raw: &RawKey) -> Checked<KeyFile> {
+    // This pattern and the one in `aws_key` name every field of RawKey, so that no field is ignored silently.
     let RawKey {
         source,
         random: _,
@@ -242,6 +262,8 @@ fn file_key(raw: &RawKey) -> Meant<KeyFile> {
         kms_key,
         encryption_context,
         region,
+        s3_region,
+        kms_region,
         profile,
         endpoint_url,
         s3_endpoint_url,
@@ -252,6 +274,8 @@ fn file_key(raw: &RawKey) -> Meant<KeyFile> {
     unused("file", "kms-key", kms_key.as_ref())?;
     unused("file", "encryption-context", encryption_context.as_ref())?;
     unused("file", "region", region.as_ref())?;
+    unused("file", "s3-region", s3_region.as_ref())?;
+    unused("file", "kms-region", kms_region.as_ref())?;
     unused("file", "profile", profile.as_ref())?;
     unused("file", "endpoint-url", endpoint_url.as_ref())?;
     unused("file", "s3-endpoint-url", s3_endpoint_url.as_ref())?;
@@ -263,68 +287,70 @@ fn file_key(raw: &RawKey) -> Meant<KeyFile> {
     if path.get_ref() == "-" { Ok(KeyFile::Stdin) } else { absolute(path).map(KeyFile::Path) }
 }
 
-fn aws_key(raw: RawKey) -> Meant<AwsKeyConfig> {
+fn aws_key(raw: RawKey) -> Checked<AwsKeyConfig> {
     unused("aws", "path", raw.path.as_ref())?;
     let Some(object) = &raw.object else {
         let message = "source = \"aws\" needs `object = \"s3://BUCKET/KEY\"`, or \"token\" for the volume's own header";
         return Err(wrong(&raw.source, message.to_owned()));
     };
     if object.get_ref() == "token" && raw.kms_key.is_none() {
-        let message = "a token in the header needs `kms-key`: whoever writes to the disk may put another there, so that \
-                       the key which is trusted must be named here";
+        let message = "a token in the header needs `kms-key`: anyone who can write to the disk can replace the token, so the \
+                       trusted key must be named here";
         return Err(wrong(object, message.to_owned()));
     }
     let endpoint = raw.endpoint_url.as_ref().map(endpoint).transpose()?;
     let own = |url: Option<&Spanned<String>>| url.map(self::endpoint).transpose();
     Ok(AwsKeyConfig {
         object: match object.get_ref().as_str() {
-            "token" => SecretPlace::Token,
+            "token" => SecretLocation::Token,
             uri => S3Object::parse(uri)
-                .ok_or_else(|| wrong(object, format!("`{uri}` is no object; write s3://BUCKET/KEY, or token")))?
+                .ok_or_else(|| wrong(object, format!("`{uri}` is not an object; write s3://BUCKET/KEY, or token")))?
                 .into(),
         },
         raw_key: None,
         kms_key: non_empty(raw.kms_key, "a KMS key's id, its ARN, or alias/NAME")?,
         encryption_context: raw.encryption_context.map(Spanned::into_inner).unwrap_or_default(),
-        region: non_empty(raw.region, "a region such as eu-central-1")?,
+        region: region(raw.region)?,
+        s3_region: region(raw.s3_region)?,
+        kms_region: region(raw.kms_region)?,
         profile: non_empty(raw.profile, "the name of a profile")?,
         s3_endpoint_url: own(raw.s3_endpoint_url.as_ref())?.or_else(|| endpoint.clone()),
         kms_endpoint_url: own(raw.kms_endpoint_url.as_ref())?.or(endpoint),
         retry_for: raw.retry_for.as_ref().map_or(Ok(AwsKeyConfig::DEFAULT_RETRY_FOR), |text| {
             value::parse_duration(text.get_ref()).ok_or_else(|| {
-                wrong(text, format!("`{}` is no duration; write \"90s\", \"2m\" or \"1h\"", text.get_ref()))
+                wrong(text, format!("`{}` is not a duration; write \"90s\", \"2m\" or \"1h\"", text.get_ref()))
             })
         })?,
     })
 }
 
-fn endpoint(url: &Spanned<String>) -> Meant<String> {
+fn endpoint(url: &Spanned<String>) -> Checked<String> {
     let text = url.get_ref();
     let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
     if host.is_none_or(|host| host.is_empty() || host.starts_with('/') || host.contains(char::is_whitespace)) {
-        return Err(wrong(url, format!("`{text}` is no endpoint; write https://HOST or http://HOST")));
+        return Err(wrong(url, format!("`{text}` is not an endpoint; write https://HOST or http://HOST")));
     }
     Ok(text.clone())
 }
 
-fn attach(raw: &RawAttach) -> Meant<AttachConfig> {
+fn attach(raw: &RawAttach) -> Checked<AttachConfig> {
     let method = match raw.method.as_ref().map(|method| (method, method.get_ref().as_str())) {
-        None | Some((_, "auto")) => AttachMethod::Auto,
-        Some((_, "nbd")) => AttachMethod::Nbd,
-        Some((_, "fuse")) => AttachMethod::Fuse,
+        None | Some((_, "auto")) => Method::Auto,
+        Some((_, "nbd")) => Method::Nbd,
+        Some((_, "fuse")) => Method::Fuse,
         Some((method, "ublk")) => {
-            return Err(wrong(method, "ublk is not there yet; use auto, nbd, fuse".to_owned()));
+            return Err(wrong(method, "ublk is not supported yet; use auto, nbd or fuse".to_owned()));
         }
         Some((method, other)) => {
-            return Err(wrong(method, format!("`{other}` is no way to attach; there are auto, nbd, fuse")));
+            return Err(wrong(method, format!("`{other}` is not an attach method; the methods are auto, nbd, fuse")));
         }
     };
-    if let (AttachMethod::Fuse, Some(device)) = (method, &raw.device) {
+    if let (Method::Fuse, Some(device)) = (method, &raw.device) {
         return Err(wrong(device, "`device` names an NBD device; method = \"fuse\" has none".to_owned()));
     }
     let nbd_device = raw.device.as_ref().map(|device| {
         value::parse_nbd_device(device.get_ref())
-            .ok_or_else(|| wrong(device, format!("`{}` is no NBD device such as /dev/nbd0", device.get_ref())))
+            .ok_or_else(|| wrong(device, format!("`{}` is not an NBD device such as /dev/nbd0", device.get_ref())))
     });
     let connections = raw.connections.as_ref().map_or(Ok(AttachConfig::DEFAULT_CONNECTIONS), |connections| {
         u8::try_from(*connections.get_ref())
@@ -335,13 +361,32 @@ fn attach(raw: &RawAttach) -> Meant<AttachConfig> {
                 wrong(connections, format!("{} connections: 1 to {max} are possible", connections.get_ref()))
             })
     })?;
-    Ok(AttachConfig { method, nbd_device: nbd_device.transpose()?, connections })
+    let request_timeout = raw.request_timeout.as_ref().map_or(Ok(None), request_timeout)?;
+    Ok(AttachConfig { method, nbd_device: nbd_device.transpose()?, connections, request_timeout })
 }
 
-fn filesystem(raw: RawFilesystem) -> Meant<FilesystemConfig> {
+fn request_timeout(text: &Spanned<String>) -> Checked<Option<Duration>> {
+    if text.get_ref() == "none" {
+        return Ok(None);
+    }
+    let range = Duration::from_secs(1)..=AttachConfig::LONGEST_REQUEST_TIMEOUT;
+    let timeout = value::parse_duration(text.get_ref()).filter(|timeout| range.contains(timeout));
+    timeout.map(Some).ok_or_else(|| {
+        let longest = AttachConfig::LONGEST_REQUEST_TIMEOUT.as_secs() / 3600;
+        wrong(
+            text,
+            format!(
+                "`{}` is not a request timeout; write \"none\", or 1s to {longest}h such as \"5m\"",
+                text.get_ref()
+            ),
+        )
+    })
+}
+
+fn filesystem(raw: RawFilesystem) -> Checked<FilesystemConfig> {
     let kind = match &raw.kind {
         None => FilesystemConfig::DEFAULT_KIND.to_owned(),
-        // It becomes part of a program's name.
+        // The type becomes part of a program's name.
         Some(kind)
             if !kind.get_ref().is_empty()
                 && kind.get_ref().chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit()) =>
@@ -349,13 +394,13 @@ fn filesystem(raw: RawFilesystem) -> Meant<FilesystemConfig> {
             kind.get_ref().clone()
         }
         Some(kind) => {
-            return Err(wrong(kind, format!("`{}` is no filesystem such as ext4, xfs, btrfs", kind.get_ref())));
+            return Err(wrong(kind, format!("`{}` is not a filesystem type such as ext4, xfs, btrfs", kind.get_ref())));
         }
     };
     let mut options = Vec::new();
     for option in raw.options.unwrap_or_default() {
         if option.get_ref().is_empty() || option.get_ref().contains(|c: char| c == ',' || c.is_whitespace()) {
-            let message = format!("`{}` is not one mount option; write them as a list", option.get_ref());
+            let message = format!("`{}` is not one mount option; write the options as a list", option.get_ref());
             return Err(wrong(&option, message));
         }
         options.push(option.into_inner());
@@ -365,26 +410,40 @@ fn filesystem(raw: RawFilesystem) -> Meant<FilesystemConfig> {
         mountpoint: absolute(&raw.mountpoint)?,
         options,
         mkfs_options: raw.mkfs_options.unwrap_or_default(),
+        protect_mountpoint: raw.protect_mountpoint.unwrap_or(true),
     })
 }
 
-/// The same path whatever directory the program starts in: at boot that is `/`, in an administrator's shell it is not.
-fn absolute(path: &Spanned<String>) -> Meant<PathBuf> {
+/// Checks that a path is absolute. A relative path would depend on the working directory, which is `/` at boot.
+fn absolute(path: &Spanned<String>) -> Checked<PathBuf> {
     let path_ref = Path::new(path.get_ref());
     if !path_ref.is_absolute() || path.get_ref().contains('\0') {
-        return Err(wrong(path, format!("`{}` is no absolute path; begin it with /", path.get_ref())));
+        return Err(wrong(path, format!("`{}` is not an absolute path; start it with /", path.get_ref())));
     }
     Ok(path_ref.to_owned())
 }
 
-fn non_empty(text: Option<Spanned<String>>, what: &str) -> Meant<Option<String>> {
+fn non_empty(text: Option<Spanned<String>>, what: &str) -> Checked<Option<String>> {
     match text {
         Some(text) if text.get_ref().is_empty() => Err(wrong(&text, format!("empty: write {what}, or leave it out"))),
         text => Ok(text.map(Spanned::into_inner)),
     }
 }
 
-fn unused<T>(source: &str, key: &str, value: Option<&Spanned<T>>) -> Meant<()> {
+/// Checks the name of a region, which becomes part of a host name.
+fn region(text: Option<Spanned<String>>) -> Checked<Option<String>> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    match text {
+        Some(text)
+            if text.get_ref().is_empty() || text.get_ref().len() > 32 || !text.get_ref().chars().all(allowed) =>
+        {
+            Err(wrong(&text, format!("`{}` is not a region; write one such as eu-central-1", text.get_ref())))
+        }
+        text => Ok(text.map(Spanned::into_inner)),
+    }
+}
+
+fn unused<T>(source: &str, key: &str, value: Option<&Spanned<T>>) -> Checked<()> {
     match value {
         Some(value) => Err(wrong(value, format!("`{key}` has no meaning with source = \"{source}\""))),
         None => Ok(()),

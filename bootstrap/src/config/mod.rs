@@ -1,11 +1,10 @@
-//! The configuration of one volume: a TOML file, read once into types that cannot be wrong.
+//! The configuration of one volume: a TOML file, read once into types whose values are valid.
 //!
-//! `bootstrap/nbdcrypt.example.toml` shows every key there is with its default. Reading goes in two steps, as in
-//! ripgrep's `lowargs` and `hiargs`: `raw` knows keys and TOML types and refuses all others; `meaning` knows values,
-//! defaults and what goes together. Both name line and column of what they refuse.
+//! `bootstrap/nbdcrypt.example.toml` shows every key with its default. Reading takes two steps, like `lowargs` and
+//! `hiargs` in ripgrep. `raw` knows the keys and their TOML types, and refuses other keys and types. `meaning` checks
+//! values, applies defaults, and knows which keys belong together. Both report the line and column of an error.
 
 mod error;
-mod instance_store;
 mod meaning;
 mod raw;
 mod value;
@@ -19,28 +18,32 @@ use std::time::Duration;
 use engine::luks::Limits;
 use engine::sector::SectorSize;
 
-use crate::memory;
-use crate::new_volume::Strength;
-use crate::plain::PlainVolume;
+use crate::attach::Method;
+use crate::machine::instance_store::Device;
+use crate::machine::trust::{self, Distrust};
+use crate::text;
+use crate::volume::VolumeType;
+use crate::volume::new_volume::Strength;
+use crate::volume::plain::PlainVolume;
 
 pub use error::{ConfigError, Fault};
-pub use instance_store::{DeviceError, SYSFS};
-pub use value::{KeyFile, S3Object, SecretPlace, VolumeName, parse_duration, parse_size};
+pub use value::{KeyFile, S3Object, SecretLocation, VolumeName, parse_duration, parse_size};
 
-/// One volume: where it lies, what unlocks it, how the kernel comes to see it, and what is mounted where.
+/// One volume: where its data is, what unlocks it, how the kernel sees it, and what is mounted where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// `name` of `[volume]`; else the file's name without `.toml`.
+    /// `name` under `[volume]`, or else the file's name without `.toml`.
     pub name: VolumeName,
     /// `[volume]`.
     pub volume: VolumeConfig,
     /// `[key]`.
     pub key: KeyConfig,
-    /// `random` of `[key]`: whether its secret can be guessed, which is what a new keyslot's key derivation is there for.
+    /// `random` under `[key]`: whether the secret can be guessed. This decides how expensive the key derivation of a new
+    /// keyslot is.
     pub strength: Strength,
     /// `[attach]`.
     pub attach: AttachConfig,
-    /// `[filesystem]`; without one the volume is attached and nothing is made or mounted.
+    /// `[filesystem]`. Without it, the volume is attached, and no filesystem is made or mounted.
     pub filesystem: Option<FilesystemConfig>,
 }
 
@@ -48,25 +51,46 @@ impl Config {
     /// Reads a configuration file.
     ///
     /// # Errors
-    /// [`ConfigError`], with the line and column of what is wrong.
+    /// [`ConfigError`], if the file cannot be read, is not trusted, or contains an error. The error's text names its
+    /// line and column.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        // Whoever names a key file by mistake does not see it quoted in an error.
+        // If the user names a key file by mistake, no error may quote it.
         if path.extension().is_none_or(|extension| extension != "toml") {
             return Err(ConfigError::NotToml { path: path.to_owned() });
         }
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        Self::parse(&text, path)
+        // The file is checked and read by its resolved path, so that no symbolic link can change between the two.
+        let read = |source| ConfigError::Read { path: path.to_owned(), source };
+        let real = match trust::file_for_root(path) {
+            Err(Distrust::Io { source, .. }) => return Err(read(source)),
+            Err(why) => {
+                return Err(ConfigError::Untrusted { path: path.to_owned(), what: "configuration", why });
+            }
+            Ok(real) => real,
+        };
+        let config = Self::parse(&fs::read_to_string(real).map_err(read)?, path)?;
+        if let KeyConfig::File(KeyFile::Path(key)) = &config.key {
+            match trust::file_for_root(key) {
+                // The key file is checked again when it is read. Until then it may be missing.
+                Ok(_) | Err(Distrust::Io { .. }) => {}
+                Err(why) => return Err(ConfigError::Untrusted { path: key.clone(), what: "key file", why }),
+            }
+        }
+        Ok(config)
     }
 
-    /// Reads the text of a configuration; `path` is where it came from: errors name it, and its stem is the volume's
-    /// name where `[volume]` has none.
+    /// Parses the text of a configuration. `path` is the file that contains it: errors name it, and its stem is the
+    /// volume's name if `[volume]` has none.
     ///
     /// # Errors
-    /// [`ConfigError`], with the line and column of what is wrong.
+    /// [`ConfigError`], if the text contains an error. The error's text names its line and column.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let fault = |span, message| ConfigError::At(Box::new(Fault::new(path, text, span, message)));
-        let raw: raw::RawConfig =
-            toml::from_str(text).map_err(|error| fault(error.span().unwrap_or(0..0), error.message().to_owned()))?;
+        let raw: raw::RawConfig = toml::from_str(text).map_err(|error| {
+            fault(
+                error.span().unwrap_or(0..0),
+                suggestion(error.message()).unwrap_or_else(|| error.message().to_owned()),
+            )
+        })?;
         let named = raw.volume.name.is_some();
         let stem = path.file_stem().unwrap_or_default().to_string_lossy();
         let from_stem = VolumeName::new(&stem);
@@ -77,38 +101,49 @@ impl Config {
     }
 }
 
-/// Where the volume lies and what it is.
+/// Returns serde's message about an unknown key, with the key that was probably meant.
+fn suggestion(message: &str) -> Option<String> {
+    // "unknown field `sizee`, expected one of `name`, `devices`, …"
+    let list = message.strip_prefix("unknown field ")?;
+    let mut names = list.split('`').skip(1).step_by(2);
+    let typed = names.next()?;
+    let meant = text::nearest(typed, names)?;
+    Some(message.replacen(", expected", &format!(" (did you mean `{meant}`?), expected"), 1))
+}
+
+/// Where the volume's data is, and what kind of volume it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeConfig {
     /// The disk or file.
     pub device: Device,
-    /// The length in bytes of the sparse file that is made where `device` names none yet: a multiple of 4096.
+    /// The length in bytes of the sparse file that is made if `device` does not exist. It is a multiple of 4096.
     pub size: Option<u64>,
-    /// What is made where the device is blank, and what is expected otherwise.
+    /// The format that is made on a blank device, and expected on any other device.
     pub kind: VolumeType,
-    /// The encryption unit of a volume that is made.
-    pub sector_size: SectorSize,
-    /// The disk or file that holds the LUKS header, where that is not the device itself: made where it is missing.
+    /// The encryption unit for a new LUKS volume, if one is configured.
+    pub sector_size: Option<SectorSize>,
+    /// The disk or file with the LUKS header, if that is not the device itself. A missing file is made.
     pub header: Option<PathBuf>,
-    /// What no header says of a plain volume.
+    /// The parameters of a plain volume, which has no header to store them.
     pub plain: PlainVolume,
-    /// The most that a header may ask for.
+    /// The maximum work that a header may ask for.
     pub limits: LimitsConfig,
 }
 
-/// The most work that a header may ask for: what a person may want to raise.
+/// The limits on the work that a header may ask for, if the user sets them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LimitsConfig {
-    /// The most memory that a keyslot's Argon2 may take, in KiB.
+    /// The maximum memory that Argon2 may use for a keyslot, in KiB.
     pub kdf_memory: Option<u32>,
-    /// The most iterations of PBKDF2.
+    /// The maximum number of iterations of PBKDF2.
     pub kdf_iterations: Option<NonZeroU32>,
-    /// The most passes of Argon2 over the most memory; over less, as many more as take the same time.
+    /// The maximum number of passes of Argon2 over the maximum memory. With less memory, more passes are allowed: as many as take
+    /// the same time.
     pub kdf_passes: Option<NonZeroU32>,
 }
 
 impl LimitsConfig {
-    /// These, and `others` where these say nothing.
+    /// Returns these limits. If a limit is not set, the one in `others` is used.
     pub fn or(self, others: Self) -> Self {
         Self {
             kdf_memory: self.kdf_memory.or(others.kdf_memory),
@@ -117,11 +152,12 @@ impl LimitsConfig {
         }
     }
 
-    /// The engine's limits with these in their place. Unless it is raised, the memory is never more than there is: a program
-    /// that asks for more is ended by the kernel, and says nothing.
-    pub fn limits(&self) -> Limits {
+    /// Returns the engine's default limits, overridden by these limits. If `kdf_memory` is not set, the limit on memory
+    /// is at most `memory_kib`, the memory of the machine or control group. The kernel kills a program that uses more,
+    /// without any message.
+    pub fn limits(&self, memory_kib: u64) -> Limits {
         let usual = Limits::default();
-        let available = u32::try_from(memory::limit_kib()).unwrap_or(u32::MAX);
+        let available = u32::try_from(memory_kib).unwrap_or(u32::MAX);
         Limits {
             iterations: self.kdf_iterations.unwrap_or(usual.iterations),
             argon2_time: self.kdf_passes.map_or(usual.argon2_time, NonZeroU32::get),
@@ -131,27 +167,8 @@ impl LimitsConfig {
     }
 }
 
-/// A disk or file by name, or the one that the instance has.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Device {
-    /// An absolute path to a block device or regular file.
-    Path(PathBuf),
-    /// The EC2 instance-store disk, whatever its name is after this boot: [`Device::resolve`] finds it.
-    InstanceStore,
-}
-
-/// The format on the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum VolumeType {
-    /// LUKS2: two headers, up to 32 keyslots and tokens; sectors of 512 to 4096 bytes.
-    Luks2,
-    /// LUKS1: a header with eight keyslots; sectors of 512 bytes.
-    Luks1,
-    /// Plain dm-crypt: no header, the key is derived from the secret alone.
-    Plain,
-}
-
 /// What unlocks the volume.
+#[expect(clippy::large_enum_variant, reason = "a process has only one, and seldom moves it")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeyConfig {
     /// `source = "file"`.
@@ -160,86 +177,88 @@ pub enum KeyConfig {
     Aws(AwsKeyConfig),
 }
 
-/// What KMS made of the secret, and where it is kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A secret encrypted by KMS, and where its ciphertext is stored.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct AwsKeyConfig {
-    /// Where the ciphertext is: an object in S3, or a token in the header.
-    pub object: SecretPlace,
-    /// Key id, key ARN, alias or alias ARN. `provision` needs it; for decryption, a ciphertext made under another key
-    /// is refused where it is given.
+    /// Where the ciphertext is stored: an object in S3, or a token in the header.
+    pub object: SecretLocation,
+    /// The KMS key: its id, its ARN, an alias or an alias ARN. `provision` requires it. If it is set, a ciphertext made
+    /// under another key is refused.
     pub kms_key: Option<String>,
-    /// The plaintext is the volume key itself, so many bytes, and no text whose newlines do not count.
+    /// If set, the plaintext is the volume key itself, with this many bytes. Otherwise it is a text whose trailing
+    /// newlines are ignored.
     pub raw_key: Option<usize>,
-    /// What the ciphertext is bound to. It is no secret: it stands in CloudTrail's logs.
+    /// The encryption context of the ciphertext. It is not secret: CloudTrail logs it.
     pub encryption_context: BTreeMap<String, String>,
     /// Overrides `AWS_REGION`, the profile's region and the instance's.
     pub region: Option<String>,
+    /// Overrides the region in which S3 says the bucket is.
+    pub s3_region: Option<String>,
+    /// Overrides the region in the KMS key's ARN.
+    pub kms_region: Option<String>,
     /// Overrides `AWS_PROFILE`.
     pub profile: Option<String>,
     /// Overrides `AWS_ENDPOINT_URL_S3` and the like.
     pub s3_endpoint_url: Option<String>,
     /// Overrides `AWS_ENDPOINT_URL_KMS` and the like.
     pub kms_endpoint_url: Option<String>,
-    /// No new attempt begins later than this after the first one.
+    /// The time from the first attempt after which no new attempt is made.
     pub retry_for: Duration,
 }
 
 impl AwsKeyConfig {
-    /// `retry-for` where none is configured: the network of an instance that boots is there well before.
+    /// The default of `retry-for`. The network of a booting instance needs much less time.
     pub const DEFAULT_RETRY_FOR: Duration = Duration::from_secs(120);
 }
 
-/// How the kernel comes to see the volume as a block device.
+/// How the kernel sees the volume as a block device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttachConfig {
-    /// By which driver.
-    pub method: AttachMethod,
-    /// The number N of the `/dev/nbdN` to take; else the kernel gives the first free one. Without meaning for FUSE.
+    /// The driver.
+    pub method: Method,
+    /// The number N of the `/dev/nbdN` to use. If `None`, the kernel chooses the first free one. Has no meaning for FUSE.
     pub nbd_device: Option<u32>,
-    /// Sockets between the kernel and the server, 1 to 16: each is one hardware queue of up to 128 requests.
+    /// The number of sockets between the kernel and the server, 1 to 16. Each is one hardware queue of up to 128 requests.
     pub connections: u8,
+    /// How long the kernel waits for the reply to a request before it gives up the connection and sends the request again on
+    /// another connection. `None` waits forever, as dm-crypt does. Has no meaning for FUSE, which always waits.
+    pub request_timeout: Option<Duration>,
 }
 
 impl AttachConfig {
-    /// `connections` where none is configured: enough for a few cores at once.
+    /// The default of `connections`: enough to keep a few cores busy.
     pub const DEFAULT_CONNECTIONS: u8 = 4;
-    /// Each connection has its own thread and may hold a queue of 128 requests in locked memory; past 16 a machine runs
-    /// out of these before it gains throughput.
+    /// Each connection has its own thread and may hold a queue of 128 requests in locked memory. With more than 16 connections,
+    /// a machine runs out of threads or locked memory before it gains throughput.
     pub const MAX_CONNECTIONS: u8 = 16;
+    /// The kernel's driver miscounts longer times.
+    pub const LONGEST_REQUEST_TIMEOUT: Duration = Duration::from_secs(24 * 24 * 3600);
 }
 
-/// A way into the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AttachMethod {
-    /// NBD where the kernel has the driver, FUSE elsewhere.
-    Auto,
-    /// The kernel's NBD client.
-    Nbd,
-    /// A FUSE file and a loop device on it.
-    Fuse,
-}
-
-/// What is made on a blank volume, and mounted.
+/// The filesystem that is made on a blank volume, and mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FilesystemConfig {
-    /// The `X` of `mkfs.X` and of `mount -t X`.
+    /// The filesystem type: the `X` of `mkfs.X` and of `mount -t X`.
     pub kind: String,
-    /// An absolute path; made where missing.
+    /// The mountpoint, an absolute path. It is made if it is missing.
     pub mountpoint: PathBuf,
-    /// As after `mount -o`, each one option.
+    /// Mount options, as after `mount -o`, one in each element.
     pub options: Vec<String>,
-    /// Arguments for mkfs, before the device's.
+    /// Arguments for mkfs. They come before the device.
     pub mkfs_options: Vec<String>,
+    /// Whether to protect the empty mountpoint from writes while the volume is not up.
+    pub protect_mountpoint: bool,
 }
 
 impl FilesystemConfig {
-    /// `type` where none is configured.
+    /// The default of `type`.
     pub const DEFAULT_KIND: &'static str = "ext4";
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::process;
     use proptest::prelude::*;
 
     const EXAMPLE: &str = include_str!("../../nbdcrypt.example.toml");
@@ -248,7 +267,7 @@ mod tests {
         Config::parse(text, Path::new("/etc/nbdcrypt/scratch.toml")).map_err(|error| error.to_string())
     }
 
-    /// A configuration that is right but for what is appended to its sections.
+    /// Parses a valid configuration with lines appended to its sections.
     fn with(volume: &str, key: &str, attach: &str, filesystem: &str) -> Result<Config, String> {
         parse(&format!(
             "[volume]\ndevices = [\"/dev/vdb\"]\n{volume}\n[key]\nsource = \"aws\"\nobject = \"s3://bucket/key\"\n{key}\n\
@@ -277,14 +296,14 @@ mod tests {
                     device: Device::Path("/dev/vdb".into()),
                     size: None,
                     kind: VolumeType::Luks2,
-                    sector_size: SectorSize::B4096,
+                    sector_size: None,
                     header: None,
                     plain: PlainVolume::default(),
                     limits: LimitsConfig::default(),
                 },
                 key: KeyConfig::File(KeyFile::Path("/etc/key".into())),
                 strength: Strength::Guessable,
-                attach: AttachConfig { method: AttachMethod::Auto, nbd_device: None, connections: 4 },
+                attach: AttachConfig { method: Method::Auto, nbd_device: None, connections: 4, request_timeout: None },
                 filesystem: None,
             }
         );
@@ -299,8 +318,8 @@ mod tests {
     }
 
     #[test]
-    fn what_the_example_file_shows_commented_out_is_the_default() {
-        // "#key = value" is a default; "# text" is a comment; "#! key = value" is an example that differs.
+    fn commented_out_keys_of_the_example_are_defaults() {
+        // "#key = value" is a default, "# text" is a comment, "#! key = value" is an example that is not the default.
         let uncommented: String = EXAMPLE
             .lines()
             .map(|line| match line.strip_prefix('#') {
@@ -314,7 +333,7 @@ mod tests {
 
     #[test]
     fn the_example_file_names_every_key() {
-        // serde lists the keys of a section when it meets one that is none.
+        // serde lists the keys of a section if it finds an unknown one.
         for section in ["volume", "key", "attach", "filesystem"] {
             let error = parse(&EXAMPLE.replace(&format!("[{section}]\n"), &format!("[{section}]\nnonsense = 1\n")))
                 .unwrap_err();
@@ -349,14 +368,18 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_is_named_with_its_place_and_with_what_is_allowed_there() {
+    fn an_unknown_key_is_reported_with_position_and_known_keys() {
         refused(with("sizee = \"2G\"", "", "", ""), "3:1", &["`sizee`", "`devices`", "`size`", "3 | sizee = \"2G\"\n"]);
         refused(parse("[volum]\n"), "1:2", &["`volum`", "`volume`", "`key`", "`attach`", "`filesystem`"]);
-        refused(with("", "obejct = 1", "", ""), "7:1", &["`obejct`", "`object`"]);
+        refused(with("", "obejct = 1", "", ""), "7:1", &["`obejct`", "did you mean `object`?"]);
+        refused(with("", "", "methode = 1", ""), "9:1", &["did you mean `method`?"]);
+        refused(parse("[volumes]\n"), "1:2", &["did you mean `volume`?"]);
+        let far = with("colour = 1", "", "", "").unwrap_err();
+        assert!(!far.contains("did you mean"), "{far}");
     }
 
     #[test]
-    fn a_wrong_type_is_named_with_its_place_and_the_right_one() {
+    fn a_wrong_type_is_reported_with_its_position() {
         refused(with("size = true", "", "", ""), "3:8", &["boolean `true`", "expected a size such as \"2G\""]);
         refused(with("size = -5", "", "", ""), "3:8", &["`-5`", "expected a size"]);
         refused(with("", "encryption-context = \"x\"", "", ""), "7:22", &["string", "expected a map"]);
@@ -365,27 +388,32 @@ mod tests {
     }
 
     #[test]
-    fn what_toml_does_not_allow_is_named_with_its_place() {
+    fn a_toml_error_is_reported_with_its_position() {
         refused(with("name = ", "", "", ""), "3:8", &["expected"]);
         refused(with("devices = []", "", "", ""), "3:1", &["duplicate key"]);
         refused(parse("[key]\nsource = \"file\"\npath = \"/k\"\n"), "1:1", &["missing field `volume`"]);
     }
 
     #[test]
-    fn a_value_out_of_range_is_named_with_its_place_and_the_range() {
+    fn a_value_out_of_range_is_reported_with_its_position() {
         refused(with("size = \"2GB\"", "", "", ""), "3:8", &["`2GB`", "K, M, G, T"]);
         refused(with("size = \"5000\"", "", "", ""), "3:8", &["4096"]);
         refused(with("size = 0", "", "", ""), "3:8", &["4096"]);
         refused(with("name = \"../x\"", "", "", ""), "3:8", &["`../x`"]);
         refused(with("sector-size = 520", "", "", ""), "3:15", &["520", "512, 1024, 2048, 4096"]);
         refused(with("type = \"bitlocker\"", "", "", ""), "3:8", &["bitlocker", "luks2, luks1, plain"]);
+        assert_eq!(with("type = \"LUKS1\"\nsize = \"64MiB\"", "", "", "").unwrap().volume.kind, VolumeType::Luks1);
         refused(with("header = \"x\"", "", "", ""), "3:10", &["`x`", "absolute"]);
+        refused(with("header = \"/dev/vdb\"", "", "", ""), "3:10", &["the disk itself", "leave it out"]);
         refused(with("type = \"plain\"\nheader = \"/x\"", "random = true", "", ""), "4:10", &["plain", "no header"]);
         refused(with("max-kdf-memory = \"8T\"", "", "", ""), "3:18", &["`8T`", "4095G"]);
         refused(with("max-kdf-iterations = 0", "", "", ""), "3:22", &["0", "1 to"]);
         refused(with("max-kdf-passes = 0", "", "", ""), "3:18", &["0 passes", "1 to"]);
         refused(with("", "", "connections = 17", ""), "9:15", &["17", "1 to 16"]);
         refused(with("", "", "connections = 0", ""), "9:15", &["1 to 16"]);
+        for wrong in ["0s", "30", "never", "600h"] {
+            refused(with("", "", &format!("request-timeout = \"{wrong}\""), ""), "9:19", &[wrong, "none", "576h"]);
+        }
         refused(with("", "", "device = \"/dev/sda\"", ""), "9:10", &["/dev/sda", "/dev/nbd0"]);
         refused(with("", "", "method = \"ublk\"", ""), "9:10", &["ublk", "auto"]);
         refused(with("", "", "method = \"magic\"", ""), "9:10", &["magic", "auto, nbd, fuse"]);
@@ -397,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn sources_are_known_and_take_their_own_keys_only() {
+    fn each_source_accepts_only_its_own_keys() {
         let key = |lines: &str| parse(&format!("[volume]\ndevices = [\"/dev/vdb\"]\n[key]\n{lines}\n"));
         refused(key("source = \"vault\""), "4:10", &["vault", "aws, file"]);
         refused(key("source = \"ephemeral\""), "4:10", &["ephemeral", "not"]);
@@ -407,7 +435,7 @@ mod tests {
         refused(key("source = \"file\"\npath = \"/k\"\nregion = \"x\""), "6:10", &["region", "file"]);
         refused(key("source = \"aws\"\nobject = \"token\""), "5:10", &["kms-key"]);
         let token = key("source = \"aws\"\nobject = \"token\"\nkms-key = \"alias/x\"").unwrap();
-        assert_eq!(token.strength, Strength::Random, "a secret of our own making");
+        assert_eq!(token.strength, Strength::Random, "nbdcrypt makes this secret");
         let luks1 = "[volume]\ndevices = [\"/d\"]\ntype = \"luks1\"\n[key]\nsource = \"aws\"\nobject = \"token\"\nkms-key = \"k\"";
         refused(parse(luks1), "3:8", &["token", "LUKS2"]);
         refused(key("source = \"aws\"\nobject = \"s3://bbb/k\"\npath = \"/k\""), "6:8", &["path", "aws"]);
@@ -423,13 +451,13 @@ mod tests {
         };
         assert_eq!(devices("[\"instance-store\"]", "").unwrap().volume.device, Device::InstanceStore);
         refused(devices("[]", ""), "2:11", &["instance-store"]);
-        refused(devices("[\"/dev/a\", \"/dev/b\"]", ""), "2:22", &["striping is not there yet"]);
+        refused(devices("[\"/dev/a\", \"/dev/b\"]", ""), "2:22", &["striping is not supported yet"]);
         refused(devices("[\"vdb\"]", ""), "2:12", &["absolute"]);
         refused(devices("[\"instance-store\"]", "size = \"2G\""), "3:8", &["regular file"]);
     }
 
     #[test]
-    fn luks1_has_512_byte_sectors_and_plain_any() {
+    fn luks1_has_only_512_byte_sectors_and_plain_has_any() {
         refused(with("type = \"luks1\"\nsector-size = 4096", "", "", ""), "4:15", &["LUKS1", "512"]);
         let of_kms = |more: &str| match with(&format!("type = \"plain\"\n{more}"), "", "", "").unwrap().key {
             KeyConfig::Aws(aws) => aws.raw_key,
@@ -444,10 +472,10 @@ mod tests {
             parse(&text.replace("MORE", more)).unwrap()
         };
         let large = plain("sector-size = 4096");
-        assert_eq!(large.volume.sector_size, SectorSize::B4096);
+        assert_eq!(large.volume.plain.data.sector_size, SectorSize::B4096);
         let placed =
             plain("offset = 2048\nskip = 16\nhash = \"sha256\"\nkey-size = 256\niv-large-sectors = true").volume.plain;
-        assert_eq!((placed.place.offset, placed.place.skip.0, placed.key_len), (2048, 16, 32));
+        assert_eq!((placed.data.offset, placed.data.skip.0, placed.key_len), (2048, 16, 32));
         assert!(placed.hash.is_some() && placed.iv_large_sectors);
         let wrong = |more: &str| with(&format!("type = \"plain\"\n{more}"), "", "", "");
         refused(wrong("sector-size = 4096\nskip = 9"), "5:8", &["multiple of 8"]);
@@ -455,28 +483,46 @@ mod tests {
         refused(wrong("key-size = 128"), "4:12", &["512", "256"]);
         refused(with("offset = 8", "", "", ""), "3:10", &["type = \"plain\"", "header"]);
         refused(with("type = \"luks1\"\nhash = \"sha1\"", "", "", ""), "4:8", &["plain"]);
-        assert_eq!(plain("").volume.sector_size, SectorSize::B512);
+        assert_eq!(plain("").volume.plain.data.sector_size, SectorSize::B512);
+        let hashed = plain("hash = \"sha256\"\nhash-key-file = true\nkeyfile-size = 20").volume.plain;
+        assert_eq!((hashed.hash_key_file, hashed.keyfile_size), (true, Some(20)));
+        assert!(!plain("hash = \"sha256\"").volume.plain.hash_key_file);
+        refused(wrong("hash-key-file = true"), "4:17", &["hash"]);
+        refused(wrong("keyfile-size = 0"), "4:16", &["bytes"]);
+        refused(with("keyfile-size = 64", "", "", ""), "3:16", &["type = \"plain\""]);
     }
 
     #[test]
-    fn each_limit_is_raised_and_lowered_by_itself() {
-        let usual = LimitsConfig::default().limits();
+    fn each_limit_is_set_by_itself() {
+        const AMPLE: u64 = 1 << 30;
+        let usual = LimitsConfig::default().limits(AMPLE);
         let limits = |more: &str| with(more, "", "", "").unwrap().volume.limits;
         let iterations = limits("max-kdf-iterations = 5000");
-        assert_eq!((iterations.limits().iterations.get(), iterations.limits().argon2_time), (5000, usual.argon2_time));
+        assert_eq!(
+            (iterations.limits(AMPLE).iterations.get(), iterations.limits(AMPLE).argon2_time),
+            (5000, usual.argon2_time)
+        );
         let passes = limits("max-kdf-passes = 7");
-        assert_eq!((passes.limits().iterations, passes.limits().argon2_time), (usual.iterations, 7));
-        let both = iterations.or(limits("max-kdf-iterations = 9\nmax-kdf-passes = 8")).limits();
+        assert_eq!((passes.limits(AMPLE).iterations, passes.limits(AMPLE).argon2_time), (usual.iterations, 7));
+        let both = iterations.or(limits("max-kdf-iterations = 9\nmax-kdf-passes = 8")).limits(AMPLE);
         assert_eq!((both.iterations.get(), both.argon2_time), (5000, 8));
     }
 
     #[test]
-    fn a_device_is_of_no_use_to_fuse() {
+    fn a_request_waits_forever_unless_a_timeout_is_set() {
+        let timeout = |attach: &str| with("", "", attach, "").unwrap().attach.request_timeout;
+        assert_eq!(timeout(""), None);
+        assert_eq!(timeout("request-timeout = \"none\""), None);
+        assert_eq!(timeout("request-timeout = \"5m\""), Some(Duration::from_secs(300)));
+    }
+
+    #[test]
+    fn a_device_is_refused_for_fuse() {
         refused(with("", "", "method = \"fuse\"\ndevice = \"/dev/nbd0\"", ""), "10:10", &["fuse"]);
     }
 
     #[test]
-    fn one_endpoint_serves_both_services_unless_one_has_its_own() {
+    fn an_endpoint_is_for_both_services_unless_overridden() {
         let config = with("", "endpoint-url = \"https://a\"\nkms-endpoint-url = \"https://b\"", "", "").unwrap();
         let KeyConfig::Aws(key) = config.key else { panic!() };
         assert_eq!(key.s3_endpoint_url.as_deref(), Some("https://a"));
@@ -485,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn the_volume_is_named_after_the_file_unless_it_says_its_name() {
+    fn a_volume_is_named_after_its_file_by_default() {
         let text = "[volume]\ndevices = [\"/dev/vdb\"]\n[key]\nsource = \"file\"\npath = \"/k\"\n";
         let error = Config::parse(text, Path::new("/etc/my volume.toml")).unwrap_err();
         assert!(error.to_string().contains("`my volume`"), "{error}");
@@ -494,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_toml_by_name_is_not_quoted() {
+    fn a_file_without_a_toml_name_is_not_quoted() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("volume.key");
         fs::write(&path, "ThisIs-a-SecretPassword").unwrap();
@@ -505,12 +551,44 @@ mod tests {
         assert!(Config::load(&missing).unwrap_err().to_string().contains("none.toml: No such file"));
     }
 
+    /// Only root refuses such a file. Other users decide what their own programs do.
+    #[test]
+    fn a_file_that_others_may_change_is_refused_for_root() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let (path, key) = (dir.path().join("scratch.toml"), dir.path().join("key"));
+        let text =
+            format!("[volume]\ndevices = [\"/dev/vdb\"]\n[key]\nsource = \"file\"\npath = \"{}\"\n", key.display());
+        fs::write(&path, text).unwrap();
+        let chmod = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        chmod(&path, 0o644);
+        // A missing key file is accepted.
+        Config::load(&path).unwrap();
+        fs::write(&key, "secret").unwrap();
+        for (file, what) in [(&path, "configuration"), (&key, "key file")] {
+            chmod(file, 0o646);
+            match Config::load(&path) {
+                Ok(_) => assert!(!process::is_root()),
+                Err(error) => {
+                    let error = error.to_string();
+                    let words = [what, file.to_str().unwrap(), "chmod go-w"];
+                    assert!(process::is_root() && words.iter().all(|word| error.contains(word)), "{error}");
+                }
+            }
+            chmod(file, 0o600);
+        }
+        chmod(dir.path(), 0o777);
+        assert_eq!(Config::load(&path).is_err(), process::is_root());
+        chmod(dir.path(), 0o1777);
+        Config::load(&path).unwrap();
+    }
+
     proptest! {
         #[test]
-        fn a_bitten_example_is_read_or_refused_with_a_place(at in 0usize..EXAMPLE.len(), with in "\\PC{0,3}") {
+        fn a_damaged_example_is_read_or_refused_with_a_position(at in 0usize..EXAMPLE.len(), with in "\\PC{0,3}") {
             let at = (0..=at).rev().find(|&at| EXAMPLE.is_char_boundary(at)).unwrap();
-            let bitten = format!("{}{with}{}", &EXAMPLE[..at], EXAMPLE[at..].chars().skip(1).collect::<String>());
-            if let Err(error) = parse(&bitten) {
+            let damaged = format!("{}{with}{}", &EXAMPLE[..at], EXAMPLE[at..].chars().skip(1).collect::<String>());
+            if let Err(error) = parse(&damaged) {
                 prop_assert!(error.starts_with("/etc/nbdcrypt/scratch.toml:"), "{error}");
             }
         }

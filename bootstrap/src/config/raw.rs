@@ -1,5 +1,5 @@
-//! The configuration as it is written: every key there is, and its TOML type. What the values mean, and which go
-//! together, is `meaning`'s affair.
+//! The configuration as it is written: every key with its TOML type. The module `meaning` interprets the values and checks
+//! which keys belong together.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -31,8 +31,11 @@ pub(super) struct RawVolume {
     pub(super) offset: Option<Spanned<u64>>,
     pub(super) skip: Option<Spanned<u64>>,
     pub(super) key_size: Option<Spanned<u64>>,
+    pub(super) keyfile_size: Option<Spanned<u64>>,
     pub(super) hash: Option<Spanned<String>>,
+    pub(super) hash_key_file: Option<Spanned<bool>>,
     pub(super) iv_large_sectors: Option<Spanned<bool>>,
+    pub(super) cipher: Option<Spanned<String>>,
     pub(super) max_kdf_memory: Option<Spanned<RawSize>>,
     pub(super) max_kdf_iterations: Option<Spanned<u64>>,
     pub(super) max_kdf_passes: Option<Spanned<u64>>,
@@ -48,6 +51,8 @@ pub(super) struct RawKey {
     pub(super) kms_key: Option<Spanned<String>>,
     pub(super) encryption_context: Option<Spanned<BTreeMap<String, String>>>,
     pub(super) region: Option<Spanned<String>>,
+    pub(super) s3_region: Option<Spanned<String>>,
+    pub(super) kms_region: Option<Spanned<String>>,
     pub(super) profile: Option<Spanned<String>>,
     pub(super) endpoint_url: Option<Spanned<String>>,
     pub(super) s3_endpoint_url: Option<Spanned<String>>,
@@ -61,6 +66,7 @@ pub(super) struct RawAttach {
     pub(super) method: Option<Spanned<String>>,
     pub(super) device: Option<Spanned<String>>,
     pub(super) connections: Option<Spanned<u64>>,
+    pub(super) request_timeout: Option<Spanned<String>>,
 }
 
 #[derive(Deserialize)]
@@ -71,9 +77,10 @@ pub(super) struct RawFilesystem {
     pub(super) mountpoint: Spanned<String>,
     pub(super) options: Option<Vec<Spanned<String>>>,
     pub(super) mkfs_options: Option<Vec<String>>,
+    pub(super) protect_mountpoint: Option<bool>,
 }
 
-/// `"2G"`, or a number of bytes.
+/// A size in the file: `"2G"`, or a number of bytes.
 pub(super) enum RawSize {
     Bytes(u64),
     Text(String),
@@ -105,7 +112,7 @@ impl<'de> Deserialize<'de> for RawSize {
             }
         }
 
-        // Not `untagged`, whose error would say "data did not match any variant".
+        // With `untagged`, the error would be "data did not match any variant".
         deserializer.deserialize_any(SizeVisitor)
     }
 }

@@ -1,19 +1,22 @@
-//! The small languages inside the configuration's strings: sizes, durations, names, places in S3.
+//! Parses values inside the configuration's strings: sizes, durations, names, S3 objects.
 
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// The name of a volume: what runtime files, the NBD export and `nbdcrypt down NAME` call it.
+use serde::{Deserialize, Serialize};
+
+/// The name of a volume. Runtime files, the NBD export and `nbdcrypt down NAME` use it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct VolumeName(String);
 
 impl VolumeName {
-    /// The longest name in bytes: with directory and suffix it has to fit a unix socket's path, 107 bytes in all.
+    /// The longest name in bytes. With folder and suffix, it must fit into the path of a unix socket, which has at most
+    /// 107 bytes.
     pub const MAX_LEN: usize = 64;
 
-    /// The name, if it is one: 1 to 64 of `A-Z a-z 0-9 . _ -`, the first neither `.` nor `-`, so that it is a file
-    /// name, no hidden file and no option.
+    /// Returns the name if it is valid: 1 to 64 characters of `A-Z a-z 0-9 . _ -`, and the first character is neither
+    /// `.` nor `-`. As a file name, it is neither hidden nor mistaken for an option.
     pub fn new(name: &str) -> Option<Self> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         let valid = (1..=Self::MAX_LEN).contains(&name.len())
@@ -23,7 +26,7 @@ impl VolumeName {
         valid.then(|| Self(name.to_owned()))
     }
 
-    /// The name as it is written.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -36,7 +39,7 @@ impl fmt::Display for VolumeName {
 }
 
 /// An object in S3: `s3://bucket/key`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct S3Object {
     /// The bucket's name or access point alias.
     pub bucket: String,
@@ -45,11 +48,11 @@ pub struct S3Object {
 }
 
 impl S3Object {
-    /// Reads `s3://bucket/key`, as `aws s3 cp` does: the bucket is what stands before the first slash.
+    /// Parses `s3://bucket/key` as `aws s3 cp` does: the bucket ends at the first slash.
     pub fn parse(uri: &str) -> Option<Self> {
         let (bucket, key) = uri.strip_prefix("s3://")?.split_once('/')?;
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-        // S3 keys have 1 to 1024 bytes; a key that ends in a slash is a folder in consoles' eyes, never a secret.
+        // S3 keys have 1 to 1024 bytes. A key that ends in a slash is a folder in S3's console, so it is not a secret.
         let valid = (3..=255).contains(&bucket.len())
             && bucket.chars().all(allowed)
             && (1..=1024).contains(&key.len())
@@ -64,16 +67,16 @@ impl fmt::Display for S3Object {
     }
 }
 
-/// Where the ciphertext of a secret is kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SecretPlace {
+/// Where the ciphertext of a secret is stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SecretLocation {
     /// An object in S3.
     Object(S3Object),
     /// A token in the volume's own LUKS2 header.
     Token,
 }
 
-impl fmt::Display for SecretPlace {
+impl fmt::Display for SecretLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Object(object) => object.fmt(f),
@@ -82,18 +85,18 @@ impl fmt::Display for SecretPlace {
     }
 }
 
-impl From<S3Object> for SecretPlace {
+impl From<S3Object> for SecretLocation {
     fn from(object: S3Object) -> Self {
         Self::Object(object)
     }
 }
 
-/// Where key bytes come from: a file, or standard input where the path is `-`.
+/// Where key bytes come from: a file, or standard input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeyFile {
-    /// `-`.
+    /// Standard input, written as `-`.
     Stdin,
-    /// A file's absolute path.
+    /// A file, by its absolute path.
     Path(PathBuf),
 }
 
@@ -106,19 +109,20 @@ impl fmt::Display for KeyFile {
     }
 }
 
-/// Bytes from `2G`, `512M`, `64K`, `1T` (powers of 1024) or plain digits. `None` where it is none, or none of 64 bits.
+/// Parses a size in bytes: `2G`, `512M`, `64K`, `1T` (powers of 1024, also as `2GiB` and in lower case), or digits only.
+/// Returns `None` if the text is not a size, or the size does not fit into 64 bits. `2GB` is not a size, since for some
+/// programs it is a power of 1000.
 pub fn parse_size(text: &str) -> Option<u64> {
-    let (digits, shift) = match text.char_indices().last()? {
-        (at, 'K') => (&text[..at], 10),
-        (at, 'M') => (&text[..at], 20),
-        (at, 'G') => (&text[..at], 30),
-        (at, 'T') => (&text[..at], 40),
-        _ => (text, 0),
-    };
+    let lower = text.to_ascii_lowercase();
+    let units = [("", 0), ("k", 10), ("m", 20), ("g", 30), ("t", 40)];
+    let digits = lower.trim_end_matches(|letter: char| !letter.is_ascii_digit());
+    let unit = &lower[digits.len()..];
+    let prefix = unit.strip_suffix("ib").filter(|prefix| !prefix.is_empty()).unwrap_or(unit);
+    let (_, shift) = units.into_iter().find(|(name, _)| *name == prefix)?;
     parse_digits(digits)?.checked_mul(1 << shift)
 }
 
-/// A duration from `90s`, `2m` or `1h`.
+/// Parses a duration such as `90s`, `2m` or `1h`.
 pub fn parse_duration(text: &str) -> Option<Duration> {
     let (at, unit) = text.char_indices().last()?;
     let seconds = match unit {
@@ -130,12 +134,12 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
     parse_digits(&text[..at])?.checked_mul(seconds).map(Duration::from_secs)
 }
 
-/// The number of an NBD device: 7 from `/dev/nbd7`.
+/// Returns the number of an NBD device: 7 for `/dev/nbd7`.
 pub(super) fn parse_nbd_device(path: &str) -> Option<u32> {
     parse_digits(path.strip_prefix("/dev/nbd")?).and_then(|index| u32::try_from(index).ok())
 }
 
-/// Decimal digits and nothing else: `u64::from_str` would take a leading `+`.
+/// Parses decimal digits only. `u64::from_str` would accept a leading `+`.
 fn parse_digits(digits: &str) -> Option<u64> {
     if digits.chars().all(|c| c.is_ascii_digit()) { digits.parse().ok() } else { None }
 }
@@ -146,12 +150,17 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn sizes_are_binary_and_units_are_single_capital_letters() {
+    fn sizes_are_binary() {
         assert_eq!(parse_size("2G"), Some(2 << 30));
         assert_eq!(parse_size("1T"), Some(1 << 40));
         assert_eq!(parse_size("64K"), Some(65536));
         assert_eq!(parse_size("1048576"), Some(1 << 20));
-        for wrong in ["", "G", "2 G", "2GB", "2g", "2.5G", "-1G", "+1G", "16777216T", "2GiB"] {
+        for same in ["64M", "64m", "64MiB", "64mib", "65536K", "67108864"] {
+            assert_eq!(parse_size(same), Some(64 << 20), "{same}");
+        }
+        for wrong in
+            ["", "G", "GiB", "2 G", "2GB", "2ib", "2iB", "2B", "2.5G", "-1G", "+1G", "16777216T", "2Gi", "2\u{212a}"]
+        {
             assert_eq!(parse_size(wrong), None, "{wrong}");
         }
     }
@@ -188,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn only_whole_nbd_devices_are_nbd_devices() {
+    fn partitions_and_other_devices_are_not_nbd_devices() {
         assert_eq!(parse_nbd_device("/dev/nbd0"), Some(0));
         assert_eq!(parse_nbd_device("/dev/nbd15"), Some(15));
         for wrong in ["/dev/nbd", "/dev/nbd0p1", "nbd0", "/dev/sda", "/dev/nbd4294967296"] {

@@ -1,76 +1,89 @@
-//! Where a volume's secret comes from.
+//! The sources of a volume's secret.
 
 mod aws;
 mod file;
+pub mod opening;
+pub mod policy;
 mod prompt;
+pub mod provision;
+pub mod rewrap;
 mod token;
+pub mod verify;
 
 use engine::key::Passphrase;
 use engine::luks::{self, Dump, LuksError};
 use engine::store::BlockStore;
 use uuid::Uuid;
 
-use crate::config::{KeyConfig, SecretPlace};
-use crate::provision;
+use crate::config::{KeyConfig, SecretLocation};
 
-pub use aws::{AwsKey, AwsKeyError, Context, MAX_CIPHERTEXT, Service, Stored};
+pub use aws::{
+    About, AwsKey, AwsKeyError, Finding, MAX_CIPHERTEXT, Outlook, SUBCOMMAND as AWS_HELPER, Stored, absolute_aws_files,
+    answer as answer_as_aws_helper,
+};
 pub use file::{FileKey, FileKeyError, MAX_KEY_FILE};
 pub use prompt::{Prompt, PromptError};
 pub use token::KmsToken;
 
-/// Something that knows the secret that opens a volume's keyslot.
+/// A source of the secret that opens a volume's keyslot.
 ///
 /// # Blocking contract
-/// Calls block the thread, for as long as the source's configured time to retry. A boot is one thing after the other,
-/// and a process that later forks into the background may have no thread left over: a source that needs a runtime or
-/// threads starts them for the call and has ended them when it returns. It may be called from anywhere, from within
-/// an async runtime as well.
+/// A call blocks the thread, for up to the source's configured time for retries. A boot does one thing after the other.
+/// A process that later moves into the background must not have any other threads. So a source that needs a runtime,
+/// threads or a process starts them within the call and ends them before it returns. A call may come from anywhere,
+/// also from inside an async runtime.
 pub trait KeySource: Send + Sync {
-    /// What is read and where, for people: no secret in it.
+    /// Describes the source for display, without any secret.
     fn describe(&self) -> String;
 
-    /// The secret.
+    /// Checks what can be checked without getting the secret. Blocks for a minute at most.
     ///
     /// # Errors
-    /// [`KeyError`], which says what was found and what to do, and nothing of the secret.
+    /// [`KeyError`], if the secret could not be got.
+    fn check(&self) -> Result<(), KeyError>;
+
+    /// Gets the secret.
+    ///
+    /// # Errors
+    /// [`KeyError`], which says what was found and what to do, and contains no part of the secret.
     fn passphrase(&self) -> Result<Passphrase, KeyError>;
 }
 
-/// Why there is no secret.
+/// Why the secret could not be obtained.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
-    /// From a file or standard input.
+    /// The secret comes from a file or standard input.
     #[error(transparent)]
     File(#[from] FileKeyError),
-    /// From the terminal.
+    /// The secret is typed at the terminal.
     #[error(transparent)]
     Prompt(#[from] PromptError),
-    /// From S3 and KMS.
+    /// The secret comes from S3 and KMS.
     #[error(transparent)]
     Aws(#[from] AwsKeyError),
-    /// The system has no randomness.
-    #[error("no random bytes from the system: {0}")]
+    /// The operating system has no random bytes.
+    #[error("the operating system has no random bytes: {0}")]
     Random(getrandom::Error),
-    /// The configuration keeps its secret elsewhere.
-    #[error("the configured secret is in no token of a header")]
+    /// A token was requested, but the configuration takes the secret from a file.
+    #[error("the configuration takes the secret from a file, not from a token in the header")]
     NoToken,
 }
 
-/// Which secret of a volume is wanted.
+/// Which secret of a volume is requested.
 #[derive(Clone, Debug)]
 pub enum SecretRequest {
     /// The one that the configuration names.
     Configured,
-    /// The one that the header's token holds.
+    /// The secret in the header's token.
     Unwrap {
         /// The token.
         token: KmsToken,
-        /// The volume that has it.
+        /// The UUID of the volume to which the token belongs.
         volume: Uuid,
     },
-    /// A new one, with a token for a header that is about to be made.
+    /// A new secret, with a token for a header that is about to be made.
     New {
-        /// What the new volume will be called by.
+        /// The UUID of the new volume.
         volume: Uuid,
     },
 }
@@ -78,48 +91,48 @@ pub enum SecretRequest {
 /// A volume's secret.
 #[derive(Debug)]
 pub struct Secret {
-    /// What opens the keyslot.
+    /// The passphrase of the keyslot.
     pub passphrase: Passphrase,
-    /// Of a new one, the token that holds it, and the volume that it is for.
+    /// For a new secret: its token, and the UUID of its volume.
     pub token: Option<(KmsToken, Uuid)>,
 }
 
-/// Whether the secret is in the volume's own header, so that it cannot be had without.
+/// Returns whether the secret is stored in the volume's own header.
 pub fn is_in_header(config: &KeyConfig) -> bool {
-    matches!(config, KeyConfig::Aws(aws) if aws.object == SecretPlace::Token)
+    matches!(config, KeyConfig::Aws(aws) if aws.object == SecretLocation::Token)
 }
 
-/// Why a header does not hold the secret that the configuration says is there.
+/// Why the secret cannot be found in the header, although the configuration says that it is there.
 #[derive(Debug, thiserror::Error)]
 pub enum NoTokenSecret {
-    /// There is no such header.
+    /// The disk has no readable LUKS header.
     #[error(transparent)]
     Luks(#[from] LuksError),
-    /// The token contradicts itself.
+    /// The token is malformed.
     #[error("the token `aws-kms` in its header cannot be used: {0}")]
     Unusable(String),
-    /// There is no token.
-    #[error("its header has no token `aws-kms`: see `object` under [key], where the secret may be in S3")]
+    /// The header has no token of type `aws-kms`.
+    #[error("its header has no token `aws-kms`: check `object` under [key]; the secret may be in S3")]
     Missing,
 }
 
-/// What is to be asked for to open the volume whose header is on `header`.
+/// Returns which secret opens the volume whose header is on `header`.
 ///
 /// # Errors
-/// [`NoTokenSecret`], where the secret is in the header.
+/// [`NoTokenSecret`], if the secret should be in the header, but the header is missing or has no usable token.
 pub fn request_for(config: &KeyConfig, header: &dyn BlockStore) -> Result<SecretRequest, NoTokenSecret> {
     if !is_in_header(config) {
         return Ok(SecretRequest::Configured);
     }
     let Dump::Luks2(header) = luks::dump(header)? else { return Err(NoTokenSecret::Missing) };
     let token = KmsToken::find(&header).map_err(NoTokenSecret::Unusable)?.ok_or(NoTokenSecret::Missing)?;
-    Ok(SecretRequest::Unwrap { token, volume: header.binary.uuid })
+    Ok(SecretRequest::Unwrap { token, volume: header.binary.uuid.parsed()? })
 }
 
 /// Gets or makes a secret. Blocks, as [`KeySource::passphrase`] does.
 ///
 /// # Errors
-/// [`KeyError`].
+/// [`KeyError`], if the source fails, or a token is requested although the configuration takes the secret from a file.
 pub fn secret(config: &KeyConfig, request: &SecretRequest) -> Result<Secret, KeyError> {
     match (request, config) {
         (SecretRequest::Configured, _) => Ok(Secret { passphrase: source(config).passphrase()?, token: None }),
@@ -136,10 +149,10 @@ pub fn secret(config: &KeyConfig, request: &SecretRequest) -> Result<Secret, Key
     }
 }
 
-/// The source that a configuration asks for. Nothing is read yet.
+/// Returns the configured source. This does not read anything yet.
 pub fn source(config: &KeyConfig) -> Box<dyn KeySource> {
     match config {
-        KeyConfig::File(file) => Box::new(FileKey::new(file.clone())),
+        KeyConfig::File(file) => Box::new(FileKey::from_config(file.clone())),
         KeyConfig::Aws(aws) => Box::new(AwsKey::new(aws.clone())),
     }
 }

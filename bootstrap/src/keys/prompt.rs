@@ -1,4 +1,4 @@
-//! A passphrase typed at the terminal, which does not show it.
+//! A passphrase that is typed at the terminal. The terminal does not show it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Read, Write};
@@ -10,48 +10,48 @@ use zeroize::Zeroizing;
 
 use super::{KeyError, KeySource};
 
-/// The most bytes that are typed: cryptsetup's own limit for passphrases that are (cryptsetup(8), "NOTES ON PASSPHRASE
-/// PROCESSING").
+/// The maximum number of bytes that can be typed. This is cryptsetup's limit for interactive passphrases (cryptsetup(8), "NOTES
+/// ON PASSPHRASE PROCESSING").
 const MAX_TYPED: usize = 512;
 
-/// A question to whoever sits at the terminal.
+/// A question to the user at the terminal.
 #[derive(Debug)]
 pub struct Prompt {
     question: String,
-    /// The question that makes sure of the answer.
+    /// The question that asks for the same passphrase again.
     again: Option<String>,
 }
 
-/// Why nothing was typed.
+/// Why no passphrase was typed.
 #[derive(Debug, thiserror::Error)]
 pub enum PromptError {
-    /// There is nobody to ask.
+    /// Standard input is not a terminal.
     #[error(
-        "no {0} was given, and standard input is no terminal to ask for it: name its file, or `-` for standard input"
+        "no {0} was given, and standard input is not a terminal to ask for it: name its file, or `-` for standard input"
     )]
     NoTerminal(&'static str),
-    /// The terminal failed.
-    #[error("the passphrase cannot be read from the terminal: {0}")]
+    /// Reading from or writing to the terminal failed.
+    #[error("could not read the passphrase from the terminal: {0}")]
     Io(#[from] io::Error),
-    /// Enter, and nothing before.
+    /// The user typed only Enter.
     #[error("no passphrase was typed")]
     Empty,
-    /// More than 512 bytes.
-    #[error("a passphrase that is typed has at most {MAX_TYPED} bytes: put a longer one into a key file")]
+    /// The passphrase has more than 512 bytes.
+    #[error("a typed passphrase has at most {MAX_TYPED} bytes: put a longer one into a key file")]
     TooLong,
-    /// Asked twice, answered differently.
+    /// The two answers differ.
     #[error("the two passphrases are not the same: nothing was changed")]
     Different,
-    /// Ctrl-C.
+    /// The user typed Ctrl-C, Ctrl-\ or Ctrl-Z.
     #[error("interrupted: nothing was changed")]
     Interrupted,
 }
 
 impl Prompt {
-    /// Asks for a passphrase that there is; `option` is how else it can be given.
+    /// Makes a prompt for an existing passphrase. `option` names another way to give it.
     ///
     /// # Errors
-    /// [`PromptError::NoTerminal`]. Nothing is asked yet.
+    /// [`PromptError::NoTerminal`], if standard input is not a terminal. This does not ask yet.
     pub fn existing(question: impl Into<String>, option: &'static str) -> Result<Self, PromptError> {
         if !io::stdin().is_terminal() {
             return Err(PromptError::NoTerminal(option));
@@ -59,10 +59,10 @@ impl Prompt {
         Ok(Self { question: question.into(), again: None })
     }
 
-    /// Asks for a passphrase that shall be, twice.
+    /// Makes a prompt for a new passphrase, which must be typed twice.
     ///
     /// # Errors
-    /// As [`Prompt::existing`] has them.
+    /// The same as [`Prompt::existing`].
     pub fn new_passphrase(question: impl Into<String>, option: &'static str) -> Result<Self, PromptError> {
         Ok(Self { again: Some("The same again: ".to_owned()), ..Self::existing(question, option)? })
     }
@@ -87,12 +87,16 @@ impl KeySource for Prompt {
         "the passphrase typed at the terminal".to_owned()
     }
 
+    fn check(&self) -> Result<(), KeyError> {
+        Ok(())
+    }
+
     fn passphrase(&self) -> Result<Passphrase, KeyError> {
         Ok(Passphrase::new(std::mem::take(&mut *self.ask()?)))
     }
 }
 
-/// A terminal that shows nothing and turns no key into a signal; as it was before, when dropped.
+/// A terminal that does not echo and whose keys send no signals. Dropping this value restores its settings.
 struct Silent<'t> {
     terminal: &'t File,
     before: Termios,
@@ -102,10 +106,10 @@ impl<'t> Silent<'t> {
     fn new(terminal: &'t File) -> io::Result<Self> {
         let before = termios::tcgetattr(terminal)?;
         let mut silent = before.clone();
-        // Without signals: one that ended the process would leave a terminal that shows nothing. Without lines: Ctrl-C is
-        // noticed when it is typed, and the kernel keeps no line.
+        // Without ISIG, no signal can end the process while the terminal does not echo. Without ICANON, the process sees
+        // Ctrl-C at once, and the kernel buffers no line.
         silent.local_modes -= LocalModes::ECHO | LocalModes::ISIG | LocalModes::ICANON;
-        // What was typed before the question was seen on the screen, and is thrown away.
+        // Input that was typed before the question was echoed, so it is discarded.
         termios::tcsetattr(terminal, OptionalActions::Flush, &silent)?;
         Ok(Self { terminal, before })
     }
@@ -113,7 +117,7 @@ impl<'t> Silent<'t> {
 
 impl Drop for Silent<'_> {
     fn drop(&mut self) {
-        // Nothing better can be done than to go on.
+        // An error cannot be handled any better than by going on.
         let _ = termios::tcsetattr(self.terminal, OptionalActions::Flush, &self.before);
     }
 }
@@ -123,15 +127,15 @@ fn ask(terminal: &mut File, question: &str) -> Result<Zeroizing<Vec<u8>>, Prompt
     let silent = Silent::new(&other_end)?;
     terminal.write_all(question.as_bytes())?;
     let typed = read_line(terminal);
-    // The Enter that was not shown.
+    // The user's Enter was not echoed.
     terminal.write_all(b"\r\n")?;
     drop(silent);
     typed
 }
 
-/// What is typed up to Enter, with Backspace and Ctrl-U doing what they do.
+/// Reads a line up to Enter. Backspace and Ctrl-U work as usual.
 fn read_line(from: &mut impl Read) -> Result<Zeroizing<Vec<u8>>, PromptError> {
-    // Never grows, so that no copy is left behind.
+    // The vector never grows, so it leaves no copy behind.
     let mut line = Zeroizing::new(Vec::with_capacity(MAX_TYPED));
     let mut key = Zeroizing::new([0u8; 1]);
     loop {
@@ -149,7 +153,7 @@ fn read_line(from: &mut impl Read) -> Result<Zeroizing<Vec<u8>>, PromptError> {
                 line.clear();
             }
             0x08 | 0x7f => {
-                // A character of UTF-8, whose further bytes begin with the bits 10.
+                // Removes one character of UTF-8. Its bytes after the first start with the bits 10.
                 while line.pop().is_some_and(|byte| byte & 0xc0 == 0x80) {}
             }
             _ if line.len() == MAX_TYPED => return Err(PromptError::TooLong),

@@ -4,8 +4,8 @@
 //! { "type": "aws-kms", "keyslots": ["0"], "ciphertext": "BASE64", "kms-key": "arn:aws:kms:…",
 //!   "encryption-context": { "luks-uuid": "…" } }
 //! ```
-//! The UUID in the encryption context, which KMS demands to decrypt, binds the ciphertext to its volume. Nothing in the
-//! token is believed: the KMS key that is asked is the configured one.
+//! KMS requires the encryption context to decrypt. The UUID in it binds the ciphertext to its volume. Nothing in the token
+//! is trusted: requests to KMS always name the configured key.
 
 use std::collections::BTreeMap;
 
@@ -18,62 +18,69 @@ use super::MAX_CIPHERTEXT;
 
 /// The token's `type`.
 const KIND: &str = "aws-kms";
-/// The pair of the encryption context that names the volume.
-const UUID: &str = "luks-uuid";
+/// The name in the encryption context for the volume's UUID.
+pub(super) const UUID: &str = "luks-uuid";
 
-/// What the token holds.
+/// The content of the token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KmsToken {
-    /// What KMS made of the secret.
+    /// The secret, encrypted by KMS.
     pub ciphertext: Vec<u8>,
-    /// The ARN of the KMS key that it was made under, for people.
+    /// The ARN of the KMS key that encrypted it. It is only for display.
     pub key_arn: String,
-    /// What it is bound to: the volume's UUID, and what was configured.
+    /// The encryption context: the volume's UUID, and the configured pairs.
     pub encryption_context: BTreeMap<String, String>,
 }
 
 impl KmsToken {
-    /// The header's token of this type; the first, where there are more.
+    /// Returns the header's first token of this type.
     ///
     /// # Errors
-    /// What is wrong with it, in words.
+    /// If the token is malformed. The text says how.
     pub fn find(header: &Header) -> Result<Option<Self>, String> {
-        let Some(id) = Self::number(header) else { return Ok(None) };
-        Self::from_json(&header.metadata.json["tokens"][id.to_string()]).map(Some)
+        Self::all(header).into_iter().next().map(|(_, token)| token).transpose()
     }
 
-    /// The number of the token that [`KmsToken::find`] finds.
+    /// Returns the header's tokens of this type, each with its number. A malformed token is an error that says how.
+    pub fn all(header: &Header) -> Vec<(u32, Result<Self, String>)> {
+        let json = |id: u32| &header.metadata.json["tokens"][id.to_string()];
+        let tokens = header.metadata.tokens.iter().filter(|(_, token)| token.kind == KIND);
+        tokens.map(|(id, _)| (*id, Self::from_json(json(*id)))).collect()
+    }
+
+    /// Returns the number of the token that [`KmsToken::find`] returns.
     pub fn number(header: &Header) -> Option<u32> {
         header.metadata.tokens.iter().find(|(_, token)| token.kind == KIND).map(|(id, _)| *id)
     }
 
-    /// The number of the token of this type that opens the keyslot, if there is one: its secret is the keyslot's passphrase.
+    /// Returns the number of the token of this type that opens the keyslot. Its secret is the keyslot's passphrase.
     pub fn of_keyslot(header: &Header, keyslot: usize) -> Option<u32> {
         let opens = |id: &u32| usize::try_from(*id) == Ok(keyslot);
         let mut tokens = header.metadata.tokens.iter();
         tokens.find(|(_, token)| token.kind == KIND && token.keyslots.iter().any(opens)).map(|(id, _)| *id)
     }
 
-    /// Reads the token.
+    /// Parses the token.
     ///
     /// # Errors
-    /// What is wrong with it, in words.
+    /// If the token is malformed. The text says how.
     pub fn from_json(json: &Value) -> Result<Self, String> {
-        let text = |name: &str| json[name].as_str().ok_or_else(|| format!("its `{name}` is missing or no text"));
+        let text = |name: &str| json[name].as_str().ok_or_else(|| format!("its `{name}` is missing or not a text"));
         let ciphertext = Base64::decode_vec(text("ciphertext")?)
             .ok()
             .filter(|bytes| (1..=MAX_CIPHERTEXT).contains(&bytes.len()))
             .ok_or_else(|| format!("its `ciphertext` is not 1 to {MAX_CIPHERTEXT} bytes in base64"))?;
-        let pairs = json["encryption-context"].as_object().ok_or("its `encryption-context` is missing or no object")?;
+        let pairs =
+            json["encryption-context"].as_object().ok_or("its `encryption-context` is missing or not an object")?;
         let encryption_context = pairs
             .iter()
             .map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())))
             .collect::<Option<_>>()
-            .ok_or("its `encryption-context` has a value that is no text")?;
+            .ok_or("its `encryption-context` has a value that is not a text")?;
         Ok(Self { ciphertext, key_arn: text("kms-key")?.to_owned(), encryption_context })
     }
 
-    /// The token as the header of a new volume has it, for its first keyslot.
+    /// Returns the token for the first keyslot of a new volume.
     pub fn to_json(&self) -> Value {
         json!({
             "type": KIND,
@@ -84,7 +91,8 @@ impl KmsToken {
         })
     }
 
-    /// This token, with the keyslots and whatever else is in the one that it replaces.
+    /// Returns this token as it replaces the token `old`: with the keyslots of `old`, and with every other member of
+    /// `old` that this token lacks.
     pub fn in_place_of(&self, old: &Value) -> Value {
         let mut json = old.clone();
         let Value::Object(ours) = self.to_json() else { return json };
@@ -94,28 +102,28 @@ impl KmsToken {
         json
     }
 
-    /// The encryption context for a volume: what is configured, and the volume's UUID.
+    /// Returns the encryption context for a volume: the configured pairs, and the volume's UUID.
     pub fn context_for(volume: Uuid, configured: &BTreeMap<String, String>) -> BTreeMap<String, String> {
         let mut context = configured.clone();
         context.insert(UUID.to_owned(), volume.hyphenated().to_string());
         context
     }
 
-    /// Whether it was made for this volume, under the configured encryption context.
+    /// Checks that the token was made for this volume, under the configured encryption context.
     ///
     /// # Errors
-    /// What it was made for, in words.
+    /// If the token was made for something else. The text says for what.
     pub fn check(&self, volume: Uuid, configured: &BTreeMap<String, String>) -> Result<(), String> {
         let made_for = self.encryption_context.get(UUID).map_or("no volume", String::as_str);
         if made_for != volume.hyphenated().to_string() {
-            // Whoever writes to the disk chooses what it says.
+            // Anyone who can write to the disk chooses this text.
             let made_for = made_for.escape_debug();
             return Err(format!("it was made for {made_for}, and this is volume {volume}"));
         }
         match Self::context_for(volume, configured) {
             context if context == self.encryption_context => Ok(()),
             context => Err(format!(
-                "its encryption context is {:?}, and the configuration comes to {context:?}; see `encryption-context` \
+                "its encryption context is {:?}, but the configuration gives {context:?}; check `encryption-context` \
                  under [key]",
                 self.encryption_context
             )),
@@ -137,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_read_as_it_was_written() {
+    fn a_token_survives_writing_and_reading() {
         let json = token().to_json();
         assert_eq!((json["type"].as_str(), json["keyslots"][0].as_str()), (Some("aws-kms"), Some("0")));
         assert_eq!(KmsToken::from_json(&json), Ok(token()));
@@ -145,8 +153,8 @@ mod tests {
             ("ciphertext", json!("?"), "base64"),
             ("ciphertext", json!(""), "1 to 6144 bytes"),
             ("kms-key", Value::Null, "`kms-key` is missing"),
-            ("encryption-context", json!([]), "no object"),
-            ("encryption-context", json!({ "a": 1 }), "no text"),
+            ("encryption-context", json!([]), "not an object"),
+            ("encryption-context", json!({ "a": 1 }), "not a text"),
         ] {
             let mut changed = json.clone();
             changed[name] = value;
@@ -156,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_for_its_own_volume_and_configuration_alone() {
+    fn a_token_is_valid_only_for_its_volume_and_configuration() {
         let configured = BTreeMap::from([("volume".to_owned(), "scratch".to_owned())]);
         assert_eq!(token().check(Uuid::max(), &configured), Ok(()));
         let other = token().check(Uuid::nil(), &configured).unwrap_err();

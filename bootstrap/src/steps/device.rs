@@ -1,11 +1,11 @@
-//! The volume as a block device of the kernel's.
+//! The step `device`: attaches the volume as a block device of the kernel.
 
 use std::sync::Arc;
 
 use anyhow::Result;
 
 use super::{Boot, Step, Undo, need};
-use crate::config::AttachMethod;
+use crate::attach::Method;
 
 pub(super) struct Attach;
 
@@ -17,9 +17,10 @@ impl Step for Attach {
     fn describe(&self, boot: &Boot<'_>) -> String {
         let attach = &boot.config.attach;
         let method = match attach.method {
-            AttachMethod::Auto => "by nbd where the kernel has it, else by FUSE and a loop device",
-            AttachMethod::Nbd => "by nbd",
-            AttachMethod::Fuse => "by FUSE and a loop device",
+            Method::Auto if boot.outside.devices.has_nbd() => "by nbd",
+            Method::Auto => "by nbd if that driver can be loaded, otherwise by FUSE and a loop device",
+            Method::Nbd => "by nbd",
+            Method::Fuse => "by FUSE and a loop device",
         };
         match attach.nbd_device {
             Some(number) => format!("attach the volume {method}, as /dev/nbd{number} if by nbd"),
@@ -41,7 +42,7 @@ impl Step for Attach {
         let Some(attached) = boot.attached.take() else { return Ok(()) };
         match (attached.detach(), why) {
             (Ok(()), _) => Ok(()),
-            // Nothing on it is anybody's yet.
+            // Nobody uses the device yet.
             (Err((attached, error)), Undo::Failed) if !boot.mounted => {
                 drop(attached);
                 tracing::warn!("the device was detached by force: {error:#}");

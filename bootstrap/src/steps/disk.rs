@@ -1,5 +1,5 @@
-//! The disk for the ciphertext, and the header's where that is another: made where it is to be a file that is missing, and
-//! opened for this process alone.
+//! The step `disk`: opens the disk of the ciphertext, and the disk of a detached header, for this process only. Makes a missing
+//! disk if it is to be a file.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,20 +8,21 @@ use anyhow::{Context, Result, bail};
 use engine::key::VolumeKey;
 use engine::luks::{luks1, luks2};
 use engine::store::BlockStore;
+use engine::text::bytes;
 
 use super::{Boot, Step, Undo};
-use crate::config::VolumeType;
-use crate::content;
+use crate::volume::VolumeType;
+use crate::volume::content;
 
 #[derive(Default)]
 pub(super) struct Disk {
     made: Vec<Made>,
 }
 
-/// A file that was not there before.
+/// A file that this step made.
 struct Made {
     path: PathBuf,
-    /// Once it is open.
+    /// The open file, once it is open.
     disk: Option<Arc<dyn BlockStore>>,
 }
 
@@ -31,13 +32,15 @@ impl Step for Disk {
     }
 
     fn describe(&self, boot: &Boot<'_>) -> String {
+        let is_missing = |path: &Path| boot.outside.disks.exists(path).is_ok_and(|exists| !exists);
         let path = boot.disk_path.display();
-        let disk = match boot.config.volume.size {
-            Some(size) => format!("open {path}, made as a sparse file of {size} bytes (mode 600) where it is missing"),
+        let disk = match boot.config.volume.size.filter(|_| is_missing(&boot.disk_path)) {
+            Some(size) => format!("make {path}, a sparse file of {} (mode 600)", bytes(size)),
             None => format!("open {path}"),
         };
         match &boot.config.volume.header {
-            Some(header) => format!("{disk}; its header in {}, made where it is missing", header.display()),
+            Some(header) if is_missing(header) => format!("{disk}; make the file {} for its header", header.display()),
+            Some(header) => format!("{disk}; its header is in {}", header.display()),
             None => disk,
         }
     }
@@ -47,13 +50,21 @@ impl Step for Disk {
         let exists = disks.exists(&boot.disk_path)?;
         if exists || boot.config.volume.size.is_none() {
             disks.look(&boot.disk_path)?;
+            disks.refuse_if_used(&boot.disk_path)?;
+        } else {
+            disks.check_folder(&boot.disk_path)?;
+            refuse_header_without_disk(boot)?;
         }
-        let Some(header) = &boot.config.volume.header else { return Ok(Some(exists)) };
-        let has_header = disks.exists(header)?;
-        if has_header {
-            disks.look(header)?;
+        match &boot.config.volume.header {
+            Some(header) if disks.exists(header)? => {
+                disks.look(header)?;
+                disks.refuse_if_used(header)?;
+            }
+            Some(header) => disks.check_folder(header)?,
+            None => {}
         }
-        Ok(Some(exists && has_header))
+        // The disk exists and can be opened, but it is not open yet.
+        Ok(Some(false))
     }
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
@@ -68,7 +79,7 @@ impl Step for Disk {
 
     fn undo(&mut self, boot: &mut Boot<'_>, why: Undo) -> Result<()> {
         (boot.disk, boot.header) = (None, None);
-        // Once its header counts, the file is a volume, whatever failed after that.
+        // Once the header is written, the file is a volume and stays, whatever failed later.
         if why == Undo::Failed && !boot.header_committed {
             self.remove_made(boot)?;
         }
@@ -80,18 +91,20 @@ impl Disk {
     fn open(&mut self, boot: &mut Boot<'_>) -> Result<()> {
         let disks = boot.outside.disks;
         let path = &boot.disk_path;
-        if let (Some(size), false) = (boot.config.volume.size, disks.exists(path)?) {
-            if let Some(header) = &boot.config.volume.header
-                && disks.exists(header)?
-            {
-                bail!(
-                    "{} is missing, but its header {} is there: is the filesystem that it lies on mounted? For a new \
-                     volume, move the header away",
-                    path.display(),
-                    header.display()
-                );
-            }
+        let is_missing = !disks.exists(path)?;
+        let size = boot.config.volume.size.filter(|_| is_missing);
+        if size.is_some() {
+            disks.check_folder(path)?;
+        }
+        if let Some(header) = &boot.config.volume.header
+            && !disks.exists(header)?
+        {
+            disks.check_folder(header)?;
+        }
+        if let Some(size) = size {
+            refuse_header_without_disk(boot)?;
             boot.disk = Some(self.make(boot, path, size)?);
+            boot.disk_made = true;
         } else {
             boot.disk = Some(disks.open(path)?);
         }
@@ -114,7 +127,7 @@ impl Disk {
         Ok(disk)
     }
 
-    /// Removes the files that were made, the last one first, up to one in which somebody else has put something.
+    /// Removes the files that this step made, the last file first. Stops if another program has written to a file.
     fn remove_made(&mut self, boot: &Boot<'_>) -> Result<()> {
         let disks = boot.outside.disks;
         while let Some(Made { path, disk }) = self.made.pop() {
@@ -129,8 +142,23 @@ impl Disk {
     }
 }
 
-/// Bytes of a new header's file.
-fn header_len(kind: VolumeType) -> u64 {
+/// Checks that the detached header of a missing disk does not exist either.
+fn refuse_header_without_disk(boot: &Boot<'_>) -> Result<()> {
+    if let Some(header) = &boot.config.volume.header
+        && boot.outside.disks.exists(header)?
+    {
+        bail!(
+            "{} is missing, but its header {} exists: is the filesystem of the missing file mounted? For a new volume, move \
+             the header away",
+            boot.disk_path.display(),
+            header.display()
+        );
+    }
+    Ok(())
+}
+
+/// Returns the size in bytes of a new file for a detached header.
+pub(super) fn header_len(kind: VolumeType) -> u64 {
     match kind {
         VolumeType::Luks1 => luks1::header_len(VolumeKey::AES_256),
         VolumeType::Luks2 | VolumeType::Plain => luks2::Layout::default().header_len(),

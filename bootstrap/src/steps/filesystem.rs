@@ -1,11 +1,14 @@
-//! The filesystem in the volume: made where the volume is new or blank, and never over anything else.
+//! The step `filesystem`: makes a filesystem in a volume that is new or blank, and never over anything else.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use engine::signature;
 
-use super::{Boot, Step, need};
-use crate::config::{FilesystemConfig, VolumeType};
-use crate::content;
+use super::{Boot, Foreseen, Step, need, volume};
+use crate::config::FilesystemConfig;
+use crate::steps::block_size;
+use crate::volume::VolumeType;
+use crate::volume::content::{self, Look};
+use crate::volume::new_volume;
 
 pub(super) struct MakeFilesystem {
     wanted: FilesystemConfig,
@@ -22,41 +25,70 @@ impl Step for MakeFilesystem {
         "filesystem"
     }
 
-    fn describe(&self, _boot: &Boot<'_>) -> String {
-        format!("make a filesystem of type {} where the volume has none", self.wanted.kind)
+    fn describe(&self, boot: &Boot<'_>) -> String {
+        let kind = &self.wanted.kind;
+        match volume::foresee(boot) {
+            Ok(Foreseen::New) => format!("make a filesystem of type {kind} in the new volume"),
+            // Only the secret shows what the volume holds.
+            _ => format!("make a filesystem of type {kind} if the volume turns out to be blank"),
+        }
     }
 
-    fn is_done(&self, _boot: &Boot<'_>) -> Result<Option<bool>> {
-        Ok(None)
+    fn is_done(&self, boot: &Boot<'_>) -> Result<Option<bool>> {
+        let is_new = matches!(volume::foresee(boot), Ok(Foreseen::New));
+        if is_new {
+            boot.outside.filesystems.check_mkfs(&self.wanted.kind)?;
+        }
+        Ok(is_new.then_some(false))
     }
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
         let volume = need(boot.volume.as_ref(), "the open volume")?;
         if boot.pending.is_none() {
             let (wanted, at) = (&self.wanted.kind, boot.disk_path.display());
-            let segment = need(boot.facts.segment, "the volume's place")?;
+            let segment = need(boot.facts.as_ref(), "the volume's facts")?.segment;
             match content::of_plaintext(volume, segment)? {
                 content::Plaintext::Holds(found) if found.iter().any(|mark| mark.name == wanted) => return Ok(()),
                 content::Plaintext::Holds(found) => bail!(
                     "the volume on {at} holds {}, not {wanted}: set `type` under [filesystem] to what it is",
                     signature::Content::Known(found)
                 ),
-                content::Plaintext::Unknown => bail!(
-                    "the volume on {at} holds data, but no filesystem that is known: nothing is made over it; look at it \
-                     with `nbdcrypt serve`"
+                content::Plaintext::Unknown(content) => bail!(
+                    "the volume on {at} has no {wanted} filesystem, but it was written to: its plaintext holds {content}. \
+                     An interrupted mkfs also leaves this. No filesystem is made over that. To look at it, use \
+                     `nbdcrypt serve`. If it may be destroyed, remove [filesystem] from the configuration for now, run \
+                     `nbdcrypt up`, make the filesystem by hand with `mkfs.{wanted}` on the device that `nbdcrypt status` \
+                     shows, and run `nbdcrypt down`"
                 ),
+                content::Plaintext::NeverWritten if volume.is_read_only() => {
+                    bail!("the volume on {at} is blank, and read-only: no filesystem can be made on it")
+                }
                 content::Plaintext::NeverWritten => {
-                    // Without a header, nothing but blankness tells that the disk is meant.
+                    // Without a header, only a blank disk shows that the configuration names the right disk.
                     if boot.config.volume.kind == VolumeType::Plain {
+                        let disk_len = need(boot.disk.as_ref(), "the open disk")?.len();
+                        let whole = new_volume::sector_size(Some(segment.sector_size), disk_len - segment.offset);
+                        whole.with_context(|| format!("no new volume can be begun on {at}"))?;
                         content::refuse_unless_free(
                             &boot.disk_path,
                             need(boot.disk.as_ref(), "the open disk")?.as_ref(),
+                            Look::All(&[]),
                         )?;
                     }
                 }
             }
         }
         let device = need(boot.attached.as_ref(), "the attached device")?.device();
-        boot.outside.filesystems.make_filesystem(device, &self.wanted).context("could not make the filesystem")
+        let sector_size = volume.sector_size().bytes_u64();
+        let made = boot.outside.filesystems.make_filesystem(device, &self.wanted).map_err(|error| {
+            let said = format!("{error:#}");
+            match block_size::why_not_makeable(&said, sector_size) {
+                Some(why) => anyhow!("{said}; {why}"),
+                None => error,
+            }
+        });
+        made.context("could not make the filesystem")?;
+        boot.filesystem_made = true;
+        Ok(())
     }
 }

@@ -1,23 +1,30 @@
-//! The header of a volume that was begun in this run: written now that its filesystem is whole, so that what is found
-//! after a crash is a whole volume or none.
+//! The step `header`: writes the header of a new volume, now that its filesystem is complete. So a crash leaves either
+//! a complete volume, or a disk that is recognised as unfinished.
 
 use anyhow::{Context, Result};
 
-use super::{Boot, Step};
+use super::{Boot, Foreseen, Step, volume};
+
+/// The step's name.
+pub(super) const NAME: &str = "header";
 
 pub(super) struct CommitHeader;
 
 impl Step for CommitHeader {
     fn name(&self) -> &'static str {
-        "header"
+        NAME
     }
 
-    fn describe(&self, _boot: &Boot<'_>) -> String {
-        "write the header of a new volume, so that it counts".to_owned()
+    fn describe(&self, boot: &Boot<'_>) -> String {
+        match volume::foresee(boot) {
+            Ok(Foreseen::There("plain")) => "a plain volume has no header".to_owned(),
+            Ok(Foreseen::There(_)) => "the volume has its header".to_owned(),
+            _ => "write the header of the new volume, which completes it".to_owned(),
+        }
     }
 
-    fn is_done(&self, _boot: &Boot<'_>) -> Result<Option<bool>> {
-        Ok(None)
+    fn is_done(&self, boot: &Boot<'_>) -> Result<Option<bool>> {
+        Ok(volume::foresee(boot).ok().map(|foreseen| matches!(foreseen, Foreseen::There(_))))
     }
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {

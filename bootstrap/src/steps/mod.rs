@@ -1,14 +1,17 @@
-//! The boot as steps, each in a file of its own: what it would do, whether it is done, doing it, and undoing it.
+//! The boot as steps, each in its own file. A step describes what it would do, tells whether it is done, does it, and undoes
+//! it.
 //!
 //! ```text
 //!  mountpoint ─► disk ─► secret ─► volume ─► device ─► filesystem ─► header ─► mount
-//!  free, made    opened  fetched   unlocked  attached  made where    of a new  done
-//!  if missing    alone             or begun            there is none volume
+//!  checked,      opened  fetched   unlocked  attached  made if       written   done
+//!  made if       and               or begun            missing       for a new
+//!  missing       locked                                              volume
 //! ```
-//! `up` runs them in this order, and when one fails undoes those that ran, the last first. `down` undoes them in the same
-//! order for a volume that is to be used again. A step reaches the system through [`Outside`] alone, so that tests see
-//! every call and let any of them fail.
+//! `up` runs the steps in this order. If one fails, `up` undoes those that ran, the last one first. `down` undoes them in
+//! the same reverse order, for a volume that is to be used again. A step reaches the system only through [`Outside`], so
+//! tests see every call and can let any of them fail.
 
+mod block_size;
 mod device;
 mod disk;
 mod filesystem;
@@ -22,98 +25,128 @@ mod volume;
 #[cfg(test)]
 mod tests;
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
 use engine::key::Passphrase;
-use engine::luks::{Disks, PendingFormat, Segment};
+use engine::layout::Segment;
+use engine::luks::{Disks, PendingFormat};
 use engine::store::BlockStore;
 use engine::volume::Volume;
 use uuid::Uuid;
 
 use crate::config::Config;
 use crate::keys::KmsToken;
+use crate::volume::VolumeType;
 pub use outside::Outside;
 use outside::{Attached, HeaderLock};
 
+/// The name of the step after which a new volume is complete, with its filesystem.
+pub const COMPLETING: &str = header::NAME;
+
 /// One thing that `up` does.
 pub trait Step {
-    /// One word for it.
+    /// Returns the step's name, which is one word.
     fn name(&self) -> &'static str;
 
-    /// What it would do, as the end of "nbdcrypt up would …".
+    /// Describes what the step would do, as the end of "nbdcrypt up would …".
     fn describe(&self, boot: &Boot<'_>) -> String;
 
-    /// Whether that is done already, as far as can be seen without changing anything; `None` where it can't.
+    /// Returns whether the step is done already, as far as can be seen without changing anything. Returns `None` if this
+    /// depends on a step before.
     ///
     /// # Errors
-    /// What stands in the way of the step, or of looking.
+    /// Fails if something prevents the step or the check.
     fn is_done(&self, boot: &Boot<'_>) -> Result<Option<bool>>;
 
-    /// Does it.
+    /// Does the step.
     ///
     /// # Errors
-    /// What stood in the way. A step that fails leaves nothing of its own behind.
+    /// Fails if the step cannot be done. It then leaves nothing behind that it made.
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()>;
 
-    /// Takes back what [`Step::run`] did, where it is not to stay.
+    /// Does again what somebody else has undone since [`Step::run`]. Returns `false` if there was nothing to do.
     ///
     /// # Errors
-    /// What stood in the way; things are then as they were.
+    /// Fails if this cannot be done again.
+    fn complete(&mut self, _boot: &mut Boot<'_>) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Undoes [`Step::run`]. For [`Undo::Down`], what was made on disk stays.
+    ///
+    /// # Errors
+    /// Fails if the step cannot be undone. Everything is then as before.
     fn undo(&mut self, _boot: &mut Boot<'_>, _why: Undo) -> Result<()> {
         Ok(())
     }
 }
 
-/// What undoing is for.
+/// The reason for undoing a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Undo {
-    /// A later step failed: everything shall be as before.
+    /// A later step failed, and everything must be as before.
     Failed,
-    /// The volume is taken down: what was made on disk stays.
+    /// The volume is taken down, and what was made on disk stays.
     Down,
 }
 
-/// What the steps hand on to each other.
+/// The state that the steps share.
 pub struct Boot<'o> {
-    /// What was asked for.
+    /// The configuration.
     pub config: &'o Config,
-    /// The disk that the configuration comes to on this machine.
+    /// The path of the configured disk on this machine.
     pub disk_path: PathBuf,
-    /// The system around.
+    /// The system around the steps.
     pub outside: Outside<'o>,
     disk: Option<Arc<dyn BlockStore>>,
-    /// The header's disk, where the header is detached.
+    /// The header's disk, if the header is detached.
     header: Option<Arc<dyn BlockStore>>,
     passphrase: Option<Passphrase>,
-    /// What a volume that is made is to carry in its header, and what it is to be called by.
+    /// The token for the header of a new volume, and the UUID of that volume.
     token: Option<(KmsToken, Uuid)>,
-    /// A volume that does not count yet: its header is written when its filesystem is whole.
+    /// A new volume whose header is not written yet. The header is written when the filesystem is complete.
     pending: Option<PendingFormat>,
-    /// A volume was made in this run, and counts.
+    /// Whether a volume was made in this run and its header is written.
     header_committed: bool,
+    /// What the disks hold, if a plan has looked at them.
+    foreseen: Cell<Option<Foreseen>>,
+    /// Whether the disk is a file that this run made.
+    disk_made: bool,
+    /// Whether this run made the filesystem.
+    filesystem_made: bool,
     volume: Option<Arc<Volume>>,
-    facts: Facts,
+    facts: Option<Facts>,
     attached: Option<Box<dyn Attached>>,
     mounted: bool,
 }
 
-/// What became known of the volume on the way.
-#[derive(Debug, Clone, Default)]
+/// What a plan says about the volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Foreseen {
+    /// The disk is blank, and a new volume would be made.
+    New,
+    /// There is a volume of this format: LUKS1, LUKS2 or plain.
+    There(&'static str),
+}
+
+/// What the steps have found out about the volume.
+#[derive(Debug, Clone)]
 pub struct Facts {
-    /// LUKS1, LUKS2 or plain.
-    pub kind: Option<&'static str>,
-    /// The length of the volume's key in bits, both halves counted.
-    pub key_bits: Option<usize>,
+    /// The format.
+    pub kind: VolumeType,
+    /// The length of the volume key in bits, with both halves counted.
+    pub key_bits: usize,
     /// Where the data lies on the disk.
-    pub segment: Option<Segment>,
-    /// The keyslot that opened.
+    pub segment: Segment,
+    /// The keyslot that opened the volume. `None` for a new volume, and for a plain one.
     pub keyslot: Option<usize>,
 }
 
 impl<'o> Boot<'o> {
-    /// Nothing is done yet.
+    /// Starts a boot in which no step has run yet.
     pub fn new(config: &'o Config, disk_path: PathBuf, outside: Outside<'o>) -> Self {
         Self {
             config,
@@ -125,14 +158,18 @@ impl<'o> Boot<'o> {
             token: None,
             pending: None,
             header_committed: false,
+            foreseen: Cell::new(None),
+            disk_made: false,
+            filesystem_made: false,
             volume: None,
-            facts: Facts::default(),
+            facts: None,
             attached: None,
             mounted: false,
         }
     }
 
-    /// Keeps others from the headers on the open disks: the data's, where old ones are wiped, and the one that counts.
+    /// Locks the headers on the open disks against other processes: the current header, and the data disk, where old headers
+    /// are wiped.
     fn lock_headers(&self) -> Result<Vec<Box<dyn HeaderLock>>> {
         let disks = self.disks()?;
         let mut locks = vec![self.outside.disks.lock_header(&self.disk_path, disks.data())?];
@@ -142,7 +179,7 @@ impl<'o> Boot<'o> {
         Ok(locks)
     }
 
-    /// The open disks of header and data.
+    /// Returns the open disks of header and data.
     fn disks(&self) -> Result<Disks<'_>> {
         let data = need(self.disk.as_ref(), "the open disk")?.as_ref();
         match &self.config.volume.header {
@@ -151,38 +188,52 @@ impl<'o> Boot<'o> {
         }
     }
 
-    /// Where the header is: on the disk, unless it is detached.
+    /// Returns the path of the header's disk. This is the data disk, unless the header is detached.
     fn header_path(&self) -> &Path {
         self.config.volume.header.as_ref().unwrap_or(&self.disk_path)
     }
 
-    /// The attached device, once there is one.
+    /// Returns the attached device, once there is one.
     pub fn attached(&self) -> Option<&dyn Attached> {
         self.attached.as_deref()
     }
 
-    /// Whether the filesystem is mounted.
+    /// Returns whether the filesystem is mounted.
     pub fn is_mounted(&self) -> bool {
         self.mounted
     }
 
-    /// The open volume, once there is one.
+    /// Returns what this run made on the disk, if it made anything. If the user meant another disk, which holds data,
+    /// this text explains why the filesystem is empty.
+    pub fn news(&self) -> Option<String> {
+        let (name, disk) = (&self.config.name, self.disk_path.display());
+        // A plain volume has no header. It is new if its disk is.
+        if self.header_committed || self.disk_made {
+            let header = self.config.volume.header.as_ref();
+            let header = header.map(|header| format!(", with its header in {}", header.display())).unwrap_or_default();
+            return Some(format!("{name}: made a new, empty volume on {disk}{header} (no volume was there)"));
+        }
+        self.filesystem_made
+            .then(|| format!("{name}: made a new, empty filesystem in the volume on {disk} (the volume was blank)"))
+    }
+
+    /// Returns the open volume, once there is one.
     pub fn volume(&self) -> Option<&Arc<Volume>> {
         self.volume.as_ref()
     }
 
-    /// What became known of the volume.
-    pub fn facts(&self) -> &Facts {
-        &self.facts
+    /// Returns what the steps have found out about the volume, once it is open.
+    pub fn facts(&self) -> Option<&Facts> {
+        self.facts.as_ref()
     }
 }
 
-/// What a step before should have left; that it is missing is a mistake in the order of the steps.
+/// Returns a value that an earlier step must have set. If it is missing, the order of the steps is wrong.
 fn need<T>(value: Option<T>, what: &str) -> Result<T> {
     value.ok_or_else(|| anyhow!("internal error: a step needs {what}, which no step before it made"))
 }
 
-/// The steps of `up`, in their order. Without a `[filesystem]` the volume is attached, and that is all.
+/// Returns the steps of `up` in order. Without a `[filesystem]`, the volume is only attached.
 pub fn all(config: &Config) -> Vec<Box<dyn Step>> {
     let filesystem = config.filesystem.as_ref();
     let mut steps: Vec<Box<dyn Step>> = Vec::new();
@@ -203,10 +254,10 @@ pub fn all(config: &Config) -> Vec<Box<dyn Step>> {
     steps
 }
 
-/// Runs the steps in order. `after` sees each one that has run.
+/// Runs the steps in order. `after` is called after each one.
 ///
 /// # Errors
-/// What stood in the way, with the steps that had run undone; where undoing failed as well, that is said too.
+/// Fails if a step or `after` fails. The steps that had run are then undone. If undoing fails as well, the error says so.
 pub fn up(
     steps: &mut [Box<dyn Step>],
     boot: &mut Boot<'_>,
@@ -215,7 +266,7 @@ pub fn up(
     for index in 0..steps.len() {
         let step = &mut steps[index];
         let result = step.run(boot).map(|()| index + 1);
-        // A step that ran is undone even when it is `after` that failed.
+        // A step that ran is undone even if `after` failed.
         let (ran, result) = match result {
             Ok(ran) => (ran, after(steps[index].as_ref(), boot)),
             Err(error) => (index, Err(error)),
@@ -227,28 +278,51 @@ pub fn up(
     Ok(())
 }
 
+/// A start failed, and one of its steps could not be undone.
+#[derive(Debug, thiserror::Error)]
+#[error("and undoing the step `{step}` failed: {why}")]
+pub struct NotUndone {
+    /// The step's name.
+    pub step: &'static str,
+    /// Why the step could not be undone.
+    pub why: String,
+}
+
 fn undo_all(steps: &mut [Box<dyn Step>], boot: &mut Boot<'_>, mut error: anyhow::Error) -> anyhow::Error {
     for step in steps.iter_mut().rev() {
         if let Err(second) = step.undo(boot, Undo::Failed) {
             tracing::error!("undoing the step {}: {second:#}", step.name());
-            error = error.context(format!("and undoing the step `{}` failed: {second:#}", step.name()));
+            error = error.context(NotUndone { step: step.name(), why: format!("{second:#}") });
         }
     }
     error
 }
 
-/// Undoes the steps of a volume that is up, the last one first.
+/// Does again what somebody else has undone since `up`. Returns `false` if everything was there.
 ///
 /// # Errors
-/// What stood in the way. What was taken down until then stays down, and `down` may be called again.
+/// Fails if a step could not be done again.
+pub fn complete(steps: &mut [Box<dyn Step>], boot: &mut Boot<'_>) -> Result<bool> {
+    let mut did = false;
+    for step in steps {
+        did |= step.complete(boot).with_context(|| format!("could not do the step `{}` again", step.name()))?;
+    }
+    Ok(did)
+}
+
+/// Undoes the steps of a volume that is up, the last one first. `after` is called after each step. It cannot fail, so
+/// nothing in it can keep the volume from going down.
+///
+/// # Errors
+/// Fails if a step could not be undone. The steps undone until then stay undone, and `down` may be called again.
 pub fn down(
     steps: &mut [Box<dyn Step>],
     boot: &mut Boot<'_>,
-    after: &mut dyn FnMut(&dyn Step, &Boot<'_>) -> Result<()>,
+    after: &mut dyn FnMut(&dyn Step, &Boot<'_>),
 ) -> Result<()> {
     for step in steps.iter_mut().rev() {
         step.undo(boot, Undo::Down).with_context(|| format!("could not undo the step `{}`", step.name()))?;
-        after(step.as_ref(), boot)?;
+        after(step.as_ref(), boot);
     }
     Ok(())
 }

@@ -1,9 +1,10 @@
-//! The filesystem, mounted.
+//! The step `mount`: mounts the filesystem.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow, bail};
 
 use super::{Boot, Step, Undo, need};
 use crate::config::FilesystemConfig;
+use crate::steps::block_size;
 
 pub(super) struct Mount {
     wanted: FilesystemConfig,
@@ -21,7 +22,7 @@ impl Step for Mount {
     }
 
     fn describe(&self, _boot: &Boot<'_>) -> String {
-        format!("mount it on {}", self.wanted.mountpoint.display())
+        format!("mount the {} filesystem on {}", self.wanted.kind, self.wanted.mountpoint.display())
     }
 
     fn is_done(&self, _boot: &Boot<'_>) -> Result<Option<bool>> {
@@ -30,21 +31,53 @@ impl Step for Mount {
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
         let device = need(boot.attached.as_ref(), "the attached device")?.device();
-        boot.outside.filesystems.mount(device, &self.wanted).with_context(|| {
-            if boot.header_committed {
-                "the new volume is made and whole, but could not be mounted"
+        let volume = need(boot.volume.as_ref(), "the open volume")?;
+        let read_only = volume.is_read_only();
+        let mut wanted = self.wanted.clone();
+        if read_only && !wanted.options.iter().any(|option| option == "ro") {
+            wanted.options.push("ro".to_owned());
+        }
+        let mounted = boot.outside.filesystems.mount(device, &wanted).map_err(|error| {
+            match block_size::why_not_mountable(volume.as_ref(), volume.sector_size().bytes_u64()) {
+                Some(why) => anyhow!("{why}: {error:#}"),
+                None => error,
+            }
+        });
+        mounted.with_context(|| {
+            if read_only {
+                "could not mount the filesystem read-only. If its journal must be replayed, which a read-only disk \
+                 does not allow, skip that with `options = [\"noload\"]` (ext4) or `options = [\"norecovery\"]` (xfs) \
+                 under [filesystem]"
+            } else if boot.header_committed {
+                "the new volume is complete, but its filesystem could not be mounted"
             } else {
-                "could not mount"
+                "could not mount the filesystem"
             }
         })?;
         boot.mounted = true;
         Ok(())
     }
 
+    fn complete(&mut self, boot: &mut Boot<'_>) -> Result<bool> {
+        let device = need(boot.attached.as_ref(), "the attached device")?.device();
+        let at = &self.wanted.mountpoint;
+        match boot.outside.filesystems.mounted_on(at)? {
+            Some(mount) if mount.source == device => Ok(false),
+            Some(mount) => bail!(
+                "{} from {} is mounted on {at}; unmount that first (umount {at})",
+                mount.filesystem,
+                mount.source.display(),
+                at = at.display()
+            ),
+            None => self.run(boot).map(|()| true),
+        }
+    }
+
     fn undo(&mut self, boot: &mut Boot<'_>, _why: Undo) -> Result<()> {
-        if boot.mounted {
-            let device = need(boot.attached.as_ref(), "the attached device")?.device();
-            boot.outside.filesystems.unmount(device, &self.wanted.mountpoint)?;
+        // The filesystem is unmounted even if this process has not mounted it. After a `down` that stopped halfway, somebody
+        // may have mounted it again.
+        if let Some(attached) = &boot.attached {
+            boot.outside.filesystems.unmount(attached.device(), &self.wanted.mountpoint)?;
             boot.mounted = false;
         }
         Ok(())

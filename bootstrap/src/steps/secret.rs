@@ -1,11 +1,12 @@
-//! The volume's secret, from where the configuration says it is.
+//! The step `secret`: gets the volume's secret from the configured source.
 
 use anyhow::{Context, Result};
 
-use super::volume::is_volume;
-use super::{Boot, Step, Undo};
+use super::volume::{self, is_volume};
+use super::{Boot, Foreseen, Step, Undo};
 use crate::keys::{self, SecretRequest};
-use crate::new_volume;
+use crate::volume::content::Look;
+use crate::volume::new_volume;
 
 pub(super) struct Secret;
 
@@ -15,10 +16,17 @@ impl Step for Secret {
     }
 
     fn describe(&self, boot: &Boot<'_>) -> String {
-        format!("get the secret: {}", boot.outside.keys.describe())
+        let source = boot.outside.keys.describe();
+        match volume::foresee(boot) {
+            Ok(Foreseen::New) if keys::is_in_header(&boot.config.key) => {
+                "make a secret, and have KMS encrypt it for the token in the LUKS2 header".to_owned()
+            }
+            _ => format!("get the secret: {source}"),
+        }
     }
 
-    fn is_done(&self, _boot: &Boot<'_>) -> Result<Option<bool>> {
+    fn is_done(&self, boot: &Boot<'_>) -> Result<Option<bool>> {
+        boot.outside.keys.check()?;
         Ok(Some(false))
     }
 
@@ -35,15 +43,15 @@ impl Step for Secret {
     }
 }
 
-/// What is to be asked for: where the secret is in the header, that is read first; a volume that is yet to be made gets a new
-/// one.
+/// Returns what to ask the source for. If the secret is in the header, this reads the header. A volume that is yet to be
+/// made gets a new secret.
 fn request(boot: &Boot<'_>) -> Result<SecretRequest> {
     if !keys::is_in_header(&boot.config.key) {
         return Ok(SecretRequest::Configured);
     }
     let disks = boot.disks()?;
-    if !is_volume(boot, &disks)? {
-        return Ok(SecretRequest::New { volume: new_volume::new_uuid()? });
+    if !is_volume(boot, &disks, Look::All(&[]))? {
+        return Ok(SecretRequest::New { volume: new_volume::new_uuid(&mut |bytes| boot.outside.keys.random(bytes))? });
     }
     let name = || boot.header_path().display().to_string();
     keys::request_for(&boot.config.key, disks.header()).with_context(name)

@@ -1,4 +1,4 @@
-//! The order of the steps, and what is left when any call to the system around fails.
+//! The order of the steps, and what is left if any call to the system fails.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,39 +12,46 @@ use engine::luks::FormatOptions;
 use engine::signature::{self, Content};
 use engine::store::{BlockStore, MemoryStore};
 use engine::volume::Volume;
+use engine::xts::CpuPath;
+use nbd_server::statistics::Statistics;
 
-use super::outside::{Attached, Devices, Disks, Filesystems, HeaderLock, Keys, Outside};
+use super::outside::{Attached, Devices, Disks, Filesystems, Folder, HeaderLock, Keys, Machine, Outside};
 use super::*;
 use crate::attach::{EndedSignal, Method, Remains};
 use crate::config::{FilesystemConfig, VolumeConfig};
 use crate::keys::{KmsToken, Secret, SecretRequest};
-use crate::mounts::Mount;
-use crate::new_volume::{self, Strength};
+use crate::machine::mounts::Mount;
+use crate::volume::VolumeType;
+use crate::volume::new_volume::{self, Strength};
 
 const DISK: &str = "/disk";
 const HEADER: &str = "/header";
 const DISK_LEN: usize = 20 << 20;
 
-/// A system that does what it is asked in memory, writes down each call, and fails one of them if told to.
+/// A system in memory. It records each call, and fails one of them if told to.
 #[derive(Default)]
 struct World {
     calls: Vec<String>,
     fail: Option<usize>,
-    /// All calls of a name.
+    /// Every call with this name fails.
     fail_at: Option<&'static str>,
     disks: BTreeMap<PathBuf, Arc<MemoryStore>>,
     folders: BTreeSet<PathBuf>,
     attached: Option<Arc<Volume>>,
     mounted: BTreeSet<PathBuf>,
+    /// The folders below a mount, and whether writers are kept out of them.
+    protected: BTreeMap<PathBuf, bool>,
     busy: bool,
-    /// What another process puts on a disk before this one has its lock.
+    /// What another process writes to a disk before this process takes its lock.
     meanwhile: Option<Meanwhile>,
     passphrase: Vec<u8>,
+    /// Whether the disks ignore discards.
+    keeps_all: bool,
 }
 
 struct Meanwhile {
     path: &'static str,
-    /// How many times this process has had the lock until then.
+    /// How many times this process has taken the lock when the other process writes.
     locks: usize,
     bytes: Vec<u8>,
 }
@@ -53,14 +60,14 @@ struct Meanwhile {
 struct Fake(Rc<RefCell<World>>);
 
 impl Fake {
-    /// A machine with a blank disk.
+    /// Makes a machine with a blank disk.
     fn new() -> Self {
-        let mut world = World { passphrase: b"secret".to_vec(), ..World::default() };
+        let mut world = World { passphrase: [7; 32].to_vec(), ..World::default() };
         world.disks.insert(DISK.into(), Arc::new(MemoryStore::zeroed(DISK_LEN)));
         Self(Rc::new(RefCell::new(world)))
     }
 
-    /// A machine where the disk is to be a file, and is not there yet.
+    /// Makes a machine on which the disk is to be a file that does not exist yet.
     fn without_disk() -> Self {
         let fake = Self::new();
         fake.0.borrow_mut().disks.clear();
@@ -77,7 +84,13 @@ impl Fake {
     }
 
     fn outside(&self) -> Outside<'_> {
-        Outside { keys: self, disks: self, devices: self, filesystems: self }
+        Outside {
+            keys: self,
+            disks: self,
+            devices: self,
+            filesystems: self,
+            machine: Machine { cpu: CpuPath::Portable, memory_kib: 1 << 20 },
+        }
     }
 
     fn disk(&self) -> Arc<MemoryStore> {
@@ -88,7 +101,7 @@ impl Fake {
         signature::examine(self.disk().as_ref() as &dyn BlockStore).unwrap()
     }
 
-    /// Everything that can be left behind, but for what the disk holds.
+    /// Returns everything that can be left behind, except the content of the disk.
     fn leftovers(&self) -> (bool, Vec<PathBuf>, Vec<PathBuf>) {
         let world = self.0.borrow();
         (world.attached.is_some(), world.mounted.iter().cloned().collect(), world.folders.iter().cloned().collect())
@@ -98,6 +111,10 @@ impl Fake {
 impl Keys for Fake {
     fn describe(&self) -> String {
         "a fake".to_owned()
+    }
+
+    fn check(&self) -> Result<()> {
+        self.call("check secret")
     }
 
     fn secret(&self, request: SecretRequest) -> Result<Secret> {
@@ -122,18 +139,26 @@ impl Keys for Fake {
     }
 
     fn random(&self, bytes: &mut [u8]) -> std::io::Result<()> {
-        crate::system::random(bytes)
+        crate::machine::random::fill(bytes)
     }
 
-    fn format_options(&self, volume: &VolumeConfig) -> Result<FormatOptions> {
+    fn format_options(&self, volume: &VolumeConfig, data_len: u64) -> Result<FormatOptions> {
         self.call("calibrate")?;
-        new_volume::options(volume.kind, volume.sector_size, Strength::Random)
+        let sector_size = new_volume::sector_size(volume.sector_size, data_len)?;
+        new_volume::options(volume.kind, sector_size, Strength::Random, Uuid::from_u128(1))
     }
 }
 
 impl Disks for Fake {
     fn exists(&self, path: &Path) -> Result<bool> {
         Ok(self.0.borrow().disks.contains_key(path) || self.0.borrow().folders.contains(path))
+    }
+
+    fn check_folder(&self, path: &Path) -> Result<()> {
+        match path.starts_with("/dev") {
+            true => bail!("{} does not exist, and is no place for files", path.display()),
+            false => Ok(()),
+        }
     }
 
     fn make(&self, path: &Path, size: u64) -> Result<()> {
@@ -152,6 +177,7 @@ impl Disks for Fake {
     fn open(&self, path: &Path) -> Result<Arc<dyn BlockStore>> {
         self.call("open disk")?;
         match self.0.borrow().disks.get(path) {
+            Some(disk) if self.0.borrow().keeps_all => Ok(Arc::new(KeepsAll(Arc::clone(disk)))),
             Some(disk) => Ok(Arc::clone(disk) as Arc<dyn BlockStore>),
             None => bail!("{} does not exist", path.display()),
         }
@@ -159,6 +185,14 @@ impl Disks for Fake {
 
     fn look(&self, path: &Path) -> Result<Arc<dyn BlockStore>> {
         self.open(path)
+    }
+
+    fn refuse_if_used(&self, _path: &Path) -> Result<()> {
+        Ok(())
+    }
+
+    fn refuse_if_read_only(&self, _path: &Path) -> Result<()> {
+        Ok(())
     }
 
     fn lock_header(&self, path: &Path, disk: &dyn BlockStore) -> Result<Box<dyn HeaderLock>> {
@@ -173,11 +207,40 @@ impl Disks for Fake {
     }
 }
 
+/// A disk that ignores discards.
+struct KeepsAll(Arc<MemoryStore>);
+
+impl BlockStore for KeepsAll {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+
+    fn read_at(&self, data: &mut [u8], offset: u64) -> std::io::Result<()> {
+        self.0.read_at(data, offset)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> std::io::Result<()> {
+        self.0.write_at(data, offset)
+    }
+
+    fn flush(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, _offset: u64, _len: u64) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+}
+
 struct FakeLock;
 
 impl HeaderLock for FakeLock {}
 
 impl Devices for Fake {
+    fn has_nbd(&self) -> bool {
+        true
+    }
+
     fn attach(&self, volume: Arc<Volume>) -> Result<Box<dyn Attached>> {
         self.call("attach")?;
         self.0.borrow_mut().attached = Some(volume);
@@ -200,6 +263,10 @@ impl Attached for FakeDevice {
         None
     }
 
+    fn statistics(&self) -> Option<Arc<Statistics>> {
+        None
+    }
+
     fn detach(self: Box<Self>) -> Result<(), (Box<dyn Attached>, anyhow::Error)> {
         match self.0.call("detach") {
             Ok(()) => Ok(()),
@@ -218,10 +285,13 @@ impl Filesystems for Fake {
     fn mounted_on(&self, mountpoint: &Path) -> Result<Option<Mount>> {
         let mounted = self.0.borrow().mounted.contains(mountpoint);
         Ok(mounted.then(|| Mount {
+            id: 1,
             mountpoint: mountpoint.to_owned(),
             source: "/dev/other".into(),
             filesystem: "xfs".to_owned(),
             device_number: "1:1".to_owned(),
+            root: "/".into(),
+            read_only: false,
         }))
     }
 
@@ -231,6 +301,25 @@ impl Filesystems for Fake {
         Ok(if new { vec![path.to_owned()] } else { Vec::new() })
     }
 
+    fn look_at_folder(&self, path: &Path) -> Result<Folder> {
+        let world = self.0.borrow();
+        Ok(match world.folders.contains(path) {
+            true => Folder::Empty(world.protected.get(path).copied().unwrap_or(false)),
+            false => Folder::Missing,
+        })
+    }
+
+    fn check_mkfs(&self, kind: &str) -> Result<()> {
+        self.call("check mkfs")?;
+        assert_eq!(kind, "ext4");
+        Ok(())
+    }
+
+    fn see_to_folder(&self, path: &Path, protect: bool) {
+        assert!(!self.0.borrow().mounted.contains(path), "it is below the mount, not on it");
+        self.0.borrow_mut().protected.insert(path.to_owned(), protect);
+    }
+
     fn remove_folder(&self, path: &Path) -> Result<()> {
         self.call("remove folder")?;
         self.0.borrow_mut().folders.remove(path);
@@ -238,14 +327,17 @@ impl Filesystems for Fake {
     }
 
     fn make_filesystem(&self, _device: &Path, filesystem: &FilesystemConfig) -> Result<()> {
+        // mkfs writes far from the start before it can fail.
+        let volume = Arc::clone(self.0.borrow().attached.as_ref().unwrap());
+        volume.write(3 << 20, &mut [0x17; 4096])?;
         self.call("mkfs")?;
         assert_eq!(filesystem.kind, "ext4");
-        // As much of a superblock as tells ext4 (kernel: fs/ext4/ext4.h): s_magic, has_journal, extents.
+        // The part of a superblock that identifies ext4 (kernel: fs/ext4/ext4.h): s_magic, has_journal, extents.
         let mut superblock = [0; 1024];
         superblock[0x38..0x3a].copy_from_slice(&0xef53u16.to_le_bytes());
         superblock[0x5c..0x60].copy_from_slice(&0x4u32.to_le_bytes());
         superblock[0x60..0x64].copy_from_slice(&0x40u32.to_le_bytes());
-        self.0.borrow().attached.as_ref().unwrap().write(1024, &mut superblock)?;
+        volume.write(1024, &mut superblock)?;
         Ok(())
     }
 
@@ -265,6 +357,10 @@ impl Filesystems for Fake {
         self.0.borrow_mut().mounted.remove(mountpoint);
         Ok(())
     }
+
+    fn sync(&self, _device: &Path, _mountpoint: Option<&Path>) -> Result<()> {
+        self.call("sync")
+    }
 }
 
 fn config() -> Config {
@@ -275,14 +371,14 @@ fn config() -> Config {
     Config::parse(&text, Path::new("test.toml")).unwrap()
 }
 
-/// The same, with the header in a file of its own.
+/// Returns the same configuration with a detached header.
 fn detached() -> Config {
     let mut config = config();
     config.volume.header = Some(HEADER.into());
     config
 }
 
-/// Takes the steps of `up`, and hands the rest to `then`.
+/// Runs the steps of `up`, and passes the rest to `then`.
 fn up_and(fake: &Fake, then: impl FnOnce(&mut [Box<dyn Step>], &mut Boot<'_>)) -> Result<()> {
     up_as(&config(), fake, then)
 }
@@ -296,7 +392,7 @@ fn up_as(config: &Config, fake: &Fake, then: impl FnOnce(&mut [Box<dyn Step>], &
 }
 
 fn up_and_down(fake: &Fake) -> Result<()> {
-    up_and(fake, |steps, boot| down(steps, boot, &mut |_, _| Ok(())).unwrap())
+    up_and(fake, |steps, boot| down(steps, boot, &mut |_, _| ()).unwrap())
 }
 
 #[test]
@@ -321,20 +417,50 @@ fn a_new_volume_counts_only_once_its_filesystem_is_made() {
             "detach"
         ]
     );
-    assert!(crate::content::is_luks(&fake.content()));
+    assert!(crate::volume::content::is_luks(&fake.content()));
     assert_eq!(fake.leftovers(), (false, vec![], vec!["/mnt".into()]));
 }
 
 #[test]
-fn a_volume_that_another_makes_meanwhile_is_theirs() {
+fn the_mountpoint_is_protected_before_the_mount_unless_told_otherwise() {
+    for protect in [true, false] {
+        let mut config = config();
+        let filesystem = config.filesystem.as_mut().unwrap();
+        assert!(filesystem.protect_mountpoint, "it is the default");
+        filesystem.protect_mountpoint = protect;
+        let fake = Fake::new();
+        up_as(&config, &fake, |_, _| ()).unwrap();
+        assert_eq!(fake.0.borrow().protected, BTreeMap::from([("/mnt".into(), protect)]));
+    }
+}
+
+#[test]
+fn a_missing_disk_in_dev_is_no_file_to_be_made() {
+    for (disk, header) in [("/dev/nvme1n1", None), (DISK, Some("/dev/nvme2n1"))] {
+        let mut config = config();
+        config.volume.header = header.map(PathBuf::from);
+        let fake = Fake::without_disk();
+        let mut boot = Boot::new(&config, disk.into(), fake.outside());
+        let mut steps = all(&config);
+        let error = up(&mut steps, &mut boot, &mut |_, _| Ok(())).unwrap_err();
+        assert!(format!("{error:#}").contains("is no place for files"), "{error:#}");
+        assert!(fake.0.borrow().disks.is_empty());
+        let disk_step = &mut steps[1];
+        assert!(format!("{:#}", disk_step.is_done(&boot).unwrap_err()).contains("no place for files"));
+    }
+}
+
+#[test]
+fn a_volume_that_another_process_makes_meanwhile_is_kept() {
     for (config, path) in [(config(), DISK), (detached(), HEADER)] {
         let at = |fake: &Fake| Arc::clone(&fake.0.borrow().disks[Path::new(path)]);
         let theirs = Fake::without_disk();
         up_as(&config, &theirs, |_, _| ()).unwrap();
         let theirs = at(&theirs).snapshot();
-        // While this one is calibrated, while its filesystem is made, and before what was begun is taken back.
+        // The other process comes while this one is calibrated, while its filesystem is made, and before the begun volume is
+        // abandoned.
         for (locks, failing, refusal) in [
-            (0, None, "somebody else made a volume on it meanwhile"),
+            (0, None, "another process has made a volume on it meanwhile"),
             (1, None, "the mark of the unfinished volume is gone"),
             (1, Some("mkfs"), "the mark of the unfinished volume is gone"),
             (1, Some("attach"), "the mark of the unfinished volume is gone"),
@@ -354,14 +480,14 @@ fn a_volume_that_another_makes_meanwhile_is_theirs() {
 }
 
 #[test]
-fn a_made_file_in_which_another_puts_anything_stays() {
+fn a_made_file_that_another_process_writes_to_stays() {
     for config in [config(), detached()] {
         let fake = Fake::without_disk();
         fake.0.borrow_mut().meanwhile = Some(Meanwhile { path: DISK, locks: 0, bytes: b"a diary".to_vec() });
         let error = format!("{:#}", up_as(&config, &fake, |_, _| panic!("it went on")).unwrap_err());
         assert!(error.contains("not blank") && error.contains("/disk, which was made, is not removed"), "{error}");
         assert_eq!(&fake.disk().snapshot()[..7], b"a diary");
-        // The other one's lock keeps it, too.
+        // The other process's lock keeps the file, too.
         let fake = Fake::without_disk();
         fake.0.borrow_mut().fail_at = Some("lock header");
         let error = format!("{:#}", up_as(&config, &fake, |_, _| panic!("it went on")).unwrap_err());
@@ -371,7 +497,7 @@ fn a_made_file_in_which_another_puts_anything_stays() {
 }
 
 #[test]
-fn a_volume_that_is_there_is_opened_and_its_filesystem_kept() {
+fn an_existing_volume_is_opened_and_its_filesystem_kept() {
     let fake = Fake::new();
     up_and_down(&fake).unwrap();
     let before = fake.disk().snapshot();
@@ -399,12 +525,12 @@ fn whatever_fails_nothing_is_left() {
             assert!(format!("{error:#}").contains(&what), "{error:#}");
             assert_eq!(fake.leftovers(), (false, vec![], vec![]), "after a fault at {what}");
             match what.as_str() {
-                // The volume is whole by then, and stays.
-                "mount" => assert!(crate::content::is_luks(&fake.content())),
+                // The volume is complete by then, and stays.
+                "mount" => assert!(crate::volume::content::is_luks(&fake.content())),
                 _ if makes_disk => assert!(fake.0.borrow().disks.is_empty(), "after a fault at {what}"),
                 _ => assert_eq!(fake.content(), Content::Blank, "after a fault at {what}"),
             }
-            // And whatever it was, it works the next time.
+            // In any case, the next start works.
             fake.0.borrow_mut().fail = None;
             up_and_down(&fake).unwrap();
         }
@@ -412,7 +538,29 @@ fn whatever_fails_nothing_is_left() {
 }
 
 #[test]
-fn a_process_that_dies_between_two_steps_leaves_a_volume_or_a_disk_that_may_be_formatted() {
+fn a_start_can_be_repeated_on_a_disk_that_ignores_discards() {
+    for config in [config(), detached()] {
+        for has_header in [false, true] {
+            for failing in ["attach", "mkfs"] {
+                let fake = Fake::new();
+                fake.0.borrow_mut().keeps_all = true;
+                if has_header && let Some(header) = &config.volume.header {
+                    fake.0.borrow_mut().disks.insert(header.clone(), Arc::new(MemoryStore::zeroed(16 << 20)));
+                }
+                for _ in 0..2 {
+                    fake.0.borrow_mut().fail_at = Some(failing);
+                    let error = up_as(&config, &fake, |_, _| panic!("it went on")).unwrap_err();
+                    assert!(format!("{error:#}").contains("injected fault"), "{error:#}");
+                }
+                fake.0.borrow_mut().fail_at = None;
+                up_as(&config, &fake, |steps, boot| down(steps, boot, &mut |_, _| ()).unwrap()).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_killed_start_leaves_a_volume_or_a_formattable_disk() {
     let config = config();
     for count in 0..all(&config).len() {
         let fake = Fake::new();
@@ -420,7 +568,7 @@ fn a_process_that_dies_between_two_steps_leaves_a_volume_or_a_disk_that_may_be_f
         for step in &mut all(&config)[..count] {
             step.run(&mut boot).unwrap();
         }
-        // Killed: nothing is undone, and the kernel takes back what was the process's own.
+        // The process is killed: nothing is undone, and the kernel releases what the process had.
         drop(boot);
         fake.0.borrow_mut().mounted.clear();
         up_and_down(&fake).unwrap_or_else(|error| panic!("after {count} steps: {error:#}"));
@@ -446,12 +594,12 @@ fn a_wrong_secret_is_refused_and_changes_nothing() {
     let before = fake.disk().snapshot();
     fake.0.borrow_mut().passphrase = b"another".to_vec();
     let error = up_and(&fake, |_, _| ()).unwrap_err();
-    assert!(format!("{error:#}").contains("passphrase is wrong"), "{error:#}");
+    assert!(format!("{error:#}").contains("no keyslot opens with this passphrase"), "{error:#}");
     assert_eq!(fake.disk().snapshot(), before);
 }
 
 #[test]
-fn a_mountpoint_that_is_taken_is_refused_before_anything_else_is_touched() {
+fn a_taken_mountpoint_is_refused_before_anything_is_touched() {
     let fake = Fake::new();
     fake.0.borrow_mut().mounted.insert("/mnt".into());
     let error = up_and(&fake, |_, _| ()).unwrap_err();
@@ -464,11 +612,32 @@ fn a_filesystem_in_use_keeps_the_volume_up() {
     let fake = Fake::new();
     up_and(&fake, |steps, boot| {
         fake.0.borrow_mut().busy = true;
-        let error = down(steps, boot, &mut |_, _| Ok(())).unwrap_err();
+        let error = down(steps, boot, &mut |_, _| ()).unwrap_err();
         assert!(format!("{error:#}").contains("bash (1)"), "{error:#}");
         assert!(boot.is_mounted() && boot.attached().is_some());
         fake.0.borrow_mut().busy = false;
-        down(steps, boot, &mut |_, _| Ok(())).unwrap();
+        down(steps, boot, &mut |_, _| ()).unwrap();
+    })
+    .unwrap();
+    assert_eq!(fake.leftovers(), (false, vec![], vec!["/mnt".into()]));
+}
+
+/// What went down stays down. `down` continues where it stopped, and `up` mounts the filesystem again.
+#[test]
+fn a_device_that_stays_is_attached_and_not_mounted() {
+    let fake = Fake::new();
+    up_and(&fake, |steps, boot| {
+        fake.0.borrow_mut().fail_at = Some("detach");
+        let mut seen = Vec::new();
+        let error = down(steps, boot, &mut |step, boot| seen.push((step.name(), boot.is_mounted()))).unwrap_err();
+        assert!(format!("{error:#}").contains("the step `device`"), "{error:#}");
+        assert_eq!(seen.first(), Some(&("mount", false)));
+        assert!(!boot.is_mounted() && boot.attached().is_some());
+        fake.0.borrow_mut().fail_at = None;
+        assert!(complete(steps, boot).unwrap());
+        assert!(boot.is_mounted());
+        assert_eq!(fake.0.borrow().mounted.iter().collect::<Vec<_>>(), [Path::new("/mnt")]);
+        down(steps, boot, &mut |_, _| ()).unwrap();
     })
     .unwrap();
     assert_eq!(fake.leftovers(), (false, vec![], vec!["/mnt".into()]));
@@ -492,22 +661,22 @@ fn a_filesystem_of_another_type_is_left_alone() {
 }
 
 #[test]
-fn a_detached_header_is_made_with_its_volume_and_nothing_of_luks_is_on_the_disk() {
+fn a_detached_header_leaves_nothing_of_luks_on_the_disk() {
     let fake = Fake::new();
-    let again = |fake: &Fake| up_as(&detached(), fake, |steps, boot| down(steps, boot, &mut |_, _| Ok(())).unwrap());
+    let again = |fake: &Fake| up_as(&detached(), fake, |steps, boot| down(steps, boot, &mut |_, _| ()).unwrap());
     again(&fake).unwrap();
-    assert!(!crate::content::is_luks(&fake.content()));
+    assert!(!crate::volume::content::is_luks(&fake.content()));
     let header = Arc::clone(&fake.0.borrow().disks[Path::new(HEADER)]);
-    assert!(crate::content::is_luks(&signature::examine(header.as_ref() as &dyn BlockStore).unwrap()));
+    assert!(crate::volume::content::is_luks(&signature::examine(header.as_ref() as &dyn BlockStore).unwrap()));
     let before = (fake.disk().snapshot(), header.snapshot());
     fake.0.borrow_mut().calls.clear();
     again(&fake).unwrap();
     assert!(!fake.0.borrow().calls.iter().any(|call| call == "mkfs" || call == "calibrate"));
     assert_eq!((fake.disk().snapshot(), header.snapshot()), before);
-    // A header that is lost is not replaced by a new one with another key.
+    // A lost header is not replaced by a new one with another key.
     fake.0.borrow_mut().disks.remove(Path::new(HEADER));
     let error = again(&fake).unwrap_err();
-    assert!(format!("{error:#}").contains("but the data's disk is not"), "{error:#}");
+    assert!(format!("{error:#}").contains("but the disk for the data is not"), "{error:#}");
     assert_eq!((fake.disk().snapshot(), fake.0.borrow().disks.len()), (before.0, 1), "something was changed");
 }
 
@@ -523,7 +692,7 @@ fn whatever_fails_nothing_is_left_of_a_detached_header() {
         fake.0.borrow_mut().fail = Some(fault);
         up_as(&detached(), &fake, |_, _| panic!("it went on")).unwrap_err();
         let what = fake.0.borrow().calls[fault].clone();
-        // Once the header is written the volume is whole, and stays.
+        // Once the header is written, the volume is complete and stays.
         assert_eq!(fake.0.borrow().disks.len(), if what == "mount" { 2 } else { 0 }, "after a fault at {what}");
     }
 }
@@ -533,15 +702,101 @@ fn a_secret_in_the_header_is_made_with_the_volume_and_found_there() {
     let text =
         format!("[volume]\ndevices = [\"{DISK}\"]\n[key]\nsource = \"aws\"\nobject = \"token\"\nkms-key = \"k\"\n");
     let config = Config::parse(&text, Path::new("test.toml")).unwrap();
-    let again = |fake: &Fake| up_as(&config, fake, |steps, boot| down(steps, boot, &mut |_, _| Ok(())).unwrap());
+    let again = |fake: &Fake| up_as(&config, fake, |steps, boot| down(steps, boot, &mut |_, _| ()).unwrap());
     let fake = Fake::new();
     again(&fake).unwrap();
-    // The configuration's own secret is not asked for: what opens it is in the token.
+    // The configured secret is not fetched, because the token contains the secret that opens the volume.
     fake.0.borrow_mut().passphrase = b"another".to_vec();
     again(&fake).unwrap();
-    // A volume without such a token says so.
+    // For a volume without such a token, the error says so.
     let fake = Fake::new();
     up_and_down(&fake).unwrap();
     let error = again(&fake).unwrap_err();
     assert!(format!("{error:#}").contains("no token `aws-kms`"), "{error:#}");
+}
+
+/// An existing volume still opens, because its key derivation does not change.
+#[test]
+fn no_volume_is_made_with_a_short_secret_that_is_said_to_be_random() {
+    let (fake, mut random) = (Fake::new(), config());
+    random.strength = Strength::Random;
+    fake.0.borrow_mut().passphrase = b"secret".to_vec();
+    let error = up_as(&random, &fake, |_, _| panic!("it went on")).unwrap_err();
+    assert!(format!("{error:#}").contains("`random = true` under [key]"), "{error:#}");
+    assert_eq!(fake.content(), Content::Blank);
+    up_and_down(&fake).unwrap();
+    up_as(&random, &fake, |steps, boot| down(steps, boot, &mut |_, _| ()).unwrap()).unwrap();
+}
+
+#[test]
+fn what_is_new_is_told_and_what_was_there_is_not() {
+    let news = |config: &Config, fake: &Fake| {
+        let mut told = None;
+        up_as(config, fake, |steps, boot| {
+            told = boot.news();
+            down(steps, boot, &mut |_, _| ()).unwrap();
+        })
+        .unwrap();
+        told
+    };
+    let volume = |more| Some(format!("test: made a new, empty volume on {DISK}{more} (no volume was there)"));
+    let fake = Fake::without_disk();
+    assert_eq!(news(&config(), &fake), volume(""));
+    assert_eq!(news(&config(), &fake), None);
+    assert_eq!(news(&detached(), &Fake::new()), volume(", with its header in /header"));
+    // A volume without a filesystem, as `nbdcrypt format` makes it.
+    let (fake, mut bare) = (Fake::new(), config());
+    bare.filesystem = None;
+    assert_eq!(news(&bare, &fake), volume(""));
+    assert_eq!(news(&bare, &fake), None);
+    let filesystem = format!("test: made a new, empty filesystem in the volume on {DISK} (the volume was blank)");
+    assert_eq!(news(&config(), &fake), Some(filesystem));
+    // A plain volume whose file is missing.
+    let (fake, mut plain) = (Fake::without_disk(), config());
+    plain.volume.kind = VolumeType::Plain;
+    fake.0.borrow_mut().passphrase = (0..64).collect();
+    assert_eq!(news(&plain, &fake), volume(""));
+    assert_eq!(news(&plain, &fake), None);
+}
+
+/// A plan tells facts: what there is, and so what `up` would do.
+#[test]
+fn a_plan_says_what_up_would_do() {
+    let plan = |config: &Config, fake: &Fake| -> Vec<(&'static str, String, String)> {
+        let boot = Boot::new(config, DISK.into(), fake.outside());
+        let row = |step: &dyn Step| {
+            let outlook = step.is_done(&boot).map_or_else(|error| format!("{error:#}"), |done| format!("{done:?}"));
+            (step.name(), outlook, step.describe(&boot))
+        };
+        all(config).iter().map(|step| row(step.as_ref())).collect()
+    };
+    let find = |rows: &[(&str, String, String)], step: &str| {
+        let (_, outlook, does) = rows.iter().find(|row| row.0 == step).unwrap();
+        format!("{outlook}: {does}")
+    };
+    let fake = Fake::without_disk();
+    let new = plan(&config(), &fake);
+    assert_eq!(
+        find(&new, "mountpoint"),
+        "Some(false): make the folder /mnt, and keep writers out of it while the volume is not up"
+    );
+    assert!(find(&new, "disk").contains("make /disk, a sparse file of"), "{new:?}");
+    assert_eq!(find(&new, "volume"), "Some(false): make a new LUKS2 volume on /disk");
+    assert_eq!(find(&new, "filesystem"), "Some(false): make a filesystem of type ext4 in the new volume");
+    assert!(find(&new, "header").starts_with("Some(false): write the header"), "{new:?}");
+    for (fault, step) in [("check mkfs", "filesystem"), ("check secret", "secret")] {
+        fake.0.borrow_mut().fail_at = Some(fault);
+        assert!(find(&plan(&config(), &fake), step).contains("injected fault"), "{step}");
+    }
+    fake.0.borrow_mut().fail_at = None;
+    assert!(fake.0.borrow().disks.is_empty() && fake.0.borrow().folders.is_empty(), "a plan changes nothing");
+    up_and_down(&fake).unwrap();
+    // What makes filesystems may be missing where none is made.
+    fake.0.borrow_mut().fail_at = Some("check mkfs");
+    let again = plan(&config(), &fake);
+    assert_eq!(find(&again, "mountpoint"), "Some(true): the folder /mnt is there, and nobody can write into it");
+    assert_eq!(find(&again, "disk"), "Some(false): open /disk");
+    assert_eq!(find(&again, "volume"), "Some(false): unlock the LUKS2 volume");
+    assert_eq!(find(&again, "header"), "Some(true): the volume has its header");
+    assert!(find(&again, "filesystem").starts_with("None: make a filesystem of type ext4 if"), "{again:?}");
 }

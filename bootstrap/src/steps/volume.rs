@@ -1,18 +1,26 @@
-//! The volume: unlocked where the disk holds one, begun where the disk is blank, and refused where it holds anything
+//! The step `volume`: unlocks a LUKS volume, or begins a new one if the disk is blank. Refuses a disk that holds anything
 //! else.
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::{self, Disks, FormatOptions, LockedVolume, PendingFormat, Segment, UnlockedVolume};
-use engine::signature::{self, Content};
+use engine::layout::Segment;
+use engine::luks::{self, Disks, FormatOptions, LockedVolume, PendingFormat, UnlockedVolume};
+use engine::signature::Content;
+use engine::store::{Allocation, BlockStore};
 use engine::volume::Volume;
 use engine::xts::Xts;
+use uuid::Uuid;
 
-use super::{Boot, Step, Undo, need};
-use crate::config::VolumeType;
-use crate::{content, cpu};
+use super::disk::header_len;
+use super::{Boot, Facts, Foreseen, Step, Undo, need};
+use crate::config::{KeyConfig, KeyFile};
+use crate::keys::opening::{self, Then};
+use crate::volume::VolumeType;
+use crate::volume::content::{self, Look};
+use crate::volume::new_volume;
+use crate::volume::new_volume::Strength;
 
 pub(super) struct Unlock;
 
@@ -22,51 +30,33 @@ impl Step for Unlock {
     }
 
     fn describe(&self, boot: &Boot<'_>) -> String {
-        let new = match boot.config.volume.kind {
-            VolumeType::Luks1 => "LUKS1",
-            VolumeType::Luks2 => "LUKS2",
-            VolumeType::Plain => return "open the plain volume (no header: a wrong key is not noticed)".to_owned(),
-        };
-        format!("unlock the LUKS volume; where the disk is blank, begin a new {new} volume")
+        let kind = boot.config.volume.kind;
+        if kind == VolumeType::Plain {
+            return "open the plain volume (it has no header, so a wrong key is not noticed)".to_owned();
+        }
+        match foresee(boot) {
+            Ok(Foreseen::New) => format!("make a new {kind} volume on {}", boot.disk_path.display()),
+            Ok(Foreseen::There(found)) => format!("unlock the {found} volume"),
+            // The obstacle says why it is not known.
+            Err(_) => format!("unlock the LUKS volume, or make a new {kind} volume if the disk is blank"),
+        }
     }
 
     fn is_done(&self, boot: &Boot<'_>) -> Result<Option<bool>> {
-        let disks = boot.outside.disks;
-        let path = &boot.disk_path;
-        if !disks.exists(path)? {
-            return Ok(Some(false));
-        }
-        let data = disks.look(path)?;
-        if boot.config.volume.kind == VolumeType::Plain {
-            return Ok(None);
-        }
-        let header = match &boot.config.volume.header {
-            Some(header) if disks.exists(header)? => Some(disks.look(header)?),
-            Some(_) => {
-                content::refuse_unless_blank(path, data.as_ref())?;
-                return Ok(Some(false));
-            }
-            None => None,
-        };
-        let both = match &header {
-            Some(header) => Disks::detached(header.as_ref(), data.as_ref()),
-            None => data.as_ref().into(),
-        };
-        if !is_volume(boot, &both)? {
-            return Ok(Some(false));
-        }
-        let limits = boot.config.volume.limits.limits();
-        luks::read(both, &limits).with_context(|| boot.header_path().display().to_string())?;
-        Ok(Some(true))
+        foresee(boot).map(|_| Some(false))
     }
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
-        // Used once, and wiped at the end of this step.
+        // The passphrase is used once, and wiped at the end of this step.
         let passphrase = need(boot.passphrase.take(), "the secret")?;
         if boot.config.volume.kind == VolumeType::Plain {
             return open_plain(boot, &passphrase);
         }
-        if is_volume(boot, &boot.disks()?)? { unlock(boot, &passphrase) } else { begin(boot, &passphrase) }
+        if is_volume(boot, &boot.disks()?, Look::All(&[]))? {
+            unlock(boot, &passphrase)
+        } else {
+            begin(boot, &passphrase)
+        }
     }
 
     fn undo(&mut self, boot: &mut Boot<'_>, why: Undo) -> Result<()> {
@@ -78,25 +68,85 @@ impl Step for Unlock {
     }
 }
 
-/// Whether there is a LUKS volume; else a new one may be made.
+/// Returns what `up` would find, and checks that nothing stands against it. Changes nothing. The result is found once and kept.
 ///
 /// # Errors
-/// What is on the disk, where that is something else.
-pub(super) fn is_volume(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<bool> {
-    match signature::examine(disks.header())? {
+/// Fails if the volume could be neither opened nor made, and says why.
+pub(super) fn foresee(boot: &Boot<'_>) -> Result<Foreseen> {
+    if let Some(foreseen) = boot.foreseen.get() {
+        return Ok(foreseen);
+    }
+    let foreseen = look_ahead(boot)?;
+    boot.foreseen.set(Some(foreseen));
+    Ok(foreseen)
+}
+
+fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
+    let disks = boot.outside.disks;
+    let (path, volume) = (&boot.disk_path, &boot.config.volume);
+    let data: Arc<dyn BlockStore> = match (disks.exists(path)?, volume.size) {
+        (true, _) => disks.look(path)?,
+        (false, Some(size)) => Arc::new(ToBeMade(size)),
+        (false, None) => bail!("{} does not exist", path.display()),
+    };
+    if volume.kind == VolumeType::Plain {
+        return Ok(Foreseen::There("plain"));
+    }
+    let header: Option<Arc<dyn BlockStore>> = match &volume.header {
+        Some(header) if disks.exists(header)? => Some(disks.look(header)?),
+        Some(_) => Some(Arc::new(ToBeMade(header_len(volume.kind)))),
+        None => None,
+    };
+    let both = match &header {
+        Some(header) => Disks::detached(header.as_ref(), data.as_ref()),
+        None => data.as_ref().into(),
+    };
+    if !is_volume(boot, &both, Look::All(&[]))? {
+        check_sector_size(boot, &both)?;
+        check_room(boot, &both)?;
+        for path in [Some(path), volume.header.as_ref()].into_iter().flatten() {
+            if disks.exists(path)? {
+                let blank = || format!("{} is blank, so that a new volume would be made", path.display());
+                disks.refuse_if_read_only(path).with_context(blank)?;
+            }
+        }
+        return Ok(Foreseen::New);
+    }
+    let limits = boot.config.volume.limits.limits(boot.outside.machine.memory_kib);
+    let locked = luks::read(both, &limits).with_context(|| boot.header_path().display().to_string())?;
+    opening::warn_of_copies(boot.header_path(), both.header(), Then::Stays);
+    Ok(Foreseen::There(match locked {
+        LockedVolume::Luks1(_) => "LUKS1",
+        LockedVolume::Luks2(_) => "LUKS2",
+    }))
+}
+
+/// Returns whether there is a LUKS volume. `false` means that this check found nothing against making a new one.
+///
+/// # Errors
+/// Fails if the disk holds anything else, and says what.
+pub(super) fn is_volume(boot: &Boot<'_>, disks: &Disks<'_>, look: Look<'_>) -> Result<bool> {
+    match look.at(disks.header())? {
         content if content::is_luks(&content) => Ok(true),
-        Content::Blank | Content::Unfinished => {
+        header @ (Content::Blank | Content::Unfinished) => {
             if disks.is_detached() {
-                // What is there may be the data of a volume whose header was lost or is another file.
-                content::refuse_unless_blank(&boot.disk_path, disks.data())?;
+                // The disk may hold the data of a volume whose header was lost, or is in another file.
+                content::refuse_unless_blank(&boot.disk_path, disks.data(), look).map_err(|refusal| match header {
+                    Content::Unfinished => refusal.context(format!(
+                        "making a volume with the header {} was interrupted. If that was on this disk, the disk holds \
+                         only the beginning of its filesystem",
+                        boot.header_path().display()
+                    )),
+                    _ => refusal,
+                })?;
             }
             Ok(false)
         }
-        content => Err(content::refusal(boot.header_path(), &content)),
+        content => Err(content::refusal(boot.header_path(), disks.header(), &content)),
     }
 }
 
-/// Makes the disk blank again that a volume was begun on, unless somebody else is at work on it, or was.
+/// Makes the disk on which a volume was begun blank again, unless another process uses it or has changed it.
 fn abandon(boot: &Boot<'_>, pending: PendingFormat) -> Result<()> {
     let result = boot.lock_headers().and_then(|_locks| Ok(pending.abandon(boot.disks()?)?));
     result.with_context(|| format!("{} could not be made blank again", boot.header_path().display()))
@@ -104,40 +154,57 @@ fn abandon(boot: &Boot<'_>, pending: PendingFormat) -> Result<()> {
 
 fn open_plain(boot: &mut Boot<'_>, secret: &Passphrase) -> Result<()> {
     let plain = boot.config.volume.plain;
-    let key = plain.key(secret).with_context(|| {
-        format!(
-            "the secret is the key of a plain volume, so it must have {0} bytes: `nbdcrypt provision` has KMS make it, \
-             and for a file `head -c {0} /dev/urandom` (or name the `hash` of a passphrase under [volume])",
-            plain.key_len
+    let is_key_file = matches!(&boot.config.key, KeyConfig::File(KeyFile::Path(_)));
+    if plain.ignores_hash(is_key_file) {
+        tracing::warn!(
+            "`hash` under [volume] is ignored, as cryptsetup does with a key file: the file's bytes are the key. To hash them, \
+             set `hash-key-file = true` as well; otherwise leave `hash` out"
+        );
+    }
+    let key = plain.key(secret, is_key_file).map_err(|why| {
+        anyhow!(
+            "the secret is not the key of the plain volume on {1}: {why}. `key-size = {2}` needs exactly {0} bytes: \
+             `nbdcrypt provision` has KMS make them, and `head -c {0} /dev/urandom` makes them for a file. \
+             `keyfile-size = {0}` under [volume] takes the first {0} bytes of a longer secret. For a passphrase, name \
+             its `hash`, and set `hash-key-file = true` if it is in a file",
+            plain.key_len,
+            boot.disk_path.display(),
+            8 * plain.key_len
         )
     })?;
     let disk_len = need(boot.disk.as_ref(), "the open disk")?.len();
     let segment = plain.segment(disk_len).with_context(|| boot.disk_path.display().to_string())?;
-    boot.facts.kind = Some("plain");
-    let cipher = plain.cipher(&key)?;
-    boot.volume = Some(open(boot, &key, cipher, segment)?);
-    Ok(())
+    let cipher = plain.cipher(&key, boot.outside.machine.cpu)?;
+    open(boot, cipher, Facts { kind: VolumeType::Plain, key_bits: key.bits(), segment, keyslot: None })
 }
 
 fn unlock(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     let name = || boot.header_path().display().to_string();
     let disks = boot.disks()?;
-    let locked = luks::read(disks, &boot.config.volume.limits.limits()).with_context(name)?;
-    let UnlockedVolume { key, segment, keyslot } = locked.unlock(disks.header(), passphrase).with_context(name)?;
-    boot.facts.keyslot = Some(keyslot);
-    boot.facts.kind = Some(match locked {
-        LockedVolume::Luks1(_) => "LUKS1",
-        LockedVolume::Luks2(_) => "LUKS2",
+    let locked =
+        luks::read(disks, &boot.config.volume.limits.limits(boot.outside.machine.memory_kib)).with_context(name)?;
+    opening::warn_of_copies(boot.header_path(), disks.header(), Then::Stays);
+    let unlocked = locked.unlock(disks.header(), passphrase).map_err(|error| {
+        let keyslot = |other: &Passphrase| locked.unlock(disks.header(), other).map(|unlocked| unlocked.keyslot);
+        opening::explained(error, opening::key_file_of(&boot.config.key), passphrase, keyslot)
     });
-    boot.volume = Some(open(boot, &key, cpu::cipher(&key)?, segment)?);
-    Ok(())
+    let UnlockedVolume { key, segment, keyslot } = unlocked.with_context(name)?;
+    let kind = match locked {
+        LockedVolume::Luks1(_) => VolumeType::Luks1,
+        LockedVolume::Luks2(_) => VolumeType::Luks2,
+    };
+    let cipher = Xts::with_path(&key, boot.outside.machine.cpu)?;
+    open(boot, cipher, Facts { kind, key_bits: key.bits(), segment, keyslot: Some(keyslot) })
 }
 
 fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
+    new_volume::check_strength(boot.config.strength, passphrase.expose().len())?;
     let keys = boot.outside.keys;
     let mut random = |bytes: &mut [u8]| keys.random(bytes);
     let key = luks::new_volume_key(VolumeKey::AES_256, &mut random)?;
-    let mut options = keys.format_options(&boot.config.volume)?;
+    check_sector_size(boot, &boot.disks()?)?;
+    let data_len = boot.disks()?.data().len();
+    let mut options = keys.format_options(&boot.config.volume, data_len)?;
     if let Some((token, uuid)) = boot.token.take() {
         let FormatOptions::Luks2(options) = &mut options else { bail!("only a LUKS2 header has room for a token") };
         options.uuid = uuid;
@@ -145,18 +212,23 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     }
     let disks = boot.disks()?;
     let name = || boot.header_path().display().to_string();
+    for (path, disk) in [(boot.header_path(), disks.header()), (&boot.disk_path, disks.data())] {
+        if disk.is_read_only() {
+            bail!("{} is blank, and read-only: no volume can be made on it", path.display());
+        }
+    }
     let locks = boot.lock_headers()?;
-    if is_volume(boot, &disks)? {
-        bail!("{}: somebody else made a volume on it meanwhile: try again", name());
+    // The whole disk was checked just before. If another process has made a volume or a filesystem on it since, this shows at
+    // one end of the disk.
+    if is_volume(boot, &disks, Look::Ends)? {
+        bail!("{}: another process has made a volume on it meanwhile: try again", name());
     }
     let pending = options.begin(disks, passphrase, key, &mut random).with_context(name)?;
     drop(locks);
-    boot.facts.kind = Some(options.name());
-    let segment = pending.segment();
-    let opened = cpu::cipher(pending.key()).and_then(|cipher| open(boot, pending.key(), cipher, segment));
-    match opened {
-        Ok(volume) => {
-            boot.volume = Some(volume);
+    let (kind, key_bits, segment) = (boot.config.volume.kind, pending.key().bits(), pending.segment());
+    let cipher = Xts::with_path(pending.key(), boot.outside.machine.cpu).map_err(anyhow::Error::from);
+    match cipher.and_then(|cipher| open(boot, cipher, Facts { kind, key_bits, segment, keyslot: None })) {
+        Ok(()) => {
             boot.pending = Some(pending);
             Ok(())
         }
@@ -167,10 +239,68 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     }
 }
 
-fn open(boot: &mut Boot<'_>, key: &VolumeKey, cipher: Xts, segment: Segment) -> Result<Arc<Volume>> {
-    boot.facts.key_bits = Some(key.bits());
-    boot.facts.segment = Some(segment);
-    let disk = Arc::clone(need(boot.disk.as_ref(), "the open disk")?);
-    let volume = Volume::with_cipher(disk, segment, cipher);
-    Ok(Arc::new(volume.with_context(|| boot.disk_path.display().to_string())?))
+/// Fails if the configuration asks for a sector size that a new volume on this disk cannot have.
+fn check_sector_size(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<()> {
+    let volume = &boot.config.volume;
+    let fits = new_volume::sector_size(volume.sector_size, disks.data().len());
+    fits.map(drop).with_context(|| format!("`sector-size` under [volume] does not fit {}", boot.disk_path.display()))
+}
+
+/// Fails if a new volume does not fit the disks.
+fn check_room(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<()> {
+    let volume = &boot.config.volume;
+    let sector_size = new_volume::sector_size(volume.sector_size, disks.data().len())?;
+    // Only the sizes matter here. The strength of the key derivation takes time to measure, so the cheapest is used.
+    let options = new_volume::options(volume.kind, sector_size, Strength::Random, Uuid::nil())?;
+    options.check_room(*disks, VolumeKey::AES_256).with_context(|| boot.disk_path.display().to_string())
+}
+
+/// A file of this many bytes that is yet to be made.
+struct ToBeMade(u64);
+
+impl BlockStore for ToBeMade {
+    fn len(&self) -> u64 {
+        self.0
+    }
+
+    fn allocation(&self, offset: u64) -> std::io::Result<Allocation> {
+        Ok(Allocation { is_hole: true, end: self.0.max(offset) })
+    }
+
+    fn read_at(&self, data: &mut [u8], _offset: u64) -> std::io::Result<()> {
+        data.fill(0);
+        Ok(())
+    }
+
+    fn write_at(&self, _data: &[u8], _offset: u64) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn flush(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, _offset: u64, _len: u64) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+}
+
+/// Opens the volume that `facts` describe on the open disk.
+fn open(boot: &mut Boot<'_>, cipher: Xts, facts: Facts) -> Result<()> {
+    let disk = placed(Arc::clone(need(boot.disk.as_ref(), "the open disk")?), &facts.segment)
+        .with_context(|| boot.disk_path.display().to_string())?;
+    boot.disk = Some(Arc::clone(&disk));
+    let volume = Volume::with_cipher(disk, facts.segment, cipher);
+    boot.volume = Some(Arc::new(volume.with_context(|| boot.disk_path.display().to_string())?));
+    boot.facts = Some(facts);
+    Ok(())
+}
+
+/// Returns the disk. Direct I/O is turned off if the data does not lie on the blocks that direct I/O needs, as with LUKS1
+/// volumes of old cryptsetup versions.
+fn placed(disk: Arc<dyn BlockStore>, segment: &Segment) -> std::io::Result<Arc<dyn BlockStore>> {
+    if (segment.offset | segment.len).is_multiple_of(disk.alignment() as u64) {
+        return Ok(disk);
+    }
+    Ok(disk.buffered()?.unwrap_or(disk))
 }

@@ -1,5 +1,6 @@
-//! The anti-forensic splitter (LUKS1 on-disk format specification 1.2.3, section 2.4): a key is blown up into `stripes`
-//! blocks of which every one is needed, so that a disk that remaps one sector has lost the key.
+//! The anti-forensic splitter (LUKS1 on-disk format specification 1.2.3, section 2.4). It expands a key into `stripes`
+//! blocks, and getting the key back needs all blocks. So overwriting any one of them destroys the key, even if the disk
+//! has remapped sectors and keeps old copies of other blocks.
 
 use std::io;
 
@@ -13,7 +14,7 @@ use super::hash::HashAlgorithm;
 /// Returns `key.len() * stripes` bytes.
 ///
 /// # Errors
-/// What the source of randomness said.
+/// The error of `random`.
 pub(super) fn split(
     hash: HashAlgorithm,
     key: &[u8],
@@ -29,7 +30,7 @@ pub(super) fn split(
     Ok(material)
 }
 
-/// `AFmerge`: the key that `material`, a whole number of stripes of `key_len` bytes, was split from.
+/// `AFmerge`: returns the key that `material` was split from. `material` is a whole number of stripes of `key_len` bytes.
 pub(super) fn merge(hash: HashAlgorithm, key_len: usize, material: &[u8]) -> Zeroizing<Vec<u8>> {
     let (random_stripes, last) = material.split_at(material.len() - key_len);
     let mut key = diffuse_all(hash, key_len, random_stripes);
@@ -37,7 +38,7 @@ pub(super) fn merge(hash: HashAlgorithm, key_len: usize, material: &[u8]) -> Zer
     key
 }
 
-/// `d_(n-1)`, from the stripes before the last.
+/// Returns `d_(n-1)`. `stripes` are all stripes but the last.
 fn diffuse_all(hash: HashAlgorithm, key_len: usize, stripes: &[u8]) -> Zeroizing<Vec<u8>> {
     let mut block = Zeroizing::new(vec![0; key_len]);
     let mut diffused = Zeroizing::new(vec![0; key_len]);
@@ -49,8 +50,8 @@ fn diffuse_all(hash: HashAlgorithm, key_len: usize, stripes: &[u8]) -> Zeroizing
     block
 }
 
-/// `H1`: each digest-long piece `p_i` of the block becomes `H(i ‖ p_i)`, cut to the piece's length; `i` counts from 0, in
-/// 32 bits, big-endian.
+/// `H1`: splits the block into pieces `p_i` of one digest length and replaces each with `H(i ‖ p_i)`. The last piece may be
+/// shorter, and its digest is truncated. `i` counts from 0 and is a 32-bit big-endian number.
 fn diffuse(hash: HashAlgorithm, block: &[u8], out: &mut [u8]) {
     let pieces = block.chunks(hash.output_len()).zip(out.chunks_mut(hash.output_len()));
     for (index, (piece, out)) in (0u32..).zip(pieces) {
@@ -67,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_split_merges_again_with_every_hash() {
+    fn a_split_key_merges_again_with_every_hash() {
         for hash in HashAlgorithm::ALL {
             for len in [16, 20, 32, 48, 64, 100] {
                 let key: Vec<u8> = (0..len).collect();
@@ -84,7 +85,7 @@ mod tests {
                 assert_eq!(*merge(hash, key.len(), &material), key);
                 let mut damaged = material.clone();
                 damaged[3] ^= 1;
-                assert_ne!(*merge(hash, key.len(), &damaged), key, "one bit of any stripe is needed");
+                assert_ne!(*merge(hash, key.len(), &damaged), key, "every bit of every stripe is needed");
             }
         }
     }

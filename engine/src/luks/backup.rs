@@ -1,4 +1,4 @@
-//! A header with its key material as one piece of bytes, as `cryptsetup luksHeaderBackup` writes it, and back.
+//! Reads a header with its key material into one byte string, as `cryptsetup luksHeaderBackup` writes it, and restores it.
 //!
 //! ```text
 //!   Backup::read(file) ─┐
@@ -6,52 +6,65 @@
 //!   Backup::read(disk) ─┘      └────► bytes: a file for us and for cryptsetup
 //! ```
 //!
-//! A restore orders its writes:
+//! A restore writes in this order:
 //!
 //! ```text
-//!   key material where the disk has none, and no header ─ flush ─ header ─ flush ─ the rest of the key material
+//!   key material where the disk has no key material and no header ─ flush ─ header ─ flush ─ other key material
 //! ```
 //!
-//! Cut off before the header, all that opened still opens. Cut off after it, those keys of the backup open whose material
-//! is on the disk already: it was the same there, or lies where no other key's was. There is a time in which neither opens
-//! where a key of the backup has the place of another one on the disk; and where the backup's header is of another format
-//! or size than the disk's, which only force allows, while the one is written over the other. So the caller first saves
-//! [`Backup::replaced`], which undoes the restore.
+//! If it is interrupted before the header is written, every key of the disk still opens. If it is interrupted afterwards, a key
+//! of the backup opens if its key material is already on the disk. The key material is already there if the disk had the same key
+//! material before, or no key material in this place. There are two cases in which, for some time, neither the old nor the new
+//! keys open:
+//!
+//! - A key of the backup lies in the place of another key on the disk.
+//! - The backup's header has another format or size than the disk's, which only `force` allows. This lasts while one header is
+//!   written over the other.
+//!
+//! So the caller first saves [`Backup::replaced`], which undoes the restore.
 
-use uuid::Uuid;
-
-use super::{Dump, LuksError, Random, dump, keyslot, luks2};
+use super::luks2::RefusedCopy;
+use super::{Dump, HeaderUuid, LuksError, Random, dump, keyslot, luks1, luks2};
 use crate::sector::LBA_UNIT;
 use crate::store::{BlockStore, MemoryStore, read_unaligned, write_unaligned};
 
-/// No header is longer: two of 4 MiB, and the most key material that the specification of LUKS2 allows. A LUKS1 header names any
-/// place for its key material, and would have all before it read into memory.
+/// The maximum length of a header in bytes: two copies of 4 MiB, and the maximum size of the key material in the LUKS2
+/// specification. The limit matters for LUKS1: its header can place key material anywhere, and everything before it is read into
+/// memory.
 const MAX_LEN: u64 = 2 * (4 << 20) + luks2::MAX_KEYSLOTS_SIZE;
-/// What key material is rounded up to at the end of a LUKS1 backup, in bytes: a page, with cryptsetup.
+/// The end of a LUKS1 backup is rounded up to this number of bytes: a page, as in cryptsetup.
 const LUKS1_ALIGNMENT: u64 = 4096;
-/// `LBA_UNIT`, as an index.
+/// [`LBA_UNIT`] as an index.
 const SECTOR: usize = 512;
 
-/// A whole header with its key material. That is as secret as the disk's own: whoever knows a passphrase of that time has
-/// the volume's key.
+/// A whole header with its key material. It is as secret as the header on the disk: anyone who knows a passphrase from the time
+/// of the backup can get the volume key.
 pub struct Backup {
     bytes: Vec<u8>,
     facts: Facts,
+    /// A copy of the header that nbdcrypt refuses, but that another program would use.
+    refused: Option<RefusedCopy>,
 }
 
-/// What must be the same on the disk and in the backup, and where what lies.
+/// What must be equal on the disk and in the backup, and where the parts of the header lie.
 struct Facts {
     version: &'static str,
-    uuid: Uuid,
-    /// Bytes from the start of the data's disk to the data.
+    uuid: HeaderUuid,
+    /// The offset of the data on its disk in bytes.
     data_offset: u64,
     key_bytes: Vec<u32>,
+    /// The digest of the volume key and its salt. Keys with different digests are different.
+    digest: Option<(Vec<u8>, Vec<u8>)>,
+    /// How the data is encrypted: the cipher, first IV and length of each part of the data.
+    encryption: String,
+    /// Features that a program must support before it may touch the volume, such as an unfinished reencryption.
+    requirements: Vec<String>,
     sector_size: u32,
-    /// Bytes of one copy of the header, and all copies.
+    /// The length of one copy of the header in bytes, the number of copies, and the total length in bytes.
     header: u64,
     copies: u64,
     len: u64,
-    /// First byte and end of each key's material.
+    /// The start and end of each keyslot's key material, in bytes.
     material: Vec<(u64, u64)>,
 }
 
@@ -61,16 +74,20 @@ impl Facts {
             Dump::Luks1(header) => {
                 // No truncation: a header's key is at most 256 bytes.
                 let len = keyslot::material_len(header.key_bytes as usize) as u64;
-                let start = |slot: &super::luks1::Keyslot| u64::from(slot.material_offset) * LBA_UNIT;
+                let start = |slot: &luks1::Keyslot| u64::from(slot.material_offset) * LBA_UNIT;
                 let end = header.keyslots.iter().map(|slot| start(slot) + len).max().unwrap_or(0);
-                // What is rounded up may reach into data that begins at no page: that is no header's.
+                // Rounding up must not include data, which may begin in the middle of a page.
                 let most = if header.payload_offset == 0 { u64::MAX } else { header.payload_offset_bytes().max(end) };
-                let used = header.keyslots.iter().filter(|slot| slot.enabled);
+                // A keyslot whose state is damaged may hold a key.
+                let used = header.keyslots.iter().filter(|slot| slot.state != luks1::KeyslotState::Disabled);
                 Self {
                     version: "LUKS1",
-                    uuid: header.uuid,
+                    uuid: header.uuid.clone(),
                     data_offset: header.payload_offset_bytes(),
                     key_bytes: vec![header.key_bytes],
+                    digest: Some((header.digest.to_vec(), header.digest_salt.to_vec())),
+                    encryption: format!("{} from IV 0", header.cipher()),
+                    requirements: Vec::new(),
                     sector_size: 512,
                     header: 2 * LBA_UNIT,
                     copies: 1,
@@ -80,16 +97,26 @@ impl Facts {
             }
             Dump::Luks2(header) => {
                 let luks2::Header { binary, metadata } = header.as_ref();
-                let mut key_bytes: Vec<u32> = metadata.keyslots.values().map(|slot| slot.key_size).collect();
+                let bound = metadata.keyslots.iter().filter(|(id, _)| metadata.is_bound(**id));
+                let mut key_bytes: Vec<u32> = bound.map(|(_, slot)| slot.key_size).collect();
                 key_bytes.sort_unstable();
                 key_bytes.dedup();
-                let data = metadata.segments.values().next();
+                let data = metadata.data_segment().map(|(_, segment)| segment);
+                let digest = metadata.data_segment().and_then(|(id, _)| metadata.digest_of_segment(id));
+                let digest = digest.and_then(|(_, digest)| digest.pbkdf2.as_ref()?.as_ref().ok());
+                let parts = metadata.segments.values().filter(|segment| !segment.is_backup()).map(|segment| {
+                    let len = segment.size.map_or(String::new(), |size| format!(", {size} bytes"));
+                    format!("{} from IV {}{len}", segment.encryption, segment.iv_tweak)
+                });
                 let area = |slot: &luks2::Keyslot| (slot.area.offset, slot.area.offset + slot.area.size);
                 Self {
                     version: "LUKS2",
-                    uuid: binary.uuid,
+                    uuid: binary.uuid.clone(),
                     data_offset: data.map_or(0, |segment| segment.offset),
                     key_bytes,
+                    digest: digest.map(|digest| (digest.digest.clone(), digest.salt.clone())),
+                    encryption: parts.collect::<Vec<_>>().join("; "),
+                    requirements: metadata.config.requirements.clone(),
                     sector_size: data.map_or(512, |segment| segment.sector_size),
                     header: binary.header_size,
                     copies: 2,
@@ -100,13 +127,33 @@ impl Facts {
         }
     }
 
-    /// Whether there is a key in the sector, or a copy of the header.
+    /// Returns whether the sector holds key material or a copy of the header.
     fn is_occupied(&self, sector: usize) -> bool {
         let at = (sector * SECTOR) as u64;
         at < self.header * self.copies || self.material.iter().any(|(start, end)| (*start..*end).contains(&at))
     }
 
-    /// This is the backup's, `disk` the disk's.
+    /// Refuses a restore unless both headers have the same volume key. `self` is the backup, `disk` is the header on the disk.
+    ///
+    /// A digest is computed with a random salt. If only the digests or only the salts differ, both headers had the same key, and
+    /// the field that differs is damaged in one of them.
+    fn refuse_other_key(&self, disk: &Self) -> Result<(), LuksError> {
+        let (Some((backup_digest, backup_salt)), Some((disk_digest, disk_salt))) = (&self.digest, &disk.digest) else {
+            let header = if self.digest.is_none() { "the backup" } else { "the header on the disk" };
+            return Err(LuksError::BackupNotComparable { header });
+        };
+        match (backup_digest == disk_digest, backup_salt == disk_salt) {
+            (true, true) => Ok(()),
+            (false, true) => Err(LuksError::BackupOfDamagedDigest { same: "its salt", differs: "the digest itself" }),
+            (true, false) => Err(LuksError::BackupOfDamagedDigest { same: "the digest itself", differs: "its salt" }),
+            (false, false) => {
+                let (backup, disk) = (self.uuid.to_string(), disk.uuid.to_string());
+                Err(LuksError::BackupOfOtherKey { backup, disk })
+            }
+        }
+    }
+
+    /// Refuses a restore that does not fit. `self` is the backup, `disk` is the header on the disk.
     fn refuse_unless_same(&self, disk: &Self, force: bool) -> Result<(), LuksError> {
         let same = |what, backup: &dyn ToString, disk: &dyn ToString| {
             let (backup, disk) = (backup.to_string(), disk.to_string());
@@ -114,10 +161,18 @@ impl Facts {
         };
         same("the data offset in bytes", &self.data_offset, &disk.data_offset)?;
         same("the sector size", &self.sector_size, &disk.sector_size)?;
-        // A LUKS2 header without a keyslot says nothing of its key.
+        // A LUKS2 header without keyslots does not tell the length of its key.
         if !self.key_bytes.is_empty() && !disk.key_bytes.is_empty() {
             let bits = |facts: &Self| facts.key_bytes.iter().map(|len| len * 8).max().unwrap_or(0);
             same("the key size in bits", &bits(self), &bits(disk))?;
+        }
+        for (header, facts) in [("the backup", self), ("the header on the disk", disk)] {
+            if let Some(requirement) = facts.requirements.first().filter(|_| !force) {
+                return Err(LuksError::BackupOfUnfinished { header, requirement: requirement.clone() });
+            }
+        }
+        if !force {
+            self.refuse_other_key(disk)?;
         }
         let other = |what, backup: &dyn ToString, disk: &dyn ToString| match same(what, backup, disk) {
             Err(LuksError::BackupMismatch { what, backup, disk }) if !force => {
@@ -127,15 +182,16 @@ impl Facts {
         };
         other("format", &self.version, &disk.version)?;
         other("UUID", &self.uuid, &disk.uuid)?;
-        other("header size", &self.header, &disk.header)
+        other("header size", &self.header, &disk.header)?;
+        other("encryption", &self.encryption, &disk.encryption)
     }
 }
 
 impl Backup {
-    /// Reads a header with its key material from a disk, or from a backup's file.
+    /// Reads a header with its key material from a disk or from a backup file.
     ///
     /// # Errors
-    /// [`LuksError`] when there is no whole header, or the file ends before the key material does.
+    /// [`LuksError`] if there is no whole header, or if the file ends before the key material does.
     pub fn read(store: &dyn BlockStore) -> Result<Self, LuksError> {
         let header = dump(store)?;
         let facts = Facts::of(&header);
@@ -145,23 +201,29 @@ impl Backup {
         if facts.len > store.len() {
             return Err(LuksError::TooSmall { needed: facts.len, available: store.len() });
         }
-        // No truncation: that is at most MAX_LEN.
+        // No truncation: the length is at most MAX_LEN.
         let mut bytes = vec![0; usize::try_from(facts.len).unwrap_or(0)];
         read_unaligned(store, &mut bytes, 0)?;
-        Ok(Self { bytes, facts })
+        Ok(Self { bytes, facts, refused: luks2::overlooked(store) })
     }
 
-    /// The backup's file.
+    /// Returns the offset in bytes of the volume's data on its disk, which is 0 if the header is detached.
+    pub fn data_offset(&self) -> u64 {
+        self.facts.data_offset
+    }
+
+    /// Returns the contents of the backup file.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// What a restore to `store` replaces, to be saved before.
+    /// Returns the bytes that a restore to `store` replaces. The caller saves them first.
     ///
     /// # Errors
-    /// [`LuksError::TooSmall`], or what the disk said.
+    /// [`LuksError::TooSmall`] if the disk is too small for the backup, or [`LuksError::Store`].
     pub fn replaced(&self, store: &dyn BlockStore) -> Result<Vec<u8>, LuksError> {
-        // The disk's own header may reach further; then its whole backup undoes the restore and more.
+        // The disk's own header may be longer. Then a backup of the whole header is returned, which also undoes the
+        // restore.
         let own = dump(store).map_or(0, |header| Facts::of(&header).len.min(MAX_LEN));
         let len = self.facts.len.max(own.min(store.len()));
         if len > store.len() {
@@ -172,39 +234,62 @@ impl Backup {
         Ok(bytes)
     }
 
-    /// Whether the backup is of the volume on `store`, or may at least be restored with `force`.
+    /// Checks that the backup is of the volume on `store`, or at least may be restored with `force`.
     ///
     /// # Errors
-    /// [`LuksError::BackupMismatch`] when it would not fit its data; without `force` [`LuksError::BackupOfAnother`] when it
-    /// is another volume's, or the disk has no header that it could be compared with.
+    /// - [`LuksError::TooSmall`] or [`LuksError::BackupMismatch`] if the backup does not fit the disk or its data.
+    ///
+    /// Without `force`, also:
+    ///
+    /// - [`LuksError::BackupOfOtherKey`] or [`LuksError::BackupOfUnfinished`] if the data would be noise after the restore.
+    /// - [`LuksError::BackupOfDamagedDigest`] or [`LuksError::BackupNotComparable`] if it is unknown whether the data
+    ///   would be noise.
+    /// - [`LuksError::BackupBesideRefused`] if a newer copy of a header would be lost.
+    /// - [`LuksError::BackupOfAnother`] if the backup is of another volume or the disk has no header to compare it with.
     pub fn refuse_unless_fit(&self, store: &dyn BlockStore, force: bool) -> Result<(), LuksError> {
         if self.facts.len > store.len() {
             return Err(LuksError::TooSmall { needed: self.facts.len, available: store.len() });
+        }
+        if !force {
+            let in_backup = self
+                .refused
+                .clone()
+                .map(|refused| ("the backup", refused, "A restore would write only the older copy"));
+            let on_disk = luks2::overlooked(store).map(|refused| {
+                (
+                    "the header on the disk",
+                    refused,
+                    "The backup can only be compared with the older copy, and a restore would overwrite both",
+                )
+            });
+            if let Some((header, refused, why)) = in_backup.or(on_disk) {
+                return Err(LuksError::BackupBesideRefused { header, refused: Box::new(refused), why });
+            }
         }
         match dump(store) {
             Ok(disk) => self.facts.refuse_unless_same(&Facts::of(&disk), force),
             Err(LuksError::Store(error)) => Err(error.into()),
             Err(_) if force => Ok(()),
             Err(error) => {
-                let (backup, disk) = (self.facts.uuid.to_string(), error.to_string());
+                let backup = self.facts.uuid.to_string();
+                let disk = format!("the header on the disk cannot be compared with it: {error}");
                 Err(LuksError::BackupOfAnother { what: "UUID", backup, disk })
             }
         }
     }
 
-    /// Writes the header and key material to `store`, in the order that the module tells. Whoever calls has the disk for
-    /// itself, and has saved [`Backup::replaced`].
+    /// Writes the header and key material to `store`, in the order that the module documentation describes. The caller must
+    /// have exclusive use of the disk, and must have saved [`Backup::replaced`].
     ///
     /// # Errors
-    /// As [`Backup::refuse_unless_fit`] has them, with the disk untouched; else what the disk or the source of randomness
-    /// said.
+    /// The errors of [`Backup::refuse_unless_fit`]; the disk is then unchanged. Otherwise the error of the disk or of `random`.
     pub fn restore(&self, store: &dyn BlockStore, force: bool, random: Random<'_>) -> Result<(), LuksError> {
         self.refuse_unless_fit(store, force)?;
         let image = self.whole(random)?;
         let disk = dump(store).ok();
         if let Some(Dump::Luks2(_)) = &disk {
             // One copy is whole while the other is written.
-            luks2::repair(store, random)?;
+            luks2::make_copies_equal(store, random)?;
         }
         let disk = disk.as_ref().map(Facts::of);
         let mut now = vec![0; image.len()];
@@ -235,13 +320,14 @@ impl Backup {
         write(headers, all, &occupied)
     }
 
-    /// The image with both headers whole, as they may not have been where it was taken.
+    /// Returns the image with two whole headers. One of the two may have been broken on the disk when the backup was
+    /// made.
     fn whole(&self, random: Random<'_>) -> Result<Vec<u8>, LuksError> {
         if self.facts.copies == 1 {
             return Ok(self.bytes.clone());
         }
         let image = MemoryStore::from(self.bytes.clone());
-        luks2::repair(&image, random)?;
+        luks2::make_copies_equal(&image, random)?;
         Ok(image.snapshot())
     }
 }

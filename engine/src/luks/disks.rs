@@ -1,60 +1,61 @@
-//! The disks of a volume: its header's and its data's, which are one and the same unless the header is detached.
+//! The disks of a volume. Header and data lie on the same disk unless the header is detached.
 
 use crate::store::BlockStore;
 
-/// Where a volume's header is, and where its data.
+/// The disk of a volume's header and the disk of its data.
 ///
-/// Any store is both: `luks::read(&store, …)`. A header on another disk or in a file of its own is [`Disks::detached`].
+/// A single store holds both: `luks::read(&store, …)`. If the header is on another disk or in a file, use
+/// [`Disks::detached`].
 #[derive(Clone, Copy)]
 pub struct Disks<'d> {
     header: &'d dyn BlockStore,
     data: Option<&'d dyn BlockStore>,
 }
 
-/// What is to be known of the disk that holds a volume's data, before a header says where on it.
+/// The facts about the data disk that are needed to check a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DataDisk {
-    /// Its length in bytes.
+    /// The length of the disk in bytes.
     pub len: u64,
-    /// Whether the header is on another disk, so that data may begin at the first byte.
+    /// Whether the header is on another disk. If it is, the data may begin at the first byte.
     pub is_detached: bool,
 }
 
 impl<'d> Disks<'d> {
-    /// A header that stands apart from its data.
+    /// Returns the disks of a volume with a detached header.
     pub fn detached(header: &'d dyn BlockStore, data: &'d dyn BlockStore) -> Self {
         Self { header, data: Some(data) }
     }
 
-    /// The disk of the header and of the keyslots.
+    /// Returns the disk of the header and the keyslots.
     pub fn header(&self) -> &'d dyn BlockStore {
         self.header
     }
 
-    /// The disk of the data.
+    /// Returns the disk of the data.
     pub fn data(&self) -> &'d dyn BlockStore {
         self.data.unwrap_or(self.header)
     }
 
-    /// Whether they are two.
+    /// Returns whether the header is on a disk of its own.
     pub fn is_detached(&self) -> bool {
         self.data.is_some()
     }
 
-    /// What is to be known of the data's disk.
+    /// Returns the facts about the data disk.
     pub fn data_disk(&self) -> DataDisk {
         DataDisk { len: self.data().len(), is_detached: self.is_detached() }
     }
 }
 
-/// Both on one disk.
+/// Header and data on one disk.
 impl<'d> From<&'d (dyn BlockStore + 'd)> for Disks<'d> {
     fn from(store: &'d (dyn BlockStore + 'd)) -> Self {
         Self { header: store, data: None }
     }
 }
 
-/// Both on one disk.
+/// Header and data on one disk.
 impl<'d, S: BlockStore> From<&'d S> for Disks<'d> {
     fn from(store: &'d S) -> Self {
         Self { header: store, data: None }

@@ -2,134 +2,141 @@
 
 use std::io;
 
+use super::luks2::RefusedCopy;
 use super::printable;
 use crate::key::VolumeKeyError;
+use crate::signature::Signature;
+use crate::text::{bytes, human};
 
-/// Why a volume could not be opened or made: what was found, and what to do.
+/// Why a volume could not be opened or made. The text says what was found. What to do about it depends on the program that
+/// uses this crate, so the text names no command and no option of one.
 #[derive(Debug, thiserror::Error)]
 pub enum LuksError {
-    /// The disk does not begin as a LUKS volume does.
-    #[error("there is no LUKS header on it")]
+    /// The disk does not begin with a LUKS header.
+    #[error("there is no LUKS header")]
     NotLuks,
-    /// Formatting began here and did not end.
-    #[error("formatting it was begun and never finished, so it holds no volume; format it again")]
+    /// The disk carries the marker of an unfinished format.
+    #[error("formatting was never finished, so there is no volume")]
     Unfinished,
-    /// Something else is where a volume was being made.
-    #[error("the mark of the unfinished volume is gone, so something else was written there; it was left as it is now")]
+    /// The marker of an unfinished format is gone.
+    #[error(
+        "the mark of the unfinished volume is gone, so another program has written to the disk; nbdcrypt leaves the disk as it \
+         is"
+    )]
     Overwritten,
-    /// A LUKS version that is not known here.
-    #[error("its header is of LUKS version {0}, which nbdcrypt does not read")]
+    /// nbdcrypt does not know this LUKS version.
+    #[error("the header has LUKS version {0}, which nbdcrypt does not support")]
     Version(u16),
     /// The header contradicts the specification.
-    #[error(
-        "its LUKS header is corrupt: {field} is {found}; try `nbdcrypt header repair`, or restore the header from a backup"
-    )]
+    #[error("the LUKS header is corrupt: {field} is {found}")]
     Corrupt {
         /// The field, as the specification names it.
         field: String,
-        /// What stands there.
+        /// The value of the field.
         found: String,
     },
-    /// The header contradicts the specification, and what should stand there is not known.
-    #[error("its LUKS header is corrupt, and cannot be repaired: {field} is {found}; restore the header from a backup")]
+    /// The header contradicts the specification, and the correct value is unknown.
+    #[error("the LUKS header is corrupt and cannot be repaired: {field} is {found}")]
     BeyondRepair {
         /// The field, as the specification names it.
         field: String,
-        /// What stands there.
+        /// The value of the field.
         found: String,
     },
-    /// The header is in order, but asks for something that nbdcrypt does not do.
-    #[error("it uses the {what} {found}, which nbdcrypt does not do ({supported}); open it with cryptsetup")]
+    /// The header is valid, but asks for something that nbdcrypt does not support.
+    #[error("the volume uses the {what} {found}, which nbdcrypt does not support ({supported})")]
     Unsupported {
-        /// What kind of thing: cipher, hash.
+        /// The kind of thing: cipher, hash.
         what: &'static str,
         /// Its name.
         found: String,
-        /// What would be understood.
+        /// What nbdcrypt supports instead.
         supported: &'static str,
     },
     /// The header asks for more work than is allowed.
-    #[error(
-        "its header asks for {found} iterations in {field}, more than the {limit} allowed; raise the limit if you trust it"
-    )]
+    #[error("the header asks for {found} iterations in {field}, but the limit is {limit}")]
     TooManyIterations {
-        /// The field that asks.
+        /// The field that holds the excessive value.
         field: String,
-        /// How many it asks for.
+        /// The number of iterations.
         found: u32,
-        /// How many are allowed.
+        /// The limit.
         limit: u32,
     },
     /// The header asks for more memory, passes or lanes of Argon2 than is allowed.
-    #[error("its header asks for {field} of {found}, more than the {limit} allowed; raise the limit if you trust it")]
+    #[error(
+        "the header asks for {field} of {}, but the limit is {}",
+        of_field(field, *found),
+        of_field(field, *limit)
+    )]
     TooExpensive {
-        /// The field that asks.
+        /// The field that holds the excessive value.
         field: String,
-        /// How much it asks for.
+        /// The cost.
         found: u32,
-        /// How much is allowed.
+        /// The limit.
         limit: u32,
     },
     /// The keyslots together ask for more work than is allowed.
     #[error(
-        "the keyslots tried before keyslot {keyslot} ask for as much work as is allowed for all: it and those after it are \
-         not tried unless they are named (--key-slot); raise the limits if you trust the header"
+        "keyslot {keyslot} and those after it were not tried, because the keyslots before it ask for as much work as is \
+         allowed for all together"
     )]
     TooMuchWork {
-        /// The first that is not tried.
+        /// The first keyslot that is not tried.
         keyslot: usize,
     },
-    /// A volume cannot be made as it was asked for.
-    #[error("no volume can be made with {option} {found}: {rule}")]
+    /// An option has a value that the format does not allow.
+    #[error("cannot use {option} {found}: {rule}")]
     Impossible {
-        /// What was asked for.
+        /// The option.
         option: &'static str,
         /// Its value.
         found: String,
-        /// What would be possible.
+        /// Which values are possible.
         rule: String,
     },
-    /// There is not so much memory as Argon2 needs.
-    #[error("keyslot {keyslot} needs {kib} KiB of memory to open, which are not to be had")]
+    /// There is not enough memory for Argon2.
+    #[error(
+        "keyslot {keyslot} needs {} of memory and several threads, which this process cannot get",
+        human(u64::from(*kib) << 10)
+    )]
     OutOfMemory {
         /// The keyslot, from 0.
         keyslot: usize,
         /// The memory in KiB.
         kib: u32,
     },
-    /// The header stands apart from the data.
-    #[error("it is a detached header, whose data is on another disk: name that disk, and give this one with --header")]
+    /// The header is detached from the data.
+    #[error("this is a detached header, and its data is on another disk")]
     Detached,
-    /// The passphrase opens none of the keyslots, all of which were tried.
-    #[error("the passphrase is wrong: it opens none of the volume's keyslots")]
+    /// The passphrase opens no keyslot, and all were tried.
+    #[error("no keyslot opens with this passphrase")]
     WrongPassphrase,
-    /// The passphrase opens none of the keyslots that were tried, and there is one that is not tried unless it is named.
+    /// The passphrase opens none of the keyslots that were tried. Another keyslot is tried only if it is named.
     #[error(
-        "the passphrase is wrong: it opens none of the keyslots that are tried; keyslot {ignored} is set to be ignored unless \
-         it is named (`nbdcrypt key priority --key-slot {ignored} DEVICE normal` has it tried again)"
+        "no keyslot that was tried opens with this passphrase; keyslot {ignored} is set to be ignored unless it is named"
     )]
     WrongPassphraseBesideIgnored {
         /// The first ignored keyslot, from 0.
         ignored: usize,
     },
     /// The passphrase does not open the keyslot that was named, and no other was tried.
-    #[error("the passphrase is wrong: it does not open keyslot {0}; without --key-slot every keyslot is tried")]
+    #[error("this passphrase does not open keyslot {0}, and no other keyslot was tried")]
     WrongPassphraseFor(usize),
     /// No keyslot is in use: the key was erased.
-    #[error("no keyslot is in use: the volume's key was erased, and its data is gone for good")]
+    #[error("no keyslot is in use: the volume key was erased, and the data is lost for good")]
     NoKeyslot,
-    /// There are keyslots, and none that is tried without being named.
-    #[error(
-        "each of its keyslots is set to be ignored unless it is named (`nbdcrypt serve --key-slot {keyslot}`); \
-         `nbdcrypt key priority --key-slot {keyslot} DEVICE normal` has one tried again"
-    )]
+    /// No keyslot was tried: each of them is tried only if it is named.
+    #[error("every keyslot is set to be ignored unless it is named")]
     AllIgnored {
         /// The first keyslot, from 0.
         keyslot: usize,
     },
-    /// A keyslot's key material was overwritten, and no whole keyslot opens.
+    /// A keyslot's key material was overwritten, and the passphrase opens no other keyslot.
     #[error(
-        "keyslot {keyslot} is damaged (sector {sector} of the disk is no key material), and the passphrase opens no other; restore the header from a backup"
+        "keyslot {keyslot} is damaged (sector {sector} of the disk is not key material), and no other keyslot opens with this \
+         passphrase"
     )]
     DamagedKeyslot {
         /// The first damaged keyslot, from 0.
@@ -137,108 +144,225 @@ pub enum LuksError {
         /// The 512-byte sector of the disk that was overwritten.
         sector: u64,
     },
-    /// A keyslot's key material cannot be read, and no other keyslot opens.
-    #[error(
-        "keyslot {keyslot} cannot be read ({source}), and the passphrase opens no other; restore the header from a backup"
-    )]
+    /// A keyslot's key material cannot be read, and the passphrase opens no other keyslot.
+    #[error("keyslot {keyslot} cannot be read ({source}), and no other keyslot opens with this passphrase")]
     UnreadableKeyslot {
-        /// The first such keyslot, from 0.
+        /// The first unreadable keyslot, from 0.
         keyslot: usize,
-        /// What the disk said.
+        /// The error of the disk.
         source: io::Error,
     },
-    /// The keyslot that was named cannot be tried, and no other was.
-    #[error("keyslot {keyslot} {fault}; no other keyslot was tried: without --key-slot each of them is")]
+    /// The keyslot that was named cannot be tried, and no other was tried.
+    #[error("keyslot {keyslot} {fault}, and no other keyslot was tried")]
     NamedKeyslot {
         /// The keyslot, from 0.
         keyslot: usize,
-        /// What is wrong with it.
+        /// What is wrong with the keyslot.
         fault: KeyslotFault,
     },
-    /// The key that the volume was made with is no key for AES-XTS.
+    /// The volume's key is not a key for AES-XTS.
     #[error(transparent)]
     Key(#[from] VolumeKeyError),
     /// The disk ends before the data begins.
-    #[error("the disk has {available} bytes, and the volume needs at least {needed}")]
+    #[error("the disk has {}, and the volume needs at least {}", bytes(*available), bytes(*needed))]
     TooSmall {
-        /// Bytes there should be.
+        /// The bytes that the volume needs.
         needed: u64,
-        /// Bytes there are.
+        /// The bytes that the disk has.
         available: u64,
     },
     /// The keyslot that was named holds no key.
-    #[error("there is no key in keyslot {0}; `nbdcrypt key list` shows those that there are")]
+    #[error("there is no key in keyslot {0}")]
     NoSuchKeyslot(usize),
-    /// The keyslot that was named holds a key already.
-    #[error("keyslot {0} holds a key already: choose another, or remove it first")]
+    /// The state of a LUKS1 keyslot is damaged, so nbdcrypt does not know whether it is in use.
+    #[error(
+        "the state of keyslot {keyslot} is damaged: {state:#010x} is neither \"enabled\" nor \"disabled\", so this keyslot is not \
+         used"
+    )]
+    UndecidedKeyslot {
+        /// The keyslot, from 0.
+        keyslot: usize,
+        /// The damaged state.
+        state: u32,
+    },
+    /// A LUKS1 keyslot is damaged: its key derivation has no iterations.
+    #[error(
+        "keyslot {0} is damaged: it has 0 iterations, so no passphrase can be tried on it, and no other keyslot opens with this \
+         passphrase"
+    )]
+    NoIterations(usize),
+    /// The keyslot that was named already holds a key.
+    #[error("keyslot {0} holds a key already")]
     KeyslotInUse(usize),
-    /// The format has no more keyslots, or the disk no room for their key material.
-    #[error("there is no room for another key: remove one first")]
+    /// The format has no more keyslots, or the disk has no room for their key material.
+    #[error("there is no room for another key")]
     NoRoomForKey,
-    /// The key is the only one.
-    #[error("keyslot {0} holds the last key: without it nobody can ever read the data again; use --force to mean it")]
+    /// There is no room for the new key beside the old one.
+    #[error(
+        "the key in keyslot {0} cannot be changed safely: the header has no room for the new key beside the old one, so the \
+         new key would be written over it, and after a crash in between neither passphrase would open the keyslot"
+    )]
+    NoRoomToChange(usize),
+    /// The keyslot holds the only key.
+    #[error("keyslot {0} holds the last key; without it, nobody can ever read the data again")]
     LastKeyslot(usize),
-    /// The volume key is another volume's.
+    /// The volume key belongs to another volume.
     #[error("the volume key does not belong to this volume")]
     WrongVolumeKey,
-    /// The newer copy of the header is whole, and says what is not understood here.
+    /// One copy of the header is whole. The other copy has a correct checksum, but its contents are refused.
     #[error(
-        "the newer copy of its header is whole, but {0}; nothing is written in its place: look at it with cryptsetup, or use \
-         `nbdcrypt header repair` to give it up for the older copy"
+        "{0}. Nothing was written, because the {copy} copy may be the right one",
+        copy = .0.copy
     )]
-    NotUnderstood(Box<LuksError>),
-    /// The JSON would not fit in its area.
-    #[error("the metadata would take {needed} bytes, and its area has {available}; remove a token or a keyslot first")]
+    CopyNotUnderstood(Box<RefusedCopy>),
+    /// A restore would lose a copy of a header that is refused, but that another program would use.
+    #[error("{header}: {refused}. {why}")]
+    BackupBesideRefused {
+        /// Which header: "the backup" or "the header on the disk".
+        header: &'static str,
+        /// The copy that is refused.
+        refused: Box<RefusedCopy>,
+        /// What a restore would do to it.
+        why: &'static str,
+    },
+    /// Both copies of the header are whole and have the same sequence number, but their contents differ.
+    #[error(
+        "both copies of the header are valid and have the sequence number {0}, but they differ. Nothing was written, because \
+         nobody can know which one is right"
+    )]
+    CopiesDiffer(u64),
+    /// The first copy of the header is gone, and the disk holds something else.
+    #[error(
+        "there is no LUKS header at the start of the disk, but something else: {0}. Nothing was written, because that may be \
+         in use"
+    )]
+    AnotherOwner(Signature),
+    /// The JSON can be read, but nbdcrypt would change it by writing it back.
+    #[error(
+        "the header holds {0}, which nbdcrypt cannot write back unchanged; so the volume opens, but nbdcrypt does not change \
+         the header"
+    )]
+    NotWritable(&'static str),
+    /// The text in the header's UUID field is not a UUID.
+    #[error("the UUID in the header is damaged: \"{0}\" is not a UUID")]
+    DamagedUuid(String),
+    /// The passphrase opens only a keyslot that holds a key other than the volume key.
+    #[error(
+        "this passphrase opens only keyslot {0}, which is unbound: the key in it is not this volume's, so it does not open the \
+         volume"
+    )]
+    OpensUnbound(usize),
+    /// The keyslot that was named holds a key other than the volume key.
+    #[error("keyslot {0} is unbound: the key in it is not this volume's, so it does not open the volume")]
+    UnboundKeyslot(usize),
+    /// The JSON does not fit into its area.
+    #[error(
+        "the metadata would take {}, and its area has {}",
+        bytes(*needed as u64),
+        bytes(*available as u64)
+    )]
     MetadataFull {
-        /// Bytes it would take.
+        /// The bytes that the JSON takes.
         needed: usize,
-        /// Bytes there are.
+        /// The bytes that the area has.
         available: usize,
     },
-    /// The token that was named is not there.
-    #[error("there is no token {0}; `nbdcrypt token list` shows those that there are")]
+    /// The token that was named does not exist.
+    #[error("there is no token {0}")]
     NoSuchToken(u32),
+    /// The number that was named belongs to another token.
+    #[error("the header has a token {0} already")]
+    TokenExists(u32),
     /// A token cannot be imported.
     #[error("the token cannot be imported: {0}")]
     Token(String),
-    /// A LUKS1 volume was asked for what LUKS2 alone has.
-    #[error("a LUKS1 volume has no {0}: LUKS2 has")]
+    /// A LUKS1 volume was asked for something that only LUKS2 has.
+    #[error("a LUKS1 volume has no {0}; only a LUKS2 volume has")]
     Luks2Only(&'static str),
     /// A header backup does not fit the disk.
-    #[error("the backup does not fit the volume: {what} is {backup} in it, and {disk} on the disk")]
+    #[error("the backup does not fit the volume: {what} is {backup} in the backup, and {disk} on the disk")]
     BackupMismatch {
         /// What differs.
         what: &'static str,
-        /// In the backup.
+        /// Its value in the backup.
         backup: String,
-        /// On the disk.
+        /// Its value on the disk.
         disk: String,
     },
-    /// A header backup is another volume's, as far as can be told.
-    #[error(
-        "the backup may be another volume's: its {what} is {backup}, and {disk}; use --force to restore it all the same"
-    )]
+    /// A header backup is of another volume, or the disk has no header to compare it with.
+    #[error("the backup may be of another volume: its {what} is {backup}, and {disk}")]
     BackupOfAnother {
         /// What differs.
         what: &'static str,
-        /// In the backup.
+        /// Its value in the backup.
         backup: String,
-        /// What there is on the disk.
+        /// What is on the disk.
         disk: String,
     },
-    /// No randomness was to be had.
-    #[error("no random bytes to be had: {0}")]
+    /// A header backup holds another volume key than the disk.
+    #[error(
+        "the backup holds another volume key than the header on the disk, so after a restore all data on the disk would be \
+         noise. The backup was made before the volume was reencrypted or formatted again, or it is of another volume (its UUID \
+         is {backup}, the disk's is {disk}), or the header on the disk is damaged (then no passphrase opens it)"
+    )]
+    BackupOfOtherKey {
+        /// The UUID in the backup.
+        backup: String,
+        /// The UUID on the disk.
+        disk: String,
+    },
+    /// The digest of the volume key is damaged, in a header backup or in the header on the disk.
+    #[error(
+        "the digest of the volume key is damaged in the backup or in the header on the disk: {same} is the same in both, but \
+         {differs} differs"
+    )]
+    BackupOfDamagedDigest {
+        /// The field that is the same in both.
+        same: &'static str,
+        /// The field that is damaged in one of the two headers.
+        differs: &'static str,
+    },
+    /// A header backup and the header on the disk cannot be compared, so they may have different volume keys.
+    #[error(
+        "{header} has no digest of the volume key that nbdcrypt supports, so nbdcrypt cannot check that the backup holds the key \
+         of the data on the disk. With another key, all data on the disk would be noise after a restore"
+    )]
+    BackupNotComparable {
+        /// Which header: "the backup" or "the header on the disk".
+        header: &'static str,
+    },
+    /// A header backup or the disk's header belongs to a volume that is being reencrypted.
+    #[error(
+        "{header} says that the volume has the requirement {requirement}: part of the data may be encrypted with another key or \
+         lie elsewhere, and would be noise after a restore"
+    )]
+    BackupOfUnfinished {
+        /// Which header: "the backup" or "the header on the disk".
+        header: &'static str,
+        /// The requirement.
+        requirement: String,
+    },
+    /// The source of randomness failed.
+    #[error("cannot get random bytes: {0}")]
     Random(#[source] io::Error),
-    /// What the disk said.
+    /// The disk failed.
     #[error(transparent)]
     Store(#[from] io::Error),
 }
 
-/// Why a keyslot cannot be tried, whatever the passphrase.
+/// Returns the text of an Argon2 cost. In a header, memory is in KiB.
+fn of_field(field: &str, cost: u32) -> String {
+    match field.ends_with(".memory") {
+        true => format!("{cost} KiB ({})", human(u64::from(cost) << 10)),
+        false => cost.to_string(),
+    }
+}
+
+/// Why a keyslot cannot be tried with any passphrase.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyslotFault {
     /// Its key material was overwritten.
-    #[error("is damaged (sector {sector} of the disk is no key material)")]
+    #[error("is damaged (sector {sector} of the disk is not key material)")]
     Overwritten {
         /// The 512-byte sector of the disk that was overwritten.
         sector: u64,
@@ -246,20 +370,20 @@ pub enum KeyslotFault {
     /// Its key material cannot be read.
     #[error("cannot be read ({0})")]
     Unreadable(#[source] io::Error),
-    /// It uses what nbdcrypt does not do.
-    #[error("uses the {what} {found}, which nbdcrypt does not do ({supported})")]
+    /// It uses something that nbdcrypt does not support.
+    #[error("uses the {what} {found}, which nbdcrypt does not support ({supported})")]
     Unsupported {
-        /// What kind of thing: cipher, key derivation.
+        /// The kind of thing: cipher, key derivation.
         what: &'static str,
         /// Its name.
         found: String,
-        /// What would be understood.
+        /// What nbdcrypt supports instead.
         supported: &'static str,
     },
 }
 
 impl LuksError {
-    /// What stands in the way of the one keyslot that was tried, since it was named.
+    /// Turns an error about all keyslots into an error about the named keyslot, the only one that was tried.
     pub(super) fn of_named_keyslot(self, keyslot: usize) -> Self {
         let fault = match self {
             Self::WrongPassphrase => return Self::WrongPassphraseFor(keyslot),
@@ -275,7 +399,7 @@ impl LuksError {
         Self::Corrupt { field: printable(&field.into()), found: printable(&found.into()) }
     }
 
-    /// What is wrong with a header, once it was tried to repair it.
+    /// Turns an error into the error that a repair is not possible.
     pub(super) fn beyond_repair(self) -> Self {
         match self {
             Self::Corrupt { field, found } => Self::BeyondRepair { field, found },

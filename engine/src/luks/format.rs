@@ -1,4 +1,4 @@
-//! Formatting in two phases, so that a half-made header is never mistaken for a volume.
+//! Formats a volume in two phases, so that an incomplete header is never mistaken for a volume.
 //!
 //! ```text
 //!   sector 0     anything      marker                                        magic: a volume
@@ -6,53 +6,61 @@
 //!                       begin_format ──────────────────► caller ──► commit
 //! ```
 //!
-//! Between `begin` and `commit`, sector 0 holds a text of nbdcrypt's own in which neither nbdcrypt nor cryptsetup nor blkid
-//! sees a volume. The caller may use the volume in that time, and make its filesystem: a volume that is found after a
-//! crash has had its filesystem finished.
+//! Between `begin_format` and `commit`, sector 0 holds nbdcrypt's marker. Neither nbdcrypt nor cryptsetup nor blkid takes this
+//! marker for a volume. During this time the caller may use the volume and make its filesystem. So if a volume is found after a
+//! crash, its filesystem is complete.
 //!
-//! Where the header is detached, the marker and the magic are on its disk; on the data's, old signatures are wiped.
+//! If the header is detached, the marker and the magic are on the header's disk. On the data disk, only old signatures
+//! are wiped. After a format was abandoned, the disk that still holds part of the volume carries the marker at its
+//! first byte. With a detached header, this is the data disk.
 
 use std::io;
 
+use sha2::{Digest, Sha256};
+
 use crate::buffer::AlignedBuffer;
 use crate::key::VolumeKey;
-use crate::luks::{Disks, LuksError, Segment};
+use crate::layout::Segment;
+use crate::luks::{Disks, LuksError};
 use crate::sector::LBA_UNIT;
-use crate::signature::{UNFINISHED_MARKER, is_unfinished};
-use crate::store::{BlockStore, read_unaligned, write_zeros};
+use crate::signature::{self, Survey, UNFINISHED_MARKER, UNTOUCHED_LEN, Untouched, is_unfinished};
+use crate::store::{BlockStore, read_unaligned, write_unaligned, write_zeros};
+use crate::xts::Xts;
 
-/// For people, behind the marker.
+/// An explanation for people, written after the marker.
 const EXPLANATION: &[u8] = b"Formatting this disk was begun and never finished. It holds no data yet.\n";
 
-/// `LBA_UNIT`, as an index.
+/// [`LBA_UNIT`] as an index.
 const SECTOR: usize = 512;
-/// Bytes at the start of the disk that are written whole, or sector 0 of them alone. LUKS keeps key material behind them.
+/// Bytes at the start of the disk that are written either all at once or as sector 0 only. LUKS keeps key material only
+/// after them.
 const HEAD: usize = 4096;
-/// Bytes at the start of the data and at the end of the disk in which old signatures are wiped.
+/// Bytes at the start of the data and at the end of the disk that are zeroed to wipe old signatures.
 const WIPED: u64 = 1 << 20;
-/// Where the secondary header of an old LUKS2 volume with metadata of the largest size is.
+/// The offset of the secondary header of a LUKS2 volume with the largest metadata size.
 const FARTHEST_LUKS2_HEADER: u64 = 4 << 20;
-/// Bytes from the start of the disk that [`abandon_unfinished`] makes blank: the header that is usual, and where its data
-/// begins.
+/// Bytes from the start of the disk that [`abandon_unfinished`] zeroes: a header of the usual size and the start of the
+/// data.
 const ABANDONED: u64 = (16 << 20) + WIPED;
 
-/// The header of a finished volume with its keyslots, from the first byte of its disk on.
+/// The complete header of a volume with its keyslots, from the first byte of the header's disk.
 pub(super) struct HeaderImage {
     /// The bytes.
     pub(super) bytes: Vec<u8>,
-    /// Where a second header begins, which makes a volume just as the first one does.
+    /// The offset of a secondary header, which makes the disk a volume just as the first header does.
     pub(super) secondary: Option<usize>,
 }
 
-/// A volume that can be written to and does not exist yet.
+/// A volume that can be written to but does not exist on the disk yet.
 ///
 /// # Contract
-/// - Everything written to it before [`PendingFormat::commit`] is on stable storage before the header is.
-/// - Cut off at any write before the commit has ended, the disk carries the marker (see [`is_unfinished`]) or, once the
-///   commit has written its last sector, a whole volume.
-/// - Dropped, it leaves the marker in place: the disk can be formatted again.
-/// - Where the marker is gone, somebody else has written to the disk, and neither commit nor abandonment writes anything. Who
-///   keeps others away from looking to the last write holds their lock meanwhile.
+/// - Everything that was written to the volume before [`PendingFormat::commit`] reaches stable storage before the
+///   header does.
+/// - If power is lost at any write before the commit ends, the disk carries the marker (see [`is_unfinished`]), or a complete
+///   volume if the commit had written sector 0.
+/// - Dropping this value leaves the marker in place, so the disk can be formatted again.
+/// - If the marker is missing, someone else has written to the disk. Then neither commit nor abandon writes anything. To rule
+///   out a change between this check and the last write, the caller must hold a lock that others respect.
 #[derive(Debug)]
 #[must_use = "a format that is neither committed nor abandoned stays unfinished"]
 pub struct PendingFormat {
@@ -75,15 +83,30 @@ impl std::fmt::Debug for HeldBack {
     }
 }
 
-/// Makes a disk that carries the marker blank again.
+/// Makes a disk with the marker blank again.
 ///
 /// # Errors
-/// `InvalidData` when it carries none, with the disk untouched; else what the disk said.
+/// `InvalidData` if the disk does not carry the marker; the disk is then unchanged. Otherwise the I/O error of the disk.
 pub fn abandon_unfinished(store: &dyn BlockStore) -> io::Result<()> {
     if !has_marker(store)? {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "it carries no unfinished format"));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the disk carries no unfinished format"));
     }
     blank(store, ABANDONED)
+}
+
+/// Returns whether a disk holds only the remains of an abandoned volume with a detached header. Such a disk carries the marker
+/// and a fingerprint which proves that nothing was written to the disk since (see [`Untouched`]).
+///
+/// # Errors
+/// The I/O error of the disk.
+pub fn is_abandoned(data: &dyn BlockStore) -> io::Result<bool> {
+    let rest = HEAD as u64..data.len();
+    if rest.end < rest.start + UNTOUCHED_LEN as u64 || !has_marker(data)? {
+        return Ok(false);
+    }
+    let mut mark = [0; UNTOUCHED_LEN];
+    read_unaligned(data, &mut mark, rest.start)?;
+    Untouched::parse(&mark).map_or(Ok(false), |mark| mark.is_true(data, rest))
 }
 
 fn has_marker(store: &dyn BlockStore) -> io::Result<bool> {
@@ -94,28 +117,29 @@ fn has_marker(store: &dyn BlockStore) -> io::Result<bool> {
     Ok(is_unfinished(&first))
 }
 
-/// Between the phases the disk is everybody's: a volume that somebody else has made there is neither overwritten nor blanked.
+/// Returns an error if the marker is missing. Between the phases, anyone may write to the disk. If someone else has
+/// made a volume there, it must be neither overwritten nor blanked.
 fn require_marker(store: &dyn BlockStore) -> Result<(), LuksError> {
     if has_marker(store)? { Ok(()) } else { Err(LuksError::Overwritten) }
 }
 
 impl PendingFormat {
-    /// What encrypts the data.
+    /// Returns the key that encrypts the data.
     pub fn key(&self) -> &VolumeKey {
         &self.key
     }
 
-    /// Where the data lies.
+    /// Returns where the data lies.
     pub fn segment(&self) -> Segment {
         self.segment
     }
 
-    /// Makes it a volume, after all that was written to it, and returns where its data lies. The disks are those that it was
-    /// begun on.
+    /// Flushes everything that was written to the volume, then writes the header. Returns where the data lies. `disks` must be
+    /// the disks on which the format was begun.
     ///
     /// # Errors
-    /// [`LuksError::Overwritten`], with the disk untouched; else what the disk said. It then carries the marker or a whole
-    /// volume, as far as it can be trusted at all.
+    /// [`LuksError::Overwritten`] if the marker is gone; the disk is then unchanged. Otherwise [`LuksError::Store`]; the disk
+    /// then carries the marker or a complete volume, as far as a failing disk can be trusted.
     pub fn commit<'d>(&self, disks: impl Into<Disks<'d>>) -> Result<Segment, LuksError> {
         let disks = disks.into();
         require_marker(disks.header())?;
@@ -123,14 +147,15 @@ impl PendingFormat {
             disks.data().flush()?;
         }
         let store = disks.header();
-        // All but sector 0, and what the caller wrote, are flushed before sector 0, which alone decides.
+        // Sector 0 decides whether there is a volume. Everything else is flushed before sector 0 is written.
         let head = &self.head.bytes;
         let mut marked = AlignedBuffer::zeroed(head.len());
         marked.copy_from_slice(head);
         put_marker(&mut marked);
         store.write_at(&marked, 0)?;
         store.flush()?;
-        // A disk of larger blocks writes the same bytes over the rest of the block: torn, they are right all the same.
+        // If the disk's blocks are larger than a sector, the rest of the block is overwritten with the same bytes. So a torn
+        // write is harmless.
         store.write_at(&head[..SECTOR.max(store.alignment())], 0)?;
         store.flush()?;
         if let Some(HeldBack { offset, bytes }) = &self.secondary {
@@ -140,25 +165,93 @@ impl PendingFormat {
         Ok(self.segment)
     }
 
-    /// Makes the disk blank again. The disks are those that it was begun on.
+    /// Makes the disk blank again, except for data that would take more than seconds to erase. `disks` must be the
+    /// disks on which the format was begun.
+    ///
+    /// If the disk still holds something that the caller wrote, the marker stays on the disk, so that it can be
+    /// formatted again. In this case, if the header is detached, the header becomes blank and the data disk gets the
+    /// marker, so that [`is_abandoned`] recognises it. This requires that the data begins at the first byte of its
+    /// disk.
     ///
     /// # Errors
-    /// [`LuksError::Overwritten`], with the disks untouched; else what the disk said.
+    /// [`LuksError::Overwritten`] if the marker is gone; the disks are then unchanged. Otherwise [`LuksError::Store`].
     pub fn abandon<'d>(self, disks: impl Into<Disks<'d>>) -> Result<(), LuksError> {
         let disks = disks.into();
         require_marker(disks.header())?;
         let data = disks.data();
         write_zeros(data, self.segment.offset, WIPED.min(self.segment.len))?;
         data.flush()?;
-        blank(disks.header(), if disks.is_detached() { self.header_len } else { self.header_len.max(ABANDONED) })?;
+        let header_len = if disks.is_detached() { self.header_len } else { self.header_len.max(ABANDONED) };
+        blank_behind_head(disks.header(), header_len)?;
+        if self.is_written(data)? && !self.gives_back(data)? {
+            if !disks.is_detached() {
+                return Ok(());
+            }
+            // The bytes before the data do not belong to the volume.
+            if self.segment.offset == 0 {
+                self.mark_abandoned(data)?;
+            }
+        }
+        blank_head(disks.header())?;
         Ok(())
+    }
+
+    /// Marks a data disk so that [`is_abandoned`] recognises it. Its first MiB must be zero.
+    fn mark_abandoned(&self, data: &dyn BlockStore) -> io::Result<()> {
+        // The header contains random bytes and is about to be erased.
+        let random = Sha256::digest(&*self.head.bytes);
+        let seed = random.iter().take(8).fold(0, |seed, byte| seed << 8 | u64::from(*byte));
+        let rest = HEAD as u64..self.segment.len;
+        if rest.end < rest.start + UNTOUCHED_LEN as u64 {
+            return Ok(());
+        }
+        let untouched = Untouched::of(data, rest.clone(), seed)?;
+        write_unaligned(data, &untouched.to_bytes(), rest.start)?;
+        data.flush()?;
+        let mut head = [0; HEAD];
+        put_marker(&mut head);
+        write_unaligned(data, &head, 0)?;
+        data.flush()
+    }
+
+    /// Discards the data if the disk can do this quickly. Returns whether the data reads as zeros afterwards.
+    fn gives_back(&self, data: &dyn BlockStore) -> io::Result<bool> {
+        if !data.discards_quickly() {
+            return Ok(false);
+        }
+        let given_back = data.discard(self.segment.offset, self.segment.len).and_then(|()| data.flush());
+        Ok(given_back.is_ok() && !self.is_written(data)?)
+    }
+
+    /// Marks a volume that is made over old data as untouched (see [`Untouched`]), so that a filesystem may be made on it
+    /// unattended. Does nothing if the data is blank. Must be called before anything is written to the volume. `seed` is a
+    /// random number. `disks` must be the disks on which the format was begun.
+    ///
+    /// # Errors
+    /// [`LuksError::Store`] if the disk fails.
+    pub fn mark_untouched<'d>(&self, disks: impl Into<Disks<'d>>, seed: u64) -> Result<(), LuksError> {
+        let data = disks.into().data();
+        let Segment { offset, len, sector_size, iv_start } = self.segment;
+        if len < UNTOUCHED_LEN as u64 || !self.is_written(data)? {
+            return Ok(());
+        }
+        let mut bytes = Untouched::of(data, offset..offset + len, seed)?.to_bytes();
+        Xts::new(&self.key).encrypt(sector_size, iv_start, &mut bytes);
+        write_unaligned(data, &bytes, offset)?;
+        Ok(())
+    }
+
+    /// Returns whether the data's range of the disk holds anything, as far as a survey can tell.
+    fn is_written(&self, data: &dyn BlockStore) -> io::Result<bool> {
+        let Segment { offset, len, .. } = self.segment;
+        Ok(signature::first_written(data, offset..offset + len, &Survey::default())?.is_some())
     }
 }
 
-/// The first phase: the marker, then everything else that `image` has, then zeros where old signatures could be.
+/// The first phase: writes the marker, then the rest of `image`, then zeros where old signatures could be.
 ///
 /// # Errors
-/// [`LuksError::TooSmall`], with the disk untouched; else what the disk said.
+/// [`LuksError::TooSmall`] if header or data do not fit; the disk is then unchanged. Otherwise [`LuksError::Store`].
 pub(super) fn begin_format(
     disks: Disks<'_>,
     image: HeaderImage,
@@ -198,7 +291,7 @@ pub(super) fn begin_format(
     Ok(PendingFormat { key, segment, header_len, head, secondary })
 }
 
-/// Takes `len` bytes out of the image and leaves zeros in their place.
+/// Takes `len` bytes out of the image and leaves zeros there.
 fn hold_back(image: &mut [u8], offset: usize, len: usize) -> HeldBack {
     let place = &mut image[offset..offset + len];
     let mut bytes = AlignedBuffer::zeroed(len);
@@ -207,10 +300,10 @@ fn hold_back(image: &mut [u8], offset: usize, len: usize) -> HeldBack {
     HeldBack { offset: offset as u64, bytes }
 }
 
-/// Zeros where a filesystem, a partition table, RAID or LUKS could have left something behind in the data's room.
+/// Zeroes the parts of the data's range where a filesystem, a partition table, RAID or LUKS may have left a signature.
 fn wipe_signatures(store: &dyn BlockStore, segment: Segment) -> io::Result<()> {
     let end = segment.offset + segment.len;
-    // No further than the data reaches; all of these are multiples of the disk's blocks.
+    // Stops at the end of the data. All of these numbers are multiples of the disk's block size.
     let wipe = |from: u64, len: u64| write_zeros(store, from, len.min(end.saturating_sub(from)));
     wipe(segment.offset, WIPED)?;
     if segment.offset + WIPED <= FARTHEST_LUKS2_HEADER {
@@ -220,15 +313,28 @@ fn wipe_signatures(store: &dyn BlockStore, segment: Segment) -> io::Result<()> {
     wipe(end - tail, tail)
 }
 
-/// From the back to the front, so that the marker is there as long as anything else is.
+/// Zeroes the first `len` bytes from back to front, so that the marker is overwritten last.
 fn blank(store: &dyn BlockStore, len: u64) -> io::Result<()> {
-    let unit = LBA_UNIT.max(store.alignment() as u64);
-    let head = (HEAD as u64).max(unit).min(store.len());
-    let end = len.min(store.len());
-    write_zeros(store, head, end.saturating_sub(head))?;
-    store.flush()?;
-    write_zeros(store, 0, head)?;
+    blank_behind_head(store, len)?;
+    blank_head(store)
+}
+
+/// Zeroes the bytes up to `len`, except the block that holds the marker.
+fn blank_behind_head(store: &dyn BlockStore, len: u64) -> io::Result<()> {
+    let head = head_len(store);
+    write_zeros(store, head, len.min(store.len()).saturating_sub(head))?;
     store.flush()
+}
+
+fn blank_head(store: &dyn BlockStore) -> io::Result<()> {
+    write_zeros(store, 0, head_len(store))?;
+    store.flush()
+}
+
+/// Returns the length of the block that holds the marker.
+fn head_len(store: &dyn BlockStore) -> u64 {
+    let unit = LBA_UNIT.max(store.alignment() as u64);
+    (HEAD as u64).max(unit).min(store.len())
 }
 
 fn put_marker(head: &mut [u8]) {

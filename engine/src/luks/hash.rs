@@ -4,12 +4,12 @@ use std::fmt;
 
 use sha1::digest::Digest;
 
-/// A hash that PBKDF2, the anti-forensic splitter and plain mode can be asked to use.
+/// A hash function for PBKDF2, the anti-forensic splitter and plain mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HashAlgorithm {
-    /// SHA-1, 20 bytes: cryptsetup's choice before version 1.7.
+    /// SHA-1, 20 bytes: cryptsetup's default before version 1.7.
     Sha1,
-    /// SHA-256, 32 bytes: cryptsetup's choice since.
+    /// SHA-256, 32 bytes: cryptsetup's default since version 1.7.
     Sha256,
     /// SHA-512, 64 bytes.
     Sha512,
@@ -17,7 +17,7 @@ pub enum HashAlgorithm {
     Sha224,
     /// SHA-384, 48 bytes.
     Sha384,
-    /// RIPEMD-160, 20 bytes: plain mode's default before cryptsetup 2.7, and in some old LUKS1 volumes.
+    /// RIPEMD-160, 20 bytes: plain mode's default before cryptsetup 2.7; some old LUKS1 volumes use it.
     Ripemd160,
     /// SHA-512/224, 28 bytes.
     Sha512_224,
@@ -41,7 +41,7 @@ pub enum HashAlgorithm {
     Sm3,
 }
 
-/// Evaluates an expression with type names standing for the RustCrypto types of a [`HashAlgorithm`] and of HMAC with it.
+/// Evaluates an expression in which two type names stand for the RustCrypto type of a [`HashAlgorithm`] and for its HMAC.
 macro_rules! with_hash {
     ($algorithm:expr, $hash:ident, $hmac:ident => $body:expr) => {
         $crate::luks::hash::with_hash!(@ $algorithm, $hash, $hmac, $body;
@@ -54,7 +54,7 @@ macro_rules! with_hash {
             Sha512_256 = sha2::Sha512_256, Hmac;
             Ripemd160 = ripemd::Ripemd160, Hmac;
             Whirlpool = whirlpool::Whirlpool, Hmac;
-            // Their crates give no access to whole blocks, which HMAC's faster form needs.
+            // The crates of these hashes do not expose whole blocks, which the faster `Hmac` needs.
             Sha3_224 = sha3::Sha3_224, SimpleHmac;
             Sha3_256 = sha3::Sha3_256, SimpleHmac;
             Sha3_384 = sha3::Sha3_384, SimpleHmac;
@@ -67,7 +67,7 @@ macro_rules! with_hash {
     (@ $algorithm:expr, $hash:ident, $hmac:ident, $body:expr; $($name:ident = $type:ty, $kind:ident;)*) => {
         match $algorithm {
             $($crate::luks::hash::HashAlgorithm::$name => {
-                #[allow(dead_code, reason = "who hashes needs no HMAC, and who derives keys no hash")]
+                #[allow(dead_code, reason = "an expression may use only one of the two types")]
                 type $hash = $type;
                 #[allow(dead_code, reason = "as above")]
                 type $hmac = hmac::$kind<$type>;
@@ -79,7 +79,7 @@ macro_rules! with_hash {
 pub(in crate::luks) use with_hash;
 
 impl HashAlgorithm {
-    /// Every hash there is.
+    /// Every hash that nbdcrypt supports.
     pub const ALL: [Self; 16] = [
         Self::Sha1,
         Self::Sha224,
@@ -99,16 +99,16 @@ impl HashAlgorithm {
         Self::Sm3,
     ];
 
-    /// Every hash, for an error about another one.
-    pub(in crate::luks) const SUPPORTED: &str = "it does sha1, sha224, sha256, sha384, sha512, sha512-224, sha512-256, ripemd160, whirlpool, \
+    /// All hashes, for the error about an unsupported one.
+    pub(in crate::luks) const SUPPORTED: &str = "it supports sha1, sha224, sha256, sha384, sha512, sha512-224, sha512-256, ripemd160, whirlpool, \
          sha3-224, sha3-256, sha3-384, sha3-512, blake2b-512, blake2s-256 and sm3";
 
-    /// The hash of that name, in either case, as cryptsetup reads it.
+    /// Returns the hash with this name, in upper or lower case, as cryptsetup reads it.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|hash| hash.name().eq_ignore_ascii_case(name))
     }
 
-    /// The name as headers have it.
+    /// Returns the name as headers spell it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Sha1 => "sha1",
@@ -130,12 +130,12 @@ impl HashAlgorithm {
         }
     }
 
-    /// Bytes of one digest.
+    /// Returns the length of a digest in bytes.
     pub fn output_len(self) -> usize {
         with_hash!(self, H, P => <H as Digest>::output_size())
     }
 
-    /// Fills `out` with the start of the digest of `parts`, one after the other. `out` is at most one digest long.
+    /// Fills `out` with the start of the digest of the concatenated `parts`. `out` is at most one digest long.
     pub(in crate::luks) fn digest_into(self, parts: &[&[u8]], out: &mut [u8]) {
         use zeroize::Zeroize;
         with_hash!(self, H, P => {
@@ -165,21 +165,21 @@ mod tests {
     }
 
     #[test]
-    fn digests_are_those_of_fips_180() {
+    fn digests_match_fips_180() {
         let mut digest = [0; 20];
         HashAlgorithm::Sha1.digest_into(&[b"a", b"bc"], &mut digest);
         assert_eq!(digest[..4], [0xa9, 0x99, 0x3e, 0x36]);
         let mut digest = [0; 4];
         HashAlgorithm::Sha512.digest_into(&[b"abc"], &mut digest);
         assert_eq!(digest, [0xdd, 0xaf, 0x35, 0xa1]);
-        // The authors' own test vector.
+        // The test vector of the algorithm's authors.
         HashAlgorithm::Ripemd160.digest_into(&[b"abc"], &mut digest);
         assert_eq!(digest, [0x8e, 0xb2, 0x08, 0xf7]);
     }
 
     #[test]
-    fn every_name_is_told_when_one_is_unknown() {
-        let told: Vec<_> = HashAlgorithm::SUPPORTED.trim_start_matches("it does ").split([',', ' ']).collect();
-        assert!(HashAlgorithm::ALL.iter().all(|hash| told.contains(&hash.name())), "{told:?}");
+    fn the_list_of_supported_hashes_is_complete() {
+        let listed: Vec<_> = HashAlgorithm::SUPPORTED.trim_start_matches("it supports ").split([',', ' ']).collect();
+        assert!(HashAlgorithm::ALL.iter().all(|hash| listed.contains(&hash.name())), "{listed:?}");
     }
 }

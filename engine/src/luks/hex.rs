@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// Bytes in hexadecimal, a space after each.
+/// Shows bytes in hexadecimal, with a space after each.
 pub(super) struct Hex<'a>(pub(super) &'a [u8]);
 
 impl fmt::Display for Hex<'_> {

@@ -1,4 +1,4 @@
-//! From a passphrase to a keyslot's key: PBKDF2 (RFC 8018, section 5.2) with HMAC, and Argon2 (RFC 9106).
+//! Derives a keyslot's key from a passphrase: PBKDF2 (RFC 8018, section 5.2) with HMAC, and Argon2 (RFC 9106).
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -6,12 +6,14 @@ use std::time::Duration;
 use argon2::{Algorithm, Argon2, Block, Params, Version};
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::buffer::has_room;
+
 use super::hash::{HashAlgorithm, with_hash};
 
-/// The fewest iterations that cryptsetup makes a keyslot or a digest with.
+/// The fewest iterations that cryptsetup uses for a keyslot or a digest.
 pub const MIN_ITERATIONS: NonZeroU32 = NonZeroU32::new(1000).unwrap();
 
-/// `DK = PBKDF2-HMAC-hash(password, salt, iterations, len)`.
+/// Returns `DK = PBKDF2-HMAC-hash(password, salt, iterations, len)`.
 pub fn pbkdf2(
     hash: HashAlgorithm,
     password: &[u8],
@@ -25,30 +27,34 @@ pub fn pbkdf2(
     key
 }
 
-/// What Argon2 shall cost.
+/// Bytes of address space that a thread takes: its stack, and what the C library adds to it.
+const THREAD_STACK: usize = 3 << 20;
+
+/// The cost parameters of Argon2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Argon2Cost {
-    /// Passes over the memory.
+    /// The number of passes over the memory.
     pub time: u32,
-    /// Memory in KiB.
+    /// The memory in KiB.
     pub memory: u32,
-    /// Lanes, each computed by a thread of its own.
+    /// The number of lanes. Each lane is computed by its own thread.
     pub lanes: u32,
 }
 
-/// Why [`argon2()`] gave no key.
+/// Why [`argon2()`] returned no key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Argon2Error {
-    /// There is not so much memory, or there are no threads to be had.
+    /// The memory is not available, or no threads can be started.
     OutOfMemory,
-    /// A cost, or the length of the salt, that Argon2 does not allow.
+    /// Argon2 does not allow a cost parameter or the length of the salt.
     Parameters,
 }
 
-/// `Argon2i(id)(password, salt, cost, len)`, version 1.3, with threads that end before it returns.
+/// Returns `Argon2i(id)(password, salt, cost, len)`, version 1.3. All threads that this function starts have ended when
+/// it returns.
 ///
 /// # Errors
-/// [`Argon2Error`]; a lack of memory is found before any work is done.
+/// [`Argon2Error`]. A lack of memory is found before any work is done.
 pub fn argon2(
     is_id: bool,
     password: &[u8],
@@ -59,6 +65,7 @@ pub fn argon2(
     let algorithm = if is_id { Algorithm::Argon2id } else { Algorithm::Argon2i };
     let params = Params::new(cost.memory, cost.time, cost.lanes, Some(len)).map_err(|_| Argon2Error::Parameters)?;
     let mut memory: Vec<Block> = Vec::new();
+    has_room(params.block_count().saturating_mul(1024)).map_err(|_| Argon2Error::OutOfMemory)?;
     memory.try_reserve_exact(params.block_count()).map_err(|_| Argon2Error::OutOfMemory)?;
     let mut key = Zeroizing::new(vec![0; len]);
     let compute = || {
@@ -75,18 +82,19 @@ pub fn argon2(
     if cost.lanes == 1 {
         compute()?;
     } else {
-        // A pool of its own: a thread that stayed behind would be in the way of whoever forks later.
+        // The pool and its threads end here. A thread that was still running would make a later fork unsafe.
         let threads = usize::try_from(cost.lanes).unwrap_or(usize::MAX);
+        has_room(threads.saturating_mul(THREAD_STACK)).map_err(|_| Argon2Error::OutOfMemory)?;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         pool.map_err(|_| Argon2Error::OutOfMemory)?.install(compute)?;
     }
     Ok(key)
 }
 
-/// How many iterations of [`pbkdf2()`] for a key of `len` bytes take about `target` on this machine, and never fewer than
-/// [`MIN_ITERATIONS`]. The `clock` tells the time since any fixed moment; it must not go backwards.
+/// Returns how many iterations of [`pbkdf2()`] for a key of `len` bytes take about `target` on this machine, but at least
+/// [`MIN_ITERATIONS`]. `clock` returns the time since any fixed moment and must not go backwards.
 ///
-/// Takes about a tenth of `target`, or a little more than that where `target` is very short.
+/// Takes about a tenth of `target`, or a little more if `target` is very short.
 pub fn calibrate(hash: HashAlgorithm, len: usize, target: Duration, clock: &mut dyn FnMut() -> Duration) -> NonZeroU32 {
     scale_to(target, &mut |iterations| {
         let start = clock();
@@ -95,11 +103,13 @@ pub fn calibrate(hash: HashAlgorithm, len: usize, target: Duration, clock: &mut 
     })
 }
 
-/// What Argon2id may cost to take about `target` on this machine with so many lanes: at most `max_memory` KiB, and more
-/// passes where that is too quick. Like cryptsetup's, it has at least 4 passes, and 32 MiB where it may.
+/// Returns the cost at which Argon2id takes about `target` on this machine with `lanes` lanes. The memory is at most `max_memory`
+/// KiB. If one derivation with this memory is too fast, the number of passes is increased. As in cryptsetup, there are at least 4
+/// passes, and at least 32 MiB if `max_memory` allows it.
 ///
 /// # Errors
-/// [`Argon2Error`] when even the trial, over 64 MiB at most, is not to be had, or there is too little memory for the lanes.
+/// [`Argon2Error`] if even the memory for the trial is not available (at most 64 MiB), or if `max_memory` is too little for
+/// the lanes.
 pub fn calibrate_argon2id(
     target: Duration,
     max_memory: u32,
@@ -119,14 +129,14 @@ pub fn calibrate_argon2id(
         trial.time *= 2;
     };
     let affordable = |cost: u32| u32::try_from(u128::from(cost) * target.as_nanos() / took).unwrap_or(u32::MAX);
-    // The trial's work, in passes over a KiB, scaled to the target, over this memory.
+    // The work that fits into `target`, counted in passes over one KiB.
     let work = affordable(trial.time.saturating_mul(trial.memory));
     let memory = (work / MIN_TIME).clamp(MIN_MEMORY.min(max_memory), max_memory);
     Ok(Argon2Cost { time: (work / memory.max(1)).max(MIN_TIME), memory, lanes })
 }
 
-/// The number of iterations that take `target`, given what `run` says so many took: doubles the trial until it has
-/// taken long enough to be measured well, and scales from there.
+/// Returns the number of iterations that take `target`. `run` says how long a number of iterations takes. The trial is doubled
+/// until it takes long enough to be measured well; the result is scaled from the last trial.
 fn scale_to(target: Duration, run: &mut dyn FnMut(NonZeroU32) -> Duration) -> NonZeroU32 {
     let mut trial = MIN_ITERATIONS;
     loop {
@@ -140,7 +150,7 @@ fn scale_to(target: Duration, run: &mut dyn FnMut(NonZeroU32) -> Duration) -> No
     }
 }
 
-/// How long a trial must take, for `target` to be told from it.
+/// Returns how long a trial must take to give a reliable estimate for `target`.
 fn worth_measuring(target: Duration) -> Duration {
     (target / 20).clamp(Duration::from_millis(5), Duration::from_millis(250))
 }
@@ -150,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pbkdf2_is_that_of_rfc_6070_and_rfc_7914() {
+    fn pbkdf2_matches_rfc_6070_and_rfc_7914() {
         let key = pbkdf2(HashAlgorithm::Sha1, b"password", b"salt", NonZeroU32::new(4096).unwrap(), 20);
         assert_eq!(key[..8], [0x4b, 0x00, 0x79, 0x01, 0xb7, 0x65, 0x48, 0x9a]);
         // RFC 7914, section 11.
@@ -160,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn argon2_is_the_reference_program_s() {
+    fn argon2_matches_the_reference_program() {
         // echo -n password | argon2 somesalt -i|-id -t 3 -k 64 -p 4 -l 16 -r
         let cost = Argon2Cost { time: 3, memory: 64, lanes: 4 };
         let key = argon2(false, b"password", b"somesalt", cost, 16).unwrap();
@@ -173,8 +183,8 @@ mod tests {
     }
 
     #[test]
-    fn argon2_takes_as_much_memory_as_the_time_allows_and_then_more_passes() {
-        // A clock that says each trial took a tenth of a second.
+    fn argon2_uses_more_memory_first_and_then_more_passes() {
+        // Each trial takes a tenth of a second by this clock.
         let mut now = Duration::ZERO;
         let mut clock = || {
             now += Duration::from_millis(100);
@@ -185,7 +195,7 @@ mod tests {
         assert_eq!(cost(1000, 4 << 20), Argon2Cost { time: 4, memory: 640 << 10, lanes: 1 });
         assert_eq!(cost(1000, 64 << 10), Argon2Cost { time: 40, memory: 64 << 10, lanes: 1 });
         assert_eq!(cost(1, 4 << 20), Argon2Cost { time: 4, memory: 32 << 10, lanes: 1 });
-        // As little as asked for.
+        // The maximum is below cryptsetup's minimum of 32 MiB.
         assert_eq!(cost(1000, 1 << 10), Argon2Cost { time: 40, memory: 1 << 10, lanes: 1 });
         let too_little = calibrate_argon2id(Duration::from_secs(1), 31, 4, &mut || Duration::ZERO);
         assert_eq!(too_little, Err(Argon2Error::Parameters));
@@ -193,11 +203,11 @@ mod tests {
 
     #[test]
     fn iterations_are_scaled_to_the_time_asked_for() {
-        // A machine that does a million iterations a second.
+        // A machine that computes a million iterations a second.
         let mut run = |iterations: NonZeroU32| Duration::from_micros(u64::from(iterations.get()));
         assert_eq!(scale_to(Duration::from_secs(2), &mut run).get(), 2_000_000);
         assert_eq!(scale_to(Duration::ZERO, &mut run), MIN_ITERATIONS);
-        // A clock that stands still, and one that crawls.
+        // A clock that does not advance, and a clock by which every trial takes an hour.
         assert_eq!(scale_to(Duration::from_secs(1), &mut |_| Duration::ZERO).get(), u32::MAX);
         assert_eq!(scale_to(Duration::from_secs(1), &mut |_| Duration::from_secs(3600)), MIN_ITERATIONS);
     }

@@ -1,27 +1,27 @@
-//! The keys of a volume of either format: added, changed, removed.
+//! Adds, changes and removes the keys of a volume of either format.
 //!
-//! Whoever calls has the header's disk for itself: two updates at once would undo each other.
+//! The caller must have exclusive use of the header's disk. Two updates at the same time would undo each other.
 
 use super::luks2::KdfOptions;
 use super::{DataDisk, HashAlgorithm, Limits, LockedVolume, LuksError, Random, UnlockedVolume, luks1, luks2};
 use crate::key::{Passphrase, VolumeKey};
 use crate::store::BlockStore;
 
-/// A passphrase for a new keyslot, and what a guess at it shall cost.
+/// A passphrase for a new keyslot, and the cost of guessing it.
 #[derive(Debug)]
 pub struct NewKey<'a> {
     /// The passphrase.
     pub passphrase: &'a Passphrase,
-    /// How it becomes the keyslot's key: on a LUKS1 volume PBKDF2, with the volume's own hash.
+    /// How the keyslot's key is derived. LUKS1 always uses PBKDF2 with the volume's own hash.
     pub kdf: KdfOptions,
-    /// The hash of the anti-forensic splitter, on a LUKS2 volume.
+    /// The hash of the anti-forensic splitter, for a LUKS2 volume.
     pub hash: HashAlgorithm,
 }
 
-/// Reads a header alone, whose data may be on another disk: enough for everything here.
+/// Reads a header without its data, which may be on another disk. This is enough for every function in this file.
 ///
 /// # Errors
-/// As [`super::read`] has them.
+/// See [`super::read`].
 pub fn read_for_keys(store: &dyn BlockStore, limits: &Limits) -> Result<LockedVolume, LuksError> {
     let anywhere = DataDisk { len: u64::MAX, is_detached: true };
     match luks1::read_header(store) {
@@ -34,11 +34,11 @@ pub fn read_for_keys(store: &dyn BlockStore, limits: &Limits) -> Result<LockedVo
 }
 
 impl LockedVolume {
-    /// Tries the passphrase on one keyslot, or on all, in their order, where none is named.
+    /// Tries the passphrase on one keyslot, or on all keyslots in their order if `keyslot` is `None`.
     ///
     /// # Errors
-    /// [`LuksError::NoSuchKeyslot`], [`LuksError::WrongPassphraseFor`], [`LuksError::NamedKeyslot`], and as
-    /// [`LockedVolume::unlock`] has them.
+    /// [`LuksError::NoSuchKeyslot`], [`LuksError::WrongPassphraseFor`], [`LuksError::NamedKeyslot`], and the errors of
+    /// [`LockedVolume::unlock`].
     pub fn unlock_keyslot(
         &self,
         store: &dyn BlockStore,
@@ -54,10 +54,12 @@ impl LockedVolume {
         unlocked.map_err(|error| error.of_named_keyslot(keyslot))
     }
 
-    /// Puts `key` into a free keyslot, or the one that is named, under a new passphrase; returns its number.
+    /// Writes `key`, encrypted with a new passphrase, into the named keyslot, or into a free keyslot if none is named. Returns
+    /// the keyslot's number.
     ///
     /// # Errors
-    /// As [`luks1::add_key`] and [`luks2::add_key`] have them.
+    /// [`LuksError::Luks2Only`] if a LUKS1 volume should use Argon2, and the errors of [`luks1::add_key`] and
+    /// [`luks2::add_key`].
     pub fn add_key(
         &self,
         store: &dyn BlockStore,
@@ -79,11 +81,15 @@ impl LockedVolume {
         }
     }
 
-    /// Replaces the passphrase of keyslot `old`, which holds `key`; returns the number of the new one. On a LUKS2 volume
-    /// that is the same; LUKS1 has the new key in a free keyslot, as cryptsetup does.
+    /// Replaces the passphrase of keyslot `old`, which holds `key`. Returns the number of the new keyslot. On a LUKS2 volume
+    /// this is `old`. On a LUKS1 volume the new key goes into a free keyslot, as in cryptsetup.
+    ///
+    /// If there is no room for both keys, the new key is written over the old key, but only with `in_place`. If this write is
+    /// interrupted, neither the old nor the new passphrase opens the keyslot.
     ///
     /// # Errors
-    /// As [`LockedVolume::add_key`] has them.
+    /// [`LuksError::NoRoomToChange`] if there is no room and `in_place` is false, and the errors of [`LockedVolume::add_key`].
+    #[allow(clippy::too_many_arguments, reason = "the arguments are independent")]
     pub fn change_key(
         &self,
         store: &dyn BlockStore,
@@ -91,26 +97,34 @@ impl LockedVolume {
         key: &VolumeKey,
         old: usize,
         new: &NewKey<'_>,
+        in_place: bool,
         random: Random<'_>,
     ) -> Result<usize, LuksError> {
+        let NewKey { passphrase, kdf, hash } = new;
         match self {
-            Self::Luks1(_) => {
-                let added = self.add_key(store, limits, key, new, None, random)?;
-                luks1::remove_key(store, old, false, random)?;
-                Ok(added)
-            }
+            Self::Luks1(_) => match (self.add_key(store, limits, key, new, None, random), kdf) {
+                (Ok(added), _) => {
+                    luks1::remove_key(store, old, false, random)?;
+                    Ok(added)
+                }
+                (Err(LuksError::NoRoomForKey), KdfOptions::Pbkdf2 { iterations, .. }) if in_place => {
+                    luks1::replace_key(store, limits, key, passphrase, *iterations, old, random)?;
+                    Ok(old)
+                }
+                (Err(LuksError::NoRoomForKey), _) => Err(LuksError::NoRoomToChange(old)),
+                (Err(error), _) => Err(error),
+            },
             Self::Luks2(_) => {
-                let NewKey { passphrase, kdf, hash } = new;
-                luks2::change_key(store, limits, key, passphrase, kdf, *hash, old, random)?;
+                luks2::change_key(store, limits, key, passphrase, kdf, *hash, old, in_place, random)?;
                 Ok(old)
             }
         }
     }
 
-    /// Removes a keyslot, the last one only with `force`.
+    /// Removes a keyslot. The last keyslot is removed only with `force`.
     ///
     /// # Errors
-    /// As [`luks1::remove_key`] and [`luks2::remove_key`] have them.
+    /// See [`luks1::remove_key`] and [`luks2::remove_key`].
     pub fn remove_key(
         &self,
         store: &dyn BlockStore,

@@ -1,4 +1,4 @@
-//! A keyslot's key material: the volume key, split by [`af`] and encrypted with a key that the passphrase gives.
+//! A keyslot's key material: the volume key, split by [`af`] and encrypted with the key that is derived from the passphrase.
 
 use std::io;
 
@@ -7,30 +7,64 @@ use zeroize::Zeroizing;
 use super::af;
 use super::hash::HashAlgorithm;
 use super::{LuksError, Random};
+use crate::layout::Segment;
+
 use crate::key::{VolumeKey, VolumeKeyError};
-use crate::sector::{Lba512, SectorSize};
+use crate::sector::{LBA_UNIT, Lba512, SectorSize};
 use crate::store::{BlockStore, write_unaligned};
 use crate::xts::Xts;
 
-/// Stripes that a key is split into, in every LUKS volume there is (specification, "LUKS constants": `LUKS_STRIPES`).
+/// The number of stripes that a key is split into. It is the same in all LUKS volumes (specification, "LUKS constants":
+/// `LUKS_STRIPES`).
 pub(super) const STRIPES: usize = 4000;
 
-/// Bytes of key material that a key of `key_len` bytes takes, up to a whole sector.
+/// Returns the length of the key material for a key of `key_len` bytes, rounded up to whole sectors.
 pub(super) fn material_len(key_len: usize) -> usize {
     (key_len * STRIPES).next_multiple_of(SectorSize::B512.bytes())
 }
 
-/// Every cipher, for an error about another one.
-pub(super) const SUPPORTED_CIPHERS: &str = "it does aes-xts-plain64 with 512 or 256 bits";
+/// The supported ciphers, for the error about an unsupported cipher.
+pub(super) const SUPPORTED_CIPHERS: &str = "it supports aes-xts-plain64 with 512 or 256 bits";
 
-/// The length in bytes of the key of a volume or a keyslot, if it is encrypted with what nbdcrypt does.
+/// AES-XTS with an IV of 32 bits. It equals `aes-xts-plain64` as long as every sector number fits into 32 bits. For key
+/// material this is always true.
+pub(super) const SHORT_IV: &str = "aes-xts-plain";
+/// The number of IVs of 32 bits.
+const SHORT_IVS: u64 = 1 << 32;
+
+/// Refuses data that is encrypted with an IV of 32 bits and has sector numbers that do not fit.
 ///
 /// # Errors
-/// [`LuksError::Unsupported`], with the cipher's name.
+/// [`LuksError::Unsupported`] if a sector number needs more than 32 bits.
+pub(super) fn refuse_short_iv(cipher: &str, segment: &Segment) -> Result<(), LuksError> {
+    if cipher == SHORT_IV { refuse_iv_beyond_32_bits(segment, 1) } else { Ok(()) }
+}
+
+/// Refuses a segment whose sector numbers do not fit into an IV of 32 bits. The IV counts units of `unit` sectors of 512 bytes.
+///
+/// # Errors
+/// [`LuksError::Unsupported`] if a sector number needs more than 32 bits.
+pub(super) fn refuse_iv_beyond_32_bits(segment: &Segment, unit: u64) -> Result<(), LuksError> {
+    let sectors = segment.iv_start.0.saturating_add(segment.len / LBA_UNIT);
+    if sectors.div_ceil(unit) <= SHORT_IVS {
+        return Ok(());
+    }
+    Err(LuksError::Unsupported {
+        what: "cipher",
+        found: format!("{SHORT_IV} with sectors up to number {}", sectors.div_ceil(unit) - 1),
+        supported: "an IV of 32 bits repeats from sector 4294967296 on, which is at 2 TiB with sectors of 512 bytes; it \
+                    supports smaller volumes with aes-xts-plain",
+    })
+}
+
+/// Returns the length in bytes of the key of a volume or a keyslot.
+///
+/// # Errors
+/// [`LuksError::Unsupported`], with the name of the cipher, if nbdcrypt does not support it.
 pub(super) fn key_len(cipher: &str, key_bytes: u32) -> Result<usize, LuksError> {
     match (cipher, key_bytes) {
-        ("aes-xts-plain64", 32) => Ok(VolumeKey::AES_128),
-        ("aes-xts-plain64", 64) => Ok(VolumeKey::AES_256),
+        ("aes-xts-plain64" | SHORT_IV, 32) => Ok(VolumeKey::AES_128),
+        ("aes-xts-plain64" | SHORT_IV, 64) => Ok(VolumeKey::AES_256),
         _ => Err(LuksError::Unsupported {
             what: "cipher",
             found: format!("{cipher} with a key of {} bits", u64::from(key_bytes) * 8),
@@ -39,15 +73,15 @@ pub(super) fn key_len(cipher: &str, key_bytes: u32) -> Result<usize, LuksError> 
     }
 }
 
-/// What the encryption is called, where nbdcrypt does it.
+/// Returns the name of the encryption, or `None` if nbdcrypt does not support it.
 pub(super) fn encryption(cipher: &str, key_bytes: u32) -> Option<&'static str> {
     key_len(cipher, key_bytes).ok().map(|len| if len == VolumeKey::AES_256 { "AES-256-XTS" } else { "AES-128-XTS" })
 }
 
-/// The key that `material` holds, if `slot_key` is the right one; else noise. `material` is decrypted where it stands.
+/// Returns the key in `material`, or noise if `slot_key` is wrong. Decrypts `material` in place.
 ///
 /// # Errors
-/// When `slot_key` is no XTS key.
+/// [`VolumeKeyError`] if `slot_key` is not an XTS key.
 pub(super) fn unseal(
     hash: HashAlgorithm,
     mut slot_key: Zeroizing<Vec<u8>>,
@@ -59,10 +93,10 @@ pub(super) fn unseal(
     Ok(af::merge(hash, key_len, &material[..key_len * STRIPES]))
 }
 
-/// The key material that holds `key`: the inverse of [`unseal`].
+/// Returns the key material that holds `key`: the inverse of [`unseal`].
 ///
 /// # Errors
-/// What the source of randomness said.
+/// The error of `random`.
 pub(super) fn seal(
     hash: HashAlgorithm,
     slot_key: &VolumeKey,
@@ -76,19 +110,19 @@ pub(super) fn seal(
     Ok(material)
 }
 
-/// Overwrites key material: with random bytes, which no disk compresses or takes for a hole, then with zeros. Where a disk
-/// writes to new cells instead, as flash does, the old ones stay until it erases them.
+/// Overwrites key material twice: first with random bytes, which a disk can neither compress nor store as a hole, then
+/// with zeros. Flash memory writes to new cells, so its old cells keep their contents until the disk erases them.
 ///
 /// ```text
 ///   first sector zero ─ the others random ─ the others zero ─ first sector random ─ first sector zero
 /// ```
 ///
-/// Cut off anywhere, there are zeros in it, in which an interrupted removal is recognised ([`damaged_sector`]): what opens
-/// no more must not count as a key that is left.
+/// If this is interrupted at any point, the key material contains zeros, so [`damaged_sector`] recognises the interrupted
+/// removal. This matters because a keyslot that no longer opens must not count as a remaining key.
 pub(super) fn wipe(store: &dyn BlockStore, offset: u64, len: u64, random: Random<'_>) -> Result<(), LuksError> {
-    // No truncation: an area is a part of the header.
+    // No truncation: an area is part of the header.
     let len = usize::try_from(len).unwrap_or(0);
-    // The area of a keyslot of an unknown type may be as short as its writer likes.
+    // The area of a keyslot of an unknown type may have any length.
     let first = SectorSize::B512.bytes().min(len);
     let zeros = vec![0; len];
     let mut noise = vec![0; len];
@@ -102,9 +136,9 @@ pub(super) fn wipe(store: &dyn BlockStore, offset: u64, len: u64, random: Random
     Ok(())
 }
 
-/// The first sector of `material` that cannot be key material, if there is one. Ciphertext looks random: 512 random
-/// bytes have about 221 different values, and fewer than 128 once in a time longer than any disk lasts. What zeroes, a
-/// filesystem or text leave behind has fewer.
+/// Returns the first sector of `material` that cannot be key material, if there is one. Ciphertext looks random: 512 random
+/// bytes have about 221 different values, and practically never fewer than 128. Zeros, filesystem structures and text have
+/// fewer.
 pub(super) fn damaged_sector(material: &[u8]) -> Option<usize> {
     material.chunks_exact(SectorSize::B512.bytes()).position(|sector| {
         let mut seen = [false; 256];
@@ -118,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_area_of_any_length_is_wiped_and_nothing_beside_it() {
+    fn wiping_an_area_of_any_length_changes_nothing_else() {
         for len in [0, 1, 511, 512, 513, 4096] {
             let store = crate::store::MemoryStore::from(vec![7; 8192]);
             let mut random = |data: &mut [u8]| {

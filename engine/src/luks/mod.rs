@@ -1,4 +1,4 @@
-//! The LUKS on-disk formats: header bytes to keys, and keys to header bytes.
+//! The LUKS on-disk formats: turns header bytes into keys, and keys into header bytes.
 //!
 //! ```text
 //!   read ─► LockedVolume ─► unlock(passphrase) ─► UnlockedVolume { key, segment }
@@ -7,8 +7,8 @@
 //!                                                                   └► abandon ─► a blank disk
 //! ```
 //!
-//! What is read is untrusted: a header is parsed once, into a type that cannot be wrong, and what it asks for is bounded
-//! by [`Limits`].
+//! Headers are untrusted input. A header is parsed once, into a type that holds only valid values. [`Limits`] bounds the
+//! work that it may ask for.
 
 mod af;
 mod backup;
@@ -24,42 +24,34 @@ mod limits;
 pub mod luks1;
 pub mod luks2;
 pub mod plain;
+mod remaining;
 mod repair;
+mod uuid;
 
 use std::io;
 
-use uuid::Uuid;
+use ::uuid::Uuid;
 
 pub use backup::Backup;
 pub use disks::{DataDisk, Disks};
 pub use error::{KeyslotFault, LuksError};
-pub use format::{PendingFormat, abandon_unfinished};
+pub use format::{PendingFormat, abandon_unfinished, is_abandoned};
 pub use hash::HashAlgorithm;
 pub use keys::{NewKey, read_for_keys};
 pub use limits::Limits;
-pub use repair::{Repair, repair};
+pub use repair::{Repair, repair, repair_from};
+pub use uuid::HeaderUuid;
 
 use crate::key::{Passphrase, VolumeKey};
-use crate::sector::{Lba512, SectorSize};
+use crate::layout::Segment;
+use crate::sector::LBA_UNIT;
 use crate::store::BlockStore;
+use crate::text::printable;
 
-/// Where a volume's data lies on its disk, and how it is encrypted there: what a LUKS header says beside the key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// Bytes from the start of the data's disk to the first encrypted sector.
-    pub offset: u64,
-    /// The length of the data in bytes.
-    pub len: u64,
-    /// The encryption unit.
-    pub sector_size: SectorSize,
-    /// The IV of the first sector.
-    pub iv_start: Lba512,
-}
-
-/// Fills a buffer with bytes that nobody can guess: the operating system's, outside tests.
+/// Fills a buffer with unpredictable bytes. Outside tests they come from the operating system.
 pub type Random<'a> = &'a mut dyn FnMut(&mut [u8]) -> io::Result<()>;
 
-/// A volume whose header has been read and found in order. No secret is in it.
+/// A volume whose header has been read and is valid. It contains no secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LockedVolume {
     /// A LUKS1 volume.
@@ -71,24 +63,15 @@ pub enum LockedVolume {
 /// A volume with its key.
 #[derive(Debug)]
 pub struct UnlockedVolume {
-    /// What encrypts the data.
+    /// The key that encrypts the data.
     pub key: VolumeKey,
     /// Where the data lies.
     pub segment: Segment,
-    /// The keyslot that opened, from 0.
+    /// The number of the keyslot that opened, from 0.
     pub keyslot: usize,
 }
 
-/// A header's text, for people: what a terminal would obey is shown by its number.
-fn printable(text: &str) -> String {
-    let shown = |letter: char| match letter.is_control() {
-        true => letter.escape_unicode().to_string(),
-        false => letter.to_string(),
-    };
-    text.chars().map(shown).collect()
-}
-
-/// What a header says, with nothing secret in it. Its cipher may be one that nbdcrypt does not do.
+/// The contents of a header, without secrets. nbdcrypt may not support its cipher.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Dump {
     /// The header of a LUKS1 volume.
@@ -97,10 +80,10 @@ pub enum Dump {
     Luks2(Box<luks2::Header>),
 }
 
-/// Reads the header of the volume on `store`, to be shown.
+/// Reads the header of the volume on `store` in order to show it.
 ///
 /// # Errors
-/// [`LuksError`] when there is none, or it is corrupt.
+/// [`LuksError`] if there is no header or it is corrupt.
 pub fn dump(store: &dyn BlockStore) -> Result<Dump, LuksError> {
     match luks1::read_header(store) {
         Err(LuksError::Version(2) | LuksError::NotLuks) => {
@@ -111,7 +94,7 @@ pub fn dump(store: &dyn BlockStore) -> Result<Dump, LuksError> {
 }
 
 impl Dump {
-    /// The text that `cryptsetup luksDump` prints for the disk of that name, and the name of the encryption.
+    /// Returns the text that `cryptsetup luksDump` prints for a disk named `disk`, with the name of the encryption added.
     pub fn display(&self, disk: &str) -> String {
         match self {
             Self::Luks1(header) => header.display(disk).to_string(),
@@ -119,8 +102,8 @@ impl Dump {
         }
     }
 
-    /// What the encryption is called: AES-256-XTS, or AES-128-XTS where the key has 256 bits; `None` where nbdcrypt does
-    /// not do it.
+    /// Returns the name of the encryption: AES-256-XTS for a key of 512 bits, AES-128-XTS for 256 bits. Returns `None` if
+    /// nbdcrypt does not support the cipher.
     pub fn encryption(&self) -> Option<&'static str> {
         match self {
             Self::Luks1(header) => header.encryption(),
@@ -129,14 +112,15 @@ impl Dump {
     }
 }
 
-/// Reads the header of the volume on `disks`: one store, or [`Disks::detached`].
+/// Reads the header of the volume on `disks`, which is one store or [`Disks::detached`].
 ///
 /// # Errors
-/// [`LuksError`] when there is none, or it is corrupt, or asks for what nbdcrypt does not do or for too much work.
+/// [`LuksError`] if there is no header, if it is corrupt, or if it asks for too much work or for something that nbdcrypt
+/// does not support.
 pub fn read<'d>(disks: impl Into<Disks<'d>>, limits: &Limits) -> Result<LockedVolume, LuksError> {
     let disks = disks.into();
     match luks1::read(disks, limits) {
-        // Without its first header, it may still have its second.
+        // A LUKS2 volume whose first header is lost may still have its second header.
         Err(LuksError::Version(2) | LuksError::NotLuks) => {
             luks2::read(disks, limits).map(|volume| LockedVolume::Luks2(Box::new(volume)))
         }
@@ -145,12 +129,12 @@ pub fn read<'d>(disks: impl Into<Disks<'d>>, limits: &Limits) -> Result<LockedVo
 }
 
 impl LockedVolume {
-    /// Tries the passphrase on the keyslots, in their order. `store` is the header's disk.
+    /// Tries the passphrase on the keyslots, in their order. `store` is the disk that holds the header.
     ///
     /// # Errors
-    /// [`LuksError::WrongPassphrase`] or [`LuksError::WrongPassphraseBesideIgnored`] when it opens none of them;
-    /// [`LuksError::DamagedKeyslot`],
-    /// [`LuksError::UnreadableKeyslot`] and others when it opens none, and not all could be tried.
+    /// [`LuksError::WrongPassphrase`] or [`LuksError::WrongPassphraseBesideIgnored`] if the passphrase opens no keyslot.
+    /// [`LuksError::DamagedKeyslot`], [`LuksError::UnreadableKeyslot`] and others if it opens no keyslot and not all keyslots
+    /// could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         match self {
             Self::Luks1(volume) => volume.unlock(store, passphrase),
@@ -158,7 +142,7 @@ impl LockedVolume {
         }
     }
 
-    /// Where the data lies.
+    /// Returns where the data lies.
     pub fn segment(&self) -> Segment {
         match self {
             Self::Luks1(volume) => volume.segment(),
@@ -166,15 +150,15 @@ impl LockedVolume {
         }
     }
 
-    /// The UUID that the volume was given when it was formatted.
-    pub fn uuid(&self) -> Uuid {
+    /// Returns the UUID that the volume was given when it was formatted.
+    pub fn uuid(&self) -> &HeaderUuid {
         match self {
-            Self::Luks1(volume) => volume.header().uuid,
-            Self::Luks2(volume) => volume.header().binary.uuid,
+            Self::Luks1(volume) => &volume.header().uuid,
+            Self::Luks2(volume) => &volume.header().binary.uuid,
         }
     }
 
-    /// The length of the volume's key in bits, both halves counted: 512 is AES-256-XTS, 256 is AES-128-XTS.
+    /// Returns the length of the volume key in bits, with both halves counted: 512 for AES-256-XTS, 256 for AES-128-XTS.
     pub fn key_bits(&self) -> usize {
         match self {
             Self::Luks1(volume) => volume.key_bits(),
@@ -183,7 +167,7 @@ impl LockedVolume {
     }
 }
 
-/// What a new volume shall be.
+/// The format of a new volume and its options.
 #[derive(Clone, Debug)]
 pub enum FormatOptions {
     /// A LUKS1 volume.
@@ -193,10 +177,10 @@ pub enum FormatOptions {
 }
 
 impl FormatOptions {
-    /// Begins to format `disks`: see [`PendingFormat`] for what must follow.
+    /// Begins to format `disks`. [`PendingFormat`] says what must follow.
     ///
     /// # Errors
-    /// As [`luks1::begin`] and [`luks2::begin`] have them.
+    /// See [`luks1::begin`] and [`luks2::begin`].
     pub fn begin<'d>(
         &self,
         disks: impl Into<Disks<'d>>,
@@ -210,7 +194,7 @@ impl FormatOptions {
         }
     }
 
-    /// Bytes that a detached header takes, for a volume key of `key_len` bytes.
+    /// Returns the length in bytes of a detached header, for a volume key of `key_len` bytes.
     pub fn header_len(&self, key_len: usize) -> u64 {
         match self {
             Self::Luks1(_) => luks1::header_len(key_len),
@@ -218,7 +202,26 @@ impl FormatOptions {
         }
     }
 
-    /// `LUKS1` or `LUKS2`.
+    /// Fails if `disks` are too small for this volume with a key of `key_len` bytes. Reads and writes nothing.
+    ///
+    /// # Errors
+    /// [`LuksError::TooSmall`], and [`LuksError::Impossible`] if the options contradict each other.
+    pub fn check_room<'d>(&self, disks: impl Into<Disks<'d>>, key_len: usize) -> Result<(), LuksError> {
+        let disks = disks.into();
+        let (offset, sector) = match self {
+            Self::Luks1(options) => (luks1::data_offset(options, key_len, disks.is_detached())?, LBA_UNIT),
+            Self::Luks2(options) => (luks2::data_offset(options, key_len, &disks)?, options.sector_size.bytes_u64()),
+        };
+        let too_small = |needed, available| {
+            if needed > available { Err(LuksError::TooSmall { needed, available }) } else { Ok(()) }
+        };
+        if let Self::Luks1(_) = self {
+            too_small(luks1::header_len(key_len), disks.header().len())?;
+        }
+        too_small(offset + sector.max(disks.data().alignment() as u64), disks.data().len())
+    }
+
+    /// Returns `LUKS1` or `LUKS2`.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Luks1(_) => "LUKS1",
@@ -226,7 +229,7 @@ impl FormatOptions {
         }
     }
 
-    /// What the volume will be called by.
+    /// Returns the UUID of the new volume.
     pub fn uuid(&self) -> Uuid {
         match self {
             Self::Luks1(options) => options.uuid,
@@ -235,10 +238,10 @@ impl FormatOptions {
     }
 }
 
-/// A new key for AES-XTS, of [`VolumeKey::AES_256`] or [`VolumeKey::AES_128`] bytes.
+/// Makes a new AES-XTS key of [`VolumeKey::AES_256`] or [`VolumeKey::AES_128`] bytes.
 ///
 /// # Errors
-/// What the source of randomness said.
+/// [`LuksError::Random`] if `random` fails.
 pub fn new_volume_key(len: usize, random: Random<'_>) -> Result<VolumeKey, LuksError> {
     let mut bytes = vec![0; len];
     random(&mut bytes).map_err(LuksError::Random)?;

@@ -1,4 +1,5 @@
-//! The first sector: FAT, the DOS partition table, and a boot loader alone, which all end in the same two bytes.
+//! The first sector, which ends in the same two bytes for FAT, for the DOS partition table, and for a boot loader without
+//! either.
 
 use std::io;
 
@@ -29,7 +30,8 @@ pub(super) fn probe(view: &View<'_>) -> io::Result<Vec<Signature>> {
     Ok(found.into_iter().collect())
 }
 
-/// FAT by its name, or by a BIOS parameter block in which every field is possible, as old ones have no name.
+/// Recognises FAT by its name. Old FAT has no name, so it is recognised by a BIOS parameter block whose values are all
+/// valid.
 fn fat(sector: &Sector) -> Option<u64> {
     let named = [(82, b"FAT32   "), (54, b"FAT12   "), (54, b"FAT16   "), (54, b"FAT     ")];
     if let Some((at, _)) = named.iter().find(|(at, name)| sector[*at..].starts_with(*name)) {
@@ -48,12 +50,12 @@ fn fat(sector: &Sector) -> Option<u64> {
     possible.then_some(0)
 }
 
-/// Filesystems that other probes name, whose boot code would be taken for partitions.
+/// Returns whether this is a filesystem that another probe names. Its boot code could be mistaken for partitions.
 fn has_file_system_in_boot_sector(sector: &Sector) -> bool {
     [&b"NTFS    "[..], b"EXFAT   ", b"-FVE-FS-"].contains(&&sector[3..11])
 }
 
-/// Four entries, each empty or possible, and not all of them empty.
+/// Returns whether each of the four entries is empty or valid, and at least one is not empty.
 fn has_partitions(sector: &Sector) -> bool {
     let mut entries = sector[446..510].chunks(16);
     let is_empty = |entry: &[u8]| entry.iter().all(|byte| *byte == 0);
@@ -61,7 +63,7 @@ fn has_partitions(sector: &Sector) -> bool {
     entries.clone().any(is_possible) && entries.all(|entry| is_empty(entry) || is_possible(entry))
 }
 
-/// All 16-bit words of a Sun label, the checksum among them, cancel out.
+/// XORs all 16-bit words of a Sun label, including the checksum. The result is zero if the checksum is correct.
 fn sun_checksum(sector: &Sector) -> u16 {
     sector.chunks(2).fold(0, |sum, word| sum ^ u16::from_be_bytes([word[0], word[1]]))
 }

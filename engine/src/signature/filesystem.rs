@@ -1,11 +1,11 @@
-//! Filesystems whose magic is too short to be trusted alone, or says too little.
+//! Filesystems that their magic number does not identify: it is too short, or several filesystems share it.
 
 use std::io;
 
 use super::view::View;
 use super::{Kind, Signature};
 
-/// Where most superblocks are.
+/// The offset of most superblocks.
 const SUPERBLOCK: u64 = 1024;
 
 pub(super) fn probe(view: &View<'_>) -> io::Result<Vec<Signature>> {
@@ -22,12 +22,12 @@ pub(super) fn probe(view: &View<'_>) -> io::Result<Vec<Signature>> {
 
 type Named = Option<(&'static str, u64)>;
 
-/// ext2, ext3 or ext4, by the features that only the younger ones know.
+/// Recognises ext2, ext3 or ext4. Distinguishes them by the features that only ext3 or ext4 have.
 fn ext(superblock: &[u8; 256]) -> Named {
     const MAGIC_AT: usize = 56;
     /// `has_journal`.
     const COMPAT_JOURNAL: u32 = 0x4;
-    /// `journal_dev`: no filesystem, but the journal of one.
+    /// `journal_dev`: the device holds only the journal of a filesystem.
     const INCOMPAT_JOURNAL_DEVICE: u32 = 0x8;
     /// `filetype`, `needs_recovery`, `meta_bg`.
     const INCOMPAT_EXT3: u32 = 0x2 | 0x4 | 0x10;
@@ -49,9 +49,9 @@ fn ext(superblock: &[u8; 256]) -> Named {
     Some((name, MAGIC_AT as u64))
 }
 
-/// Versions 1 and 2 with names of 14 or 30 bytes, and version 3, in either byte order.
+/// Recognises versions 1 and 2 with names of 14 or 30 bytes, and version 3, in either byte order.
 fn minix(superblock: &[u8; 256]) -> Named {
-    // Two bytes are not much to go by: the counts of inodes and of bitmap blocks must be there as well.
+    // A magic number of two bytes proves little, so the counts of inodes and of bitmap blocks must not be zero either.
     let old = [0x137f, 0x138f, 0x2468, 0x2478];
     let counts = |from: usize| superblock[from..from + 4].chunks(2).all(|n| n != [0, 0]);
     let old_magic = le16(superblock, 16);
@@ -63,21 +63,21 @@ fn minix(superblock: &[u8; 256]) -> Named {
     third.then_some(("minix", 24))
 }
 
-/// Revision 2, and a superblock of a length that can be.
+/// Recognises revision 2 with a superblock of a possible length.
 fn nilfs2(superblock: &[u8; 256]) -> Named {
     let bytes = le16(superblock, 8);
     let is = le16(superblock, 6) == 0x3434 && le32(superblock, 0) == 2 && (16..=1024).contains(&bytes);
     is.then_some(("nilfs2", 6))
 }
 
-/// The second superblock, in the last whole 4096 bytes.
+/// Finds the second superblock, in the last 4096 bytes that start on a multiple of 512.
 fn nilfs2_backup(view: &View<'_>) -> io::Result<Option<Signature>> {
     let Some(offset) = (view.len() / 512).checked_sub(8).map(|sector| sector * 512) else { return Ok(None) };
     let named = view.bytes::<256>(offset)?.and_then(|superblock| nilfs2(&superblock));
     Ok(named.map(|(name, at)| Signature { name, kind: Kind::Filesystem, offset: offset + at }))
 }
 
-/// HFS+ with its version, or HFS with an allocation block of whole sectors.
+/// Recognises HFS+ by its version, and HFS by an allocation block size that is a whole number of sectors.
 fn hfs(superblock: &[u8; 256]) -> Named {
     match &superblock[..4] {
         b"H+\x00\x04" | b"HX\x00\x05" => Some(("hfsplus", 0)),
@@ -89,7 +89,7 @@ fn hfs(superblock: &[u8; 256]) -> Named {
     }
 }
 
-/// An `NSR` descriptor somewhere in the volume recognition sequence (ECMA-167, part 2).
+/// Finds an `NSR` descriptor in the volume recognition sequence (ECMA-167, part 2).
 fn udf(view: &View<'_>) -> io::Result<Option<Signature>> {
     for block in [2048, 4096] {
         for offset in (0x8000..0x8000 + 16 * block).step_by(2048) {

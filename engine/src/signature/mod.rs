@@ -1,78 +1,63 @@
-//! What a disk already holds: known filesystems, partition tables, LUKS, RAID and LVM, so that nothing is formatted over.
+//! Detects what a disk already holds, so that formatting never overwrites existing data: filesystems, partition tables, LUKS,
+//! RAID and LVM.
 //!
-//! Looked for are the marks that `blkid` and `wipefs` know: most of them plain bytes at a fixed place (`table`), some that
-//! must be read with more care (`boot_sector`, `filesystem`), and some at the end of the disk (`raid`). The plaintext
-//! of a volume is probed the same way, which tells the filesystem that it holds.
+//! This module knows the signatures that `blkid` and `wipefs` know. Most of them are plain bytes at a fixed offset
+//! (`table`). Some need more checks (`boot_sector`, `filesystem`), and some lie at the end of the disk (`raid`). The
+//! plaintext of a volume is probed in the same way, to find out which filesystem the volume holds.
+//!
+//! [`examine`] looks only at the two ends of a disk. Before a disk is overwritten, [`survey()`] looks through all of it.
 
 mod boot_sector;
 mod filesystem;
 mod raid;
+mod survey;
 mod table;
+mod untouched;
 mod view;
 
 use std::fmt;
 use std::io;
 
-use crate::store::{BlockStore, read_unaligned};
+use crate::store::ReadAt;
+pub use survey::{Survey, first_written, name, survey};
+pub use untouched::{UNTOUCHED_LEN, Untouched};
 use view::View;
 
-/// Bytes at the start of a disk that must be zero for it to count as blank.
+/// How many bytes at the start of a disk must be zero for [`examine`] to call it blank.
 const BLANK: usize = 1 << 20;
 
-/// What an unfinished format begins with, in the place of a magic number that any tool knows.
+/// Written to the start of the disk while it is being formatted, in place of a magic number that other tools would recognize.
 pub const UNFINISHED_MARKER: &[u8] = b"nbdcrypt: unfinished format\n";
 
-/// Anything that is read at any offset: a disk, or the plaintext of a volume.
-pub trait ReadAt {
-    /// The size in bytes.
-    fn size(&self) -> u64;
-
-    /// Fills `data` from any `offset`.
-    ///
-    /// # Errors
-    /// What the disk said; `UnexpectedEof` past the end.
-    fn read_exactly(&self, data: &mut [u8], offset: u64) -> io::Result<()>;
-}
-
-impl ReadAt for dyn BlockStore + '_ {
-    fn size(&self) -> u64 {
-        self.len()
-    }
-
-    fn read_exactly(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
-        read_unaligned(self, data, offset)
-    }
-}
-
-/// A mark that something left on the disk.
+/// A signature found on a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Signature {
-    /// What left it. A filesystem has the name that `mount -t` takes.
+    /// The name of the format. For a filesystem, this is the name that `mount -t` takes.
     pub name: &'static str,
-    /// What kind of thing that is.
+    /// The kind of the format.
     pub kind: Kind,
-    /// The byte of the disk at which it was recognised.
+    /// The offset in bytes from the start of the disk at which the signature was found.
     pub offset: u64,
 }
 
-/// Kinds of things that are found on disks.
+/// The kinds of formats that are found on disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// A filesystem.
     Filesystem,
-    /// Swap space, or what hibernation left there.
+    /// Swap space, or the image that hibernation wrote into it.
     Swap,
     /// A partition table or boot sector.
     PartitionTable,
     /// An encrypted volume.
     Encryption,
-    /// A member of a RAID.
+    /// A member of a RAID array.
     Raid,
     /// A member of a volume manager, a cache, or an object store.
     VolumeManager,
-    /// The image of a disk in a format of its own.
+    /// A disk image in its own format, such as qcow2.
     DiskImage,
-    /// A format that nbdcrypt began and did not finish. There is no data in it.
+    /// A format that nbdcrypt began and did not finish. It holds no data.
     Unfinished,
 }
 
@@ -92,18 +77,26 @@ impl fmt::Display for Signature {
     }
 }
 
-/// Whether anything would be lost by formatting a disk.
+/// What a disk holds, and so whether formatting it would lose anything.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// No known signature, and the first megabyte is zero.
+    /// Only zeros and no known signature: in the first mebibyte for [`examine`], on the whole disk for [`survey()`].
     Blank,
-    /// A format that nbdcrypt began and did not finish, and nothing else: it may be formatted again.
+    /// Only a format that nbdcrypt began and did not finish. The disk may be formatted again.
     Unfinished,
-    /// What is known by its signatures.
+    /// Data with known signatures.
     Known(Vec<Signature>),
-    /// No known signature, but data: the first byte that is not zero.
+    /// Data with known signatures that begins somewhere within the disk, as a partition does. The partition table may have been
+    /// wiped.
+    Within {
+        /// The offset of the first byte of the data.
+        start: u64,
+        /// The signatures of the data.
+        found: Vec<Signature>,
+    },
+    /// Data without a known signature.
     Unknown {
-        /// The byte's offset.
+        /// The offset of a byte that is not zero.
         offset: u64,
     },
 }
@@ -113,36 +106,65 @@ impl fmt::Display for Content {
         match self {
             Self::Blank => f.write_str("nothing"),
             Self::Unfinished => f.write_str("an unfinished nbdcrypt format"),
-            Self::Known(signatures) => {
-                for (index, signature) in signatures.iter().enumerate() {
-                    write!(f, "{}{signature}", if index == 0 { "" } else { ", " })?;
-                }
-                Ok(())
+            Self::Known(signatures) => list(f, signatures),
+            Self::Within { start, found } => {
+                list(f, found)?;
+                write!(f, " beginning at byte {start} ({}), as a partition would", Size(*start))
             }
-            Self::Unknown { offset } => write!(f, "data that is not known (byte {offset} is not zero)"),
+            Self::Unknown { offset } => {
+                write!(f, "unknown data (byte {offset}, at {}, is not zero)", Size(*offset))
+            }
         }
     }
 }
 
-/// Whether a disk that begins with these bytes (at least the first sector) carries the marker of a format that was begun
-/// and not finished.
+fn list(f: &mut fmt::Formatter<'_>, signatures: &[Signature]) -> fmt::Result {
+    // A LUKS2 volume has two headers.
+    let has_first = signatures.iter().any(|signature| signature.name == "LUKS2");
+    let told = signatures.iter().filter(|signature| !has_first || signature.name != table::LUKS2_SECOND);
+    for (index, signature) in told.enumerate() {
+        write!(f, "{}{signature}", if index == 0 { "" } else { ", " })?;
+    }
+    Ok(())
+}
+
+/// A number of bytes that is displayed in the largest fitting unit and rounded down to a tenth of it.
+struct Size(u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+        if self.0 < 1024 {
+            return write!(f, "{} bytes", self.0);
+        }
+        let power = (self.0.ilog2() / 10).min(5);
+        let unit = 1 << (10 * power);
+        let (whole, tenth) = (self.0 / unit, u128::from(self.0 % unit) * 10 / u128::from(unit));
+        let name = UNITS[power as usize - 1];
+        if tenth == 0 { write!(f, "{whole} {name}") } else { write!(f, "{whole}.{tenth} {name}") }
+    }
+}
+
+/// Returns whether a disk begins with the marker of a format that was begun and not finished. `first_sector` holds at least
+/// the first 512 bytes of the disk.
 pub fn is_unfinished(first_sector: &[u8]) -> bool {
     first_sector.starts_with(UNFINISHED_MARKER)
 }
 
-/// Every signature on the disk, each thing once.
+/// Returns every signature on the disk. A format with several signatures of the same name is returned once.
 ///
 /// # Errors
-/// What the disk said.
+/// The error of the disk if a read fails.
 pub fn probe<D: ReadAt + ?Sized>(disk: &D) -> io::Result<Vec<Signature>> {
     let read = |data: &mut [u8], offset| disk.read_exactly(data, offset);
     probe_view(&View::new(disk.size(), &read)?)
 }
 
-/// Whether anything would be lost by formatting the disk.
+/// Returns what the two ends of the disk hold. [`Content::Blank`] says nothing about the bytes between them: before
+/// overwriting a disk, call [`survey()`].
 ///
 /// # Errors
-/// What the disk said.
+/// The error of the disk if a read fails.
 pub fn examine<D: ReadAt + ?Sized>(disk: &D) -> io::Result<Content> {
     let read = |data: &mut [u8], offset| disk.read_exactly(data, offset);
     let view = View::new(disk.size(), &read)?;

@@ -1,4 +1,4 @@
-//! Linux software RAID and ZFS, which keep their marks at both ends of the disk.
+//! Linux software RAID and ZFS, whose signatures lie at both ends of the disk.
 
 use std::io;
 
@@ -13,8 +13,8 @@ pub(super) fn probe(view: &View<'_>) -> io::Result<Vec<Signature>> {
     Ok(found)
 }
 
-/// md superblocks. Version 0.90 is 64 KiB long, in the last whole 64 KiB but one, in the machine's own byte order;
-/// version 1 is little-endian: 1.0 at least 8 KiB before the end, 1.1 at the start, 1.2 at 4 KiB.
+/// Finds md superblocks. Version 0.90 is in the machine's own byte order, at the start of the last whole block of 64 KiB.
+/// Version 1 is little-endian. Version 1.0 lies at least 8 KiB before the end, 1.1 at the start, and 1.2 at 4 KiB.
 fn md(view: &View<'_>) -> io::Result<Vec<Signature>> {
     let mut found = Vec::new();
     let old = (view.len() & !0xffff).checked_sub(0x1_0000);
@@ -38,7 +38,7 @@ fn md(view: &View<'_>) -> io::Result<Vec<Signature>> {
     Ok(found)
 }
 
-/// ZFS: four labels of 256 KiB, two at each end, each with a ring of uberblocks in its second half.
+/// Finds ZFS labels: four of 256 KiB, two at each end. Each has a ring of uberblocks in its second half.
 fn zfs(view: &View<'_>) -> io::Result<Option<Signature>> {
     const LABEL: u64 = 256 << 10;
     const UBERBLOCK: u64 = 0x00ba_b10c;

@@ -1,4 +1,4 @@
-//! Signatures that are plain bytes at a fixed place.
+//! Signatures that are plain bytes at a fixed offset.
 
 use std::io;
 
@@ -6,20 +6,23 @@ use super::view::View;
 use super::{Kind, Signature};
 use Kind::{DiskImage, Encryption, Filesystem, PartitionTable, Raid, Swap, VolumeManager};
 
-/// Where the bytes stand.
+/// Where the bytes of a signature lie. A signature may have several possible offsets.
 enum At {
-    /// So many bytes from the start.
+    /// Offsets in bytes from the start.
     Start(&'static [u64]),
-    /// So many bytes before the end.
+    /// Distances in bytes from the end.
     End(&'static [u64]),
 }
 use At::{End, Start};
 
 struct Magic(&'static str, Kind, At, &'static [u8]);
 
-/// The last ten bytes of the first page, for each size a page can have.
+/// The last ten bytes of the first page, for each possible page size.
 const SWAP: At = Start(&[0xff6, 0x1ff6, 0x3ff6, 0x7ff6, 0xfff6]);
-/// Where LUKS2 keeps its secondary header, by the size of its metadata (LUKS2 specification, section 2.1).
+/// The name of a secondary LUKS2 header.
+pub(super) const LUKS2_SECOND: &str = "LUKS2 (secondary header)";
+
+/// Offsets of the secondary LUKS2 header, one for each size of the metadata (LUKS2 specification, section 2.1).
 const LUKS2_SECONDARY: At =
     Start(&[0x4000, 0x8000, 0x1_0000, 0x2_0000, 0x4_0000, 0x8_0000, 0x10_0000, 0x20_0000, 0x40_0000]);
 
@@ -27,7 +30,7 @@ const TABLE: &[Magic] = &[
     // Encryption.
     Magic("LUKS1", Encryption, Start(&[0]), b"LUKS\xba\xbe\x00\x01"),
     Magic("LUKS2", Encryption, Start(&[0]), b"LUKS\xba\xbe\x00\x02"),
-    Magic("LUKS2 (secondary header)", Encryption, LUKS2_SECONDARY, b"SKUL\xba\xbe"),
+    Magic(LUKS2_SECOND, Encryption, LUKS2_SECONDARY, b"SKUL\xba\xbe"),
     Magic("BitLocker", Encryption, Start(&[3]), b"-FVE-FS-"),
     Magic("dm-integrity", Encryption, Start(&[0]), b"integrt\0"),
     Magic("dm-verity", Encryption, Start(&[0]), b"verity\0\0"),
@@ -112,7 +115,7 @@ const TABLE: &[Magic] = &[
     Magic("swap (hibernated)", Swap, SWAP, b"S2SUSPEND"),
     Magic("swap (hibernated)", Swap, SWAP, b"ULSUSPEND"),
     Magic("swap (hibernated)", Swap, SWAP, b"LINHIB0001"),
-    // Partition tables; the DOS one needs more care.
+    // Partition tables. The DOS partition table needs more checks; see `boot_sector`.
     Magic("GPT partition table", PartitionTable, Start(&[512, 1024, 2048, 4096]), b"EFI PART"),
     Magic("GPT partition table (backup)", PartitionTable, End(&[512, 1024, 2048, 4096]), b"EFI PART"),
     Magic("Apple partition map", PartitionTable, Start(&[512, 2048]), b"PM\0\0"),
@@ -120,7 +123,7 @@ const TABLE: &[Magic] = &[
     Magic("SGI disk label", PartitionTable, Start(&[0]), &0x0be5_a941_u32.to_be_bytes()),
     Magic("AIX disk label", PartitionTable, Start(&[0]), b"\xc9\xc2\xd4\xc1"),
     Magic("Amiga partition table", PartitionTable, AMIGA, b"RDSK"),
-    // Images of disks, where a file was named.
+    // Disk images, in case the disk is a file.
     Magic("qcow2", DiskImage, Start(&[0]), b"QFI\xfb"),
     Magic("VMDK", DiskImage, Start(&[0]), b"KDMV"),
     Magic("VDI", DiskImage, Start(&[64]), &0xbeda_107f_u32.to_le_bytes()),
@@ -131,7 +134,7 @@ const TABLE: &[Magic] = &[
 
 const BCACHE: &[u8] = b"\xc6\x85\x73\xf6\x4e\x1a\x45\xca\x82\x65\xf5\x7f\x48\xba\x6d\x81";
 const BCACHEFS: &[u8] = b"\xc6\x85\x73\xf6\x66\xce\x90\xa9\xd9\x6a\x60\xcf\x80\x3d\xf7\xef";
-/// The superblock's magic, in each place where a superblock may be.
+/// The magic number at each possible offset of a superblock.
 const UFS: At = Start(&[8192 + 1372, 0x1_0000 + 1372, 0x4_0000 + 1372]);
 const PROMISE: At = End(&[
     63 * 512,

@@ -1,8 +1,8 @@
-//! A disk as the probes see it: its two ends read at once, the rest piece by piece.
+//! A disk as the probes see it. Its two ends are read at once, and the rest when needed.
 
 use std::io;
 
-/// Bytes read from each end. Nearly everything that is looked for lies there.
+/// Bytes read from each end. Nearly all signatures lie there.
 const END: u64 = 1 << 20;
 
 type Read<'a> = &'a dyn Fn(&mut [u8], u64) -> io::Result<()>;
@@ -16,7 +16,7 @@ pub(super) struct View<'a> {
 
 impl<'a> View<'a> {
     pub(super) fn new(len: u64, read: Read<'a>) -> io::Result<Self> {
-        // No truncation: END fits every usize there is.
+        // This does not truncate, because END fits into every usize.
         let mut head = vec![0; usize::try_from(len.min(END)).unwrap_or(0)];
         read(&mut head, 0)?;
         let mut tail = vec![0; head.len()];
@@ -25,23 +25,23 @@ impl<'a> View<'a> {
         Ok(Self { len, read, head, tail })
     }
 
-    /// The length of the disk in bytes.
+    /// Returns the length of the disk in bytes.
     pub(super) fn len(&self) -> u64 {
         self.len
     }
 
-    /// The first bytes of the disk.
+    /// Returns the first bytes of the disk.
     pub(super) fn head(&self) -> &[u8] {
         &self.head
     }
 
-    /// The `N` bytes at `offset`; `None` where the disk does not have them all.
+    /// Returns the `N` bytes at `offset`, or `None` if they reach past the end of the disk.
     pub(super) fn bytes<const N: usize>(&self, offset: u64) -> io::Result<Option<[u8; N]>> {
         let mut bytes = [0; N];
         Ok(self.fill(&mut bytes, offset)?.then_some(bytes))
     }
 
-    /// Whether `magic` stands at `offset`.
+    /// Returns whether the bytes at `offset` are `magic`, which has at most 64 bytes.
     pub(super) fn has(&self, magic: &[u8], offset: u64) -> io::Result<bool> {
         let mut bytes = [0; 64];
         let bytes = &mut bytes[..magic.len()];
@@ -68,7 +68,7 @@ impl<'a> View<'a> {
     }
 }
 
-/// An offset within one of the ends.
+/// Converts an offset within one of the ends to an index.
 fn index(offset: u64) -> usize {
     usize::try_from(offset).unwrap_or(usize::MAX)
 }

@@ -1,10 +1,10 @@
-//! A disk that fails when told to: the one way tests have to see what an I/O error does.
+//! A disk that fails on demand, so that tests can see the effect of an I/O error.
 
 use std::io;
 
 use super::{Allocation, BlockStore};
 
-/// What the store is asked to do.
+/// A call to the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// `read_at`, with its offset and length in bytes.
@@ -19,19 +19,20 @@ pub enum Operation {
 
 type Fault = dyn Fn(Operation) -> Option<io::ErrorKind> + Send + Sync;
 
-/// Asks a function before each operation whether it shall fail, and hands the others on to the store within.
+/// Before each operation, asks a function whether this operation fails. Operations that do not fail go to the inner
+/// store.
 pub struct FaultyStore<S> {
     inner: S,
     fault: Box<Fault>,
 }
 
 impl<S: BlockStore> FaultyStore<S> {
-    /// Wraps `inner`; an operation for which `fault` names an error kind fails with it and reaches nothing.
+    /// Wraps `inner`. If `fault` returns an error kind for an operation, the operation fails with it and does nothing else.
     pub fn new(inner: S, fault: impl Fn(Operation) -> Option<io::ErrorKind> + Send + Sync + 'static) -> Self {
         Self { inner, fault: Box::new(fault) }
     }
 
-    /// The store within.
+    /// Returns the inner store.
     pub fn inner(&self) -> &S {
         &self.inner
     }
@@ -51,6 +52,10 @@ impl<S: BlockStore> BlockStore for FaultyStore<S> {
 
     fn alignment(&self) -> usize {
         self.inner.alignment()
+    }
+
+    fn discards_quickly(&self) -> bool {
+        self.inner.discards_quickly()
     }
 
     fn is_read_only(&self) -> bool {

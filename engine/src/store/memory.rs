@@ -1,23 +1,23 @@
-//! A disk in memory: for tests, benches, and exports that live only as long as their server.
+//! A disk in memory, for tests, for benchmarks, and for exports that live only as long as their server.
 
 use std::io;
 use std::sync::RwLock;
 
 use super::{BlockStore, Medium};
 
-/// Bytes behind a lock. Flushing does nothing: there is nowhere further to go.
+/// Bytes behind a lock. A flush does nothing, because there is no other storage to write to.
 pub struct MemoryStore {
     len: u64,
     bytes: RwLock<Vec<u8>>,
 }
 
 impl MemoryStore {
-    /// `len` zero bytes.
+    /// Returns a disk of `len` zero bytes.
     pub fn zeroed(len: usize) -> Self {
         Self::from(vec![0; len])
     }
 
-    /// A copy of what the disk holds now.
+    /// Returns a copy of the bytes that the disk holds now.
     pub fn snapshot(&self) -> Vec<u8> {
         self.bytes.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }

@@ -1,132 +1,203 @@
-//! Where ciphertext rests: the only input and output of the engine, blocking and positioned.
+//! Where ciphertext is stored. This is the only input and output of the engine. It is blocking, and every call gives an offset.
 
 mod faulty;
 mod file;
+mod latch;
 mod mapping;
 mod memory;
 mod unaligned;
 
 use std::io;
+use std::sync::Arc;
 
 pub use faulty::{FaultyStore, Operation};
 pub use file::{Access, Caching, FileStore};
-pub use mapping::BusErrorsCaught;
+pub use latch::FlushLatch;
+pub use mapping::{BusErrorsCaught, MappedBytes, MappedBytesMut};
 pub use memory::MemoryStore;
 pub use unaligned::{read_unaligned, write_unaligned, write_zeros};
 
-/// What a store's bytes lie on, for callers that could move them without the store.
+/// What holds a store's bytes, for callers that can read and write them without the store.
 #[derive(Clone, Copy, Debug)]
 pub enum Medium<'a> {
-    /// This process's memory: calls return at once.
+    /// The memory of this process. Calls return at once.
     Memory,
     /// An open file whose offsets are the store's.
     File {
         /// The file.
         file: &'a std::fs::File,
-        /// It is open for direct I/O: the page cache is passed by.
+        /// The file is open for direct I/O, which bypasses the page cache.
         direct: bool,
-        /// The filesystem lies in memory (tmpfs): calls return at once.
+        /// The disk has the data when a write returns, because the write bypasses the page cache. This is never set without
+        /// `direct`.
+        /// Only then may a caller sync the file itself.
+        writes_through: bool,
+        /// The filesystem lies in memory (tmpfs). Calls return at once.
         resident: bool,
+        /// A caller that syncs the file without [`BlockStore::flush`] checks the latch first, and passes the outcome to it.
+        latch: &'a FlushLatch,
     },
-    /// Something that only the store itself can reach, and that may take its time.
+    /// Something that only the store can reach. Calls may take time.
     Other,
 }
 
-/// How far from some offset on a disk keeps its bytes in one way.
+/// Whether the disk has allocated the bytes from some offset on, and where this range ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Allocation {
-    /// The first byte after the stretch; past the offset that was asked about.
+    /// The end of the range. Its bytes are either all allocated or all not allocated. The end lies after the requested
+    /// offset.
     pub end: u64,
-    /// Nothing is kept there, and it reads as zeros.
+    /// Nothing is allocated, and the range reads as zeros.
     pub is_hole: bool,
 }
 
-/// A disk, or something that answers like one. Calls may come from many threads at once; what overlapping calls see of
-/// each other is the caller's affair.
+/// A disk, or anything that behaves like one. Many threads may call it at once. The store does not define what
+/// overlapping calls see of each other. A caller that needs an order must keep it.
 pub trait BlockStore: Send + Sync {
-    /// The size in bytes, fixed for the store's life.
+    /// Returns the size in bytes, which never changes.
     fn len(&self) -> u64;
 
-    /// Whether the store has no byte at all.
+    /// Returns whether the store has no bytes.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Offsets and lengths handed to the store are multiples of this many bytes (a power of two): 1 where any will do,
-    /// the logical block size for direct I/O. Buffers may lie anywhere in memory.
+    /// Returns the alignment in bytes, a power of two. All offsets and lengths given to the store must be multiples of
+    /// it. It is 1 if any offset is allowed. For direct I/O it is the logical block size. Buffers may lie at any
+    /// address.
     fn alignment(&self) -> usize {
         1
     }
 
-    /// Whether every write fails.
+    /// Returns this store with the page cache instead of direct I/O, so that offsets need no alignment. It uses the same open
+    /// file, with its locks. Returns `None` if the store has no page cache. The original store must not be used afterwards.
+    ///
+    /// # Errors
+    /// The error of the system if direct I/O cannot be turned off.
+    fn buffered(&self) -> io::Result<Option<Arc<dyn BlockStore>>> {
+        Ok(None)
+    }
+
+    /// Returns whether every write fails.
     fn is_read_only(&self) -> bool {
         false
     }
 
-    /// What the bytes lie on.
+    /// Returns what holds the bytes.
     fn medium(&self) -> Medium<'_> {
         Medium::Other
     }
 
-    /// Fills `data` from `offset`.
+    /// Fills `data` from the bytes at `offset`.
     ///
     /// # Errors
-    /// What the disk said; `UnexpectedEof` past its end.
+    /// The error of the disk if the read fails; `UnexpectedEof` if the range reaches past the end.
     fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()>;
 
     /// Writes all of `data` at `offset`. It is durable only after [`BlockStore::flush`].
     ///
     /// # Errors
-    /// What the disk said; nothing is promised then of the bytes in the range.
+    /// The error of the disk if the write fails. The contents of the range are then unspecified.
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()>;
 
-    /// Whether [`BlockStore::show`] and [`BlockStore::fill`] are worth a try.
+    /// Checks whether the disk is still as long as it was, if this can change: a file can be cut short. Reads and
+    /// writes beyond the new end then fail, even after the file grows again.
+    ///
+    /// [`BlockStore::write_at`] calls this itself. A caller of [`BlockStore::show`] and [`BlockStore::fill`], or one that
+    /// writes the file of a [`Medium::File`], must call this first, and then [`BlockStore::check_within`].
+    fn check_end(&self) {}
+
+    /// Checks that the range lies on the disk, as far as the store knows.
+    ///
+    /// # Errors
+    /// An error that clients see as `EIO`, if the disk was cut short before the end of the range.
+    fn check_within(&self, offset: u64, len: u64) -> io::Result<()> {
+        let _ = (offset, len);
+        Ok(())
+    }
+
+    /// Returns whether [`BlockStore::show`] and [`BlockStore::fill`] may succeed.
     fn is_mapped(&self) -> bool {
         false
     }
 
-    /// Shows the range's bytes where they lie, piece by piece, and tells `each` where in the range a piece begins. Pieces
-    /// end at multiples of 1 MiB of the disk, and at the end. Whoever gets `false` reads the range, of which anything or
-    /// nothing may have been shown.
-    fn show(&self, offset: u64, len: usize, each: &mut dyn FnMut(usize, &[u8])) -> bool {
+    /// Passes the bytes of the range to `each` piece by piece, in place. `each` also gets the offset of the piece within the
+    /// range.
+    /// Pieces end at multiples of 1 MiB of the disk, and at the end of the range.
+    ///
+    /// Returns `false` if the range could not be shown completely. The caller must then read it with [`BlockStore::read_at`];
+    /// `each` may already have seen parts of it.
+    fn show(&self, offset: u64, len: usize, each: &mut dyn FnMut(usize, MappedBytes<'_>)) -> bool {
         let _ = (offset, len, each);
         false
     }
 
-    /// Has `each` fill the range's bytes where they lie, in pieces as [`BlockStore::show`] has them. Whoever gets `false`
-    /// writes the range, of which anything or nothing may have been filled.
-    fn fill(&self, offset: u64, len: usize, each: &mut dyn FnMut(usize, &mut [u8])) -> bool {
+    /// Calls `each` to fill the bytes of the range in place, in the same pieces as [`BlockStore::show`].
+    ///
+    /// Returns `false` if the range could not be filled completely. The caller must then write it with
+    /// [`BlockStore::write_at`]; `each` may already have filled parts of it.
+    fn fill(&self, offset: u64, len: usize, each: &mut dyn FnMut(usize, MappedBytesMut<'_>)) -> bool {
         let _ = (offset, len, each);
         false
     }
 
-    /// Returns when every write that was answered before the call is on stable storage.
+    /// Waits until every write that returned before this call is on stable storage.
     ///
     /// # Errors
-    /// What the disk said; then nothing since the last successful flush is promised.
+    /// The error of the disk if it could not flush. Nothing written since the last successful flush is then guaranteed. If the
+    /// store is a file or a block device, every later flush fails, too, until the store is reopened: see [`FlushLatch`].
     fn flush(&self) -> io::Result<()>;
 
-    /// Gives the space back; the range then reads as zeros or as before, and stays writable.
+    /// Gives the space of the range back. The range then reads as zeros or as before, and stays writable.
     ///
     /// # Errors
-    /// `Unsupported` where there is no such thing, else what the disk said.
+    /// `Unsupported` if the disk cannot discard, otherwise the error of the disk.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
 
-    /// What is kept from `offset`, which is before the end, on. All of it, where the disk cannot tell.
+    /// Returns whether [`BlockStore::discard`] returns soon, however long the range is. A block device may write zeros for
+    /// hours, and no signal interrupts it.
+    fn discards_quickly(&self) -> bool {
+        true
+    }
+
+    /// Returns whether the disk has allocated the bytes from `offset` on, which must be before the end. If the disk cannot
+    /// tell, everything counts as allocated.
     ///
     /// # Errors
-    /// What the disk said.
+    /// The error of the disk if it fails.
     fn allocation(&self, offset: u64) -> io::Result<Allocation> {
         let _ = offset;
         Ok(Allocation { end: self.len(), is_hole: false })
     }
 
-    /// Says that the range will be read soon. Only a cache has a use for it.
+    /// Tells the store that the range will be read soon. Only a cache uses this.
     ///
     /// # Errors
-    /// What the disk said.
+    /// The error of the system if it refuses.
     fn will_read(&self, offset: u64, len: u64) -> io::Result<()> {
         let _ = (offset, len);
         Ok(())
+    }
+}
+
+/// Anything that can be read at any offset: a disk, or the plaintext of a volume.
+pub trait ReadAt {
+    /// Returns the size in bytes.
+    fn size(&self) -> u64;
+
+    /// Fills `data` from the bytes at `offset`, which needs no alignment.
+    ///
+    /// # Errors
+    /// The error of the disk if the read fails; `UnexpectedEof` if the range reaches past the end.
+    fn read_exactly(&self, data: &mut [u8], offset: u64) -> io::Result<()>;
+}
+
+impl ReadAt for dyn BlockStore + '_ {
+    fn size(&self) -> u64 {
+        self.len()
+    }
+
+    fn read_exactly(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        read_unaligned(self, data, offset)
     }
 }

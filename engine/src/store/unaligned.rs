@@ -1,14 +1,14 @@
-//! Reading and writing small pieces of a disk that takes only whole blocks.
+//! Reads and writes of small pieces on a disk that accepts only whole blocks.
 
 use std::io;
 
 use super::BlockStore;
 use crate::buffer::AlignedBuffer;
 
-/// Fills `data` from any `offset`, aligned or not.
+/// Fills `data` from the bytes at `offset`, aligned or not.
 ///
 /// # Errors
-/// What the disk said; `UnexpectedEof` past its end.
+/// The error of the disk if the read fails; `UnexpectedEof` if the range reaches past the end.
 pub fn read_unaligned(store: &dyn BlockStore, data: &mut [u8], offset: u64) -> io::Result<()> {
     let alignment = store.alignment() as u64;
     let len = data.len() as u64;
@@ -17,18 +17,18 @@ pub fn read_unaligned(store: &dyn BlockStore, data: &mut [u8], offset: u64) -> i
     }
     let end = offset.checked_add(len).filter(|end| *end <= store.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
     let start = offset - offset % alignment;
-    let mut blocks = AlignedBuffer::zeroed(index(end.next_multiple_of(alignment) - start)?);
+    let mut blocks = AlignedBuffer::try_zeroed(index(end.next_multiple_of(alignment) - start)?)?;
     store.read_at(&mut blocks, start)?;
     let skip = index(offset - start)?;
     data.copy_from_slice(&blocks[skip..skip + data.len()]);
     Ok(())
 }
 
-/// Writes `data` at any `offset`. Where that is not whole blocks, the rest of the first and the last one is written as it
-/// was, so that a torn write leaves it as it was.
+/// Writes `data` at `offset`, aligned or not. Where the range covers a block only in part, the rest of the block is written
+/// unchanged, so that a torn write leaves it unchanged.
 ///
 /// # Errors
-/// What the disk said; `UnexpectedEof` past its end.
+/// The error of the disk if it fails; `UnexpectedEof` if the range reaches past the end.
 pub fn write_unaligned(store: &dyn BlockStore, data: &[u8], offset: u64) -> io::Result<()> {
     let alignment = store.alignment() as u64;
     let len = data.len() as u64;
@@ -37,20 +37,20 @@ pub fn write_unaligned(store: &dyn BlockStore, data: &[u8], offset: u64) -> io::
     }
     let end = offset.checked_add(len).filter(|end| *end <= store.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
     let start = offset - offset % alignment;
-    let mut blocks = AlignedBuffer::zeroed(index(end.next_multiple_of(alignment) - start)?);
+    let mut blocks = AlignedBuffer::try_zeroed(index(end.next_multiple_of(alignment) - start)?)?;
     store.read_at(&mut blocks, start)?;
     let skip = index(offset - start)?;
     blocks[skip..skip + data.len()].copy_from_slice(data);
     store.write_at(&blocks, start)
 }
 
-/// Writes zeros over `len` bytes from `offset`, both multiples of the disk's alignment.
+/// Writes zeros to the `len` bytes from `offset`. Both must be multiples of the disk's alignment.
 ///
 /// # Errors
-/// What the disk said.
+/// The error of the disk if a write fails.
 pub fn write_zeros(store: &dyn BlockStore, offset: u64, len: u64) -> io::Result<()> {
     const CHUNK: u64 = 1 << 20;
-    let zeros = AlignedBuffer::zeroed(index(len.min(CHUNK))?);
+    let zeros = AlignedBuffer::try_zeroed(index(len.min(CHUNK))?)?;
     let mut written = 0;
     while written < len {
         let piece = index((len - written).min(CHUNK))?;
@@ -69,7 +69,7 @@ mod tests {
     use super::*;
     use crate::store::MemoryStore;
 
-    /// A memory store that refuses what direct I/O refuses.
+    /// A store in memory that refuses the requests that direct I/O refuses.
     struct Blocks(MemoryStore);
 
     impl BlockStore for Blocks {
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn any_piece_of_a_disk_of_blocks_is_read() {
+    fn unaligned_pieces_are_read_and_written() {
         let bytes: Vec<u8> = (0..16384u32).map(|n| (n % 251).to_le_bytes()[0]).collect();
         let store = Blocks(MemoryStore::from(bytes.clone()));
         for (offset, len) in [(0usize, 0usize), (0, 1), (4095, 2), (4096, 4096), (1, 16383), (16383, 1)] {

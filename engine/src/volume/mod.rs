@@ -1,4 +1,4 @@
-//! A volume: a stretch of a disk, seen through its cipher. Any offset and length can be read and written.
+//! A volume: a segment of a disk, seen through its cipher. It can be read and written at any offset and length.
 
 mod in_flight;
 mod region_lock;
@@ -8,25 +8,23 @@ use std::sync::Arc;
 
 use crate::buffer::AlignedBuffer;
 use crate::key::VolumeKey;
-use crate::layout::Linear;
-use crate::luks::Segment;
+use crate::layout::Segment;
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
-use crate::signature::ReadAt;
-use crate::store::{Allocation, BlockStore, Medium};
+use crate::store::{Allocation, BlockStore, Medium, ReadAt};
+use crate::text::bytes;
 use crate::xts::Xts;
-pub use in_flight::{Place, Writing};
+pub use in_flight::{Ciphertext, DiskRange, Encrypting, Writing};
 use region_lock::RegionLock;
 
-/// Bytes of encrypted zeros that one write of [`Volume::write_zeroes`] carries.
+/// Bytes of encrypted zeros in one write of [`Volume::write_zeroes`].
 const ZERO_CHUNK: usize = 1 << 20;
-/// Bytes that go through the cipher together where the disk is memory: what is still in the CPU's cache from the one
-/// step when the next one comes to it.
+/// Bytes that go through the cipher together if the disk is memory. They then stay in the CPU's cache from one step to
+/// the next.
 const CACHED_CHUNK: usize = 128 * 1024;
-/// Bytes in whole blocks that a read of anything else is cut out of at a time: it takes no more memory than this, however
-/// long it is.
-const DETOUR: usize = 1 << 20;
+/// Bytes of whole blocks that an unaligned read takes from the disk at a time. A longer read takes no more memory than this.
+const UNALIGNED_CHUNK: usize = 1 << 20;
 
-/// Why a volume did not do what it was asked.
+/// Why a volume did not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// Some of the range lies past the volume's end.
@@ -39,32 +37,32 @@ pub enum VolumeError {
         /// The volume's length in bytes.
         end: u64,
     },
-    /// A write to a volume that is open for reading alone.
+    /// A write to a volume that is open read-only.
     #[error("the volume is open read-only")]
     ReadOnly,
-    /// What the disk said.
+    /// The error of the disk.
     #[error(transparent)]
     Store(#[from] io::Error),
 }
 
-/// Why a store and a segment make no volume.
+/// Why a store and a segment do not form a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum GeometryError {
     /// The segment reaches past the end of the disk.
-    #[error("the volume's data ends at byte {needed} of the disk, which has only {available}")]
+    #[error("the volume's data ends at byte {needed} of the disk, which has only {}", bytes(*available))]
     DiskTooSmall {
-        /// The byte after the segment's last one.
+        /// The byte after the last byte of the segment.
         needed: u64,
         /// The disk's length in bytes.
         available: u64,
     },
-    /// There is no whole sector of data.
+    /// The segment has no sector of data.
     #[error("the volume has no room for data")]
     Empty,
-    /// The offset or length of the segment is no multiple of its block size.
-    #[error("the volume's data, {len} bytes at byte {offset}, does not lie on {block}-byte blocks")]
+    /// The offset or the length of the segment is not a multiple of the block size.
+    #[error("the volume's data, {len} bytes at byte {offset}, is not aligned to {block}-byte blocks")]
     Misaligned {
-        /// Bytes from the disk's start.
+        /// The offset of the segment in bytes from the start of the disk.
         offset: u64,
         /// The segment's length in bytes.
         len: u64,
@@ -73,53 +71,51 @@ pub enum GeometryError {
     },
 }
 
-/// A disk's segment, seen in plaintext.
+/// A segment of a disk, seen in plaintext.
 ///
 /// # Concurrency contract
-/// All methods may be called from any number of threads at once. Requests that overlap in time and in bytes take effect
-/// in some order, block by block; a write that covers part of a block only never disturbs what another puts into
-/// the rest of it.
+/// Any number of threads may call all methods at once. Requests that overlap in time and in bytes take effect in some order,
+/// block by block. A write that covers only a part of a block never disturbs what another request puts into the rest of it.
 ///
 /// # Durability contract
-/// What was written before a [`Volume::flush`] began is on stable storage when it returns `Ok`.
+/// What was written before a [`Volume::flush`] began is on stable storage when the flush returns `Ok`. After a flush has
+/// failed, no flush returns `Ok` until the disk is reopened.
 pub struct Volume {
     store: Arc<dyn BlockStore>,
-    layout: Linear,
+    segment: Segment,
     cipher: Option<Xts>,
-    sector_size: SectorSize,
-    iv_start: Lba512,
     block: u64,
     regions: Arc<RegionLock>,
 }
 
 impl Volume {
-    /// The encrypted volume that `segment` of `store` holds.
+    /// Returns the encrypted volume in the given segment of `store`.
     ///
     /// # Errors
-    /// [`GeometryError`] when the segment does not fit the disk.
+    /// [`GeometryError`] if the segment does not fit the disk.
     pub fn encrypted(store: Arc<dyn BlockStore>, segment: Segment, key: &VolumeKey) -> Result<Self, GeometryError> {
         Self::with_cipher(store, segment, Xts::new(key))
     }
 
-    /// The same, with a cipher whose CPU path the caller chose.
+    /// Does what [`Volume::encrypted`] does, with a cipher whose CPU path the caller has chosen.
     ///
     /// # Errors
-    /// [`GeometryError`] when the segment does not fit the disk.
+    /// [`GeometryError`] if the segment does not fit the disk.
     pub fn with_cipher(store: Arc<dyn BlockStore>, segment: Segment, cipher: Xts) -> Result<Self, GeometryError> {
         Self::new(store, segment, Some(cipher))
     }
 
-    /// The whole of `store`, as it is, in blocks of `sector_size`.
+    /// Returns a plaintext volume that is the whole of `store`, in blocks of `sector_size`.
     ///
     /// # Errors
-    /// [`GeometryError`] when the disk's length is no multiple of the sector size.
+    /// [`GeometryError`] if the disk is empty or its length is not a multiple of the block size.
     pub fn plaintext(store: Arc<dyn BlockStore>, sector_size: SectorSize) -> Result<Self, GeometryError> {
         let segment = Segment { offset: 0, len: store.len(), sector_size, iv_start: Lba512(0) };
         Self::new(store, segment, None)
     }
 
     fn new(store: Arc<dyn BlockStore>, segment: Segment, cipher: Option<Xts>) -> Result<Self, GeometryError> {
-        let Segment { offset, len, sector_size, iv_start } = segment;
+        let Segment { offset, len, sector_size, .. } = segment;
         let needed = offset.saturating_add(len);
         if needed > store.len() {
             return Err(GeometryError::DiskTooSmall { needed, available: store.len() });
@@ -131,73 +127,83 @@ impl Volume {
         if !offset.is_multiple_of(block) || !len.is_multiple_of(block) {
             return Err(GeometryError::Misaligned { offset, len, block });
         }
-        let layout = Linear { offset, len };
-        Ok(Self { store, layout, cipher, sector_size, iv_start, block, regions: Arc::new(RegionLock::new()) })
+        Ok(Self { store, segment, cipher, block, regions: Arc::new(RegionLock::new()) })
     }
 
-    /// The volume's length in bytes.
+    /// Returns the length of the volume in bytes.
     pub fn len(&self) -> u64 {
-        self.layout.len
+        self.segment.len
     }
 
-    /// Never: a volume has at least one sector.
+    /// Returns `false`: a volume has at least one sector.
     pub fn is_empty(&self) -> bool {
         false
     }
 
-    /// The encryption unit.
+    /// Returns the encryption unit.
     pub fn sector_size(&self) -> SectorSize {
-        self.sector_size
+        self.segment.sector_size
     }
 
-    /// Requests whose offset and length are multiples of so many bytes are served without reading first. It is the
-    /// sector size, or the disk's logical block size where that is larger.
+    /// Returns the block size in bytes: the sector size, or the store's alignment if that is larger. A request whose offset and
+    /// length are multiples of it is written without a read first.
     pub fn block_size(&self) -> u64 {
         self.block
     }
 
-    /// Whether every write fails.
+    /// Returns whether every write fails.
     pub fn is_read_only(&self) -> bool {
         self.store.is_read_only()
     }
 
-    /// Whether the disk holds ciphertext.
+    /// Returns whether the disk holds ciphertext.
     pub fn is_encrypted(&self) -> bool {
         self.cipher.is_some()
     }
 
-    /// The disk beneath.
+    /// Returns the disk below the volume.
     pub fn store(&self) -> &Arc<dyn BlockStore> {
         &self.store
     }
 
-    /// Fills `data` with the plaintext at `offset`.
+    /// Reads the plaintext at `offset` into `data`.
     ///
     /// # Errors
-    /// [`VolumeError`]; `data` then holds nothing of meaning.
+    /// [`VolumeError`] if the range reaches past the end of the volume or the disk fails. The contents of `data` are then
+    /// unspecified.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), VolumeError> {
-        let place = self.locate(offset, data.len() as u64)?;
+        self.check_end_if_mapped();
+        self.read_after_check(offset, data)
+    }
+
+    /// Does what [`Volume::read`] does, for a caller that has called [`Volume::check_end`] after it received the request. So a
+    /// caller with many requests can check once for all of them.
+    ///
+    /// # Errors
+    /// As [`Volume::read`].
+    pub fn read_after_check(&self, offset: u64, data: &mut [u8]) -> Result<(), VolumeError> {
+        let disk_offset = self.locate(offset, data.len() as u64)?;
         if self.is_aligned(offset, data.len() as u64) {
-            if self.decrypt_from_its_place(offset, place, data) {
+            if self.decrypt_from_mapping(offset, disk_offset, data) {
                 return Ok(());
             }
             let mut done = 0;
             for chunk in data.chunks_mut(self.chunk()) {
-                self.store.read_at(chunk, place + done)?;
+                self.store.read_at(chunk, disk_offset + done)?;
                 self.decrypt(offset + done, chunk);
                 done += chunk.len() as u64;
             }
             return Ok(());
         }
-        let most = self.chunk().min(DETOUR) as u64;
+        let most = self.chunk().min(UNALIGNED_CHUNK) as u64;
         let mut at = self.block_floor(offset);
         let end = self.block_ceil(offset + data.len() as u64);
         let mut skip = span(offset - at)?;
-        let mut blocks = AlignedBuffer::zeroed(span((end - at).min(most))?);
+        let mut blocks = AlignedBuffer::try_zeroed(span((end - at).min(most))?)?;
         let mut rest = data;
         while at < end {
             blocks.resize(span((end - at).min(most))?);
-            self.store.read_at(&mut blocks, self.layout.offset + at)?;
+            self.store.read_at(&mut blocks, self.segment.offset + at)?;
             self.decrypt(at, &mut blocks);
             let (piece, more) = rest.split_at_mut(rest.len().min(blocks.len() - skip));
             piece.copy_from_slice(&blocks[skip..skip + piece.len()]);
@@ -207,19 +213,28 @@ impl Volume {
         Ok(())
     }
 
-    /// Writes the plaintext `data` at `offset`. It is encrypted where it stands: afterwards the buffer holds ciphertext,
-    /// or nothing of meaning.
+    /// Writes the plaintext `data` at `offset`. The buffer is encrypted in place: afterwards its contents are unspecified.
     ///
     /// # Errors
-    /// [`VolumeError`]; what the range holds is then either old or new, sector by sector, as after a disk's own error.
+    /// [`VolumeError`] if the volume is read-only, the range reaches past its end or the disk fails. Each sector of the range
+    /// then holds either old or new data, as after an error of the disk.
     pub fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), VolumeError> {
+        self.check_end_if_mapped();
+        self.write_after_check(offset, data)
+    }
+
+    /// Does what [`Volume::write`] does, for a caller that has called [`Volume::check_end`] after it received the request.
+    ///
+    /// # Errors
+    /// As [`Volume::write`].
+    pub fn write_after_check(&self, offset: u64, data: &mut [u8]) -> Result<(), VolumeError> {
         self.writable()?;
         self.locate(offset, data.len() as u64)?;
         let end = offset + data.len() as u64;
         let first_whole = self.block_ceil(offset);
         let last_whole = self.block_floor(end);
         if first_whole >= last_whole {
-            // No whole block in it: at most two pieces of blocks.
+            // The range holds no whole block, only parts of at most two blocks.
             let cut = first_whole.clamp(offset, end);
             let (head, tail) = data.split_at_mut(span(cut - offset)?);
             self.write_part(offset, head)?;
@@ -231,20 +246,34 @@ impl Volume {
         {
             let _held = self.regions.share(first_whole, last_whole);
             let mut at = first_whole;
-            let whole = if self.encrypt_to_its_place(first_whole, whole) { &mut [] } else { whole };
+            let whole = if self.encrypt_into_mapping(first_whole, whole) { &mut [] } else { whole };
             for chunk in whole.chunks_mut(self.chunk()) {
-                self.encrypt(at, chunk);
-                self.store.write_at(chunk, self.layout.offset + at)?;
+                self.encrypt_sectors(at, chunk);
+                self.store.write_at(chunk, self.segment.offset + at)?;
                 at += chunk.len() as u64;
             }
         }
         self.write_part(last_whole, tail)
     }
 
-    /// Returns when all that was written before is on stable storage.
+    /// Checks whether the disk is still as long as it was: see [`BlockStore::check_end`].
+    pub fn check_end(&self) {
+        self.store.check_end();
+    }
+
+    /// Calls [`Volume::check_end`] if the disk is mapped memory. Any other store checks its end itself before a write, and a
+    /// read that reaches the end of a file reports it.
+    fn check_end_if_mapped(&self) {
+        if self.store.is_mapped() {
+            self.store.check_end();
+        }
+    }
+
+    /// Waits until everything that was written before is on stable storage.
     ///
     /// # Errors
-    /// [`VolumeError::Store`]; then nothing since the last successful flush is promised.
+    /// [`VolumeError::Store`] if the disk could not flush. Nothing written since the last successful flush is then guaranteed.
+    /// If the disk is a file or a block device, every later flush fails, too: see [`FlushLatch`](crate::store::FlushLatch).
     pub fn flush(&self) -> Result<(), VolumeError> {
         if self.is_read_only() {
             return Ok(());
@@ -252,11 +281,11 @@ impl Volume {
         Ok(self.store.flush()?)
     }
 
-    /// Gives the space of the whole blocks in the range back to the disk. They then read as anything: an encrypted
-    /// volume shows what zeros decrypt to, as dm-crypt's does. A disk that cannot discard is left as it is.
+    /// Discards the whole blocks in the range: their space goes back to the disk. Their contents are then unspecified. An
+    /// encrypted volume usually shows what zeros decrypt to, as dm-crypt does. A disk that cannot discard stays as it is.
     ///
     /// # Errors
-    /// [`VolumeError`].
+    /// [`VolumeError`] if the volume is read-only, the range reaches past its end or the disk fails.
     pub fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
         self.writable()?;
         self.locate(offset, len)?;
@@ -266,51 +295,53 @@ impl Volume {
             return Ok(());
         }
         let _held = self.regions.share(start, end);
-        match self.store.discard(self.layout.offset + start, end - start) {
-            // A hint that the disk has no use for.
+        match self.store.discard(self.segment.offset + start, end - start) {
+            // A discard is a hint, which this disk cannot use.
             Err(error) if is_unsupported(&error) => Ok(()),
             result => Ok(result?),
         }
     }
 
-    /// What the disk keeps from `offset`, which is before the end, on. Blocks that it keeps in part count as kept. A hole
-    /// reads as zeros on a plaintext volume; an encrypted one shows what zeros decrypt to.
+    /// Returns whether the disk has allocated the bytes from `offset` on, and up to where. A block that is allocated in part
+    /// counts as allocated. A hole reads as zeros on a plaintext volume. On an encrypted volume it reads as what zeros decrypt
+    /// to.
     ///
     /// # Errors
-    /// [`VolumeError`].
+    /// [`VolumeError`] if `offset` is not before the end of the volume, or if the disk fails.
     pub fn allocation(&self, offset: u64) -> Result<Allocation, VolumeError> {
-        let place = self.locate(offset, 1)?;
-        let told = self.store.allocation(place)?;
-        let end = told.end.saturating_sub(self.layout.offset).min(self.len());
+        let disk_offset = self.locate(offset, 1)?;
+        let allocation = self.store.allocation(disk_offset)?;
+        let end = allocation.end.saturating_sub(self.segment.offset).min(self.len());
         let whole = self.block_floor(end);
-        if told.is_hole && whole > offset {
+        if allocation.is_hole && whole > offset {
             return Ok(Allocation { end: whole, is_hole: true });
         }
         Ok(Allocation { end: self.block_ceil(end.max(offset + 1)), is_hole: false })
     }
 
-    /// Says that the range will be read soon.
+    /// Tells the disk that the range will be read soon.
     ///
     /// # Errors
-    /// [`VolumeError`].
+    /// [`VolumeError`] if the range reaches past the end of the volume or the disk fails.
     pub fn will_read(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
-        let place = self.locate(offset, len)?;
-        Ok(self.store.will_read(place, len)?)
+        let disk_offset = self.locate(offset, len)?;
+        Ok(self.store.will_read(disk_offset, len)?)
     }
 
-    /// Makes the range read as zeros. `may_discard` allows to give the space back where it then reads as zeros, which
-    /// it does on a plaintext volume alone.
+    /// Makes the range read as zeros. With `may_discard`, the space of the range may be discarded if the range then
+    /// reads as zeros. Only a plaintext volume can do this.
     ///
     /// # Errors
-    /// [`VolumeError`].
+    /// [`VolumeError`] if the volume is read-only, the range reaches past its end or the disk fails.
     pub fn write_zeroes(&self, offset: u64, len: u64, may_discard: bool) -> Result<(), VolumeError> {
         self.write_zeroes_while(offset, len, may_discard, &|| true)
     }
 
-    /// The same, which on a large volume can take hours: asks before each mebibyte whether to `go_on`.
+    /// Does what [`Volume::write_zeroes`] does, which can take hours on a large volume. Calls `go_on` before each mebibyte and
+    /// stops if it returns `false`.
     ///
     /// # Errors
-    /// [`VolumeError`]; of kind `Interrupted` when it was not to go on.
+    /// As [`Volume::write_zeroes`]; [`VolumeError::Store`] of kind `Interrupted` if `go_on` returned `false`.
     pub fn write_zeroes_while(
         &self,
         offset: u64,
@@ -324,7 +355,7 @@ impl Volume {
         if may_discard && self.punch(offset, len)? {
             return Ok(());
         }
-        let mut zeros = AlignedBuffer::zeroed(span(len.min(ZERO_CHUNK as u64))?);
+        let mut zeros = AlignedBuffer::try_zeroed(span(len.min(ZERO_CHUNK as u64))?)?;
         let mut at = offset;
         while at < end {
             if !go_on() {
@@ -338,66 +369,70 @@ impl Volume {
         Ok(())
     }
 
-    /// Makes the range read as zeros if that takes less than writing them, and tells whether it did; else nothing is
-    /// changed. Under a cipher it never does: there, zeros must be written encrypted.
+    /// Makes the range read as zeros if there is a faster way than writing zeros. Returns `false` if there is none;
+    /// nothing has then changed. An encrypted volume never has a faster way, because its zeros must be written
+    /// encrypted.
     ///
     /// # Errors
-    /// [`VolumeError`].
+    /// [`VolumeError`] if the volume is read-only, the range reaches past its end or the disk fails.
     pub fn write_zeroes_fast(&self, offset: u64, len: u64) -> Result<bool, VolumeError> {
         self.writable()?;
         self.locate(offset, len)?;
         self.punch(offset, len)
     }
 
-    /// Gives back the space of a plaintext volume's whole blocks, which then read as zeros; whether that could be done.
+    /// Discards the whole blocks of a plaintext volume, which then read as zeros. Returns whether the disk could do it.
     fn punch(&self, offset: u64, len: u64) -> Result<bool, VolumeError> {
         if self.is_encrypted() || !self.is_aligned(offset, len) || len == 0 {
             return Ok(false);
         }
         let _held = self.regions.share(offset, offset + len);
-        match self.store.discard(self.layout.offset + offset, len) {
+        match self.store.discard(self.segment.offset + offset, len) {
             Err(error) if is_unsupported(&error) => Ok(false),
             result => Ok(result.map(|()| true)?),
         }
     }
 
-    /// Writes a piece that lies within one block: reads the block, lays the piece into it, and writes it back while
-    /// nobody else writes there.
+    /// Writes a piece that lies within one block. This reads the block, copies the piece into it and writes it back, while no
+    /// one else writes to the block.
     fn write_part(&self, offset: u64, piece: &[u8]) -> Result<(), VolumeError> {
         if piece.is_empty() {
             return Ok(());
         }
         let start = self.block_floor(offset);
-        let mut block = AlignedBuffer::zeroed(span(self.block)?);
-        let place = self.layout.offset + start;
+        let mut block = AlignedBuffer::try_zeroed(span(self.block)?)?;
+        let disk_offset = self.segment.offset + start;
         let _held = self.regions.exclude(start);
-        self.store.read_at(&mut block, place)?;
+        self.store.read_at(&mut block, disk_offset)?;
         self.decrypt(start, &mut block);
         let skip = span(offset - start)?;
         block[skip..skip + piece.len()].copy_from_slice(piece);
-        self.encrypt(start, &mut block);
-        Ok(self.store.write_at(&block, place)?)
+        self.encrypt_sectors(start, &mut block);
+        Ok(self.store.write_at(&block, disk_offset)?)
     }
 
-    /// Decrypts whole blocks from where they lie into `data`, if they lie in memory: no copy comes before the cipher.
-    fn decrypt_from_its_place(&self, offset: u64, place: u64, data: &mut [u8]) -> bool {
+    /// Decrypts whole blocks from mapped memory into `data`, without a copy before the cipher. Returns `false` if that is not
+    /// possible.
+    fn decrypt_from_mapping(&self, offset: u64, disk_offset: u64, data: &mut [u8]) -> bool {
         let Some(cipher) = &self.cipher else { return false };
-        self.store.show(place, data.len(), &mut |at, bytes| {
+        self.store.show(disk_offset, data.len(), &mut |at, bytes| {
             let lba = self.lba(offset + at as u64);
-            cipher.decrypt_to(self.sector_size, lba, bytes, &mut data[at..at + bytes.len()]);
+            let plaintext = &mut data[at..at + bytes.len()];
+            bytes.decrypt_to(cipher, self.segment.sector_size, lba, plaintext);
         })
     }
 
-    /// Encrypts whole blocks to where they are to lie, if they lie in memory: no copy comes after the cipher.
-    fn encrypt_to_its_place(&self, offset: u64, data: &[u8]) -> bool {
+    /// Encrypts whole blocks into mapped memory, without a copy after the cipher. Returns `false` if that is not possible.
+    fn encrypt_into_mapping(&self, offset: u64, data: &[u8]) -> bool {
         let Some(cipher) = &self.cipher else { return false };
-        self.store.fill(self.layout.offset + offset, data.len(), &mut |at, bytes| {
+        self.store.fill(self.segment.offset + offset, data.len(), &mut |at, bytes| {
             let lba = self.lba(offset + at as u64);
-            cipher.encrypt_to(self.sector_size, lba, &data[at..at + bytes.len()], bytes);
+            let plaintext = &data[at..at + bytes.len()];
+            bytes.encrypt_from(cipher, self.segment.sector_size, lba, plaintext);
         })
     }
 
-    /// How many bytes are read or written with one call: all of them, where calls are dear.
+    /// Returns how many bytes are read or written with one call: all of them, unless the disk is memory, where calls are cheap.
     fn chunk(&self) -> usize {
         match self.store.medium() {
             Medium::Memory | Medium::File { resident: true, .. } => CACHED_CHUNK,
@@ -410,7 +445,7 @@ impl Volume {
     }
 
     fn locate(&self, offset: u64, len: u64) -> Result<u64, VolumeError> {
-        self.layout.locate(offset, len).ok_or(VolumeError::OutOfRange { offset, len, end: self.layout.len })
+        self.segment.locate(offset, len).ok_or(VolumeError::OutOfRange { offset, len, end: self.segment.len })
     }
 
     fn is_aligned(&self, offset: u64, len: u64) -> bool {
@@ -422,29 +457,30 @@ impl Volume {
     }
 
     fn block_ceil(&self, offset: u64) -> u64 {
-        // No overflow: the end of a volume is a block boundary.
+        // This does not overflow, because the end of a volume is a block boundary.
         offset.next_multiple_of(self.block)
     }
 
-    fn encrypt(&self, offset: u64, data: &mut [u8]) {
+    fn encrypt_sectors(&self, offset: u64, data: &mut [u8]) {
         if let Some(cipher) = &self.cipher {
-            cipher.encrypt(self.sector_size, self.lba(offset), data);
+            cipher.encrypt(self.segment.sector_size, self.lba(offset), data);
         }
     }
 
-    fn decrypt(&self, offset: u64, data: &mut [u8]) {
+    /// Decrypts the ciphertext of whole sectors at `offset`, for a caller that has read it from the disk itself.
+    pub fn decrypt(&self, offset: u64, data: &mut [u8]) {
         if let Some(cipher) = &self.cipher {
-            cipher.decrypt(self.sector_size, self.lba(offset), data);
+            cipher.decrypt(self.segment.sector_size, self.lba(offset), data);
         }
     }
 
-    /// Where the cipher counts the sector at `offset`.
+    /// Returns the IV of the sector at `offset`.
     fn lba(&self, offset: u64) -> Lba512 {
-        self.iv_start.advanced_by(offset / LBA_UNIT)
+        self.segment.iv_start.advanced_by(offset / LBA_UNIT)
     }
 }
 
-/// Its plaintext can be probed for what it holds.
+/// A volume's plaintext can be searched for signatures.
 impl ReadAt for Volume {
     fn size(&self) -> u64 {
         self.len()
@@ -459,7 +495,7 @@ impl ReadAt for Volume {
     }
 }
 
-/// A length within one request as an index; a request that this machine cannot address has no buffer either.
+/// Converts a length within one request to an index. If it does not fit, this machine has no room for the buffer either.
 fn span(len: u64) -> Result<usize, VolumeError> {
     usize::try_from(len).map_err(|_| VolumeError::Store(io::ErrorKind::OutOfMemory.into()))
 }
@@ -517,17 +553,23 @@ mod tests {
     }
 
     #[test]
-    fn a_long_read_of_no_whole_blocks_is_made_in_pieces() {
-        let len = 3 * DETOUR + DETOUR / 2;
+    fn a_long_unaligned_read_is_split_into_pieces() {
+        let len = 3 * UNALIGNED_CHUNK + UNALIGNED_CHUNK / 2;
         let store = FaultyStore::new(MemoryStore::zeroed(len), |operation| match operation {
-            Operation::Read(_, len) if len > DETOUR as u64 => Some(io::ErrorKind::OutOfMemory),
+            Operation::Read(_, len) if len > UNALIGNED_CHUNK as u64 => Some(io::ErrorKind::OutOfMemory),
             _ => None,
         });
         let segment = Segment { offset: 0, len: len as u64, sector_size: SectorSize::B4096, iv_start: Lba512(0) };
         let volume = Volume::encrypted(Arc::new(store), segment, &key()).unwrap();
         let data: Vec<u8> = (0..len).map(|at| (at % 251).to_le_bytes()[0]).collect();
         volume.write(0, &mut data.clone()).unwrap();
-        for (at, end) in [(1, len - 1), (0, len - 1), (4095, len), (777, 777 + DETOUR), (DETOUR - 1, 2 * DETOUR + 1)] {
+        for (at, end) in [
+            (1, len - 1),
+            (0, len - 1),
+            (4095, len),
+            (777, 777 + UNALIGNED_CHUNK),
+            (UNALIGNED_CHUNK - 1, 2 * UNALIGNED_CHUNK + 1),
+        ] {
             let mut back = vec![0; end - at];
             volume.read(at as u64, &mut back).unwrap();
             assert!(back == data[at..end], "{at} to {end}");
@@ -544,11 +586,11 @@ mod tests {
 
     fn step() -> impl Strategy<Value = Step> {
         let end = DISK as u64 - OFFSET;
-        let place = (0..=end).prop_flat_map(move |at| (Just(at), 0..=usize::try_from((end - at).min(20_000)).unwrap()));
+        let range = (0..=end).prop_flat_map(move |at| (Just(at), 0..=usize::try_from((end - at).min(20_000)).unwrap()));
         prop_oneof![
-            place.clone().prop_map(|(at, len)| Step::Read(at, len)),
-            (place.clone(), any::<u8>()).prop_map(|((at, len), fill)| Step::Write(at, len, fill)),
-            place.prop_map(|(at, len)| Step::Zero(at, len)),
+            range.clone().prop_map(|(at, len)| Step::Read(at, len)),
+            (range.clone(), any::<u8>()).prop_map(|((at, len), fill)| Step::Write(at, len, fill)),
+            range.prop_map(|(at, len)| Step::Zero(at, len)),
             Just(Step::Flush),
         ]
     }
@@ -557,7 +599,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
         #[test]
-        fn a_volume_answers_as_a_plain_array_of_bytes_does(
+        fn a_volume_behaves_like_an_array_of_bytes(
             steps in prop::collection::vec(step(), 1..40),
             size in prop::sample::select(SectorSize::ALL.to_vec()),
             alignment in prop::sample::select(vec![1usize, 512, 4096]),
@@ -594,7 +636,7 @@ mod tests {
     }
 
     #[test]
-    fn writers_of_one_sector_at_once_lose_nothing_of_each_other() {
+    fn concurrent_writers_of_one_sector_keep_each_others_bytes() {
         let volume =
             Volume::encrypted(Arc::new(MemoryStore::zeroed(DISK)), segment(SectorSize::B4096), &key()).unwrap();
         let writers = 8;
@@ -605,7 +647,8 @@ mod tests {
                 scope.spawn(move || {
                     start.wait();
                     for _ in 0..200 {
-                        // Every other one writes whole blocks beside the sector that the rest share pieces of.
+                        // Odd writers write whole blocks beside the sector. Even writers share the sector, and each
+                        // writes its own piece.
                         if writer % 2 == 0 {
                             volume.write(writer as u64 * 100, &mut [writer as u8 + 1; 100]).unwrap();
                         } else {
@@ -624,7 +667,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_block_write_is_never_undone_by_a_neighbours_read_modify_write() {
+    fn a_read_modify_write_never_undoes_a_whole_block_write() {
         let volume =
             Volume::encrypted(Arc::new(MemoryStore::zeroed(DISK)), segment(SectorSize::B4096), &key()).unwrap();
         for round in 0..200u8 {
@@ -640,7 +683,7 @@ mod tests {
             });
             let mut block = [0; 4096];
             volume.read(0, &mut block).unwrap();
-            // In either order, the bytes that only the whole-block write covers are its own.
+            // In either order, the bytes that only the whole-block write covers keep its value.
             assert!(block[..10].iter().chain(&block[20..]).all(|b| *b == 1), "round {round}");
         }
     }
@@ -667,7 +710,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_error_is_the_callers_and_a_range_past_the_end_never_reaches_the_disk() {
+    fn disk_errors_are_returned_and_no_write_passes_the_end() {
         let store = FaultyStore::new(MemoryStore::zeroed(DISK), |operation| match operation {
             Operation::Read(..) => Some(io::ErrorKind::TimedOut),
             Operation::Write(..) => panic!("out of range, yet written"),
@@ -682,7 +725,7 @@ mod tests {
     }
 
     #[test]
-    fn a_segment_that_does_not_fit_its_disk_is_no_volume() {
+    fn a_segment_that_does_not_fit_its_disk_is_refused() {
         let open = |segment| Volume::encrypted(Arc::new(MemoryStore::zeroed(DISK)), segment, &key()).err();
         let whole = segment(SectorSize::B4096);
         assert_eq!(
@@ -694,9 +737,9 @@ mod tests {
         assert!(matches!(open(Segment { offset: u64::MAX, ..whole }), Some(GeometryError::DiskTooSmall { .. })));
     }
 
-    /// Reads, writes, holes and zeros on a disk that is mapped, beside the same bytes without a mapping.
+    /// Reads, writes, discards and zeros on a mapped disk, compared with the same disk without a mapping.
     #[test]
-    fn a_mapped_disk_is_like_any_other() {
+    fn a_mapped_disk_behaves_like_any_other() {
         use crate::store::{Access, BusErrorsCaught, Caching, FileStore};
         const LEN: u64 = 4 << 20;
         let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();

@@ -1,14 +1,15 @@
-//! Keeps a read-modify-write of a block apart from every other write to that block.
+//! Ensures that no other write to a block takes place during a read-modify-write of the block.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Bytes of the volume that share one lock.
 const REGION: u64 = 1 << 20;
-/// Locks there are, as many as a word has bits; regions are dealt out to them in turn.
+/// The number of locks: one for each bit of a word. Consecutive regions use the locks in turn.
 const LOCKS: u64 = u64::BITS as u64;
 
-/// Writers of whole blocks share a region, since the disk keeps their blocks apart; a read-modify-write has it alone.
-/// Guards own their share, so that they can wait with a write that is under way, on whichever thread completes it.
+/// Locks on the regions of a volume. Writers of whole blocks share a region, because they do not disturb each other. A
+/// read-modify-write has a region to itself. A guard owns its share. So it can move, together with a write in flight,
+/// to the thread that completes the write.
 pub(super) struct RegionLock {
     locks: Vec<Lock>,
 }
@@ -23,7 +24,8 @@ struct Lock {
 struct Holders {
     sharing: u32,
     exclusive: bool,
-    /// How many wait to be alone. Nobody joins those who share meanwhile, or the wait might never end.
+    /// The number of threads that wait for exclusive use. While it is not zero, no new sharer is admitted; otherwise the wait
+    /// might never end.
     waiting: u32,
 }
 
@@ -33,14 +35,14 @@ impl Holders {
     }
 }
 
-/// Regions in which nobody reads, modifies and writes.
+/// Regions that no read-modify-write may enter.
 pub(super) struct Shared {
     regions: Arc<RegionLock>,
-    /// A bit for each lock.
+    /// One bit for each lock.
     held: u64,
 }
 
-/// A region in which nobody else writes.
+/// A region that no one else may write to.
 pub(super) struct Exclusive {
     regions: Arc<RegionLock>,
     lock: u64,
@@ -51,10 +53,10 @@ impl RegionLock {
         Self { locks: (0..LOCKS).map(|_| Lock::default()).collect() }
     }
 
-    /// Keeps every read-modify-write out of the bytes from `start` up to `end` while the guard lives.
+    /// Keeps every read-modify-write out of the bytes from `start` up to `end` while the guard lives. Waits if necessary.
     pub(super) fn share(self: &Arc<Self>, start: u64, end: u64) -> Shared {
         let wanted = wanted(start, end);
-        // In the order of the locks, not of the regions, so that two long writes never wait for each other in a circle.
+        // In the order of the locks, not of the regions, so that two long writes never deadlock.
         for lock in bits(wanted) {
             let lock = self.lock(lock);
             let mut holders = lock.holders();
@@ -66,7 +68,7 @@ impl RegionLock {
         Shared { regions: Arc::clone(self), held: wanted }
     }
 
-    /// The same, if nobody has to be waited for.
+    /// Does what [`RegionLock::share`] does, but returns `None` instead of waiting.
     pub(super) fn try_share(self: &Arc<Self>, start: u64, end: u64) -> Option<Shared> {
         let mut shared = Shared { regions: Arc::clone(self), held: 0 };
         for number in bits(wanted(start, end)) {
@@ -81,7 +83,7 @@ impl RegionLock {
         Some(shared)
     }
 
-    /// Keeps every other write out of the region of the byte at `offset` while the guard lives.
+    /// Keeps every other write out of the region of the byte at `offset` while the guard lives. Waits if necessary.
     pub(super) fn exclude(self: &Arc<Self>, offset: u64) -> Exclusive {
         let number = offset / REGION % LOCKS;
         let lock = self.lock(number);
@@ -129,7 +131,7 @@ impl Drop for Exclusive {
     }
 }
 
-/// The locks of the bytes from `start` up to `end`, a bit each.
+/// Returns the locks of the bytes from `start` up to `end`, one bit for each.
 fn wanted(start: u64, end: u64) -> u64 {
     let (first, last) = (start / REGION, end.saturating_sub(1).max(start) / REGION);
     match last - first {
@@ -139,7 +141,7 @@ fn wanted(start: u64, end: u64) -> u64 {
     }
 }
 
-/// The places of the bits that are set, lowest first.
+/// Returns the positions of the bits that are set, the lowest first.
 fn bits(mut word: u64) -> impl Iterator<Item = u64> {
     std::iter::from_fn(move || {
         let place = (word != 0).then(|| u64::from(word.trailing_zeros()))?;
@@ -153,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_shared_range_keeps_out_whoever_wants_a_byte_of_it_alone_and_nobody_else() {
+    fn a_shared_range_blocks_exclusive_use_of_its_bytes_only() {
         let locks = Arc::new(RegionLock::new());
         let free = |offset: u64| {
             let holders = locks.lock(offset / REGION % LOCKS).holders();
@@ -176,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_wants_a_region_alone_waits_for_those_who_share_it_and_is_not_overtaken() {
+    fn exclusive_use_waits_for_sharers_and_is_not_overtaken() {
         let locks = Arc::new(RegionLock::new());
         let shared = locks.share(0, 10);
         let alone = {
@@ -186,7 +188,7 @@ mod tests {
         while locks.lock(0).holders().waiting == 0 {
             std::thread::yield_now();
         }
-        assert!(locks.try_share(0, 1).is_none(), "one who waits to be alone is not overtaken");
+        assert!(locks.try_share(0, 1).is_none(), "a sharer must not overtake a waiting exclusive user");
         assert!(locks.try_share(REGION, REGION + 1).is_some(), "other regions are free");
         drop(shared);
         alone.join().unwrap();

@@ -3,12 +3,12 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// A way to compute AES-XTS. All give the same bytes; they differ in speed and in what they need of the CPU.
+/// A way to compute AES-XTS. All paths give the same bytes. They differ in speed and in the CPU features they need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CpuPath {
     /// VAES on 512-bit registers: Ice Lake, Zen 4 and later.
     Vaes512,
-    /// VAES on 256-bit registers, with AVX2 alone: Zen 3, Alder Lake.
+    /// VAES on 256-bit registers, which needs AVX2 but not AVX-512: Zen 3, Alder Lake.
     Vaes256,
     /// AES-NI: every x86-64 server of the last decade.
     AesNi,
@@ -17,22 +17,22 @@ pub enum CpuPath {
 }
 
 impl CpuPath {
-    /// Every path there is, widest first.
+    /// Returns every path, the widest first.
     pub const fn all() -> [Self; 4] {
         [Self::Vaes512, Self::Vaes256, Self::AesNi, Self::Portable]
     }
 
-    /// The paths that this CPU has, widest first; the portable one always.
+    /// Returns the paths that this CPU has, the widest first. The portable path is always among them.
     pub fn available() -> impl Iterator<Item = Self> {
         Self::all().into_iter().filter(|path| path.is_available())
     }
 
-    /// The widest path that this CPU has.
+    /// Returns the widest path that this CPU has.
     pub fn best() -> Self {
         Self::available().next().unwrap_or(Self::Portable)
     }
 
-    /// Whether this CPU, and what the operating system lets it do, has the path.
+    /// Returns whether the CPU has the path and the operating system allows it.
     pub fn is_available(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         if super::x86_64::Cpu::new(self).is_some() {
@@ -41,10 +41,11 @@ impl CpuPath {
         self == Self::Portable
     }
 
-    /// Does on registers alone, with no memory and no tweaks, as many AES rounds as AES-256 takes for about `bytes` bytes
-    /// of data, and returns for how many bytes it did. The time this takes bounds what the path can reach: no XTS is
-    /// faster. `None` for the portable path, whose registers are the `aes` crate's own affair, and for a path that this
-    /// CPU does not have.
+    /// Computes the AES rounds that AES-256 needs for about `bytes` bytes, but only on registers: no memory, no tweaks. Returns
+    /// the exact number of bytes that the rounds would have encrypted. No XTS on this path can be faster than this.
+    ///
+    /// Returns `None` for a path that this CPU lacks, and for the portable path, because the `aes` crate chooses its own
+    /// registers.
     pub fn aes256_rounds(self, bytes: usize) -> Option<usize> {
         #[cfg(target_arch = "x86_64")]
         return Some(super::x86_64::Cpu::new(self)?.aes256_rounds(bytes));
@@ -55,7 +56,7 @@ impl CpuPath {
         }
     }
 
-    /// The name that [`CpuPath::from_str`] takes: `vaes512`, `vaes256`, `aesni` or `portable`.
+    /// Returns the name that [`CpuPath::from_str`] parses: `vaes512`, `vaes256`, `aesni` or `portable`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Vaes512 => "vaes512",
@@ -80,14 +81,14 @@ impl FromStr for CpuPath {
     }
 }
 
-/// A name that no path has.
+/// The error for a name that no path has.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no CPU path; there are vaes512, vaes256, aesni and portable")]
+#[error("{0:?} is not a CPU path; the paths are vaes512, vaes256, aesni and portable")]
 pub struct UnknownCpuPath(String);
 
-/// A path that needs what this CPU does not have.
+/// The error for a path that this CPU lacks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("this CPU has no {0}; its best path is {best}", best = CpuPath::best())]
+#[error("this CPU lacks the path {0}; its best path is {best}", best = CpuPath::best())]
 pub struct UnavailableCpuPath(pub CpuPath);
 
 #[cfg(test)]
@@ -101,11 +102,11 @@ mod tests {
             assert_eq!(path.to_string(), path.name());
         }
         let error = "avx2".parse::<CpuPath>().unwrap_err();
-        assert_eq!(error.to_string(), "\"avx2\" is no CPU path; there are vaes512, vaes256, aesni and portable");
+        assert_eq!(error.to_string(), "\"avx2\" is not a CPU path; the paths are vaes512, vaes256, aesni and portable");
     }
 
     #[test]
-    fn the_best_path_is_the_first_of_those_there_are() {
+    fn the_best_path_is_the_first_available_one() {
         assert_eq!(CpuPath::available().next(), Some(CpuPath::best()));
         assert_eq!(CpuPath::available().last(), Some(CpuPath::Portable));
     }

@@ -1,13 +1,13 @@
 //! AES-XTS over runs of sectors, as IEEE 1619 and NIST SP 800-38E define it and dm-crypt's `xts-plain64` uses it.
 //!
 //! Each sector is one data unit. Its tweak is the sector's [`Lba512`] as a 16-byte little-endian number, encrypted with
-//! the second key; block `j` of the sector is masked with `tweak · α^j` in GF(2¹²⁸) before and after AES with the first
+//! the second key. Block `j` of the sector is masked with `tweak · α^j` in GF(2¹²⁸) before and after AES with the first
 //! key.
 //!
-//! Nothing here allocates after [`Xts::new`], and no time depends on a key or on data.
+//! Nothing here allocates after [`Xts::new`]. How long a call takes depends on neither the key nor the data.
 //!
-//! Round keys lie on the heap and are wiped on drop; tweaks and masks lie on the stack and are wiped before a call returns.
-//! How far that goes: SECURITY.md, "How far wiping goes".
+//! Round keys lie on the heap and are wiped on drop. Tweaks and masks lie on the stack and are wiped before a call returns.
+//! SECURITY.md, "How far wiping goes", names the limits of this.
 
 mod cpu;
 mod portable;
@@ -27,7 +27,7 @@ use run::Run;
 
 pub use cpu::{CpuPath, UnavailableCpuPath, UnknownCpuPath};
 
-/// A volume key, expanded and ready: AES-256-XTS or AES-128-XTS by the key's length. Round keys are wiped on drop.
+/// An expanded volume key. The key's length decides between AES-256-XTS and AES-128-XTS. The round keys are wiped on drop.
 pub struct Xts {
     keys: Keys,
     path: CpuPath,
@@ -36,66 +36,76 @@ pub struct Xts {
 }
 
 impl Xts {
-    /// Expands the key, for the widest path that this CPU has.
+    /// Expands the key for the widest path that this CPU has.
     pub fn new(key: &VolumeKey) -> Self {
         Self::from_bytes(key.expose(), CpuPath::best()).unwrap_or_else(|_| unreachable!("the best path is available"))
     }
 
-    /// Expands the key, for a path of the caller's choice: to test or to measure it.
+    /// Expands the key for the given path. Tests and benchmarks use this to choose the path.
     ///
     /// # Errors
-    /// [`UnavailableCpuPath`] when this CPU has it not.
+    /// [`UnavailableCpuPath`] if this CPU lacks the path.
     pub fn with_path(key: &VolumeKey, path: CpuPath) -> Result<Self, UnavailableCpuPath> {
         Self::from_bytes(key.expose(), path)
     }
 
-    /// Counts the IV in whole sectors, and not in 512-byte units, as dm-crypt's `iv_large_sectors` does: the first sector
-    /// then must lie on a multiple of the sector size. No LUKS volume has it.
+    /// Counts the IV in whole sectors instead of 512-byte units, as dm-crypt's `iv_large_sectors` does. The first sector must
+    /// then lie on a multiple of the sector size. LUKS volumes never use this.
     #[must_use]
     pub fn with_large_sectors(self) -> Self {
         Self { large_sectors: true, ..self }
     }
 
-    /// Encrypts `data`, a run of whole sectors at any address, in place. Its first sector lies at `first`; the IV counts
-    /// 512-byte units, and wraps at 2⁶⁴.
+    /// Encrypts `data` in place. `data` is a run of whole sectors and may start at any address. Its first sector lies at
+    /// `first`. The IV counts 512-byte units and wraps at 2⁶⁴.
     ///
     /// # Panics
-    /// When `data` is not a whole number of sectors.
+    /// Panics if `data` is not a whole number of sectors.
     pub fn encrypt(&self, sector_size: SectorSize, first: Lba512, data: &mut [u8]) {
         self.run(Direction::Encrypt, Run::new(sector_size, first.into(), data.into()));
     }
 
-    /// Decrypts `data`; the inverse of [`Xts::encrypt`].
+    /// Decrypts `data` in place. This is the inverse of [`Xts::encrypt`].
     ///
     /// # Panics
-    /// When `data` is not a whole number of sectors.
+    /// Panics if `data` is not a whole number of sectors.
     pub fn decrypt(&self, sector_size: SectorSize, first: Lba512, data: &mut [u8]) {
         self.run(Direction::Decrypt, Run::new(sector_size, first.into(), data.into()));
     }
 
-    /// Encrypts `plaintext` into `ciphertext`, for callers that would have to copy otherwise: the plaintext is not
-    /// theirs to change, or the ciphertext belongs elsewhere.
+    /// Encrypts `plaintext` into `ciphertext`. This saves a copy if the caller may not change the plaintext, or if the
+    /// ciphertext belongs elsewhere.
     ///
     /// # Panics
-    /// When the lengths differ or are not a whole number of sectors.
+    /// Panics if the lengths differ or are not a whole number of sectors.
     pub fn encrypt_to(&self, sector_size: SectorSize, first: Lba512, plaintext: &[u8], ciphertext: &mut [u8]) {
         self.run(Direction::Encrypt, Run::new(sector_size, first.into(), pair(plaintext, ciphertext)));
     }
 
-    /// Decrypts `ciphertext` into `plaintext`; the inverse of [`Xts::encrypt_to`].
+    /// Decrypts `ciphertext` into `plaintext`. This is the inverse of [`Xts::encrypt_to`].
     ///
     /// # Panics
-    /// When the lengths differ or are not a whole number of sectors.
+    /// Panics if the lengths differ or are not a whole number of sectors.
     pub fn decrypt_to(&self, sector_size: SectorSize, first: Lba512, ciphertext: &[u8], plaintext: &mut [u8]) {
         self.run(Direction::Decrypt, Run::new(sector_size, first.into(), pair(ciphertext, plaintext)));
     }
 
-    /// The length of the volume key in bits, both halves counted: 512 or 256.
+    /// Does what [`Xts::encrypt_to`] does, for memory that may not be a slice.
+    pub(crate) fn encrypt_between(&self, sector_size: SectorSize, first: Lba512, data: InOutBuf<'_, '_, u8>) {
+        self.run(Direction::Encrypt, Run::new(sector_size, first.into(), data));
+    }
+
+    /// Does what [`Xts::decrypt_to`] does, for memory that may not be a slice.
+    pub(crate) fn decrypt_between(&self, sector_size: SectorSize, first: Lba512, data: InOutBuf<'_, '_, u8>) {
+        self.run(Direction::Decrypt, Run::new(sector_size, first.into(), data));
+    }
+
+    /// Returns the length of the volume key in bits, with both halves counted: 512 or 256.
     pub fn key_bits(&self) -> usize {
         self.key_bits
     }
 
-    /// The path in use.
+    /// Returns the path in use.
     pub fn path(&self) -> CpuPath {
         self.path
     }
@@ -131,7 +141,7 @@ enum Keys {
 }
 
 impl Keys {
-    /// `None` when this CPU does not have the path.
+    /// Returns `None` if this CPU lacks the path.
     fn new(key: &[u8], path: CpuPath) -> Option<Self> {
         let (data, tweak) = key.split_at(key.len() / 2);
         if path == CpuPath::Portable {
@@ -144,7 +154,7 @@ impl Keys {
     }
 }
 
-/// Which of the two the data half of the key does; the tweak half always encrypts.
+/// What the data half of the key does. The tweak half always encrypts.
 #[derive(Clone, Copy, Debug)]
 enum Direction {
     Encrypt,

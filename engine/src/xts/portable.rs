@@ -1,5 +1,5 @@
-//! The path that runs everywhere: the `aes` crate's calls over many blocks at once, which use what the CPU has (AES-NI,
-//! VAES, ARMv8) and are constant in time where it has nothing.
+//! The path that runs everywhere. It calls the `aes` crate with many blocks at once. That crate uses the CPU's AES instructions
+//! (AES-NI, VAES, ARMv8), and runs in constant time on a CPU that has none.
 
 use aes::{Aes128, Aes256, Block};
 use cipher::consts::U16;
@@ -10,7 +10,7 @@ use zeroize::Zeroize;
 use super::Direction;
 use super::run::{BLOCK, Run};
 
-/// Blocks that go through the cipher in one call: the most that any of the `aes` crate's implementations takes at once.
+/// The number of blocks that one call encrypts. No implementation of the `aes` crate takes more at once.
 const CHUNK: usize = 64;
 
 /// Sectors whose tweaks are encrypted in one call.
@@ -46,11 +46,12 @@ impl Keys {
 }
 
 fn cipher<C: KeyInit>(key: &[u8]) -> Box<C> {
-    // `VolumeKey` admits no other lengths.
+    // `VolumeKey` allows no other lengths.
     Box::new(C::new_from_slice(key).unwrap_or_else(|_| unreachable!("half an XTS key is an AES key")))
 }
 
-/// XEX over every block of the run: `C = E(P ⊕ T) ⊕ T` with `T = E₂(n) · α^j` (IEEE 1619, 5.3), a chunk of blocks at a time.
+/// Computes XEX over every block of the run, a chunk of blocks at a time: `C = E(P ⊕ T) ⊕ T` with `T = E₂(n) · α^j`
+/// (IEEE 1619, 5.3).
 fn crypt(tweak_cipher: &impl BlockCipherEncrypt<BlockSize = U16>, run: Run<'_, '_>, cipher: impl Fn(&mut [Block])) {
     let Run { sector_size, first: mut number, step, mut data } = run;
     let pieces_per_sector = sector_size.bytes() / (PIECE * BLOCK);
@@ -85,7 +86,8 @@ fn crypt(tweak_cipher: &impl BlockCipherEncrypt<BlockSize = U16>, run: Run<'_, '
                     mask = times_alpha(mask);
                 }
             }
-            // By way of a buffer of our own: the compiler knows that it overlaps neither of the caller's.
+            // The blocks go through a local buffer. The compiler knows that it overlaps neither of the caller's
+            // buffers.
             for ((block, mask), from) in blocks.iter_mut().zip(&*masks).zip(chunk.get_in().as_chunks().0) {
                 *block = u128::from_ne_bytes(*from) ^ mask;
             }
@@ -97,7 +99,8 @@ fn crypt(tweak_cipher: &impl BlockCipherEncrypt<BlockSize = U16>, run: Run<'_, '
     }
 }
 
-/// What a call leaves on the stack, in one place so that it can be wiped: masks, and blocks that were or become plaintext.
+/// What a call leaves on the stack: tweaks, masks, and blocks that hold plaintext. They are in one place so that one drop
+/// wipes them.
 struct Scratch {
     tweaks: [u128; TWEAKS],
     masks: [u128; CHUNK],
@@ -106,19 +109,19 @@ struct Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // As slices, which are wiped many bytes at a time.
+        // `zeroize` wipes slices many bytes at a time.
         self.tweaks.as_mut_slice().zeroize();
         self.masks.as_mut_slice().zeroize();
         self.blocks.as_mut_slice().zeroize();
     }
 }
 
-/// `T · α` in GF(2¹²⁸), whose polynomial is x¹²⁸ + x⁷ + x² + x + 1 (IEEE 1619, 5.2), without a branch on secret bits.
+/// Returns `T · α` in GF(2¹²⁸) with the polynomial x¹²⁸ + x⁷ + x² + x + 1 (IEEE 1619, 5.2). It does not branch on secret bits.
 fn times_alpha(tweak: u128) -> u128 {
     (tweak << 1) ^ (0x87 & (tweak >> 127).wrapping_neg())
 }
 
 fn blocks_of(words: &mut [u128]) -> &mut [Block] {
-    // A word has a block's bytes, so none remain.
+    // A word is as long as a block, so no bytes remain.
     Block::slice_as_chunks_mut(words.as_mut_bytes()).0
 }

@@ -1,4 +1,4 @@
-//! Every path against the published vectors and against the `xts-mode` crate.
+//! Tests of every path against the published vectors and against the `xts-mode` crate.
 
 use aes::{Aes128, Aes256};
 use cipher::inout::InOutBuf;
@@ -11,21 +11,21 @@ use super::{CpuPath, Direction, Xts};
 use crate::key::VolumeKey;
 use crate::sector::{Lba512, SectorSize};
 
-/// The paths that this CPU has, each with the key.
+/// Returns the paths that this CPU has, each with the expanded key.
 fn paths(key: &[u8]) -> impl Iterator<Item = (CpuPath, Xts)> {
     CpuPath::available().map(|path| (path, Xts::from_bytes(key, path).unwrap()))
 }
 
-/// Says, past the test runner's capture, which paths this run is about.
+/// Prints which paths this run tests, even where the test runner captures the output.
 #[test]
-fn the_paths_that_this_cpu_has_are_tested() {
+fn every_path_of_this_cpu_is_tested() {
     use std::io::Write;
     let (have, have_not): (Vec<_>, Vec<_>) = CpuPath::all().into_iter().partition(|path| path.is_available());
     assert_eq!(have, paths(&noise(1, 64)).map(|(path, _)| path).collect::<Vec<_>>());
     for path in &have_not {
         assert!(Xts::from_bytes(&noise(1, 64), *path).is_err());
     }
-    // What Linux says of the CPU is told by another way.
+    // Linux detects the CPU's features in another way.
     let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let has = |flag: &str| flags.split_whitespace().any(|word| word == flag);
     for (name, expected) in [
@@ -41,7 +41,7 @@ fn the_paths_that_this_cpu_has_are_tested() {
     std::io::stdout().write_all(line.as_bytes()).unwrap();
 }
 
-/// One case of a response file: an operation on one data unit of whole blocks.
+/// One case of a response file: an operation on one data unit that is a whole number of blocks.
 struct Vector {
     name: String,
     direction: Direction,
@@ -51,7 +51,7 @@ struct Vector {
     output: Vec<u8>,
 }
 
-/// Reads a CAVP response file; IEEE 1619's vectors are kept in the same form.
+/// Reads a CAVP response file. IEEE 1619's vectors are kept in the same format.
 fn vectors(file: &str, text: &str) -> Vec<Vector> {
     let mut direction = Direction::Encrypt;
     let mut cases = Vec::new();
@@ -86,9 +86,9 @@ fn hex(digits: &str) -> Vec<u8> {
     (0..digits.len()).step_by(2).map(|at| u8::from_str_radix(&digits[at..at + 2], 16).unwrap()).collect()
 }
 
-/// A block's ciphertext depends on its own plaintext and its place alone, so a data unit of a few whole blocks is the
-/// beginning of a sector: the vector must come out of a sector that starts with it, on every path and wherever in a run of
-/// sectors it stands.
+/// Checks a vector on every path. A block's ciphertext depends only on the block's plaintext and position, so a data
+/// unit of a few whole blocks is the beginning of a sector. If a sector starts with the vector's input, its result must
+/// therefore start with the vector's output, wherever the sector lies in a run.
 fn check(case: &Vector) {
     for (path, xts) in paths(&case.key) {
         for sectors_before in [0, 1, 7, 40] {
@@ -96,7 +96,7 @@ fn check(case: &Vector) {
             let mut data = vec![0x5a; size.bytes() * (sectors_before + 3)];
             let place = size.bytes() * sectors_before..size.bytes() * sectors_before + case.input.len();
             data[place.clone()].copy_from_slice(&case.input);
-            // The low 64 bits count, and wrap; the high ones stay.
+            // The low 64 bits count and wrap; the high 64 bits stay.
             let low = case.number.wrapping_sub(sectors_before as u128) & u128::from(u64::MAX);
             let first = case.number >> 64 << 64 | low;
             xts.run(case.direction, Run::new(size, first, InOutBuf::from(&mut data[..])));
@@ -136,7 +136,7 @@ fn nist_cavp_vectors_hold() {
     }
 }
 
-/// What `xts-mode` makes of a run of sectors.
+/// Encrypts or decrypts a run of sectors with `xts-mode`.
 fn oracle(direction: Direction, key: &[u8], size: SectorSize, first: Lba512, data: &mut [u8]) {
     fn run<C>(direction: Direction, key: &[u8], size: SectorSize, first: Lba512, data: &mut [u8])
     where
@@ -161,7 +161,7 @@ fn oracle(direction: Direction, key: &[u8], size: SectorSize, first: Lba512, dat
     }
 }
 
-/// Bytes that do not repeat within a test, from a seed.
+/// Returns bytes that do not repeat within a test, from a seed.
 fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed | 1;
     std::iter::repeat_with(|| {
@@ -183,7 +183,7 @@ fn agrees_with_the_oracle(key: &[u8], size: SectorSize, first: Lba512, sectors: 
         oracle(direction, key, size, first, &mut expected);
         for (path, xts) in paths(key) {
             let what = || format!("{path} {direction:?} {sectors} x {size} at {first:?}, buffer + {at}");
-            // Bytes around the run must stay as they are.
+            // Bytes around the run must not change.
             let mut buffer = vec![0xee; at + len + 64];
             buffer[at..at + len].copy_from_slice(&input);
             let data = &mut buffer[at..at + len];
@@ -194,7 +194,7 @@ fn agrees_with_the_oracle(key: &[u8], size: SectorSize, first: Lba512, sectors: 
             assert!(data == expected, "in place: {}", what());
             assert!(buffer[..at].iter().chain(&buffer[at + len..]).all(|&byte| byte == 0xee), "around: {}", what());
 
-            // Another alignment on the other side.
+            // The other buffer has another alignment.
             let mut from = vec![0; 64 - at];
             from.extend_from_slice(&input);
             let mut buffer = vec![0xee; at + len + 64];
@@ -210,7 +210,7 @@ fn agrees_with_the_oracle(key: &[u8], size: SectorSize, first: Lba512, sectors: 
     }
 }
 
-/// Every number of sectors up to a few batches, at both key lengths and all sector sizes.
+/// Every number of sectors up to a few batches, with both key lengths and all sector sizes.
 #[test]
 fn every_count_equals_the_oracle() {
     for key in [noise(1, 64), noise(2, 32)] {
@@ -222,9 +222,9 @@ fn every_count_equals_the_oracle() {
     }
 }
 
-/// The IV wraps at 2⁶⁴ within the run, at every place in it.
+/// The IV wraps at 2⁶⁴ at every position within the run.
 #[test]
-fn the_iv_wraps_like_dm_crypts() {
+fn the_iv_wraps_as_in_dm_crypt() {
     let key = noise(3, 64);
     for size in SectorSize::ALL {
         for before in 0..=70 {
@@ -254,15 +254,15 @@ proptest! {
 }
 
 #[test]
-#[should_panic(expected = "no run of whole 4096-byte sectors")]
-fn a_torn_sector_is_refused() {
+#[should_panic(expected = "not a run of whole 4096-byte sectors")]
+fn a_run_with_part_of_a_sector_panics() {
     let key = VolumeKey::new(noise(4, 64)).unwrap();
     Xts::new(&key).encrypt(SectorSize::B4096, Lba512(0), &mut [0; 4096 + 512]);
 }
 
 #[test]
 #[should_panic(expected = "4096 bytes do not fit into 8192")]
-fn buffers_of_different_lengths_are_refused() {
+fn buffers_of_different_lengths_panic() {
     let key = VolumeKey::new(noise(4, 64)).unwrap();
     Xts::new(&key).encrypt_to(SectorSize::B4096, Lba512(0), &[0; 4096], &mut [0; 8192]);
 }

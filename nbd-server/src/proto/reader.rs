@@ -1,10 +1,10 @@
-//! Big-endian fields, taken off the front of bytes whose number is known.
+//! Takes big-endian fields off the front of a message.
 
-/// The bytes end before the field does.
+/// The error if the message ends before the field does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Truncated;
 
-/// What is left of a message.
+/// The rest of a message.
 pub(super) struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {
@@ -30,16 +30,6 @@ impl<'a> Reader<'a> {
         Ok(taken)
     }
 
-    /// All that is left.
-    pub(super) fn rest(&mut self) -> &'a [u8] {
-        std::mem::take(&mut self.0)
-    }
-
-    /// How many bytes are left.
-    pub(super) fn left(&self) -> usize {
-        self.0.len()
-    }
-
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -48,5 +38,19 @@ impl<'a> Reader<'a> {
         let (taken, rest) = self.0.split_first_chunk().ok_or(Truncated)?;
         self.0 = rest;
         Ok(*taken)
+    }
+}
+
+/// What only the referee needs.
+#[cfg(any(test, feature = "referee"))]
+impl<'a> Reader<'a> {
+    /// Takes all remaining bytes.
+    pub(super) fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.0)
+    }
+
+    /// Returns the number of remaining bytes.
+    pub(super) fn left(&self) -> usize {
+        self.0.len()
     }
 }

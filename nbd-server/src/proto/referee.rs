@@ -1,12 +1,12 @@
-//! Reads both sides of a conversation beside one another, as the document has them, and says where the server's part is
-//! wrong. It shares the readers of fields and the numbers with the server, and nothing that decides.
+//! Reads both sides of a conversation according to the NBD specification, and finds mistakes of the server. This module shares
+//! only the constants and the field reader with the server, and no decisions.
 
 use super::reader::{Reader, Truncated};
 use super::reply::Headers;
-use super::transcript::{End, Place, Transcript};
+use super::transcript::{End, ReplyPosition, Transcript};
 use super::wire::*;
 
-/// What the handshake came to, as a client would understand it.
+/// The result of the handshake as a client understands it.
 #[derive(Debug, Clone, Copy, Default)]
 struct Agreed {
     headers: Headers,
@@ -16,7 +16,7 @@ struct Agreed {
     flags: u16,
 }
 
-/// A request, as the client sent it.
+/// A request as the client sent it.
 #[derive(Debug, Clone, Copy)]
 struct Asked {
     flags: u16,
@@ -36,28 +36,28 @@ impl Asked {
     }
 }
 
-/// The server's whole part of the conversation.
+/// Checks everything that the server sent.
 ///
 /// # Errors
-/// What is wrong first.
+/// A description of the first mistake.
 pub(super) fn judge(transcript: &Transcript) -> Result<(), String> {
-    let transmission = transcript.replies.first().map_or(transcript.sent.len(), |place| place.at);
+    let transmission = transcript.replies.first().map_or(transcript.sent.len(), |position| position.at);
     let mut client = Reader::new(&transcript.heard);
     let mut server = Reader::new(&transcript.sent[..transmission]);
     let agreed = handshake(&mut client, &mut server, &transcript.end)?;
     if !server.is_empty() {
-        return Err(format!("{} bytes that nothing asked for before the first reply", server.left()));
+        return Err(format!("{} unrequested bytes before the first reply", server.left()));
     }
     match agreed {
         Some(agreed) => requests(&agreed, client, transcript),
         None if transcript.replies.is_empty() => Ok(()),
-        None => Err("replies to requests, and no transmission was agreed on".to_owned()),
+        None => Err("replies to requests without a transmission phase".to_owned()),
     }
 }
 
-/// Gives what was agreed on if transmission began.
+/// Returns the result of the handshake if transmission began.
 fn handshake(client: &mut Reader<'_>, server: &mut Reader<'_>, end: &End) -> Result<Option<Agreed>, String> {
-    let greeting = |_| "a greeting that is too short".to_owned();
+    let greeting = |_| "the greeting is too short".to_owned();
     if server.u64().map_err(greeting)? != NBDMAGIC || server.u64().map_err(greeting)? != IHAVEOPT {
         return Err("no greeting".to_owned());
     }
@@ -66,7 +66,7 @@ fn handshake(client: &mut Reader<'_>, server: &mut Reader<'_>, end: &End) -> Res
     let mut agreed = Agreed::default();
     loop {
         let (Ok(IHAVEOPT), Ok(option), Ok(len)) = (client.u64(), client.u32(), client.u32()) else { return Ok(None) };
-        // What is not there yet is not answered yet; and where the client was cut off, all of it was heard.
+        // An incomplete option has no reply yet. If the server disconnected the client, this was the last option.
         let Ok(_) = client.bytes(len as usize) else { return Ok(None) };
         if server.is_empty() {
             return match end {
@@ -76,13 +76,13 @@ fn handshake(client: &mut Reader<'_>, server: &mut Reader<'_>, end: &End) -> Res
         }
         let wrong = |why: &str| format!("option {option}: {why}");
         if option == NBD_OPT_EXPORT_NAME {
-            let short = |_| wrong("the export's size and flags are too short");
+            let short = |_| wrong("the size and flags of the export are too short");
             agreed.size = server.u64().map_err(short)?;
             agreed.flags = server.u16().map_err(short)?;
             if client_flags & NBD_FLAG_C_NO_ZEROES == 0
                 && server.bytes(124).map_err(short)?.iter().any(|byte| *byte != 0)
             {
-                return Err(wrong("no zeroes behind the export's flags"));
+                return Err(wrong("no zeroes after the flags of the export"));
             }
             return Ok(Some(agreed));
         }
@@ -100,37 +100,38 @@ fn handshake(client: &mut Reader<'_>, server: &mut Reader<'_>, end: &End) -> Res
             NBD_OPT_STARTTLS => agreed = Agreed::default(),
             NBD_OPT_ABORT => return Ok(None),
             NBD_OPT_GO => {
-                (agreed.size, agreed.flags) = replies.export.ok_or_else(|| wrong("done, and no NBD_INFO_EXPORT"))?;
+                (agreed.size, agreed.flags) =
+                    replies.export.ok_or_else(|| wrong("NBD_REP_ACK without NBD_INFO_EXPORT"))?;
                 let fragments = agreed.flags & NBD_FLAG_SEND_DF != 0;
                 if fragments != (agreed.headers != Headers::Simple) {
-                    return Err(wrong("NBD_FLAG_SEND_DF goes with replies in chunks, and with no others"));
+                    return Err(wrong("NBD_FLAG_SEND_DF must be set exactly if replies come in chunks"));
                 }
                 return Ok(Some(agreed));
             }
-            NBD_OPT_INFO if replies.export.is_none() => return Err(wrong("done, and no NBD_INFO_EXPORT")),
+            NBD_OPT_INFO if replies.export.is_none() => return Err(wrong("NBD_REP_ACK without NBD_INFO_EXPORT")),
             _ => {}
         }
     }
 }
 
-/// What one option was told.
+/// The replies to one option.
 #[derive(Default)]
 struct OptionReplies {
-    /// It ended with `NBD_REP_ACK`.
+    /// Whether they ended with `NBD_REP_ACK`.
     done: bool,
-    /// Size and transmission flags.
+    /// The size and the transmission flags.
     export: Option<(u64, u16)>,
     context: Option<u32>,
 }
 
-/// All replies to one option, up to `NBD_REP_ACK` or an error ("Option reply types").
+/// Reads all replies to one option, up to `NBD_REP_ACK` or an error ("Option reply types").
 fn option_replies(option: u32, server: &mut Reader<'_>) -> Result<OptionReplies, &'static str> {
     let short = |_: Truncated| "replies that end with neither NBD_REP_ACK nor an error";
     let field = |_: Truncated| "a reply too short for its type";
     let mut replies = OptionReplies::default();
     loop {
         if server.u64().map_err(short)? != NBD_REP_MAGIC {
-            return Err("no option reply's magic number");
+            return Err("a wrong magic number of an option reply");
         }
         if server.u32().map_err(short)? != option {
             return Err("a reply to another option");
@@ -151,33 +152,33 @@ fn option_replies(option: u32, server: &mut Reader<'_>) -> Result<OptionReplies,
                 }
                 NBD_INFO_BLOCK_SIZE if data.len() == 14 => {}
                 NBD_INFO_NAME | NBD_INFO_DESCRIPTION => text(reader.rest())?,
-                _ => return Err("information of no such type, of another length, or twice"),
+                _ => return Err("information of an unknown type, of a wrong length, or twice"),
             },
             NBD_REP_META_CONTEXT if matches!(option, NBD_OPT_LIST_META_CONTEXT | NBD_OPT_SET_META_CONTEXT) => {
                 let number = reader.u32().map_err(field)?;
                 text(reader.rest())?;
                 if replies.context.replace(number).is_some() {
-                    return Err("more contexts than there are");
+                    return Err("more than one context");
                 }
             }
             NBD_REP_ERR_UNSUP..=NBD_REP_ERR_EXT_HEADER_REQD => {
                 text(data)?;
                 return Ok(replies);
             }
-            _ => return Err("a reply of no such type, of one that is another option's, or NBD_REP_ACK with data"),
+            _ => return Err("a reply of an unknown type, of another option's type, or NBD_REP_ACK with data"),
         }
     }
 }
 
-/// A string ("Conventions").
+/// Checks a string ("Conventions").
 fn text(bytes: &[u8]) -> Result<(), &'static str> {
     let good = bytes.len() <= MAX_STRING && !bytes.contains(&0) && std::str::from_utf8(bytes).is_ok();
-    if good { Ok(()) } else { Err("a string with NUL, not in UTF-8, or too long") }
+    if good { Ok(()) } else { Err("a string that contains NUL, is not UTF-8, or is too long") }
 }
 
-/// Each request has its reply, in turn: the transcript's server finishes one before it takes the next.
+/// Checks that each request has its reply, in order. The transcript's server finishes one request before it takes the next.
 fn requests(agreed: &Agreed, mut client: Reader<'_>, transcript: &Transcript) -> Result<(), String> {
-    let ends = transcript.replies.iter().skip(1).map(|place| place.at).chain([transcript.sent.len()]);
+    let ends = transcript.replies.iter().skip(1).map(|position| position.at).chain([transcript.sent.len()]);
     let mut replies = transcript.replies.iter().zip(ends);
     for number in 0.. {
         let Some(asked) = request(agreed.headers, &mut client) else { break };
@@ -187,33 +188,34 @@ fn requests(agreed: &Agreed, mut client: Reader<'_>, transcript: &Transcript) ->
         let announced = agreed.headers == Headers::Extended && asked.has(NBD_CMD_FLAG_PAYLOAD_LEN);
         let payload = if announced || asked.kind == NBD_CMD_WRITE { asked.len } else { 0 };
         let whole = usize::try_from(payload).is_ok_and(|payload| client.bytes(payload).is_ok());
-        let Some((place, end)) = replies.next() else {
+        let Some((position, end)) = replies.next() else {
             if whole {
                 return Err(format!("no reply to request {number}: {asked:x?}"));
             }
             break;
         };
-        let bytes = &transcript.sent[place.at..end];
-        let wrong =
-            |why: &str| format!("reply {number}: {why}: {asked:x?}, {} bytes behind {bytes:02x?}", place.payload);
-        let done = reply(agreed, &asked, bytes, place).map_err(wrong)?;
+        let bytes = &transcript.sent[position.at..end];
+        let wrong = |why: &str| {
+            format!("reply {number}: {why}: {asked:x?}, {} bytes of payload after {bytes:02x?}", position.payload)
+        };
+        let done = reply(agreed, &asked, bytes, position).map_err(wrong)?;
         if done {
             check_success(agreed, &asked).map_err(wrong)?;
         }
         if !whole {
             if done {
-                return Err(wrong("success before the payload was there"));
+                return Err(wrong("success before the payload arrived"));
             }
             break;
         }
     }
     match replies.count() {
         0 => Ok(()),
-        more => Err(format!("{more} replies that nothing asked for")),
+        more => Err(format!("{more} unrequested replies")),
     }
 }
 
-/// The next request's header; none where the client has said no more, or nonsense.
+/// Takes the next request header. Returns `None` if the client sent no further header, or an invalid one.
 fn request(headers: Headers, client: &mut Reader<'_>) -> Option<Asked> {
     let extended = headers == Headers::Extended;
     let magic = if extended { NBD_EXTENDED_REQUEST_MAGIC } else { NBD_REQUEST_MAGIC };
@@ -229,7 +231,7 @@ fn request(headers: Headers, client: &mut Reader<'_>) -> Option<Asked> {
     })
 }
 
-/// Whether success is an answer that the request may have.
+/// Checks that the request may succeed.
 fn check_success(agreed: &Agreed, asked: &Asked) -> Result<(), &'static str> {
     let writes = matches!(asked.kind, NBD_CMD_WRITE | NBD_CMD_TRIM | NBD_CMD_WRITE_ZEROES);
     if asked.kind > NBD_CMD_BLOCK_STATUS {
@@ -243,22 +245,23 @@ fn check_success(agreed: &Agreed, asked: &Asked) -> Result<(), &'static str> {
     }
 }
 
-/// Reads the reply to one request, all of it, as a client would; returns whether it tells of success.
-fn reply(agreed: &Agreed, asked: &Asked, bytes: &[u8], place: &Place) -> Result<bool, &'static str> {
+/// Reads the complete reply to one request as a client would. Returns whether it reports success.
+fn reply(agreed: &Agreed, asked: &Asked, bytes: &[u8], position: &ReplyPosition) -> Result<bool, &'static str> {
     let mut reader = Reader::new(bytes);
-    let payload = place.payload as u64;
-    let short = |_: Truncated| "it is too short";
+    let payload = position.payload as u64;
+    let short = |_: Truncated| "the reply is too short";
     let magic = reader.u32().map_err(short)?;
     let is_simple = magic == NBD_SIMPLE_REPLY_MAGIC;
     let has_content = matches!(asked.kind, NBD_CMD_READ | NBD_CMD_BLOCK_STATUS);
     let agreed_on = match agreed.headers {
         Headers::Simple => is_simple,
-        // "a simple reply MAY be used as a reply to any request other than NBD_CMD_READ": this server does for success.
+        // "a simple reply MAY be used as a reply to any request other than NBD_CMD_READ". This server sends one for
+        // success.
         Headers::Structured => magic == NBD_STRUCTURED_REPLY_MAGIC || is_simple && !has_content,
         Headers::Extended => magic == NBD_EXTENDED_REPLY_MAGIC,
     };
     if !agreed_on {
-        return Err("not of the kind that was agreed on");
+        return Err("not the negotiated kind of reply");
     }
     if is_simple {
         let error = reader.u32().map_err(short)?;
@@ -267,7 +270,7 @@ fn reply(agreed: &Agreed, asked: &Asked, bytes: &[u8], place: &Place) -> Result<
         }
         let read = if error == 0 && asked.kind == NBD_CMD_READ { asked.len } else { 0 };
         if !reader.is_empty() || payload != read {
-            return Err("more or less behind the header than was asked for");
+            return Err("a wrong number of bytes after the header");
         }
         return if error == 0 { Ok(true) } else { check_error(error, asked).map(|()| false) };
     }
@@ -281,26 +284,26 @@ fn reply(agreed: &Agreed, asked: &Asked, bytes: &[u8], place: &Place) -> Result<
         return Err("another request's offset");
     }
     let len = if extended { reader.u64().map_err(short)? } else { reader.u32().map_err(short)?.into() };
-    // The document allows for several. This server sends one.
+    // The NBD specification allows several chunks. This server sends one.
     if flags != NBD_REPLY_FLAG_DONE {
-        return Err("not the only chunk");
+        return Err("the first chunk is not the last");
     }
     if len != reader.left() as u64 + payload {
-        return Err("its length is another");
+        return Err("its length is wrong");
     }
     if kind != NBD_REPLY_TYPE_OFFSET_DATA && payload > 0 {
-        return Err("data in a chunk that holds none");
+        return Err("data in a chunk of a type without data");
     }
     let mut done = true;
     match kind {
         NBD_REPLY_TYPE_NONE => {
             if asked.kind == NBD_CMD_BLOCK_STATUS || asked.kind == NBD_CMD_READ && asked.len > 0 {
-                return Err("success without what was asked for");
+                return Err("success without the content that was asked for");
             }
         }
         NBD_REPLY_TYPE_OFFSET_DATA if asked.kind == NBD_CMD_READ => {
             if reader.u64().map_err(short)? != asked.offset || payload != asked.len || payload == 0 {
-                return Err("other data than was asked for");
+                return Err("not the data that was asked for");
             }
         }
         NBD_REPLY_TYPE_BLOCK_STATUS | NBD_REPLY_TYPE_BLOCK_STATUS_EXT
@@ -312,7 +315,7 @@ fn reply(agreed: &Agreed, asked: &Asked, bytes: &[u8], place: &Place) -> Result<
             let size = if extended { 16 } else { 8 };
             let count = if extended { reader.u32().map_err(short)? as usize } else { reader.left() / size };
             if reader.left() != count.saturating_mul(size) {
-                return Err("another number of extents than it says");
+                return Err("a wrong number of extents");
             }
             check_extents(asked, extended, count, &mut reader)?;
         }
@@ -324,47 +327,48 @@ fn reply(agreed: &Agreed, asked: &Asked, bytes: &[u8], place: &Place) -> Result<
             if kind == NBD_REPLY_TYPE_ERROR_OFFSET {
                 let at = reader.u64().map_err(short)?;
                 if asked.kind == NBD_CMD_FLUSH || at.checked_sub(asked.offset).is_none_or(|at| at >= asked.len) {
-                    return Err("an error outside the request");
+                    return Err("an error at an offset outside the request");
                 }
             }
         }
-        _ => return Err("a chunk of no such type, or of one that the request does not have"),
+        _ => return Err("a chunk of a type that is unknown or wrong for the request"),
     }
-    if reader.is_empty() { Ok(done) } else { Err("bytes are left over") }
+    if reader.is_empty() { Ok(done) } else { Err("excess bytes after the reply") }
 }
 
-/// The document lets the last extent reach past the request, unless `NBD_CMD_FLAG_REQ_ONE` is set; this server's do not.
+/// Checks the extents of a reply. The NBD specification lets the last extent reach past the request unless `NBD_CMD_FLAG_REQ_ONE`
+/// is set. This server's extents never do.
 fn check_extents(asked: &Asked, extended: bool, count: usize, reader: &mut Reader<'_>) -> Result<(), &'static str> {
     if count == 0 || count > 1 && asked.has(NBD_CMD_FLAG_REQ_ONE) {
-        return Err("no extents, or more than the one that was asked for");
+        return Err("no extents, or several although one was asked for");
     }
     let mut left = asked.len;
     for _ in 0..count {
         let mut word = || if extended { reader.u64() } else { reader.u32().map(u64::from) };
-        let (Ok(len), Ok(status)) = (word(), word()) else { return Err("it is too short") };
+        let (Ok(len), Ok(status)) = (word(), word()) else { return Err("the reply is too short") };
         if len == 0 {
-            return Err("an extent of nothing");
+            return Err("an empty extent");
         }
         if status & !u64::from(NBD_STATE_HOLE | NBD_STATE_ZERO) != 0 {
-            return Err("a status that base:allocation does not have");
+            return Err("a status flag that base:allocation does not define");
         }
         left = left.checked_sub(len).ok_or("extents past the end of the request")?;
     }
     Ok(())
 }
 
-/// Whether the request may have this error ("Error values").
+/// Checks that the request may have this error ("Error values").
 fn check_error(code: u32, asked: &Asked) -> Result<(), &'static str> {
     match code {
         // NBD_EPERM, NBD_EIO, NBD_ENOMEM, NBD_EINVAL, NBD_ENOSPC, NBD_ESHUTDOWN.
         1 | 5 | 12 | 22 | 28 | 108 => Ok(()),
         // "SHOULD NOT return NBD_EOVERFLOW except as documented in response to NBD_CMD_READ [...], or when a command without
         // payload requests a length larger than an advertised maximum payload length"
-        75 if asked.kind == NBD_CMD_WRITE => Err("NBD_EOVERFLOW to a write"),
+        75 if asked.kind == NBD_CMD_WRITE => Err("NBD_EOVERFLOW for a write"),
         75 => Ok(()),
         // "SHOULD NOT return NBD_ENOTSUP except as documented in response to NBD_CMD_WRITE_ZEROES"
         95 if asked.kind == NBD_CMD_WRITE_ZEROES && asked.has(NBD_CMD_FLAG_FAST_ZERO) => Ok(()),
-        95 => Err("NBD_ENOTSUP to something other than fast zeroes"),
-        _ => Err("an error that is none, or that the document does not know"),
+        95 => Err("NBD_ENOTSUP for a request other than fast zeroes"),
+        _ => Err("an error that the document does not define"),
     }
 }

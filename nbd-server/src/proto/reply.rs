@@ -1,4 +1,4 @@
-//! Replies, as bytes: simple ones, structured chunks, and chunks with extended headers.
+//! Replies and their encoding: simple replies, structured reply chunks, and chunks with extended headers.
 
 use super::wire::*;
 
@@ -12,59 +12,59 @@ pub enum ErrorCode {
     Io = 5,
     /// `NBD_ENOMEM`.
     NoMem = 12,
-    /// `NBD_EINVAL`: the request makes no sense, or reads past the end.
+    /// `NBD_EINVAL`: the request is invalid, or reads past the end.
     Inval = 22,
-    /// `NBD_ENOSPC`: a write past the end, or a full disk beneath.
+    /// `NBD_ENOSPC`: a write past the end, or a full disk below the export.
     NoSpc = 28,
-    /// `NBD_EOVERFLOW`: more than can be served at once.
+    /// `NBD_EOVERFLOW`: the request asks for more than the server serves at once.
     Overflow = 75,
-    /// `NBD_ENOTSUP`: zeroing would not be faster than writing.
+    /// `NBD_ENOTSUP`: writing zeroes would not be faster than a normal write.
     NotSup = 95,
     /// `NBD_ESHUTDOWN`: the server is going down.
     Shutdown = 108,
 }
 
 impl ErrorCode {
-    /// The number on the wire.
+    /// Returns the number on the wire.
     pub fn code(self) -> u32 {
         self as u32
     }
 
-    /// What a person is told of a request that failed when it was carried out.
+    /// Returns the message for people about a request that failed when it was carried out.
     fn message(self) -> &'static str {
         match self {
             Self::Perm => "the export is read-only",
-            Self::Io => "the disk failed; the server's log says how",
+            Self::Io => "the disk failed; see the server's log",
             Self::NoMem => "the server is short of memory",
-            Self::Inval => "the request makes no sense",
+            Self::Inval => "the request is invalid",
             Self::NoSpc => "the disk is full",
             Self::Overflow => "the request is too long",
-            Self::NotSup => "zeroes would have to be written",
+            Self::NotSup => "this would not be faster than writing the zeroes",
             Self::Shutdown => "the server is shutting down",
         }
     }
 }
 
-/// How requests and replies look, as negotiated.
+/// The form of requests and replies, as negotiated.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Headers {
-    /// Compact requests, simple replies: what was not negotiated.
+    /// Compact requests and simple replies: the form without any negotiation.
     #[default]
     Simple,
-    /// Compact requests, structured reply chunks (`NBD_OPT_STRUCTURED_REPLY`).
+    /// Compact requests and structured reply chunks (`NBD_OPT_STRUCTURED_REPLY`).
     Structured,
     /// Extended requests and extended reply chunks (`NBD_OPT_EXTENDED_HEADERS`).
     Extended,
 }
 
-/// A stretch of the export of one `base:allocation` status.
+/// A range of the export with one `base:allocation` status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
-    /// In bytes, at least one.
+    /// The length in bytes, at least one.
     pub len: u64,
-    /// `NBD_STATE_HOLE`: the disk keeps nothing there.
+    /// `NBD_STATE_HOLE`: the disk has allocated nothing here.
     pub hole: bool,
-    /// `NBD_STATE_ZERO`: it reads as zeroes.
+    /// `NBD_STATE_ZERO`: the range reads as zeroes.
     pub zero: bool,
 }
 
@@ -74,22 +74,22 @@ impl Extent {
     }
 }
 
-/// What came of a request that was carried out.
+/// The result of a request that was carried out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
-    /// It is done; a read's bytes are in the session's hands.
+    /// Success. The session holds the bytes of a read.
     Done,
-    /// The answer to [`super::Command::BlockStatus`]: consecutive extents from the range's first byte, at least one, none
-    /// reaching past the range's end.
+    /// The answer to [`super::Command::BlockStatus`]: at least one extent. The extents are consecutive, start at the first byte
+    /// of the range and do not reach past its end.
     Extents(Vec<Extent>),
 }
 
-/// Why a request is not carried out.
+/// Why a request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Refusal {
     pub(super) code: ErrorCode,
     pub(super) message: &'static str,
-    /// The first byte of the request that cannot be served, where it is one byte's fault.
+    /// The offset of the first byte that cannot be served, if the error is about a byte.
     pub(super) at: Option<u64>,
 }
 
@@ -99,7 +99,7 @@ impl From<ErrorCode> for Refusal {
     }
 }
 
-/// What of a request every reply to it repeats.
+/// The fields of a request that every reply to it repeats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Asked {
     pub(super) headers: Headers,
@@ -110,7 +110,7 @@ pub(super) struct Asked {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Body {
     Done,
-    /// So many bytes of the export, from the request's offset on.
+    /// This number of bytes of the export, from the request's offset on.
     Data(usize),
     Extents(Vec<Extent>),
     Error(Refusal),
@@ -118,7 +118,7 @@ pub(super) enum Body {
 
 /// The answer to one request.
 #[derive(Debug, PartialEq, Eq)]
-#[must_use = "every reply is sent"]
+#[must_use = "every reply must be sent"]
 pub struct Reply {
     asked: Asked,
     body: Body,
@@ -129,7 +129,12 @@ impl Reply {
         Self { asked, body }
     }
 
-    /// Whether it tells of an error.
+    /// Returns the cookie of the request that this reply answers.
+    pub fn cookie(&self) -> u64 {
+        self.asked.cookie
+    }
+
+    /// Returns the error, if the reply reports one.
     pub fn error(&self) -> Option<ErrorCode> {
         match &self.body {
             Body::Error(refusal) => Some(refusal.code),
@@ -137,7 +142,7 @@ impl Reply {
         }
     }
 
-    /// How many bytes of payload, the range that was read, the session must send right behind what
+    /// Returns the bytes of payload: the range that was read. The session must send the payload directly after the bytes that
     /// [`Reply::encode`] adds.
     pub fn payload_len(&self) -> usize {
         match self.body {
@@ -146,19 +151,19 @@ impl Reply {
         }
     }
 
-    /// Adds all but the payload to `out`.
+    /// Adds everything except the payload to `out`.
     pub fn encode(&self, out: &mut Vec<u8>) {
         match (&self.body, self.asked.headers) {
             (_, Headers::Simple) => return self.encode_simple(out),
-            // "a simple reply MAY be used as a reply to any request other than NBD_CMD_READ, but only if the reply has no
-            // data payload": clients receive it with one call, and a chunk with two.
+            // "a simple reply MAY be used as a reply to any request other than NBD_CMD_READ, but only if the reply has no data
+            // payload". Clients receive a simple reply with one call, and a chunk with two.
             (Body::Done, Headers::Structured) => return self.encode_simple(out),
             _ => {}
         }
         match &self.body {
             // "each chunk MUST describe at least one byte"
             Body::Done | Body::Data(0) => self.chunk(out, NBD_REPLY_TYPE_NONE, 0),
-            // One chunk, whether NBD_CMD_FLAG_DF was set or not: an error is known before the first byte is sent.
+            // One chunk, with or without NBD_CMD_FLAG_DF, because an error is known before the first byte is sent.
             Body::Data(len) => {
                 self.chunk(out, NBD_REPLY_TYPE_OFFSET_DATA, 8 + *len as u64);
                 out.extend_from_slice(&self.asked.offset.to_be_bytes());
@@ -176,7 +181,7 @@ impl Reply {
         out.extend_from_slice(&header);
     }
 
-    /// The header of the reply's one chunk, whose payload has `len` bytes.
+    /// Adds the header of the reply's only chunk, whose payload has `len` bytes.
     fn chunk(&self, out: &mut Vec<u8>, kind: u16, len: u64) {
         let extended = self.asked.headers == Headers::Extended;
         let magic = if extended { NBD_EXTENDED_REPLY_MAGIC } else { NBD_STRUCTURED_REPLY_MAGIC };
@@ -188,7 +193,7 @@ impl Reply {
             out.extend_from_slice(&self.asked.offset.to_be_bytes());
             out.extend_from_slice(&len.to_be_bytes());
         } else {
-            // A payload of at most MAX_PAYLOAD and some words.
+            // The payload has at most MAX_PAYLOAD bytes and a few words.
             out.extend_from_slice(&u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes());
         }
     }
@@ -208,7 +213,7 @@ impl Reply {
             self.chunk(out, NBD_REPLY_TYPE_BLOCK_STATUS, 4 + 8 * count);
             out.extend_from_slice(&context);
             for extent in extents {
-                // No longer than the request, whose length had 32 bits.
+                // This is not longer than the request, whose length had 32 bits.
                 out.extend_from_slice(&u32::try_from(extent.len).unwrap_or(u32::MAX).to_be_bytes());
                 out.extend_from_slice(&extent.status().to_be_bytes());
             }
@@ -220,7 +225,7 @@ impl Reply {
         let tail = if refusal.at.is_some() { 8 } else { 0 };
         self.chunk(out, kind, 6 + refusal.message.len() as u64 + tail);
         out.extend_from_slice(&refusal.code.code().to_be_bytes());
-        // Messages are a line.
+        // A message is a short line.
         out.extend_from_slice(&u16::try_from(refusal.message.len()).unwrap_or(u16::MAX).to_be_bytes());
         out.extend_from_slice(refusal.message.as_bytes());
         if let Some(at) = refusal.at {
@@ -253,13 +258,13 @@ mod tests {
     }
 
     #[test]
-    fn a_read_of_nothing_has_no_content_chunk() {
+    fn a_read_of_zero_bytes_has_no_content_chunk() {
         assert_eq!(encoded(Headers::Structured, Body::Data(0)).len(), 20);
         assert_eq!(encoded(Headers::Extended, Body::Data(0)).len(), 32);
     }
 
     #[test]
-    fn where_nothing_but_success_is_told_a_simple_reply_does_but_for_extended_headers() {
+    fn success_without_content_is_simple_unless_headers_are_extended() {
         let simple = b"\x67\x44\x66\x98\0\0\0\0\x01\x02\x03\x04\x05\x06\x07\x08";
         assert_eq!(encoded(Headers::Simple, Body::Done), simple);
         assert_eq!(encoded(Headers::Structured, Body::Done), simple);
@@ -267,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn extents_have_32_bits_in_structured_replies_and_64_in_extended_ones() {
+    fn structured_extents_have_32_bits_and_extended_ones_64() {
         let extents = || {
             vec![
                 Extent { len: 4096, hole: true, zero: true },
@@ -285,13 +290,13 @@ mod tests {
     }
 
     #[test]
-    fn an_error_chunk_ends_with_the_offset_where_one_byte_is_at_fault() {
+    fn an_error_about_one_byte_ends_with_its_offset() {
         let refusal = Refusal { code: ErrorCode::Inval, message: "no", at: None };
         let plain = encoded(Headers::Structured, Body::Error(refusal));
         assert_eq!(plain[4..8], *b"\0\x01\x80\x01");
         assert_eq!(plain[16..], *b"\0\0\0\x08\0\0\0\x16\0\x02no");
-        let placed = encoded(Headers::Structured, Body::Error(Refusal { at: Some(7), ..refusal }));
-        assert_eq!(placed[4..8], *b"\0\x01\x80\x02");
-        assert_eq!(placed[16..], *b"\0\0\0\x10\0\0\0\x16\0\x02no\0\0\0\0\0\0\0\x07");
+        let located = encoded(Headers::Structured, Body::Error(Refusal { at: Some(7), ..refusal }));
+        assert_eq!(located[4..8], *b"\0\x01\x80\x02");
+        assert_eq!(located[16..], *b"\0\0\0\x10\0\0\0\x16\0\x02no\0\0\0\0\0\0\0\x07");
     }
 }

@@ -1,61 +1,61 @@
-//! Requests: what a client wants of an export, checked against the export before anyone acts on it.
+//! Requests of a client. They are checked against the export before a session acts on them.
 
 use super::reply::{Answer, Asked, Body, ErrorCode, Extent, Reply};
 
-/// Bytes of the export, all of them within it.
+/// A range of bytes that lies completely within the export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
     /// The first byte.
     pub offset: u64,
-    /// How many bytes; may be none.
+    /// The number of bytes. It may be zero.
     pub len: u64,
 }
 
-/// What is to be done.
+/// The work that a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
-    /// `NBD_CMD_READ`: the reply carries the range's bytes, at most [`super::MAX_PAYLOAD`] of them.
+    /// `NBD_CMD_READ`: the reply carries the bytes of the range, at most [`super::MAX_PAYLOAD`].
     Read(Range),
     /// `NBD_CMD_WRITE`: the payload, which the session holds, goes to the range.
     Write {
-        /// Where to, at most [`super::MAX_PAYLOAD`] bytes.
+        /// The range to write, at most [`super::MAX_PAYLOAD`] bytes.
         range: Range,
-        /// `NBD_CMD_FLAG_FUA`: answer when it is durable.
+        /// `NBD_CMD_FLAG_FUA`: answer only when the data is durable.
         fua: bool,
     },
-    /// `NBD_CMD_FLUSH`: answer when all that was answered before is durable.
+    /// `NBD_CMD_FLUSH`: answer only when all writes that were answered before are durable.
     Flush,
-    /// `NBD_CMD_TRIM`: nobody needs the range's content any more. It may be of any length.
+    /// `NBD_CMD_TRIM`: the contents of the range are no longer needed. The range may have any length.
     Trim {
-        /// What is no longer needed.
+        /// The range that is no longer needed.
         range: Range,
-        /// Answer when it is durable.
+        /// `NBD_CMD_FLAG_FUA`: answer only when this is durable.
         fua: bool,
     },
-    /// `NBD_CMD_WRITE_ZEROES`. It may be of any length.
+    /// `NBD_CMD_WRITE_ZEROES`. The range may have any length.
     WriteZeroes {
-        /// What reads as zeroes afterwards.
+        /// The range that reads as zeroes afterwards.
         range: Range,
-        /// Answer when it is durable.
+        /// `NBD_CMD_FLAG_FUA`: answer only when this is durable.
         fua: bool,
-        /// The client did not set `NBD_CMD_FLAG_NO_HOLE`.
+        /// Whether a hole may be made: `false` if the client set `NBD_CMD_FLAG_NO_HOLE`.
         may_punch: bool,
-        /// `NBD_CMD_FLAG_FAST_ZERO`: fail with [`ErrorCode::NotSup`] at once unless it is faster than writing.
+        /// `NBD_CMD_FLAG_FAST_ZERO`: fail with [`ErrorCode::NotSup`] at once if this is not faster than a normal write.
         fast: bool,
     },
     /// `NBD_CMD_CACHE`: a hint that the range will be read.
     Cache(Range),
-    /// `NBD_CMD_BLOCK_STATUS`: which parts of the range, at least a byte long, are allocated.
+    /// `NBD_CMD_BLOCK_STATUS`: tell which parts of the range are allocated. The range has at least one byte.
     BlockStatus {
-        /// Where. It may be of any length; the answer may stop before its end.
+        /// The range. It may have any length. The answer may cover only its beginning.
         range: Range,
-        /// `NBD_CMD_FLAG_REQ_ONE`: the first extent alone.
+        /// `NBD_CMD_FLAG_REQ_ONE`: answer with the first extent only.
         one: bool,
     },
 }
 
 impl Command {
-    /// The bytes it is about; none for a flush.
+    /// Returns the range of the command, or `None` for a flush.
     pub fn range(&self) -> Option<Range> {
         match *self {
             Self::Read(range) | Self::Cache(range) => Some(range),
@@ -65,31 +65,46 @@ impl Command {
         }
     }
 
-    /// How many bytes of payload come with the request or its reply, which is how large a buffer it needs.
+    /// Returns whether the command has `NBD_CMD_FLAG_FUA`: its work must be durable before it is answered.
+    pub fn fua(&self) -> bool {
+        match *self {
+            Self::Write { fua, .. } | Self::Trim { fua, .. } | Self::WriteZeroes { fua, .. } => fua,
+            Self::Read(_) | Self::Flush | Self::Cache(_) | Self::BlockStatus { .. } => false,
+        }
+    }
+
+    /// Returns the bytes of payload that come with the request or its reply. The session needs a buffer of this length.
     pub fn payload_len(&self) -> usize {
         match self {
-            // At most MAX_PAYLOAD, which every machine this runs on can index.
+            // At most MAX_PAYLOAD, which every supported machine can address.
             Self::Read(range) | Self::Write { range, .. } => usize::try_from(range.len).unwrap_or(usize::MAX),
             _ => 0,
         }
     }
 }
 
-/// A request that waits for its answer. Drop it only with the connection: a client waits for every answer.
+/// A request that waits for its answer. Drop it only together with the connection, because a client waits for every answer.
 #[derive(Debug, PartialEq, Eq)]
-#[must_use = "every request is answered"]
+#[must_use = "every request must be answered"]
 pub struct Request {
     pub(super) asked: Asked,
     pub(super) command: Command,
 }
 
 impl Request {
-    /// What is to be done.
+    /// Returns a request of a client that uses simple replies.
+    #[cfg(test)]
+    pub(crate) fn simple(cookie: u64, command: Command) -> Self {
+        let offset = command.range().map_or(0, |range| range.offset);
+        Self { asked: Asked { headers: super::Headers::Simple, cookie, offset }, command }
+    }
+
+    /// Returns the work that the request asks for.
     pub fn command(&self) -> &Command {
         &self.command
     }
 
-    /// Answers the request. After `Ok` the reply to a read carries its payload, all of it.
+    /// Answers the request. After `Ok`, the reply to a read carries the complete payload.
     pub fn finish(self, outcome: Result<Answer, ErrorCode>) -> Reply {
         let body = match (self.command, outcome) {
             (Command::Read(_), Ok(_)) => Body::Data(self.command.payload_len()),

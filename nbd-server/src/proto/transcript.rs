@@ -1,28 +1,28 @@
-//! A whole conversation without a connection: what a client that sends given bytes is told, and what it asked for. For
-//! tests and fuzzers, which ask whether any bytes, cut anywhere, do harm.
+//! A complete conversation without a connection: what the server answers to the bytes of a client, and which requests it takes
+//! from them. Tests and fuzzers use it to check that no bytes do harm, however they are split.
 
 use super::handshake::{ExportInfo, Handshake, HandshakeError, Next, TlsPolicy};
 use super::reply::Reply;
 use super::transmission::{ExpectRequest, Received, TransmissionError};
 use super::{Answer, Command, ErrorCode, Extent, referee};
 
-/// A client's side of a handshake that ends in transmission with the default export: flags, then `NBD_OPT_GO`.
+/// The client's side of a handshake that chooses the default export: flags, then `NBD_OPT_GO`.
 pub const GOOD_HANDSHAKE: &[u8] = b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0";
 
-/// The same with structured replies and `base:allocation`.
+/// As [`GOOD_HANDSHAKE`], with structured replies and `base:allocation`.
 pub const STRUCTURED_HANDSHAKE: &[u8] = b"\0\0\0\x03IHAVEOPT\0\0\0\x08\0\0\0\0\
     IHAVEOPT\0\0\0\x0a\0\0\0\x1b\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation\
     IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0";
 
-/// The same with extended headers and `base:allocation`.
+/// As [`GOOD_HANDSHAKE`], with extended headers and `base:allocation`.
 pub const EXTENDED_HANDSHAKE: &[u8] = b"\0\0\0\x03IHAVEOPT\0\0\0\x0b\0\0\0\0\
     IHAVEOPT\0\0\0\x0a\0\0\0\x1b\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation\
     IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0";
 
-/// One for each kind of headers.
+/// One handshake for each form of headers.
 pub const HANDSHAKES: [&[u8]; 3] = [GOOD_HANDSHAKE, STRUCTURED_HANDSHAKE, EXTENDED_HANDSHAKE];
 
-/// Two exports of a megabyte, the second read-only.
+/// Returns two exports of 1 MiB. The second is read-only.
 pub fn example_exports() -> [ExportInfo; 2] {
     let export = |name: &str, read_only| ExportInfo {
         name: name.to_owned(),
@@ -35,46 +35,47 @@ pub fn example_exports() -> [ExportInfo; 2] {
     [export("disk", false), export("fixed", true)]
 }
 
-/// What came of a client's bytes.
+/// The result of playing a client's bytes to a server.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Transcript {
-    /// All that the server took of what the client said: it leaves the beginning of what has yet to come whole, and what comes
-    /// after the end.
+    /// The bytes that the server took from the client. The server does not take an incomplete message at the end, or
+    /// anything after the end of the conversation.
     pub heard: Vec<u8>,
-    /// All that the server said. A read that was asked for is answered with success and zeroes, left out here.
+    /// The bytes that the server sent. Every read succeeds with zeroes, which are left out here.
     pub sent: Vec<u8>,
-    /// The replies in it, in order.
-    pub replies: Vec<Place>,
-    /// Requests that came whole, payload and all, or were refused before it; leave-taking is none.
+    /// The replies in [`Transcript::sent`], in order.
+    pub replies: Vec<ReplyPosition>,
+    /// The number of requests that arrived completely, with their payload, or that were refused before their payload.
+    /// `NBD_CMD_DISC` does not count.
     pub requests: usize,
-    /// The requests to be carried out, in order.
+    /// The commands to be carried out, in order.
     pub commands: Vec<Command>,
-    /// The payloads of the writes among them, one after the other.
+    /// The payloads of all writes, one after the other.
     pub payload: Vec<u8>,
     /// How the conversation ended.
     pub end: End,
 }
 
-/// Where a reply is.
+/// The position of a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    /// Its first byte in [`Transcript::sent`]; it ends where the next one begins.
+pub struct ReplyPosition {
+    /// The offset of its first byte in [`Transcript::sent`]. The reply ends where the next reply begins.
     pub at: usize,
-    /// Bytes that were read, left out there.
+    /// The number of payload bytes that `sent` leaves out.
     pub payload: usize,
 }
 
 /// How a conversation ended.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub enum End {
-    /// It did not: the server waits for more.
+    /// It has not ended: the server waits for more bytes.
     #[default]
     Waiting,
-    /// The client took its leave.
+    /// The client disconnected.
     Disconnected,
-    /// The client was cut off during the handshake.
+    /// The server disconnected the client during the handshake.
     Handshake(HandshakeError),
-    /// The client was cut off in transmission.
+    /// The server disconnected the client during transmission.
     Transmission(TransmissionError),
 }
 
@@ -87,14 +88,14 @@ enum State {
 }
 
 impl Transcript {
-    /// Plays the client's bytes, which arrive in these pieces, to a server of these exports. Each write, trim and so on
+    /// Plays the client's bytes to a server of these exports. The bytes arrive in the given pieces. Every write, trim and so on
     /// succeeds.
     pub fn of<'a>(exports: &[ExportInfo], pieces: impl IntoIterator<Item = &'a [u8]>) -> Self {
         Self::with_tls(TlsPolicy::Off, exports, pieces)
     }
 
-    /// The same with a server that offers or requires TLS. Where TLS begins, the bytes that follow stand for what comes
-    /// out of it.
+    /// Does what [`Transcript::of`] does, with a server that offers or requires TLS. The bytes after the start of TLS
+    /// stand for the bytes that TLS has decrypted.
     pub fn with_tls<'a>(tls: TlsPolicy, exports: &[ExportInfo], pieces: impl IntoIterator<Item = &'a [u8]>) -> Self {
         let mut transcript = Self::default();
         let mut state = State::Handshake(Handshake::greeting(tls, &mut transcript.sent));
@@ -123,7 +124,8 @@ impl Transcript {
     fn step(&mut self, state: State, bytes: &[u8], exports: &[ExportInfo]) -> State {
         match state {
             State::Handshake(handshake) => match handshake.handle(bytes, exports, &mut self.sent) {
-                Ok(Next::Continue(next) | Next::StartTls(next)) => State::Handshake(next),
+                Ok(Next::Continue(next)) => State::Handshake(next),
+                Ok(Next::StartTls(expect)) => State::Handshake(expect.established()),
                 Ok(Next::Transmission(negotiated)) => {
                     State::Transmission(ExpectRequest::new(&exports[negotiated.export], &negotiated))
                 }
@@ -170,7 +172,7 @@ impl Transcript {
         self.commands.push(command);
         let outcome = match command {
             Command::WriteZeroes { fast: true, .. } => Err(ErrorCode::NotSup),
-            // A hole, and if there is more, data.
+            // A hole, followed by data if there is room for it.
             Command::BlockStatus { range, one } => {
                 let hole = range.len.div_ceil(2);
                 let extents = [(hole, true), (range.len - hole, false)];
@@ -183,16 +185,17 @@ impl Transcript {
     }
 
     fn reply(&mut self, reply: &Reply) {
-        self.replies.push(Place { at: self.sent.len(), payload: reply.payload_len() });
+        self.replies.push(ReplyPosition { at: self.sent.len(), payload: reply.payload_len() });
         reply.encode(&mut self.sent);
     }
 
-    /// Whether the server said what the document has it say: to each option replies under its number, of types that belong
-    /// to it, up to an acknowledgement or an error; and to each request one reply, of the kind that was agreed on, which
-    /// repeats what it has to repeat and holds what was asked for, no more and no less.
+    /// Checks that the server sent what the NBD specification requires. Each option must have replies with the option's number
+    /// and of types that belong to this option. The last reply is an acknowledgement or an error. Each request must have one
+    /// reply of the negotiated kind. The reply must repeat the fields that the NBD specification names, and contain exactly what
+    /// was requested.
     ///
     /// # Errors
-    /// What is wrong with which reply.
+    /// A description of the first mistake.
     pub fn check_replies(&self) -> Result<(), String> {
         if self.replies.len() != self.requests {
             return Err(format!("{} replies to {} requests", self.replies.len(), self.requests));
@@ -213,7 +216,7 @@ mod tests {
     use super::super::wire::*;
     use super::*;
 
-    /// What clients say, some of it nonsense.
+    /// Messages of a client, some of them nonsense.
     fn message(extended: bool) -> impl Strategy<Value = Vec<u8>> {
         let kind = prop_oneof![0..9u16, any::<u16>()];
         let flags = prop_oneof![4 => Just(0), 1 => 0..64u16];
@@ -257,7 +260,7 @@ mod tests {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn bytes_may_arrive_cut_anywhere(
+        fn bytes_may_be_split_anywhere(
             handshake in prop::sample::select(&HANDSHAKES[..]),
             options in prop::collection::vec(option(), 0..5),
             messages in prop::collection::vec(message(false), 0..20),
@@ -288,7 +291,7 @@ mod tests {
         }
     }
 
-    /// A request of ten bytes at offset 512, with these flags.
+    /// Returns a request for ten bytes at offset 512, with these flags.
     fn request(extended: bool, flags: u16, kind: u16) -> Vec<u8> {
         let magic = if extended { NBD_EXTENDED_REQUEST_MAGIC } else { NBD_REQUEST_MAGIC };
         let len: &[u8] = if extended { &10u64.to_be_bytes() } else { &10u32.to_be_bytes() };
@@ -297,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn each_handshake_leads_to_replies_of_its_own_kind() {
+    fn each_handshake_leads_to_its_own_kind_of_replies() {
         for (handshake, magic, with_status) in [
             (GOOD_HANDSHAKE, NBD_SIMPLE_REPLY_MAGIC, false),
             (STRUCTURED_HANDSHAKE, NBD_STRUCTURED_REPLY_MAGIC, true),
@@ -313,9 +316,10 @@ mod tests {
             assert_eq!(transcript.check_replies(), Ok(()));
             assert_eq!((transcript.requests, transcript.end), (5, End::Waiting));
             assert_eq!(transcript.replies[0].payload, 10);
-            // With structured replies, success without content is told simply. (The last is refused.)
+            // With structured replies, success without content is a simple reply. (The last request is refused.)
             let without = if extended { NBD_EXTENDED_REPLY_MAGIC } else { NBD_SIMPLE_REPLY_MAGIC };
-            let found = transcript.replies.iter().map(|place| *transcript.sent[place.at..].first_chunk().unwrap());
+            let found =
+                transcript.replies.iter().map(|position| *transcript.sent[position.at..].first_chunk().unwrap());
             let expected = [magic, magic, without, without, magic].map(u32::to_be_bytes);
             assert_eq!(found.collect::<Vec<_>>(), expected);
             let statuses = transcript.commands.iter().filter(|command| matches!(command, Command::BlockStatus { .. }));
@@ -323,62 +327,62 @@ mod tests {
         }
     }
 
-    /// The conversation with this byte of what the server said replaced, and what is found wrong with it.
-    fn spoilt(mut transcript: Transcript, at: usize, byte: u8) -> String {
+    /// Replaces one byte that the server sent and returns the mistake that is found.
+    fn altered(mut transcript: Transcript, at: usize, byte: u8) -> String {
         assert_eq!(transcript.check_replies(), Ok(()));
         assert_ne!(transcript.sent[at], byte, "byte {at} is not changed");
         transcript.sent[at] = byte;
-        transcript.check_replies().expect_err("a wrong byte is found out")
+        transcript.check_replies().expect_err("a wrong byte must be found")
     }
 
     #[test]
-    fn a_reply_that_is_wrong_is_found_out() {
+    fn a_wrong_reply_is_found() {
         let cookie = "another request's cookie";
-        let kind = "not of the kind that was agreed on";
-        let length = "its length is another";
+        let kind = "not the negotiated kind";
+        let length = "its length is wrong";
         let extents = "extents past the end of the request";
-        let several = "more than the one that was asked for";
+        let several = "several although one was asked for";
         let (read, status, one) = (NBD_CMD_READ, NBD_CMD_BLOCK_STATUS, NBD_CMD_FLAG_REQ_ONE);
-        // Of a structured reply: magic number 0, flags 4, type 6, cookie 8, length 16, content 20. An extended one has an offset
-        // from 16 on, a length from 24 on, content from 32 on.
+        // Offsets in a structured reply: magic number 0, flags 4, type 6, cookie 8, length 16, content 20. An extended reply
+        // has the offset at 16, the length at 24 and the content at 32.
         for (handshake, flags, command, byte, value, why) in [
             (GOOD_HANDSHAKE, 0, read, 0, 0, kind),
-            (GOOD_HANDSHAKE, 0, read, 7, 22, "more or less"),
-            (GOOD_HANDSHAKE, 0, NBD_CMD_TRIM, 7, 2, "the document does not know"),
+            (GOOD_HANDSHAKE, 0, read, 7, 22, "wrong number of bytes"),
+            (GOOD_HANDSHAKE, 0, NBD_CMD_TRIM, 7, 2, "does not define"),
             (GOOD_HANDSHAKE, 0, NBD_CMD_TRIM, 7, 95, "NBD_ENOTSUP"),
             (GOOD_HANDSHAKE, 0, read, 15, 0, cookie),
             (STRUCTURED_HANDSHAKE, 0, read, 3, 0, kind),
-            (STRUCTURED_HANDSHAKE, 0, read, 5, 0, "not the only chunk"),
-            (STRUCTURED_HANDSHAKE, 0, read, 7, 2, "holds none"),
+            (STRUCTURED_HANDSHAKE, 0, read, 5, 0, "not the last"),
+            (STRUCTURED_HANDSHAKE, 0, read, 7, 2, "without data"),
             (STRUCTURED_HANDSHAKE, 0, read, 8, 0, cookie),
             (STRUCTURED_HANDSHAKE, 0, read, 19, 19, length),
-            (STRUCTURED_HANDSHAKE, 0, read, 27, 1, "other data"),
+            (STRUCTURED_HANDSHAKE, 0, read, 27, 1, "not the data"),
             (STRUCTURED_HANDSHAKE, 0, NBD_CMD_TRIM, 7, 95, "NBD_ENOTSUP"),
             (STRUCTURED_HANDSHAKE, 0, NBD_CMD_TRIM, 8, 0, cookie),
-            (EXTENDED_HANDSHAKE, 0, NBD_CMD_TRIM, 7, 6, "does not have"),
-            (STRUCTURED_HANDSHAKE, 0, status, 7, 6, "does not have"),
+            (EXTENDED_HANDSHAKE, 0, NBD_CMD_TRIM, 7, 6, "wrong for the request"),
+            (STRUCTURED_HANDSHAKE, 0, status, 7, 6, "wrong for the request"),
             (STRUCTURED_HANDSHAKE, 0, status, 19, 1, length),
             (STRUCTURED_HANDSHAKE, 0, status, 23, 2, "not selected"),
             (STRUCTURED_HANDSHAKE, 0, status, 27, 6, extents),
-            (STRUCTURED_HANDSHAKE, 0, status, 27, 0, "an extent of nothing"),
-            (STRUCTURED_HANDSHAKE, 0, status, 31, 4, "does not have"),
+            (STRUCTURED_HANDSHAKE, 0, status, 27, 0, "an empty extent"),
+            (STRUCTURED_HANDSHAKE, 0, status, 31, 4, "does not define"),
             (STRUCTURED_HANDSHAKE, one, status, 27, 11, extents),
-            (STRUCTURED_HANDSHAKE, 0, 99, 23, 75 + 1, "the document does not know"),
+            (STRUCTURED_HANDSHAKE, 0, 99, 23, 75 + 1, "does not define"),
             (STRUCTURED_HANDSHAKE, 0, 99, 25, 200, "too short"),
             (EXTENDED_HANDSHAKE, 0, read, 23, 1, "another request's offset"),
             (EXTENDED_HANDSHAKE, 0, read, 3, 0, kind),
-            (EXTENDED_HANDSHAKE, 0, status, 7, 5, "does not have"),
-            (EXTENDED_HANDSHAKE, 0, status, 39, 1, "another number of extents"),
+            (EXTENDED_HANDSHAKE, 0, status, 7, 5, "wrong for the request"),
+            (EXTENDED_HANDSHAKE, 0, status, 39, 1, "wrong number of extents"),
             (EXTENDED_HANDSHAKE, 0, status, 47, 6, extents),
         ] {
             let bytes = [handshake, &request(handshake == EXTENDED_HANDSHAKE, flags, command)].concat();
             let transcript = Transcript::of(&example_exports(), [bytes.as_slice()]);
             let at = transcript.replies[0].at + byte;
-            let found = spoilt(transcript, at, value);
+            let found = altered(transcript, at, value);
             assert!(found.contains(why), "command {command}, byte {byte}: {found}");
         }
 
-        // One extent was asked for, and the client hears of two: the flag is set in what it is taken to have said.
+        // One extent was asked for and two are sent: the flag is set in the request after the server has answered it.
         let bytes = [STRUCTURED_HANDSHAKE, &request(false, 0, status)].concat();
         let mut transcript = Transcript::of(&example_exports(), [bytes.as_slice()]);
         let flags = STRUCTURED_HANDSHAKE.len() + 5;
@@ -390,11 +394,11 @@ mod tests {
         transcript.replies.clear();
         assert!(transcript.check_replies().is_err(), "no reply");
         transcript.requests = 0;
-        assert!(transcript.check_replies().is_err(), "no reply, and nobody counts it missing");
+        assert!(transcript.check_replies().is_err(), "no reply, and no request is counted");
     }
 
     #[test]
-    fn data_of_another_length_than_was_asked_for_is_found_out() {
+    fn data_of_a_wrong_length_is_found() {
         for handshake in HANDSHAKES {
             let bytes = [handshake, &request(handshake == EXTENDED_HANDSHAKE, 0, NBD_CMD_READ)].concat();
             let good = Transcript::of(&example_exports(), [bytes.as_slice()]);
@@ -409,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_success_that_cannot_be_is_found_out() {
+    fn an_impossible_success_is_found() {
         let write = |export: &str, offset: u64| {
             let name = u8::try_from(export.len()).unwrap();
             let go =
@@ -422,13 +426,13 @@ mod tests {
         for (export, offset, why) in [("fixed", 0, "a read-only export"), ("disk", 1 << 20, "past the end")] {
             let transcript = write(export, offset);
             let error = transcript.replies[0].at + 7;
-            let found = spoilt(transcript, error, 0);
+            let found = altered(transcript, error, 0);
             assert!(found.contains(why), "{found}");
         }
     }
 
     #[test]
-    fn an_option_reply_that_is_wrong_is_found_out() {
+    fn a_wrong_option_reply_is_found() {
         let option = |number: u8, data: &[u8]| {
             [&b"IHAVEOPT\0\0\0"[..], &[number, 0, 0, 0], &[u8::try_from(data.len()).unwrap()], data].concat()
         };
@@ -436,25 +440,25 @@ mod tests {
             let bytes = [&GOOD_HANDSHAKE[..4], &options.concat()].concat();
             Transcript::of(&example_exports(), [bytes.as_slice()])
         };
-        // The greeting has 18 bytes, an option reply's header 20: magic number 0, option 8, type 12, length 16.
+        // The greeting has 18 bytes. Offsets in an option reply: magic number 0, option 8, type 12, length 16, data 20.
         let query = b"\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation";
         for (options, byte, value, why) in [
             (vec![option(3, b"")], 0, 1, "magic number"),
             (vec![option(3, b"")], 11, 7, "a reply to another option"),
             (vec![option(3, b"")], 15, 3, "another option's"),
-            (vec![option(3, b"")], 15, 9, "of no such type"),
+            (vec![option(3, b"")], 15, 9, "of an unknown type"),
             (vec![option(3, b"")], 23, 200, "too short for its type"),
             (vec![option(6, &[0; 6])], 15, 2, "another option's"),
-            (vec![option(6, &[0; 6])], 21, 9, "of no such type"),
+            (vec![option(6, &[0; 6])], 21, 9, "of an unknown type"),
             (vec![option(6, &[0; 6])], 21, 1, "NUL"),
             (vec![option(8, b"")], 19, 1, "end with neither"),
             (vec![option(8, b""), option(10, query)], 20 + 15, 3, "another option's"),
             (vec![option(99, b"")], 12, 0, "NBD_REP_ACK with data"),
-            (vec![option(99, b"")], 15, 99, "of no such type"),
-            // NBD_FLAG_SEND_DF, where replies have no chunks.
+            (vec![option(99, b"")], 15, 99, "of an unknown type"),
+            // NBD_FLAG_SEND_DF although replies do not come in chunks.
             (vec![option(7, &[0; 6])], 31, 0xed, "in chunks"),
         ] {
-            let found = spoilt(after(&options), 18 + byte, value);
+            let found = altered(after(&options), 18 + byte, value);
             assert!(found.contains(why), "byte {byte}: {found}");
         }
 
@@ -467,14 +471,14 @@ mod tests {
         assert!(silent.check_replies().unwrap_err().contains("no reply to option 3"));
         let mut twice = after(&list);
         twice.sent.extend_from_within(18..);
-        assert!(twice.check_replies().unwrap_err().contains("nothing asked for"));
+        assert!(twice.check_replies().unwrap_err().contains("unrequested"));
         let mut dataless = after(&[option(6, &[0; 6])]);
         dataless.sent.drain(18..18 + 32);
-        assert!(dataless.check_replies().unwrap_err().contains("no NBD_INFO_EXPORT"));
+        assert!(dataless.check_replies().unwrap_err().contains("without NBD_INFO_EXPORT"));
     }
 
     #[test]
-    fn a_whole_conversation_goes_word_for_word() {
+    fn a_complete_conversation_matches_byte_for_byte() {
         let mut bytes = GOOD_HANDSHAKE.to_vec();
         bytes.extend(b"\x25\x60\x95\x13\0\0\0\x01COOKIE01\0\0\0\0\0\0\x10\0\0\0\0\x05hello");
         bytes.extend(b"\x25\x60\x95\x13\0\0\0\x01COOKIE02\0\0\0\0\0\x10\0\0\0\0\0\x05hello");

@@ -1,7 +1,7 @@
-//! The transmission phase: requests, as the stream holds them.
+//! The transmission phase: parses the requests of the stream.
 //!
-//! The payload of a write never passes through here: [`ExpectPayload`] says how many bytes of the stream belong to the
-//! request, the session receives them into memory of its own, and says when they are there.
+//! The payload of a write never passes through this module. [`ExpectPayload`] says how many bytes of the stream belong to the
+//! request. The session receives them into its own memory and says when they are there.
 
 use super::handshake::{ExportInfo, Negotiated};
 use super::reader::{Reader, Truncated};
@@ -10,17 +10,17 @@ use super::request::{Command, Range, Request};
 use super::wire::*;
 use super::{MAX_PAYLOAD, MAX_SKIPPED};
 
-/// Why a client is cut off in the middle of transmission.
+/// Why a client is disconnected during transmission.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TransmissionError {
-    /// A request that does not begin with its magic number: the stream has lost its place.
-    #[error("the client sent {0:#010x} where a request's magic number belongs")]
+    /// A request does not begin with its magic number, so the position in the stream is lost.
+    #[error("the client sent {0:#010x} instead of the magic number of a request")]
     Magic(u32),
-    /// A payload too long to be skipped.
-    #[error("the client announced a payload of {0} bytes")]
+    /// A payload is too long to be skipped.
+    #[error("the client announced a payload of {0} bytes, which is too long")]
     PayloadTooLong(u64),
-    /// The session handed over another number of bytes than was asked for.
-    #[error("the session handed over something else than one request's header")]
+    /// The session passed a number of bytes that is not the length of a header.
+    #[error("the session passed bytes that are not exactly the header of one request")]
     WrongLength,
 }
 
@@ -30,7 +30,7 @@ impl From<Truncated> for TransmissionError {
     }
 }
 
-/// The stream stands at the beginning of a request.
+/// The state at the beginning of a request.
 #[derive(Debug)]
 pub struct ExpectRequest {
     headers: Headers,
@@ -41,39 +41,39 @@ pub struct ExpectRequest {
     shutting_down: bool,
 }
 
-/// The stream stands at the payload of a write.
+/// The state at the payload of a write.
 #[derive(Debug)]
-#[must_use = "the payload is the next thing in the stream"]
+#[must_use = "the payload comes next in the stream"]
 pub struct ExpectPayload {
     request: Request,
     next: ExpectRequest,
 }
 
-/// The stream stands in the payload of a write that was refused.
+/// The state within the payload of a write that was refused.
 #[derive(Debug)]
-#[must_use = "the payload is the next thing in the stream"]
+#[must_use = "the payload comes next in the stream"]
 pub struct ExpectSkipped {
     left: usize,
     next: ExpectRequest,
 }
 
-/// What a header was.
+/// What a header means.
 #[derive(Debug)]
 pub enum Received {
-    /// A request, to be carried out; the next one follows at once.
+    /// A request to carry out. The next request follows directly.
     Request(Request, ExpectRequest),
-    /// A write, whose payload follows.
+    /// A write. Its payload follows.
     Payload(ExpectPayload),
-    /// A request that was answered at once, with an error.
+    /// A request that was answered with an error at once.
     Refused(Reply, ExpectRequest),
-    /// A write that was answered at once, with an error, while its payload follows.
+    /// A write that was answered with an error at once. Its payload still follows.
     Skip(Reply, ExpectSkipped),
-    /// The client is done. Answer what is under way, then close.
+    /// The client disconnects. Answer all requests in flight, then close the connection.
     Disconnect,
 }
 
 impl ExpectRequest {
-    /// The beginning of transmission.
+    /// Begins the transmission phase.
     pub fn new(export: &ExportInfo, negotiated: &Negotiated) -> Self {
         Self {
             headers: negotiated.headers,
@@ -85,20 +85,21 @@ impl ExpectRequest {
         }
     }
 
-    /// How many bytes the next header has.
+    /// Returns the length of the next header in bytes.
     pub fn header_len(&self) -> usize {
         if self.headers == Headers::Extended { EXTENDED_REQUEST_LEN } else { REQUEST_LEN }
     }
 
-    /// Answers every further request with `NBD_ESHUTDOWN`.
+    /// Makes every further request fail with `NBD_ESHUTDOWN`.
     pub fn shut_down(&mut self) {
         self.shutting_down = true;
     }
 
-    /// Takes the next [`ExpectRequest::header_len`] bytes.
+    /// Takes the next [`ExpectRequest::header_len`] bytes of the stream.
     ///
     /// # Errors
-    /// [`TransmissionError`]: answer what is under way, then close.
+    /// [`TransmissionError`] if they are not the header of a request, or its payload is too long. Answer all requests
+    /// in flight, then close the connection.
     pub fn handle(self, header: &[u8]) -> Result<Received, TransmissionError> {
         let header = Header::parse(self.headers, header)?;
         if header.kind == NBD_CMD_DISC {
@@ -130,30 +131,32 @@ impl ExpectRequest {
         })
     }
 
-    /// What the header asks for, or the error that the document names for it ("Request types", "Error values").
+    /// Returns the command of the header, or the error that the NBD specification names for the mistake ("Request types", "Error
+    /// values").
     fn check(&self, header: &Header) -> Result<Command, Refusal> {
         if self.shutting_down {
             return Err(ErrorCode::Shutdown.into());
         }
         if header.flags & !self.allowed_flags(header.kind) != 0 {
-            return Err(invalid("a flag is set that the command does not take"));
+            return Err(invalid("a flag is set that is not valid for this command"));
         }
         let has = |flag| header.flags & flag != 0;
         let fua = has(NBD_CMD_FLAG_FUA);
         match header.kind {
             NBD_CMD_READ => {
-                // "the server is also permitted to reject large read requests up front with NBD_EOVERFLOW", where it has chunks.
+                // "the server is also permitted to reject large read requests up front with NBD_EOVERFLOW", if replies come in
+                // chunks.
                 let too_long = if self.headers == Headers::Simple { ErrorCode::Inval } else { ErrorCode::Overflow };
                 Ok(Command::Read(payload(self.range(header, ErrorCode::Inval)?, too_long)?))
             }
-            // That error is none of a command's that has a payload ("Error values").
+            // A command with a payload must not get NBD_EOVERFLOW ("Error values").
             NBD_CMD_WRITE => {
                 Ok(Command::Write { range: payload(self.written(header, ErrorCode::NoSpc)?, ErrorCode::Inval)?, fua })
             }
             NBD_CMD_FLUSH if header.offset == 0 && header.len == 0 => Ok(Command::Flush),
-            NBD_CMD_FLUSH => Err(invalid("a flush has no offset and no length")),
+            NBD_CMD_FLUSH => Err(invalid("a flush must have offset 0 and length 0")),
             NBD_CMD_TRIM if self.discards => Ok(Command::Trim { range: self.written(header, ErrorCode::Inval)?, fua }),
-            NBD_CMD_TRIM => Err(invalid("this export takes no trims")),
+            NBD_CMD_TRIM => Err(invalid("this export does not accept trims")),
             NBD_CMD_CACHE => Ok(Command::Cache(self.range(header, ErrorCode::Inval)?)),
             NBD_CMD_WRITE_ZEROES => Ok(Command::WriteZeroes {
                 range: self.written(header, ErrorCode::NoSpc)?,
@@ -162,7 +165,7 @@ impl ExpectRequest {
                 fast: has(NBD_CMD_FLAG_FAST_ZERO),
             }),
             NBD_CMD_BLOCK_STATUS if !self.allocation => Err(invalid("no metadata context was negotiated")),
-            NBD_CMD_BLOCK_STATUS if header.len == 0 => Err(invalid("an extent has at least one byte")),
+            NBD_CMD_BLOCK_STATUS if header.len == 0 => Err(invalid("the range must have at least one byte")),
             NBD_CMD_BLOCK_STATUS => Ok(Command::BlockStatus {
                 range: self.range(header, ErrorCode::Inval)?,
                 one: has(NBD_CMD_FLAG_REQ_ONE),
@@ -171,7 +174,7 @@ impl ExpectRequest {
         }
     }
 
-    /// The flags that mean something to the command, as negotiated.
+    /// Returns the flags that are valid for the command, as negotiated.
     fn allowed_flags(&self, kind: u16) -> u16 {
         // FUA is "valid for all commands".
         NBD_CMD_FLAG_FUA
@@ -184,7 +187,7 @@ impl ExpectRequest {
             }
     }
 
-    /// The range to be changed, on an export that may be.
+    /// Returns the range to be changed, or an error if the export is read-only.
     fn written(&self, header: &Header, past_end: ErrorCode) -> Result<Range, Refusal> {
         if self.read_only { Err(ErrorCode::Perm.into()) } else { self.range(header, past_end) }
     }
@@ -193,14 +196,14 @@ impl ExpectRequest {
         let past = |at| Refusal { code: past_end, message: "the request reaches past the end of the export", at };
         let end = header.offset.checked_add(header.len).ok_or(past(None))?;
         if end > self.size {
-            // An offset in an error chunk lies within the request.
+            // The offset in an error chunk must lie within the request.
             return Err(past((header.len > 0).then_some(self.size.max(header.offset))));
         }
         Ok(Range { offset: header.offset, len: header.len })
     }
 }
 
-/// A range that goes over the wire.
+/// Checks the length of a range whose bytes go over the wire.
 fn payload(range: Range, too_long: ErrorCode) -> Result<Range, Refusal> {
     if range.len <= u64::from(MAX_PAYLOAD) {
         return Ok(range);
@@ -213,37 +216,44 @@ fn invalid(message: &'static str) -> Refusal {
 }
 
 impl ExpectPayload {
-    /// How many bytes of the stream are the payload; at least one, at most [`MAX_PAYLOAD`].
+    /// Returns the bytes of the stream that are the payload: at least one, at most [`MAX_PAYLOAD`].
     pub fn len(&self) -> usize {
         self.request.command.payload_len()
     }
 
-    /// Never: a request without payload waits for none.
+    /// Returns `false`: a request without a payload does not wait for one.
     pub fn is_empty(&self) -> bool {
         false
     }
 
-    /// What the payload is for.
+    /// Returns the command that the payload is for.
     pub fn command(&self) -> &Command {
         self.request.command()
     }
 
-    /// All of the payload is in the session's hands.
+    /// Gives up the payload, because there is no memory for it. The session answers the request with an error and skips the
+    /// payload.
+    pub fn refuse(self) -> (Request, ExpectSkipped) {
+        let left = self.len();
+        (self.request, ExpectSkipped { left, next: self.next })
+    }
+
+    /// Says that the session has received all of the payload.
     pub fn received(self) -> (Request, ExpectRequest) {
         (self.request, self.next)
     }
 }
 
 impl ExpectSkipped {
-    /// How many bytes of the stream are to be thrown away; at least one.
+    /// Returns the bytes of the stream that are still to be skipped: at least one.
     pub fn left(&self) -> usize {
         self.left
     }
 
-    /// So many of them were.
+    /// Says that `count` of these bytes were skipped.
     ///
     /// # Errors
-    /// Itself, while there is more to skip.
+    /// The state itself, if there is more to skip.
     pub fn skipped(self, count: usize) -> Result<ExpectRequest, Self> {
         match self.left.saturating_sub(count) {
             0 => Ok(self.next),
@@ -253,17 +263,17 @@ impl ExpectSkipped {
 }
 
 /// The fields of a request's header.
-struct Header {
+pub(super) struct Header {
     headers: Headers,
     flags: u16,
-    kind: u16,
-    cookie: u64,
+    pub(super) kind: u16,
+    pub(super) cookie: u64,
     offset: u64,
     len: u64,
 }
 
 impl Header {
-    fn parse(headers: Headers, bytes: &[u8]) -> Result<Self, TransmissionError> {
+    pub(super) fn parse(headers: Headers, bytes: &[u8]) -> Result<Self, TransmissionError> {
         let extended = headers == Headers::Extended;
         let mut reader = Reader::new(bytes);
         let magic = reader.u32()?;
@@ -281,9 +291,9 @@ impl Header {
         if reader.is_empty() { Ok(header) } else { Err(TransmissionError::WrongLength) }
     }
 
-    /// How many bytes of payload follow, whether they make sense or not.
-    fn payload(&self) -> u64 {
-        // An extended write MUST set the flag, yet qemu 10.0's client does not, and sends the payload all the same.
+    /// Returns the number of payload bytes that follow, even if the command allows no payload.
+    pub(super) fn payload(&self) -> u64 {
+        // An extended write MUST set the flag. But qemu 10.0's client does not, and sends the payload anyway.
         let announced = self.headers == Headers::Extended && self.flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0;
         if announced || self.kind == NBD_CMD_WRITE { self.len } else { 0 }
     }
@@ -319,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn an_extended_write_carries_its_payload_whether_it_says_so_or_not() {
+    fn an_extended_write_has_a_payload_even_without_the_flag() {
         for flags in [0, NBD_CMD_FLAG_PAYLOAD_LEN, NBD_CMD_FLAG_FUA] {
             let got = received(&extended(flags, NBD_CMD_WRITE, 512, 100)).unwrap();
             assert!(matches!(got, Received::Payload(payload) if payload.len() == 100), "{flags}");
@@ -327,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_that_the_command_does_not_take_is_skipped_and_refused() {
+    fn an_unexpected_payload_is_skipped_and_refused() {
         for kind in [NBD_CMD_READ, NBD_CMD_BLOCK_STATUS, NBD_CMD_TRIM, 99] {
             let got = received(&extended(NBD_CMD_FLAG_PAYLOAD_LEN, kind, 0, 12)).unwrap();
             let Received::Skip(reply, skip) = got else { panic!("{kind}: {got:?}") };
@@ -336,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn an_extended_payload_longer_than_advertised_is_cut_off_and_an_effect_is_not() {
+    fn only_payloads_have_a_length_limit_under_extended_headers() {
         let len = u64::from(MAX_PAYLOAD) + 1;
         let cut = received(&extended(NBD_CMD_FLAG_PAYLOAD_LEN, NBD_CMD_WRITE, 0, len)).unwrap_err();
         assert_eq!(cut, TransmissionError::PayloadTooLong(len));
@@ -360,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_past_the_end_names_the_first_byte_past_it_within_the_request() {
+    fn an_error_past_the_end_names_the_first_such_byte() {
         let expect = expect(Headers::Structured, false);
         for (offset, len, at) in [
             ((1 << 20) - 10, 20, Some(1 << 20)),

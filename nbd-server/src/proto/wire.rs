@@ -1,8 +1,8 @@
-//! The numbers of the protocol, under the names that the document gives them.
+//! The constants of the protocol, under the names that the NBD specification uses.
 
-/// `NBDMAGIC`, the first thing a server says.
+/// `NBDMAGIC`, the first bytes that a server sends.
 pub const NBDMAGIC: u64 = 0x4e42_444d_4147_4943;
-/// `IHAVEOPT`: the server's second word, and the first of every option.
+/// `IHAVEOPT`: the second word that a server sends, and the first word of every option.
 pub const IHAVEOPT: u64 = 0x4948_4156_454f_5054;
 /// First word of every reply to an option.
 pub const NBD_REP_MAGIC: u64 = 0x0003_e889_0455_65a9;
@@ -28,32 +28,32 @@ pub const NBD_FLAG_SEND_FUA: u16 = 1 << 3;
 pub const NBD_FLAG_SEND_TRIM: u16 = 1 << 5;
 /// Transmission flag: `NBD_CMD_WRITE_ZEROES` is served.
 pub const NBD_FLAG_SEND_WRITE_ZEROES: u16 = 1 << 6;
-/// Transmission flag: `NBD_CMD_FLAG_DF` is served; never set unless replies come in chunks.
+/// Transmission flag: `NBD_CMD_FLAG_DF` is served. It is set only if replies come in chunks.
 pub const NBD_FLAG_SEND_DF: u16 = 1 << 7;
-/// Transmission flag: a flush on one connection covers what was answered on all.
+/// Transmission flag: a flush on one connection covers all writes that were answered on any connection.
 pub const NBD_FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 /// Transmission flag: `NBD_CMD_CACHE` is served.
 pub const NBD_FLAG_SEND_CACHE: u16 = 1 << 10;
 /// Transmission flag: `NBD_CMD_FLAG_FAST_ZERO` is served.
 pub const NBD_FLAG_SEND_FAST_ZERO: u16 = 1 << 11;
 
-/// Option: choose an export and enter transmission, with no way to hear of an error.
+/// Option: choose an export and enter transmission. The server cannot report an error.
 pub const NBD_OPT_EXPORT_NAME: u32 = 1;
 /// Option: end the session.
 pub const NBD_OPT_ABORT: u32 = 2;
-/// Option: name the exports.
+/// Option: list the exports.
 pub const NBD_OPT_LIST: u32 = 3;
-/// Option: go on under TLS.
+/// Option: continue under TLS.
 pub const NBD_OPT_STARTTLS: u32 = 5;
-/// Option: tell of an export.
+/// Option: describe an export.
 pub const NBD_OPT_INFO: u32 = 6;
-/// Option: tell of an export and enter transmission.
+/// Option: describe an export and enter transmission.
 pub const NBD_OPT_GO: u32 = 7;
 /// Option: use structured replies.
 pub const NBD_OPT_STRUCTURED_REPLY: u32 = 8;
-/// Option: tell of the metadata contexts there are.
+/// Option: list the metadata contexts.
 pub const NBD_OPT_LIST_META_CONTEXT: u32 = 9;
-/// Option: choose metadata contexts.
+/// Option: select metadata contexts.
 pub const NBD_OPT_SET_META_CONTEXT: u32 = 10;
 /// Option: use extended headers.
 pub const NBD_OPT_EXTENDED_HEADERS: u32 = 11;
@@ -62,32 +62,30 @@ pub const NBD_OPT_EXTENDED_HEADERS: u32 = 11;
 pub const NBD_REP_ACK: u32 = 1;
 /// Option reply: one export of the list.
 pub const NBD_REP_SERVER: u32 = 2;
-/// Option reply: one thing about an export.
+/// Option reply: one piece of information about an export.
 pub const NBD_REP_INFO: u32 = 3;
 /// Option reply: one metadata context.
 pub const NBD_REP_META_CONTEXT: u32 = 4;
 /// Option error: the server does not know the option.
 pub const NBD_REP_ERR_UNSUP: u32 = (1 << 31) + 1;
-/// Option error: the server knows the option, and is set up not to carry it out.
+/// Option error: the server knows the option but is configured to refuse it.
 pub const NBD_REP_ERR_POLICY: u32 = (1 << 31) + 2;
 /// Option error: the option is malformed.
 pub const NBD_REP_ERR_INVALID: u32 = (1 << 31) + 3;
-/// Option error: nothing but `NBD_OPT_STARTTLS` and `NBD_OPT_ABORT` before TLS.
+/// Option error: only `NBD_OPT_STARTTLS` and `NBD_OPT_ABORT` are allowed before TLS.
 pub const NBD_REP_ERR_TLS_REQD: u32 = (1 << 31) + 5;
-/// Option error: there is no such export.
+/// Option error: the export does not exist.
 pub const NBD_REP_ERR_UNKNOWN: u32 = (1 << 31) + 6;
-/// Option error: the server is shutting down.
-pub const NBD_REP_ERR_SHUTDOWN: u32 = (1 << 31) + 7;
 /// Option error: the request is too large to process.
 pub const NBD_REP_ERR_TOO_BIG: u32 = (1 << 31) + 9;
-/// Option error: extended headers are negotiated, and there is no way back.
+/// Option error: extended headers have been negotiated and cannot be given up.
 pub const NBD_REP_ERR_EXT_HEADER_REQD: u32 = (1 << 31) + 10;
 
 /// Information: size and transmission flags.
 pub const NBD_INFO_EXPORT: u16 = 0;
 /// Information: the canonical name.
 pub const NBD_INFO_NAME: u16 = 1;
-/// Information: a line for people.
+/// Information: a description for people.
 pub const NBD_INFO_DESCRIPTION: u16 = 2;
 /// Information: minimum and preferred block size, maximum payload size.
 pub const NBD_INFO_BLOCK_SIZE: u16 = 3;
@@ -122,11 +120,11 @@ pub const NBD_CMD_READ: u16 = 0;
 pub const NBD_CMD_WRITE: u16 = 1;
 /// Command: disconnect.
 pub const NBD_CMD_DISC: u16 = 2;
-/// Command: make what was written durable.
+/// Command: make all answered writes durable.
 pub const NBD_CMD_FLUSH: u16 = 3;
 /// Command: the range is no longer needed.
 pub const NBD_CMD_TRIM: u16 = 4;
-/// Command: the range will be wanted soon.
+/// Command: the range will be read soon.
 pub const NBD_CMD_CACHE: u16 = 5;
 /// Command: make the range read as zeroes.
 pub const NBD_CMD_WRITE_ZEROES: u16 = 6;
@@ -135,42 +133,42 @@ pub const NBD_CMD_BLOCK_STATUS: u16 = 7;
 
 /// Command flag: answer when the data is durable.
 pub const NBD_CMD_FLAG_FUA: u16 = 1 << 0;
-/// Command flag: zero without making a hole.
+/// Command flag: write zeroes without making a hole.
 pub const NBD_CMD_FLAG_NO_HOLE: u16 = 1 << 1;
-/// Command flag: at most one content chunk.
+/// Command flag: answer with at most one content chunk.
 pub const NBD_CMD_FLAG_DF: u16 = 1 << 2;
-/// Command flag: one extent.
+/// Command flag: answer with one extent.
 pub const NBD_CMD_FLAG_REQ_ONE: u16 = 1 << 3;
-/// Command flag: zero only where that is faster than writing.
+/// Command flag: write zeroes only if this is faster than a normal write.
 pub const NBD_CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
-/// Command flag of extended requests: the length is that of a payload, which follows.
+/// Command flag of extended requests: the length is the length of a payload, which follows the header.
 pub const NBD_CMD_FLAG_PAYLOAD_LEN: u16 = 1 << 5;
 
-/// Reply flag: the reply's last chunk.
+/// Reply flag: this is the last chunk of the reply.
 pub const NBD_REPLY_FLAG_DONE: u16 = 1 << 0;
-/// Chunk: nothing more to say.
+/// Chunk: no content.
 pub const NBD_REPLY_TYPE_NONE: u16 = 0;
-/// Chunk: an offset and the bytes there.
+/// Chunk: an offset and the bytes at that offset.
 pub const NBD_REPLY_TYPE_OFFSET_DATA: u16 = 1;
 /// Chunk: extents of a metadata context.
 pub const NBD_REPLY_TYPE_BLOCK_STATUS: u16 = 5;
-/// Chunk: extents of a metadata context, in 64 bits.
+/// Chunk: extents of a metadata context, with 64-bit lengths.
 pub const NBD_REPLY_TYPE_BLOCK_STATUS_EXT: u16 = 6;
 /// Chunk: an error.
 pub const NBD_REPLY_TYPE_ERROR: u16 = (1 << 15) + 1;
-/// Chunk: an error and where it is.
+/// Chunk: an error and the offset at which it occurred.
 pub const NBD_REPLY_TYPE_ERROR_OFFSET: u16 = (1 << 15) + 2;
 
-/// The namespace of the metadata contexts that the document defines.
+/// The namespace of the metadata contexts that the NBD specification defines.
 pub const BASE_NAMESPACE: &str = "base:";
-/// The metadata context of what is allocated.
+/// The metadata context that tells what is allocated.
 pub const BASE_ALLOCATION: &str = "base:allocation";
-/// The number this server gives to [`BASE_ALLOCATION`].
+/// The number that this server gives to [`BASE_ALLOCATION`].
 pub const ALLOCATION_CONTEXT: u32 = 1;
 /// Allocation status: nothing is allocated.
 pub const NBD_STATE_HOLE: u32 = 1 << 0;
-/// Allocation status: it reads as zeroes.
+/// Allocation status: the extent reads as zeroes.
 pub const NBD_STATE_ZERO: u32 = 1 << 1;
 
-/// A string ("Conventions") is at most so many bytes long.
+/// The maximum number of bytes in a string ("Conventions").
 pub const MAX_STRING: usize = 4096;

@@ -1,22 +1,26 @@
-//! Threads that block, so that sessions need not.
+//! Threads that may block. They do the work for which a session would have to block.
 //!
-//! They are started once: a server under a filesystem must not need a new thread to serve a request.
+//! All of these threads start with the server. A server under a filesystem must not need a new thread to serve a
+//! request.
 
 use std::collections::VecDeque;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-/// Something to be done on a thread that may block.
+use crate::threads;
+
+/// Work for a thread that may block.
 pub(crate) trait Job: Send + 'static {
-    /// Whether it may take minutes, and so must not keep every thread from the others.
+    /// Returns whether the job may take minutes. Such jobs must not occupy all threads.
     fn is_long(&self) -> bool;
 
-    /// Does it.
+    /// Does the job. A panic ends only the job.
     fn run(self);
 }
 
-/// A fixed number of threads and the jobs that wait for them. The queue's bound is the submitters': each holds only so
-/// many unanswered requests.
+/// A fixed number of threads, and the jobs that wait for them. The queue has no limit of its own: each submitter has
+/// only a limited number of unanswered requests.
 pub(crate) struct Workers<J: Job> {
     shared: Arc<Shared<J>>,
 }
@@ -28,40 +32,40 @@ struct Shared<J> {
 
 struct State<J> {
     jobs: VecDeque<J>,
-    /// Those that take long: done where nothing else waits, and by a quarter of the threads at most.
+    /// Long jobs. They are begun only if no other job waits, and by at most a quarter of the threads.
     long: VecDeque<J>,
-    /// Threads that may still take one of these.
+    /// How many threads may still take a long job.
     free_for_long: usize,
     idle: usize,
-    /// A thread was woken and has not come yet. The next one is woken by it, if there is more to do: jobs are often
-    /// done before a second thread could have come.
+    /// Set while a woken thread is on its way. That thread wakes the next one if there is more to do. Often the jobs
+    /// are done before a second thread would arrive.
     waking: bool,
     stopping: bool,
 }
 
 impl<J: Job> Workers<J> {
-    /// Starts the threads.
+    /// Starts `count` threads.
     ///
     /// # Errors
-    /// What the system said.
-    pub(crate) fn start(threads: usize) -> io::Result<Self> {
+    /// `OutOfMemory` or `WouldBlock` if the system refuses a thread.
+    pub(crate) fn start(count: usize) -> io::Result<Self> {
         let state = State {
             jobs: VecDeque::with_capacity(1024),
             long: VecDeque::new(),
-            free_for_long: (threads / 4).max(1),
+            free_for_long: (count / 4).max(1),
             idle: 0,
             waking: false,
             stopping: false,
         };
         let workers = Self { shared: Arc::new(Shared { state: Mutex::new(state), work: Condvar::new() }) };
-        for number in 0..threads {
+        for number in 0..count {
             let shared = Arc::clone(&workers.shared);
-            std::thread::Builder::new().name(format!("nbd-io-{number}")).spawn(move || shared.work())?;
+            threads::start(&format!("nbd-io-{number}"), move || shared.work())?;
         }
         Ok(workers)
     }
 
-    /// Hands over jobs. Those that take long are begun in their order, and so are the others.
+    /// Submits jobs. Long jobs start in the order of their submission, and so do all other jobs.
     pub(crate) fn submit(&self, jobs: impl IntoIterator<Item = J>) {
         let mut state = self.shared.lock();
         for job in jobs {
@@ -72,7 +76,7 @@ impl<J: Job> Workers<J> {
 }
 
 impl<J: Job> Drop for Workers<J> {
-    /// The threads finish what was submitted and end.
+    /// Lets the threads end after they have done all submitted jobs.
     fn drop(&mut self) {
         self.shared.lock().stopping = true;
         self.shared.work.notify_all();
@@ -84,10 +88,16 @@ impl<J> State<J> {
         if self.free_for_long == 0 { None } else { self.long.pop_front() }
     }
 
-    /// Whether there is something that a thread may begin.
+    /// Returns whether there is a job that a thread may begin.
     fn has_work(&self) -> bool {
         !self.jobs.is_empty() || (self.free_for_long > 0 && !self.long.is_empty())
     }
+}
+
+/// Runs a job. The thread survives a panic of the job, since no new thread would replace it.
+fn run(job: impl Job) {
+    // The panic was reported on standard error. Dropping what the job owned informs the session that waits for the job.
+    let _ = catch_unwind(AssertUnwindSafe(|| job.run()));
 }
 
 impl<J: Job> Shared<J> {
@@ -96,12 +106,12 @@ impl<J: Job> Shared<J> {
         loop {
             if let Some(job) = state.jobs.pop_front() {
                 self.wake_one(state);
-                job.run();
+                run(job);
                 state = self.lock();
             } else if let Some(job) = state.next_long() {
                 state.free_for_long -= 1;
                 self.wake_one(state);
-                job.run();
+                run(job);
                 state = self.lock();
                 state.free_for_long += 1;
             } else if state.stopping {
@@ -115,7 +125,7 @@ impl<J: Job> Shared<J> {
         }
     }
 
-    /// Wakes a thread if there is work for it and none is on its way.
+    /// Wakes a thread if there is a job for it and no other thread is on its way.
     fn wake_one(&self, mut state: MutexGuard<'_, State<J>>) {
         let wake = state.has_work() && state.idle > 0 && !state.waking;
         state.waking |= wake;
@@ -157,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn what_takes_long_keeps_no_more_than_a_quarter_of_the_threads_and_all_of_it_is_done() {
+    fn long_jobs_take_at_most_a_quarter_of_the_threads() {
         let workers = Workers::start(4).unwrap();
         let (open, gate) = std::sync::mpsc::channel::<()>();
         let gate = Arc::new(Mutex::new(gate));
@@ -170,7 +180,7 @@ mod tests {
             };
             Call { is_long: true, function: Box::new(function) }
         }));
-        // Three threads are left, which these need at the same time.
+        // Three threads are left, and these jobs need all of them at the same time.
         let all = Arc::new(Barrier::new(4));
         workers.submit((0..3).map(|_| {
             let all = Arc::clone(&all);
@@ -188,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn every_job_is_done_even_those_left_when_the_workers_are_dropped() {
+    fn queued_jobs_finish_when_the_workers_are_dropped() {
         let done = Arc::new(AtomicUsize::new(0));
         let workers = Workers::start(3).unwrap();
         let job = || {
@@ -207,10 +217,32 @@ mod tests {
     }
 
     #[test]
-    fn jobs_that_block_do_not_keep_others_from_their_threads() {
+    fn a_panicking_job_does_not_end_its_thread() {
+        let workers = Workers::start(4).unwrap();
+        for is_long in [false, true] {
+            let panics = || Call { is_long, function: Box::new(|| panic!("on purpose")) };
+            (0..8).for_each(|_| workers.submit([panics()]));
+        }
+        let (done, is_done) = std::sync::mpsc::channel();
+        let long = Call { is_long: true, function: Box::new(move || done.send(()).unwrap()) };
+        workers.submit([long]);
+        is_done.recv_timeout(std::time::Duration::from_secs(30)).unwrap();
+        // Each waits for all the others.
+        let all = Arc::new(Barrier::new(5));
+        workers.submit((0..4).map(|_| {
+            let all = Arc::clone(&all);
+            call(move || {
+                all.wait();
+            })
+        }));
+        all.wait();
+    }
+
+    #[test]
+    fn blocking_jobs_leave_threads_for_others() {
         let workers = Workers::start(4).unwrap();
         let all = Arc::new(Barrier::new(5));
-        // Each waits for all the others: one thread alone would never get to the second.
+        // Each job waits for all the others, so a single thread would never reach the second.
         workers.submit((0..4).map(|_| {
             let all = Arc::clone(&all);
             call(move || {

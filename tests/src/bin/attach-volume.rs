@@ -1,14 +1,17 @@
-//! Attaches a LUKS volume until it is told to stop, and does nothing else; or clears away what a killed one left:
+//! Attaches a LUKS volume until it is told to stop, and does nothing else. With `--stale`, it removes what a killed run
+//! left:
 //!
 //! ```sh
-//! attach-volume DISK KEY-FILE [METHOD [DEVICE [CONNECTIONS]]]
+//! attach-volume DISK KEY-FILE [METHOD [DEVICE [CONNECTIONS [REQUEST-TIMEOUT]]]]
 //! attach-volume --stale DEVICE METHOD [IDENTIFIER]
 //! ```
-//! METHOD is `auto`, `nbd` or `fuse`; DEVICE is `any` or a path. Prints the device when it is there. SIGTERM and SIGINT
-//! detach it: exit code 1 when something holds it, and then it is taken away by force.
+//! METHOD is `auto`, `nbd` or `fuse`. DEVICE is `any` or a path. The program prints the device's path once the device is
+//! there. It detaches the device on SIGTERM and SIGINT. If something holds the device, the program detaches it by force and
+//! exits with code 1.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bootstrap::attach::{self, Method, Options, Remains};
 use engine::key::Passphrase;
@@ -20,10 +23,11 @@ use tokio::signal::unix::{SignalKind, signal};
 const IDENTIFIER: &str = "attach-volume";
 const MOUNT_DIR: &str = "/run/attach-volume";
 
-/// Printed by its words, not by its `Debug`.
+/// An error whose `Debug` output is its `Display` text, because `main` prints errors with `Debug`.
 struct Failure(String);
 
 fn main() -> Result<(), Failure> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let arg = |place: usize| args.get(place).map(String::as_str);
     let (Some(disk), Some(key_file)) = (arg(0), arg(1)) else {
@@ -44,6 +48,7 @@ fn main() -> Result<(), Failure> {
         method,
         device: arg(3).filter(|device| *device != "any").map(PathBuf::from),
         connections: arg(4).unwrap_or("4").parse()?,
+        request_timeout: arg(5).map(str::parse).transpose()?.map(Duration::from_secs),
         read_only: false,
         identifier: IDENTIFIER.to_owned(),
         mount_dir: PathBuf::from(MOUNT_DIR),

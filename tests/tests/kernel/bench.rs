@@ -1,28 +1,28 @@
-//! `nbdcrypt bench compare` where the kernel has dm-crypt and network block devices: it measures them, and leaves none.
+//! `nbdcrypt-bench servers` on a kernel with dm-crypt and network block devices: it measures them and leaves none behind.
 
 use std::time::Duration;
 
 use harness::kernel::Kernel;
-use harness::nbdcrypt::binary;
+use harness::nbdcrypt::{bench_binary, binary};
 use serde_json::Value;
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux, cryptsetup and fio: run `make test`")]
-fn the_kernels_own_devices_are_measured_beside_the_servers() {
+fn the_kernels_own_devices_are_measured_too() {
     let kernel = Kernel::new().patient(Duration::from_secs(600));
-    // Of the peers, the kernel's alone: a program that is not to be found takes no turn.
+    // Only the kernel's own devices take part as peers, because no other peer's program can be found.
     let script = format!(
         r#"
         modprobe -a nbd loop dm-crypt
         mkdir programs images
         for program in fio cryptsetup; do ln -s "$(command -v $program)" programs; done
-        PATH=$PWD/programs {} bench compare --quick --rounds 1 --runtime 0.2 --size 64M --dir /dev/shm --json --report report > answer
+        PATH=$PWD/programs {} servers --quick --rounds 1 --runtime 0.2 --size 64M --dir /dev/shm --json --report report > answer
         echo loops: $(losetup --list --noheadings | wc -l)
         echo mappings: $(ls /dev/mapper | grep -vx control | wc -l)
         echo attached: $(ls /sys/block/nbd*/pid 2> /dev/null | wc -l)
         echo left: $(ls /dev/shm /tmp | grep -c nbdcrypt-bench)
         "#,
-        binary().display()
+        bench_binary().display()
     );
     let output = kernel.expect(&script);
     assert_eq!(output, "loops: 0\nmappings: 0\nattached: 0\nleft: 0\n");
@@ -41,11 +41,11 @@ fn the_kernels_own_devices_are_measured_beside_the_servers() {
                 assert!(sample[figure].as_f64().is_some_and(|value| value > 0.0), "{contestant}, {figure}: {sample}");
             }
         }
-        // What the kernel's threads do is on nobody's account; what this server does, is.
+        // The CPU time of the kernel's threads belongs to no process. This server's CPU time belongs to its process.
         assert!(median("dm-crypt")["server_cpu_s_per_gb"].is_null());
         assert!(median("attached-nbd")["server_cpu_s_per_gb"].is_number());
     }
-    let report = std::fs::read_to_string(kernel.dir().join("report/compare.md")).unwrap();
+    let report = std::fs::read_to_string(kernel.dir().join("report/servers.md")).unwrap();
     for row in [
         "| dm-crypt |",
         "| nbdcrypt on /dev/nbd |",
@@ -59,13 +59,13 @@ fn the_kernels_own_devices_are_measured_beside_the_servers() {
     }
 }
 
-/// A bench as a terminal's foreground job: a session and a group of its own.
+/// Runs a bench as a terminal's foreground job, in a session and a process group of its own.
 const FUNCTIONS: &str = r#"
 modprobe -a nbd loop dm-crypt
 mkdir programs
 for program in fio cryptsetup; do ln -s "$(command -v $program)" programs; done
 begin() {
-  PATH=$PWD/programs:$PATH setsid $nbdcrypt bench compare --rounds 1 --runtime 1 --size 64M --dir /dev/shm > /dev/null & bench=$!
+  PATH=$PWD/programs:$PATH setsid $bench_program servers --rounds 1 --runtime 1 --size 64M --dir /dev/shm > /dev/null & bench=$!
 }
 until_seen() { for _ in $(seq 1200); do if "$@" > /dev/null 2>&1; then return; fi; sleep 0.05; done; echo "never: $*"; exit 1; }
 attached() { ls /sys/block/nbd*/pid; }
@@ -73,14 +73,18 @@ left() {
   echo "$1: $(attached 2> /dev/null | wc -l) attached, $(ls /dev/mapper | grep -vcx control) mapped," \
     "$(losetup --list --noheadings | wc -l) loops, $(ls /dev/shm /tmp | grep -c nbdcrypt-bench) left"
 }
-# What it says is not what is tested.
+# The output of the bench is not part of the test.
 ended() { if wait $bench; then echo "$1: it succeeded"; exit 1; fi 2> /dev/null; left "$1"; }
 "#;
 
-/// Runs the steps, each of which is to leave nothing.
+/// Runs the steps. Each must leave nothing behind.
 fn expect_nothing_left(steps: &str, names: &[&str]) {
     let kernel = Kernel::new().patient(Duration::from_secs(600));
-    let script = format!("exec 2> said\nnbdcrypt={}\n{FUNCTIONS}{steps}", binary().display());
+    let script = format!(
+        "exec 2> said\nnbdcrypt={}\nbench_program={}\n{FUNCTIONS}{steps}",
+        binary().display(),
+        bench_binary().display()
+    );
     let finished = kernel.run(&script);
     let said = std::fs::read_to_string(kernel.dir().join("said")).unwrap_or_default();
     let clean: String = names.iter().map(|name| format!("{name}: 0 attached, 0 mapped, 0 loops, 0 left\n")).collect();
@@ -89,10 +93,10 @@ fn expect_nothing_left(steps: &str, names: &[&str]) {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux, cryptsetup and fio: run `make test`")]
-fn a_mapping_that_is_made_while_a_signal_comes_or_by_a_failure_is_taken_away() {
+fn no_mapping_is_left_after_a_signal_or_a_failure() {
     let steps = r#"
         real=$(readlink programs/cryptsetup); rm programs/cryptsetup
-        # It has mapped the volume, and has not ended.
+        # The program has mapped the volume and has not ended yet.
         printf '#!/bin/bash\n%s "$@" || exit\nif [ "$1" = open ]; then touch %s; sleep 2; fi\n' "$real" "$PWD/opened" > programs/cryptsetup
         chmod +x programs/cryptsetup
         begin; until_seen test -e opened
@@ -106,13 +110,13 @@ fn a_mapping_that_is_made_while_a_signal_comes_or_by_a_failure_is_taken_away() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux: run `make test`")]
-fn each_signal_takes_an_attached_device_away() {
+fn each_signal_detaches_the_device() {
     let steps = r#"
         printf ThisIs-a-SecretPassword > key; chmod 600 key
         truncate -s 64M disk
         $nbdcrypt format --type luks1 --pbkdf-force-iterations 1000 --key-file key disk > /dev/null
         for signal in HUP INT TERM; do
-          $nbdcrypt bench attached --key-file key disk > device & bench=$!
+          $bench_program attached --key-file key disk > device & bench=$!
           until_seen test -s device; attached > /dev/null
           kill -$signal $bench; wait $bench
           left "$signal"

@@ -1,7 +1,11 @@
-//! Everything that takes a real kernel, under user-mode-linux. One program, so that its tests, which mostly wait for one
-//! processor's worth of work each, run beside one another.
+//! The tests that need a real kernel, which runs under user-mode-linux. They are one program, so that they run in
+//! parallel. Each test mostly waits for its kernel, which uses one processor.
 
 mod bench;
 mod dm_crypt;
+mod flush;
+mod location;
 mod nbd;
+mod stalls;
+mod systemd;
 mod up;

@@ -1,4 +1,4 @@
-//! Volumes under a real kernel's `/dev/nbd0`, and under its dm-crypt: both must see the same filesystem.
+//! Volumes on a real kernel's `/dev/nbd0` and through its dm-crypt: both must show the same filesystem.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use engine::luks::HashAlgorithm;
 use harness::kernel::Kernel;
 use harness::luks;
 
-/// What the guest's scripts share: `disk`, `key` and `attach_volume` to start with.
+/// The common part of the guest's scripts. It sets `disk`, `key` and `attach_volume`.
 const FUNCTIONS: &str = r#"
 modprobe -a nbd loop dm-crypt
 attach() { # method, device, connections: leaves $device and $server
@@ -39,7 +39,7 @@ fn made_by_cryptsetup(disk: &Path) {
     luks::run("cryptsetup", all);
 }
 
-/// A filesystem made through our device, checked through dm-crypt, changed there, and read through our device again.
+/// Makes a filesystem on our device, checks and changes it through dm-crypt, and reads it on our device again.
 const THERE_AND_BACK: &str = r#"
 mkdir /tmp/mnt
 attach nbd /dev/nbd0 4
@@ -78,7 +78,7 @@ echo the same filesystem
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux and cryptsetup: run `make test`")]
-fn dm_crypt_sees_the_filesystem_that_was_made_on_a_volume_of_cryptsetups() {
+fn dm_crypt_reads_a_filesystem_on_a_cryptsetup_volume() {
     let kernel = Kernel::new();
     made_by_cryptsetup(&new_disk(&kernel, "disk"));
     let output = kernel.expect(&script(&kernel, "disk", THERE_AND_BACK));
@@ -87,7 +87,7 @@ fn dm_crypt_sees_the_filesystem_that_was_made_on_a_volume_of_cryptsetups() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux and cryptsetup: run `make test`")]
-fn dm_crypt_sees_the_filesystem_that_was_made_on_a_volume_of_ours() {
+fn dm_crypt_reads_a_filesystem_on_our_volume() {
     let kernel = Kernel::new();
     luks::format_luks1(&new_disk(&kernel, "disk"), HashAlgorithm::Sha256, luks::key(64));
     let output = kernel.expect(&script(&kernel, "disk", THERE_AND_BACK));
@@ -96,7 +96,7 @@ fn dm_crypt_sees_the_filesystem_that_was_made_on_a_volume_of_ours() {
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux and cryptsetup: run `make test`")]
-fn a_device_that_is_held_or_taken_is_told_by_whom() {
+fn the_holder_of_a_busy_device_is_named() {
     let kernel = Kernel::new();
     luks::format_luks1(&new_disk(&kernel, "disk"), HashAlgorithm::Sha256, luks::key(64));
     let steps = r#"
@@ -112,7 +112,7 @@ fn a_device_that_is_held_or_taken_is_told_by_whom() {
         mount /dev/nbd0 /tmp/mnt
         kill $server
         wait $server 2> /dev/null && exit 9
-        # By force then: nothing of it is left but the mount, which cannot write any more.
+        # A detach by force leaves only the mount, which cannot write any more.
         umount /tmp/mnt
         test ! -e /sys/block/nbd0/pid
         echo told"#;
@@ -121,9 +121,10 @@ fn a_device_that_is_held_or_taken_is_told_by_whom() {
     assert!(output.ends_with("told\n"), "{output}");
 }
 
+/// A server also notices that another program detaches its device.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux, cryptsetup and nbd-client: run `make test`")]
-fn what_a_killed_server_leaves_can_be_cleared_away_and_an_end_by_others_is_noticed() {
+fn a_killed_servers_device_can_be_removed() {
     let kernel = Kernel::new();
     luks::format_luks1(&new_disk(&kernel, "disk"), HashAlgorithm::Sha256, luks::key(64));
     let steps = r#"
@@ -132,8 +133,12 @@ fn what_a_killed_server_leaves_can_be_cleared_away_and_an_end_by_others_is_notic
           kill -9 $server
           wait $server || true
           test "$(blockdev --getsize64 $device)" = $((62 << 20)) # It is there still, and dead.
-          dd if=$device of=/dev/null bs=4k count=1 iflag=direct 2> /dev/null && exit 9
+          # A reader gets an error: over nbd when the device is disconnected, else a minute later.
+          (dd if=$device of=/dev/null bs=4k count=1 iflag=direct 2> /dev/null || echo error > ended) &
+          sleep 0.2
           "$attach_volume" --stale $device $method
+          wait $!
+          grep -q error ended; rm ended
           "$attach_volume" --stale $device $method
           test ! -e /sys/block/${device#/dev/}/pid
           test "$(losetup -a)" = ""
@@ -143,7 +148,7 @@ fn what_a_killed_server_leaves_can_be_cleared_away_and_an_end_by_others_is_notic
           detach
         done
 
-        # A mount that went with its namespace.
+        # This mount disappeared with its namespace.
         unshare -m "$attach_volume" "$disk" "$key" fuse > /tmp/device & server=$!
         until read -r device < /tmp/device; do sleep 0.1; done
         kill -9 $server
@@ -152,7 +157,7 @@ fn what_a_killed_server_leaves_can_be_cleared_away_and_an_end_by_others_is_notic
         test "$(losetup -a)" = ""
 
         attach nbd any 2
-        # Somebody else's, as far as the name tells: left alone.
+        # The name says that this device belongs to another volume, so it is kept.
         "$attach_volume" --stale $device nbd another-volume
         test -e /sys/block/nbd0/pid
         nbd-client -d $device
@@ -165,7 +170,7 @@ fn what_a_killed_server_leaves_can_be_cleared_away_and_an_end_by_others_is_notic
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux and fio: run `make test`")]
-fn many_requests_at_once_over_several_connections_come_back_as_they_were_written() {
+fn concurrent_requests_over_several_connections_read_what_was_written() {
     let kernel = Kernel::new();
     luks::format_luks1(&new_disk(&kernel, "disk"), HashAlgorithm::Sha256, luks::key(64));
     let steps = r#"
@@ -181,7 +186,7 @@ fn many_requests_at_once_over_several_connections_come_back_as_they_were_written
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux and e2fsprogs: run `make test`")]
-fn a_kernel_without_the_driver_is_told_of_and_fuse_takes_its_place() {
+fn without_the_nbd_driver_fuse_is_used() {
     let kernel = Kernel::new();
     luks::format_luks1(&new_disk(&kernel, "disk"), HashAlgorithm::Sha256, luks::key(64));
     let steps = r#"

@@ -1,4 +1,4 @@
-//! Without an nbd driver: the volume as one file in a FUSE mount of its own, and a loop device on that file.
+//! Attaches a volume without an nbd driver: as a file on its own FUSE mount, with a loop device on that file.
 //!
 //! ```text
 //!   /dev/loopN ─► loop driver, direct I/O ─► MOUNT_DIR/volume ─► /dev/fuse ─► serving threads ─► Volume
@@ -20,8 +20,8 @@ use loop_device::LoopDevice;
 use mount::FuseMount;
 use volume_file::FILE_NAME;
 
-/// A volume that is a loop device on a FUSE file. Fields are dropped in this order: the loop device lets go of the file
-/// before the mount goes.
+/// A volume that is attached as a loop device on a FUSE file. The fields are dropped in this order, so that the loop
+/// device closes the file before the filesystem is unmounted.
 #[derive(Debug)]
 pub(super) struct FuseAttachment {
     device: LoopDevice,
@@ -30,7 +30,7 @@ pub(super) struct FuseAttachment {
 }
 
 pub(super) fn attach(volume: Arc<Volume>, options: &Options) -> Result<FuseAttachment, AttachError> {
-    let wished = match options.device.as_deref() {
+    let requested = match options.device.as_deref() {
         Some(device) if LoopDevice::is_one(device) => Some(device),
         None => None,
         Some(_) if options.method == Method::Auto => None,
@@ -46,12 +46,12 @@ pub(super) fn attach(volume: Arc<Volume>, options: &Options) -> Result<FuseAttac
     let sector_size = volume.sector_size();
     let read_only = options.read_only || volume.is_read_only();
     let mount = FuseMount::new(volume, read_only, &options.mount_dir, &options.identifier)?;
-    let device = LoopDevice::attach(&mount.file(), wished, sector_size, read_only)?;
+    let device = LoopDevice::attach(&mount.file(), requested, sector_size, read_only)?;
     mount.watch(true);
     Ok(FuseAttachment { device, mount, identifier: options.identifier.clone() })
 }
 
-/// Whether the path is that of a loop device.
+/// Returns whether the path is that of a loop device.
 pub(super) fn is_loop_device(path: &Path) -> bool {
     LoopDevice::is_one(path)
 }
@@ -90,14 +90,20 @@ impl Drop for FuseAttachment {
     }
 }
 
-/// Takes away what a dead server left, unless it is somebody else's by now.
-/// Clears away what a killed server left in the mount directory, where it could not write down which device that is.
+/// Returns whether the loop device in `remains` is attached to the file in the FUSE mount.
+pub(super) fn is_attached(remains: &Remains) -> bool {
+    remains.mount_dir.as_ref().is_some_and(|dir| loop_device::shows(&remains.device, &dir.join(FILE_NAME)))
+}
+
+/// Detaches what a killed server left in the mount directory. This is for a server that could not store which loop
+/// device it attached.
 pub(super) fn detach_all_stale(remains: &Remains) -> Result<(), DetachError> {
     let Some(dir) = &remains.mount_dir else { return Ok(()) };
     loop_device::forget(&dir.join(FILE_NAME));
     mount::unmount_stale(dir)
 }
 
+/// Detaches what a dead server left behind, unless it belongs to someone else by now.
 pub(super) fn detach_stale(remains: &Remains) -> Result<(), DetachError> {
     let Some(dir) = &remains.mount_dir else { return Ok(()) };
     loop_device::detach_stale(&remains.device, &dir.join(FILE_NAME))?;

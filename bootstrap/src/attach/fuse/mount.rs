@@ -1,4 +1,4 @@
-//! The FUSE mount, and the threads that answer it.
+//! The FUSE mount, and the threads that serve it.
 
 use std::ffi::CString;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -16,20 +16,20 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use super::volume_file::{FILE_NAME, OpenFiles, VolumeFile};
-use crate::attach::command::load_module;
 use crate::attach::error::{AttachError, DetachError};
-use crate::attach::holders::is_mounted;
 use crate::attach::signal::{Ended, EndedSender, EndedSignal, ended_signal};
+use crate::machine::modules::load_module;
+use crate::machine::mounts::is_mounted;
 
 const DEV_FUSE: &str = "/dev/fuse";
 
-/// The longest to wait for the loop driver to let go of the file.
+/// The longest time to wait until the loop driver closes the file.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Fewest and most requests in flight. Each has a thread, which waits for the disk with it.
+/// The minimum and the maximum number of requests in flight. Each request has its own thread, which waits for the disk.
 const THREADS: std::ops::RangeInclusive<usize> = 4..=16;
 
-/// A mounted FUSE filesystem with one file in it. Dropping it unmounts, lazily where it is in use.
+/// A mounted FUSE filesystem with one file in it. Dropping it unmounts the filesystem, lazily if it is in use.
 #[derive(Debug)]
 pub(super) struct FuseMount {
     dir: PathBuf,
@@ -43,7 +43,7 @@ pub(super) struct FuseMount {
 impl FuseMount {
     pub(super) fn new(volume: Arc<Volume>, read_only: bool, dir: &Path, identifier: &str) -> Result<Self, AttachError> {
         let refused = |source: io::Error| AttachError::FuseMount { dir: dir.to_owned(), source };
-        // Asked before anything touches the directory, which a dead mount would answer with "not connected".
+        // This comes before any access to the directory: with a dead mount, an access fails with "not connected".
         if is_mounted(dir) {
             return Err(AttachError::MountDirInUse { dir: dir.to_owned() });
         }
@@ -52,7 +52,7 @@ impl FuseMount {
         let device = open_device()?;
         mount(&device, &dir, read_only, identifier).map_err(|error| refused(error.into()))?;
 
-        // From here on the value unmounts when it is dropped.
+        // From here on, dropping the value unmounts the filesystem.
         let (sender, signal) = ended_signal();
         let open_files = Arc::new(OpenFiles::new(sender.clone()));
         let mut mount = Self {
@@ -66,7 +66,7 @@ impl FuseMount {
         let mut config = fuser::Config::default();
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         config.n_threads = Some((processors * 2).clamp(*THREADS.start(), *THREADS.end()));
-        let file = VolumeFile::new(volume, read_only, open_files);
+        let file = VolumeFile::new(volume, read_only, open_files, identifier);
         let session = Session::from_fd(file, OwnedFd::from(device), SessionACL::Owner, config).map_err(refused)?;
         let server = std::thread::Builder::new()
             .name("fuse".to_owned())
@@ -93,19 +93,19 @@ impl FuseMount {
         self.signal.clone()
     }
 
-    /// Whether the end is to be told of when it comes: while the loop device is there, and shall be.
+    /// Arms or disarms the signal for an unexpected end. It is armed while the loop device should exist.
     pub(super) fn watch(&self, armed: bool) {
         self.sender.set_armed(armed);
         self.open_files.notice_end();
     }
 
-    /// Unmounts, and waits until every thread that served is gone.
+    /// Unmounts the filesystem, and waits until all serving threads have ended.
     pub(super) fn unmount(&mut self) -> Result<(), DetachError> {
         let deadline = Instant::now() + PATIENCE;
-        // The loop driver closes its file a moment after the device is gone.
+        // The loop driver closes its file shortly after the device is gone.
         while let Err(errno) = rustix::mount::unmount(&self.dir, UnmountFlags::NOFOLLOW) {
             match errno {
-                // Someone else was faster.
+                // Another program unmounted it first.
                 Errno::INVAL | Errno::NOENT => break,
                 Errno::BUSY if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(2)),
                 Errno::BUSY => {
@@ -126,10 +126,10 @@ impl FuseMount {
 
     fn finish(&mut self) {
         if let Some(server) = self.server.take() {
-            // A panic in it was told by the signal, or by nobody there to hear it.
+            // If the thread panicked, the signal has reported it already.
             let _ = server.join();
         }
-        // What is left is an empty directory of ours, or none.
+        // The directory is empty now, or another program has removed it.
         let _ = std::fs::remove_dir(&self.dir);
     }
 }
@@ -139,8 +139,8 @@ impl Drop for FuseMount {
         if !self.mounted || rustix::mount::unmount(&self.dir, UnmountFlags::NOFOLLOW).is_ok() {
             return self.finish();
         }
-        // Hidden now, and gone when its last user is. Until then the threads go on serving: waiting for them could be
-        // waiting for ever.
+        // This hides the mount at once, and the kernel removes it after its last user. Until then the threads still
+        // serve it, so waiting for the threads could take forever.
         let _ = rustix::mount::unmount(&self.dir, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH);
         let _ = std::fs::remove_dir(&self.dir);
     }
@@ -168,7 +168,7 @@ fn open_device() -> Result<File, AttachError> {
     OpenOptions::new().read(true).write(true).open(DEV_FUSE).map_err(|error| no_fuse(error.to_string()))
 }
 
-/// mount(2) itself: no helper program, and nothing of libfuse.
+/// Calls mount(2) directly, without a helper program or libfuse.
 fn mount(device: &File, dir: &Path, read_only: bool, identifier: &str) -> rustix::io::Result<()> {
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOATIME;
     if read_only {

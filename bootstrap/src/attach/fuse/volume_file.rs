@@ -1,11 +1,12 @@
-//! The filesystem of one file: the volume's plaintext.
+//! The FUSE filesystem, which has one file: the volume's plaintext.
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use engine::buffer::AlignedBuffer;
 use engine::volume::{Volume, VolumeError};
@@ -14,31 +15,33 @@ use fuser::{
     KernelConfig, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
     ReplyOpen, ReplyWrite, Request, WriteFlags,
 };
+use nbd_server::failures::FailureLog;
 use rustix::fs::FallocateFlags;
 
 use crate::attach::signal::{Ended, EndedSender};
 
-/// What the volume is called in its mount.
+/// The file's name in the mount.
 pub(super) const FILE_NAME: &str = "volume";
 
 const FILE: INodeNo = INodeNo(2);
 
-/// Bytes of one write: what 256 pages make, the most that the kernel sends unless told otherwise by sysctl.
+/// The maximum number of bytes in one write: 256 pages. The kernel sends no more, unless a sysctl raises this limit.
 const MAX_WRITE: u32 = 1 << 20;
 
-/// Requests that the kernel may have under way before it makes the loop driver wait: twice that driver's queue.
+/// The maximum number of requests in flight before the kernel makes the loop driver wait. It is twice the length of the loop
+/// driver's queue.
 const MAX_BACKGROUND: u16 = 256;
 
-/// The kernel may keep what it knows: nothing about the file ever changes.
+/// How long the kernel may cache attributes. A long time is safe, because the file's attributes never change.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 thread_local! {
-    /// Each serving thread's block of memory, kept from request to request: a server under a filesystem had better not
+    /// Each serving thread's buffer. It is kept from request to request, because a server of a filesystem should not
     /// allocate while the kernel is short of memory.
     static BLOCK: RefCell<AlignedBuffer> = RefCell::new(AlignedBuffer::zeroed(MAX_WRITE as usize));
 }
 
-/// How often the file is open. When nobody has it open any more, the loop device is gone.
+/// Counts how often the file is open. When it is no longer open, the loop device is gone.
 #[derive(Debug)]
 pub(super) struct OpenFiles {
     count: AtomicUsize,
@@ -50,7 +53,7 @@ impl OpenFiles {
         Self { count: AtomicUsize::new(0), ended }
     }
 
-    /// Tells of it, should nobody have the file open.
+    /// Signals the end if the file is not open.
     pub(super) fn notice_end(&self) {
         if self.count.load(Ordering::SeqCst) == 0 {
             self.ended.send(Ended::Disconnected);
@@ -67,17 +70,21 @@ impl OpenFiles {
     }
 }
 
-/// A directory with one file in it, mode 0600, which is the volume.
+/// A directory with one file of mode 0600, which is the volume.
 pub(super) struct VolumeFile {
     volume: Arc<Volume>,
     read_only: bool,
     open_files: Arc<OpenFiles>,
     made: SystemTime,
+    /// The volume's name in the log.
+    called: String,
+    failures: FailureLog,
 }
 
 impl VolumeFile {
-    pub(super) fn new(volume: Arc<Volume>, read_only: bool, open_files: Arc<OpenFiles>) -> Self {
-        Self { volume, read_only, open_files, made: SystemTime::now() }
+    pub(super) fn new(volume: Arc<Volume>, read_only: bool, open_files: Arc<OpenFiles>, called: &str) -> Self {
+        let (made, called, failures) = (SystemTime::now(), called.to_owned(), FailureLog::default());
+        Self { volume, read_only, open_files, made, called, failures }
     }
 
     fn attributes(&self, inode: INodeNo) -> Option<FileAttr> {
@@ -106,23 +113,34 @@ impl VolumeFile {
     }
 
     fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-        self.volume.read(offset, data).map_err(|error| errno(&error))
+        let len = data.len() as u64;
+        without_panic(|| {
+            self.volume.read(offset, data).map_err(|error| self.failed("a read", Some((offset, len)), &error))
+        })
     }
 
     fn write_at(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
         self.writable()?;
-        self.volume.write(offset, data).map_err(|error| errno(&error))
+        let len = data.len() as u64;
+        without_panic(|| {
+            self.volume.write(offset, data).map_err(|error| self.failed("a write", Some((offset, len)), &error))
+        })
     }
 
-    /// fallocate(2) on a file whose size never changes.
+    /// Handles fallocate(2). The file's size never changes.
     ///
-    /// The loop driver asks for a punched hole both to discard and to make a range read as zeros; nothing tells the one
-    /// from the other, and a hole must read as zeros. Under a cipher discarded space does not, so there the answer
-    /// is "unsupported": the kernel then discards nothing, and zeroes by writing zeros.
+    /// The loop driver punches a hole both to discard a range and to zero a range. The request does not say which of the two is
+    /// meant, so a hole must read as zeros. Discarded space of an encrypted volume does not read as zeros, so such a volume
+    /// answers "unsupported". The kernel then discards nothing, and zeroes a range by writing zeros.
     fn allocate(&self, offset: u64, len: u64, mode: i32) -> Result<(), Errno> {
         self.writable()?;
         let mode = FallocateFlags::from_bits_retain(mode.cast_unsigned());
-        let zeroed = |may_discard| self.volume.write_zeroes(offset, len, may_discard).map_err(|error| errno(&error));
+        let zeroed = |may_discard| {
+            without_panic(|| {
+                let zeroed = self.volume.write_zeroes(offset, len, may_discard);
+                zeroed.map_err(|error| self.failed("a write of zeros", Some((offset, len)), &error))
+            })
+        };
         match mode - FallocateFlags::KEEP_SIZE {
             FallocateFlags::PUNCH_HOLE if !self.volume.is_encrypted() => zeroed(true),
             FallocateFlags::ZERO_RANGE => zeroed(false),
@@ -130,14 +148,33 @@ impl VolumeFile {
         }
     }
 
+    fn sync(&self) -> Result<(), Errno> {
+        without_panic(|| self.volume.flush().map_err(|error| self.failed("a flush", None, &error)))
+    }
+
+    /// Logs an error of the disk, and returns the error for the kernel. `range` is offset and length.
+    fn failed(&self, operation: &'static str, range: Option<(u64, u64)>, error: &VolumeError) -> Errno {
+        if let VolumeError::Store(error) = error {
+            let place = range.map(|(offset, len)| format!(" of {len} bytes at offset {offset}")).unwrap_or_default();
+            self.failures.log(&self.called, operation, &place, error, Instant::now());
+        }
+        errno(error)
+    }
+
     fn writable(&self) -> Result<(), Errno> {
         if self.read_only { Err(Errno::EROFS) } else { Ok(()) }
     }
 }
 
+/// Runs a request of the kernel, and turns a panic into an I/O error. Otherwise a panic would end one of the threads that
+/// serve the file, and ended threads are not replaced.
+fn without_panic(work: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or(Err(Errno::EIO))
+}
+
 impl Filesystem for VolumeFile {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Without it the loop driver's requests are answered one after another. Every kernel since 3.13 has it.
+        // Without this flag, the loop driver's requests are answered one after another. Every kernel since 3.13 has it.
         let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
         let _ = config.set_max_write(MAX_WRITE);
         let _ = config.set_max_background(MAX_BACKGROUND);
@@ -194,7 +231,7 @@ impl Filesystem for VolumeFile {
             return reply.error(Errno::EROFS);
         }
         self.open_files.open();
-        // The page cache stands above the loop device already.
+        // The loop device above has a page cache already.
         reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES);
     }
 
@@ -223,7 +260,7 @@ impl Filesystem for VolumeFile {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        // Reading stops at the end of a file, and no byte past it is an error.
+        // A read stops at the end of the file. Bytes after it are not an error.
         let len = u64::from(size).min(self.volume.len().saturating_sub(offset));
         let Ok(len) = usize::try_from(len) else { return reply.error(Errno::EINVAL) };
         BLOCK.with_borrow_mut(|block| {
@@ -249,7 +286,7 @@ impl Filesystem for VolumeFile {
     ) {
         let Ok(written) = u32::try_from(data.len()) else { return reply.error(Errno::EINVAL) };
         BLOCK.with_borrow_mut(|block| {
-            // One copy: it is encrypted where it stands, and lies there as direct I/O wants it.
+            // One copy: the data is encrypted in place, and aligned for direct I/O.
             block.resize(data.len());
             block.copy_from_slice(data);
             match self.write_at(offset, block) {
@@ -260,14 +297,14 @@ impl Filesystem for VolumeFile {
     }
 
     fn flush(&self, _request: &Request, _inode: INodeNo, _handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
-        // Said on every close(2), and promises nothing.
+        // The kernel sends this at every close(2). A close does not promise that the data is on the disk.
         reply.ok();
     }
 
     fn fsync(&self, _request: &Request, _inode: INodeNo, _handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        match self.volume.flush() {
+        match self.sync() {
             Ok(()) => reply.ok(),
-            Err(error) => reply.error(errno(&error)),
+            Err(errno) => reply.error(errno),
         }
     }
 
@@ -288,10 +325,10 @@ impl Filesystem for VolumeFile {
     }
 }
 
-/// The one place where a volume's error becomes the kernel's.
+/// Turns a volume's error into one for the kernel. No other code does this.
 fn errno(error: &VolumeError) -> Errno {
     match error {
-        // A file that cannot grow.
+        // The error for a file that cannot grow.
         VolumeError::OutOfRange { .. } => Errno::ENOSPC,
         VolumeError::ReadOnly => Errno::EROFS,
         VolumeError::Store(error) => error.raw_os_error().map_or(Errno::EIO, Errno::from_i32),
@@ -301,9 +338,9 @@ fn errno(error: &VolumeError) -> Errno {
 #[cfg(test)]
 mod tests {
     use engine::key::VolumeKey;
-    use engine::luks::Segment;
+    use engine::layout::Segment;
     use engine::sector::{Lba512, SectorSize};
-    use engine::store::MemoryStore;
+    use engine::store::{FaultyStore, MemoryStore};
 
     use super::*;
     use crate::attach::signal::ended_signal;
@@ -322,7 +359,7 @@ mod tests {
     }
 
     fn file(volume: Volume, read_only: bool) -> VolumeFile {
-        VolumeFile::new(Arc::new(volume), read_only, Arc::new(OpenFiles::new(ended_signal().0)))
+        VolumeFile::new(Arc::new(volume), read_only, Arc::new(OpenFiles::new(ended_signal().0)), "a test")
     }
 
     fn allocate(file: &VolumeFile, mode: FallocateFlags) -> Result<(), i32> {
@@ -356,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_neither_grows_nor_changes_when_it_is_read_only() {
+    fn the_file_never_grows_nor_changes_if_read_only() {
         let small = file(encrypted(), false);
         assert_eq!(allocate(&small, FallocateFlags::empty()), Err(i32::from(Errno::EOPNOTSUPP)));
         assert_eq!(i32::from(small.write_at(LEN as u64, &mut [0]).unwrap_err()), i32::from(Errno::ENOSPC));
@@ -366,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_close_is_an_end_only_when_nobody_asked_for_it() {
+    fn the_last_close_is_reported_only_while_armed() {
         let (sender, signal) = ended_signal();
         let files = OpenFiles::new(sender.clone());
         files.open();
@@ -379,5 +416,55 @@ mod tests {
         assert_eq!(signal.get(), None);
         files.close();
         assert_eq!(signal.get(), Some(Ended::Disconnected));
+    }
+
+    #[test]
+    fn a_panic_is_answered_as_an_error_of_the_disk() {
+        let disk = FaultyStore::new(MemoryStore::zeroed(LEN), |_| panic!("on purpose"));
+        let file = file(Volume::plaintext(Arc::new(disk), SectorSize::B512).unwrap(), false);
+        let errors = [
+            file.read_at(4096, &mut [0; 512]),
+            file.write_at(4096, &mut [0; 512]),
+            file.allocate(4096, 8192, FallocateFlags::ZERO_RANGE.bits().cast_signed()),
+            file.sync(),
+        ];
+        assert!(errors.into_iter().all(|result| i32::from(result.unwrap_err()) == i32::from(Errno::EIO)));
+    }
+
+    /// A log for the test to read.
+    #[derive(Clone, Default)]
+    struct Log(Arc<std::sync::Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_first_failure_of_each_kind_is_in_the_log() {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).with_ansi(false).finish();
+        let disk = FaultyStore::new(MemoryStore::zeroed(LEN), |_| Some(io::ErrorKind::Other));
+        let file = file(Volume::plaintext(Arc::new(disk), SectorSize::B512).unwrap(), false);
+        tracing::subscriber::with_default(subscriber, || {
+            for _ in 0..5 {
+                file.read_at(4096, &mut [0; 512]).unwrap_err();
+            }
+            file.write_at(4096, &mut [0; 512]).unwrap_err();
+            file.sync().unwrap_err();
+            // An error of the kernel's request, not of the disk.
+            file.read_at(LEN as u64, &mut [0; 512]).unwrap_err();
+        });
+        let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(log.lines().count(), 3, "{log}");
+        let places = ["a read of 512 bytes at offset 4096 failed", "a write of 512 bytes", "a test: a flush failed"];
+        assert!(places.iter().all(|place| log.contains(place)), "{log}");
     }
 }

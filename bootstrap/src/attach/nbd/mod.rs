@@ -1,115 +1,122 @@
-//! The kernel's NBD client, over socketpairs: no port, no helper program, no handshake with oneself.
+//! Attaches a volume with the kernel's NBD client, over socketpairs. This needs no port, no helper program and no
+//! handshake.
 //!
 //! ```text
-//!   /dev/nbdN ─► nbd driver, a hardware queue a connection ⇄ socketpair ⇄ session ─► worker threads ─► Volume
+//!   /dev/nbdN ─► nbd driver, one hardware queue per connection ⇄ socketpair ⇄ session ─► worker threads ─► Volume
 //! ```
 
 mod netlink;
+mod sessions;
 
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use engine::volume::Volume;
-use nbd_server::server::enlarge_send_buffer;
-use nbd_server::{Export, Exports, Server, SessionError, Settings, Trigger};
-use tokio::runtime::Runtime;
-use tokio::task::JoinSet;
+use nbd_server::Export;
+use nbd_server::statistics::Statistics;
 
 use super::claim::claim;
-use super::command::load_module;
 use super::error::{AttachError, DetachError};
-use super::holders::{holders_of, kernel_name, sys_block};
+use super::node::fault_of_node;
 use super::signal::{Ended, EndedSender, EndedSignal, ended_signal};
 use super::{Method, Options, Remains};
-use netlink::{Connect, Netlink};
+use crate::machine::holders::{holders_of, kernel_name, sys_block};
+use crate::machine::modules::load_module;
+use netlink::{Connect, LONGEST_REQUEST_TIMEOUT, Netlink};
+use sessions::Sessions;
 
-/// The longest to wait for a device to come up, and for one that nobody holds to be gone.
+/// The longest time to wait until a device is ready, and until a device that is not in use is gone.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Between two looks at `/sys`: there may be no udev to tell.
+/// The pause between two checks of `/sys`. There may be no udev that reports changes.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// The most connections: more than the processors of any machine have use for.
+/// The maximum number of connections. More connections are of no use on any machine.
 const MAX_CONNECTIONS: usize = 64;
 
-/// A volume that the kernel's NBD client shows as a block device. Dropping it disconnects the device, whoever uses it.
+/// How long a request waits for a fresh socket if the kernel has no connection left, before it fails. A live server provides a
+/// fresh socket within milliseconds, unless the server is stopped (SIGSTOP). After a server was killed, `down` and `up` do not
+/// wait for this time, because they disconnect the device first.
+const DEAD_CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A volume that is attached by the kernel's NBD client. Dropping it disconnects the device, even if it is in use.
 #[derive(Debug)]
 pub(super) struct NbdAttachment {
     index: u32,
     path: PathBuf,
     identifier: String,
+    statistics: Arc<Statistics>,
     connected: bool,
     sender: EndedSender,
     signal: EndedSignal,
     sessions: Sessions,
 }
 
-/// The serving side: the threads, and whether the last connection has ended.
-#[derive(Debug)]
-struct Sessions {
-    runtime: Option<Runtime>,
-    trigger: Trigger,
-    over: Arc<AtomicBool>,
-}
-
 pub(super) fn attach(volume: Arc<Volume>, options: &Options) -> Result<NbdAttachment, AttachError> {
-    let wished = options.device.as_deref().map(|device| {
+    let requested = options.device.as_deref().map(|device| {
         index_of(device).ok_or_else(|| AttachError::WrongDevice {
             device: device.to_owned(),
             method: Method::Nbd,
             expected: "an NBD device such as /dev/nbd0",
         })
     });
-    let wished = wished.transpose()?;
+    let requested = requested.transpose()?;
     let netlink = open()?;
     let busy = |index| user_of(index).map(|by| AttachError::DeviceBusy { device: path_of(index), by });
-    if let Some(error) = wished.and_then(busy) {
+    if let Some(error) = requested.and_then(busy) {
         return Err(error);
     }
 
-    let mut export = Export::new("", volume);
+    // The name appears only in the log. The kernel does not see it.
+    let mut export = Export::new(&*options.identifier, volume);
     if options.read_only {
         export = export.read_only();
     }
     let connections = options.connections.clamp(1, MAX_CONNECTIONS);
-    let pairs = (0..connections).map(|_| UnixStream::pair()).collect::<io::Result<Vec<_>>>();
-    let pairs = pairs.map_err(|source| AttachError::Resource { what: "a socketpair", source })?;
-    let (ours, kernels): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
-    kernels.iter().for_each(enlarge_send_buffer);
     let (sender, signal) = ended_signal();
-    let sessions = Sessions::start(ours, &export, &sender)?;
+    let (sessions, kernels) = Sessions::start(connections, &export, options.request_timeout, &sender)?;
 
     let connect = Connect {
-        index: wished,
+        index: requested,
         size: export.volume().len(),
         block_size: export.volume().sector_size().bytes_u64(),
         server_flags: export.info().transmission_flags(),
         identifier: &options.identifier,
+        request_timeout: options
+            .request_timeout
+            .map_or(LONGEST_REQUEST_TIMEOUT, |timeout| timeout.as_secs().clamp(1, LONGEST_REQUEST_TIMEOUT)),
+        dead_connection_timeout: DEAD_CONNECTION_TIMEOUT.as_secs(),
     };
     let sockets: Vec<_> = kernels.iter().map(AsFd::as_fd).collect();
     let index = netlink.connect(&connect, &sockets).map_err(|source| {
-        let taken = wished.filter(|_| source.kind() == io::ErrorKind::ResourceBusy).and_then(busy);
-        let device = wished.map_or_else(|| PathBuf::from("/dev/nbd*"), path_of);
+        let taken = requested.filter(|_| source.kind() == io::ErrorKind::ResourceBusy).and_then(busy);
+        let device = requested.map_or_else(|| PathBuf::from("/dev/nbd*"), path_of);
         taken.unwrap_or(AttachError::NbdRefused { device, source })
     })?;
-    // From here on the value disconnects when it is dropped. The kernel has sockets of its own: ours would keep the
-    // sessions from noticing their end.
+    // From here on, dropping the value disconnects the device. The kernel has its own copies of these sockets. If this process's
+    // copies stayed open, the sessions would not notice that the kernel closes its copies.
     drop(kernels);
-    let identifier = options.identifier.clone();
-    let attachment =
-        NbdAttachment { index, path: path_of(index), identifier, connected: true, sender, signal, sessions };
+    sessions.connected(index, &options.identifier);
+    let attachment = NbdAttachment {
+        index,
+        path: path_of(index),
+        identifier: options.identifier.clone(),
+        statistics: Arc::clone(export.statistics()),
+        connected: true,
+        sender,
+        signal,
+        sessions,
+    };
     attachment.wait_until_ready(connect.size)?;
     attachment.watch(true);
     Ok(attachment)
 }
 
-/// Whether the kernel has the driver, or comes to have it by loading the module.
+/// Checks that the kernel has the driver, and tries to load the module.
 pub(super) fn ready() -> Result<(), AttachError> {
     open().map(drop)
 }
@@ -121,6 +128,10 @@ impl NbdAttachment {
 
     pub(super) fn ended(&self) -> EndedSignal {
         self.signal.clone()
+    }
+
+    pub(super) fn statistics(&self) -> Arc<Statistics> {
+        Arc::clone(&self.statistics)
     }
 
     pub(super) fn remains(&self) -> Remains {
@@ -138,18 +149,18 @@ impl NbdAttachment {
 
     fn disconnect(&mut self) -> Result<(), DetachError> {
         if self.sessions.are_over() {
-            // Nobody is there to write to, as the signal told. Its last user may still be closing it.
+            // The sessions have ended, so nothing can be written. The device's last user may still be closing it.
             if is_ours(self.index, &self.identifier) {
                 disconnect(self.index)?;
             }
         } else if let Some(claim) = claim(&self.path, || is_ours(self.index, &self.identifier))? {
-            // While the claim lasts nobody else can mount it. What there was to write is written.
+            // While the claim is held, nobody else can mount the device. All data has been written.
             disconnect(self.index)?;
             drop(claim);
         }
         wait_until_gone(self.index, &self.identifier)?;
         self.connected = false;
-        // The kernel has let go of its sockets, so the sessions come to their end.
+        // The kernel has closed its sockets, so the sessions will end.
         if !wait(|| self.sessions.are_over()) {
             let reason = "its connections have not ended".to_owned();
             return Err(DetachError::Lingers { device: self.path.clone(), seconds: PATIENCE.as_secs(), reason });
@@ -157,7 +168,7 @@ impl NbdAttachment {
         Ok(())
     }
 
-    /// Whether the end is to be told of when it comes.
+    /// Arms or disarms the signal for an unexpected end.
     fn watch(&self, armed: bool) {
         self.sender.set_armed(armed);
         if self.sessions.are_over() {
@@ -168,16 +179,18 @@ impl NbdAttachment {
     fn wait_until_ready(&self, size: u64) -> Result<(), AttachError> {
         let not_ready =
             |missing| AttachError::NotReady { device: self.path.clone(), missing, seconds: PATIENCE.as_secs() };
-        let told = sys_block(&self.path).join("size");
-        // `/sys` counts in 512 bytes, whatever the block size.
-        let has_size = || read(&told).is_some_and(|told| told.parse::<u64>().is_ok_and(|told| told == size / 512));
+        let file = sys_block(&self.path).join("size");
+        // The file counts units of 512 bytes, whatever the block size is.
+        let has_size = || read(&file).is_some_and(|text| text.parse::<u64>().is_ok_and(|units| units == size / 512));
         if !wait(has_size) {
             return Err(not_ready("it did not get its size"));
         }
-        if !wait(|| self.path.exists()) {
-            return Err(not_ready("nobody made its node in /dev"));
+        // udev may be about to make the node, or to correct its owner.
+        wait(|| self.path.exists());
+        match fault_of_node(&self.path) {
+            Some(reason) => Err(AttachError::Node { device: self.path.clone(), reason }),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -185,80 +198,28 @@ impl Drop for NbdAttachment {
     fn drop(&mut self) {
         self.sender.set_armed(false);
         if self.connected && is_ours(self.index, &self.identifier) {
-            // Nobody is left to hear of a failure.
+            // A failure cannot be reported to anyone.
             let _ = disconnect(self.index);
         }
     }
 }
 
-impl Sessions {
-    /// Serves each socket, from now on until the kernel takes its leave.
-    fn start(sockets: Vec<UnixStream>, export: &Export, sender: &EndedSender) -> Result<Self, AttachError> {
-        let resource = |what| move |source| AttachError::Resource { what, source };
-        let exports = Exports::new([export.clone()])
-            .map_err(|error| AttachError::Resource { what: "the export", source: io::Error::other(error) })?;
-        let server = Server::new(exports, Settings::default()).map_err(resource("the server's threads"))?;
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(sockets.len().min(processors))
-            .thread_name("nbd-session")
-            .enable_all()
-            .build()
-            .map_err(resource("the sessions' threads"))?;
-        let (trigger, shutdown) = nbd_server::shutdown();
-        let mut sessions = JoinSet::new();
-        {
-            let _entered = runtime.enter();
-            for socket in sockets {
-                enlarge_send_buffer(&socket);
-                let socket = socket.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(socket));
-                let socket = socket.map_err(resource("a connection"))?;
-                let (server, export, shutdown) = (server.clone(), export.clone(), shutdown.clone());
-                sessions.spawn(async move { server.serve_socket_transmission(socket, &export, shutdown).await });
-            }
-        }
-        let over = Arc::<AtomicBool>::default();
-        runtime.spawn(supervise(sessions, sender.clone(), Arc::clone(&over)));
-        Ok(Self { runtime: Some(runtime), trigger, over })
-    }
-
-    fn are_over(&self) -> bool {
-        self.over.load(Ordering::SeqCst)
-    }
+/// Returns whether the device in `remains` is connected, and still with the identifier in `remains`.
+pub(super) fn is_attached(remains: &Remains) -> bool {
+    index_of(&remains.device).is_some_and(|index| is_ours(index, &remains.identifier))
 }
 
-impl Drop for Sessions {
-    fn drop(&mut self) {
-        self.trigger.stop();
-        // Waiting is not allowed where the caller has a runtime of its own.
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
-
-/// A connection that breaks is told at once, since the kernel may go on without it; a leave when it is the last.
-async fn supervise(mut sessions: JoinSet<Result<(), SessionError>>, sender: EndedSender, over: Arc<AtomicBool>) {
-    while let Some(session) = sessions.join_next().await {
-        match session {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => sender.send(Ended::ServerFailed(error.to_string())),
-            Err(error) => sender.send(Ended::ServerFailed(error.to_string())),
-        }
-    }
-    // Before it is told of, or who is told could find it not so.
-    over.store(true, Ordering::SeqCst);
-    sender.send(Ended::Disconnected);
-}
-
-/// Disconnects what a dead server left, unless it is somebody else's by now.
+/// Disconnects what a dead server left behind, unless it belongs to someone else by now.
 pub(super) fn detach_stale(remains: &Remains) -> Result<(), DetachError> {
-    let Some(index) = index_of(&remains.device) else { return Ok(()) };
-    if !is_ours(index, &remains.identifier) {
-        return Ok(());
-    }
-    disconnect(index)?;
-    wait_until_gone(index, &remains.identifier)
+    let indexes = disconnect_stale(remains)?;
+    indexes.into_iter().try_for_each(|index| wait_until_gone(index, &remains.identifier))
+}
+
+/// Does what [`detach_stale`] does, but does not wait until the device is gone: its last user may keep it. Returns the device's
+/// index.
+pub(super) fn disconnect_stale(remains: &Remains) -> Result<Option<u32>, DetachError> {
+    let index = index_of(&remains.device).filter(|index| is_ours(*index, &remains.identifier));
+    index.map(|index| disconnect(index).map(|()| index)).transpose()
 }
 
 fn open() -> Result<Netlink, AttachError> {
@@ -269,7 +230,7 @@ fn open() -> Result<Netlink, AttachError> {
     let loaded = load_module("nbd", Path::new("/sys/module/nbd"));
     find()?.ok_or_else(|| AttachError::NoNbdDriver {
         modprobe: loaded.err().unwrap_or_else(|| {
-            "it is loaded, but answers in the machine's own network namespace only, which this is not".to_owned()
+            "it is loaded, but answers only in the machine's own network namespace, and this process is in another one".to_owned()
         }),
     })
 }
@@ -278,7 +239,7 @@ fn disconnect(index: u32) -> Result<(), DetachError> {
     let failed = |error: io::Error| DetachError::Failed { device: path_of(index), reason: error.to_string() };
     match Netlink::open().map_err(failed)? {
         Some(netlink) => netlink.disconnect(index).map_err(failed),
-        // No driver, no device.
+        // Without a driver there is no device.
         None => Ok(()),
     }
 }
@@ -291,41 +252,49 @@ fn wait_until_gone(index: u32, identifier: &str) -> Result<(), DetachError> {
     Err(DetachError::Held { holders: holders_of(&device), device })
 }
 
-/// Whether the device is connected, and by this identifier. Where the kernel tells none (before 5.14, or when it was
-/// connected by ioctl, as qemu-nbd does), it is ours if a thread of this process connected it, or one that is gone.
+/// Returns whether the device is connected with this identifier. If the kernel shows no identifier (before 5.14, or if the
+/// device was connected by ioctl, as by qemu-nbd), the device counts as ours if the thread that connected it belongs to this
+/// process, or is gone.
 fn is_ours(index: u32, identifier: &str) -> bool {
     let sys = sys_block(&path_of(index));
     let Some(pid) = read(&sys.join("pid")) else { return false };
     match read(&sys.join("backend")) {
-        Some(told) => told == identifier,
+        Some(backend) => backend == identifier,
         None => Path::new("/proc/self/task").join(&pid).exists() || !Path::new("/proc").join(&pid).exists(),
     }
 }
 
-/// Clears away what a killed server left, where it could not write down which device that is.
+/// Disconnects what a killed server left behind. This is for a server that could not store which device it attached.
 pub(super) fn detach_all_stale(identifier: &str) -> Result<(), DetachError> {
-    let Ok(devices) = std::fs::read_dir("/sys/block") else { return Ok(()) };
-    for device in devices.flatten() {
-        let path = Path::new("/dev").join(device.file_name());
-        // Only what says its name: another's device is not to be guessed at.
-        if let Some(index) = index_of(&path)
-            && read(&device.path().join("backend")).is_some_and(|told| told == identifier)
-        {
-            disconnect(index)?;
-            wait_until_gone(index, identifier)?;
-        }
-    }
-    Ok(())
+    let indexes = disconnect_all_stale(identifier)?;
+    indexes.into_iter().try_for_each(|index| wait_until_gone(index, identifier))
 }
 
-/// What the kernel says about who connected the device; `None` when nobody did.
+/// Does what [`detach_all_stale`] does, but does not wait until the devices are gone. Returns their indexes.
+pub(super) fn disconnect_all_stale(identifier: &str) -> Result<Vec<u32>, DetachError> {
+    let Ok(devices) = std::fs::read_dir("/sys/block") else { return Ok(Vec::new()) };
+    let mut indexes = Vec::new();
+    for device in devices.flatten() {
+        let path = Path::new("/dev").join(device.file_name());
+        // A device without an identifier is left alone, because its owner is not known.
+        if let Some(index) = index_of(&path)
+            && read(&device.path().join("backend")).is_some_and(|backend| backend == identifier)
+        {
+            disconnect(index)?;
+            indexes.push(index);
+        }
+    }
+    Ok(indexes)
+}
+
+/// Returns what the kernel shows about the program that connected the device, or `None` if it is not connected.
 fn user_of(index: u32) -> Option<String> {
     let sys = sys_block(&path_of(index));
     let pid = read(&sys.join("pid"))?;
     let name = read(&Path::new("/proc").join(&pid).join("comm"));
     let who = name.unwrap_or_else(|| "gone by now".to_owned());
-    let called = read(&sys.join("backend")).filter(|told| !told.is_empty());
-    let called = called.map(|told| format!(" as {told:?}")).unwrap_or_default();
+    let called = read(&sys.join("backend")).filter(|backend| !backend.is_empty());
+    let called = called.map(|backend| format!(" as {backend:?}")).unwrap_or_default();
     Some(format!("connected{called} by process {pid} ({who})"))
 }
 
@@ -343,7 +312,7 @@ fn read(path: &Path) -> Option<String> {
     fs::read_to_string(path).ok().map(|text| text.trim_end_matches('\n').to_owned())
 }
 
-/// Waits for it to be so; `false` when it was not in time.
+/// Waits until `is_so` returns `true`. Returns `false` if `is_so` has not returned `true` within [`PATIENCE`].
 fn wait(mut is_so: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + PATIENCE;
     while !is_so() {

@@ -1,6 +1,6 @@
-//! The generic netlink family `nbd` (the kernel's `include/uapi/linux/nbd-netlink.h`): how a program gives sockets to the
-//! kernel's NBD client, and takes them away. Its STATUS is not asked for: `/sys/block/nbdN` tells more, and a device that
-//! is merely open is "connected" to it.
+//! Uses the generic netlink family `nbd` to give sockets to the kernel's NBD client and to disconnect them (the kernel's
+//! `include/uapi/linux/nbd-netlink.h`). Its STATUS command is not used: `/sys/block/nbdN` shows more, and STATUS reports a
+//! device as connected if it is only open.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -21,12 +21,15 @@ const FAMILY_VERSION: u8 = 1;
 
 const CMD_CONNECT: u8 = 1;
 const CMD_DISCONNECT: u8 = 2;
+const CMD_RECONFIGURE: u8 = 3;
 
 const ATTR_INDEX: u16 = 1;
 const ATTR_SIZE_BYTES: u16 = 2;
 const ATTR_BLOCK_SIZE_BYTES: u16 = 3;
+const ATTR_TIMEOUT: u16 = 4;
 const ATTR_SERVER_FLAGS: u16 = 5;
 const ATTR_SOCKETS: u16 = 7;
+const ATTR_DEAD_CONN_TIMEOUT: u16 = 8;
 const ATTR_BACKEND_IDENTIFIER: u16 = 10;
 
 const SOCK_ITEM: u16 = 1;
@@ -35,21 +38,30 @@ const SOCK_FD: u16 = 1;
 type Attributes = GenlBuffer<u16, Buffer>;
 type Message = Genlmsghdr<u8, u16>;
 
-/// What the kernel is told of a device.
+/// The longest request timeout that the kernel accepts, in seconds: 24.8 days.
 ///
-/// There is no limit to the time a request may take: a disk that hangs should hang its users, not lose their writes.
-/// And there is none in which a dead connection could be replaced: requests then fail at once.
+/// The driver multiplies the timeout by its clock rate (`HZ`, at most 1000) and keeps the product in an `unsigned int`. This
+/// value is the largest whose product is positive as an `int` as well.
+pub(super) const LONGEST_REQUEST_TIMEOUT: u64 = (i32::MAX / 1000) as u64;
+
+/// The parameters for connecting a device.
 pub(super) struct Connect<'a> {
-    /// N of `/dev/nbdN`; the first free one where it is `None`.
+    /// The N of `/dev/nbdN`. `None` uses the first free device.
     pub(super) index: Option<u32>,
     /// The size in bytes, a multiple of the block size.
     pub(super) size: u64,
     /// The logical block size: a power of two from 512 to the page size.
     pub(super) block_size: u64,
-    /// Transmission flags, as the handshake would tell them. Kernels ignore those that they do not know.
+    /// The transmission flags, as in a handshake. Kernels ignore flags that they do not know.
     pub(super) server_flags: u16,
-    /// What `/sys/block/nbdN/backend` shall say. Kernels before 5.14 ignore it.
+    /// The content of `/sys/block/nbdN/backend`. Kernels before 5.14 ignore it.
     pub(super) identifier: &'a str,
+    /// The seconds after which the kernel gives up a connection that has not answered a request, and sends the request again: 1
+    /// to [`LONGEST_REQUEST_TIMEOUT`]. The timeout must be set. Otherwise the block layer's default of 30 s applies if there is
+    /// more than one connection.
+    pub(super) request_timeout: u64,
+    /// The seconds for which a request waits for a fresh socket if no connection is left. Then it fails.
+    pub(super) dead_connection_timeout: u64,
 }
 
 /// A socket to the kernel's nbd driver.
@@ -59,7 +71,7 @@ pub(super) struct Netlink {
 }
 
 impl Netlink {
-    /// Looks the family up; `None` where the kernel has none of that name, so no nbd driver loaded.
+    /// Looks up the family. Returns `None` if the kernel does not have it, which means that the nbd driver is not loaded.
     pub(super) fn open() -> io::Result<Option<Self>> {
         let socket = NlSocketHandle::connect(NlFamily::Generic, None, Groups::empty()).map_err(socket_error)?;
         match resolve(&socket) {
@@ -69,28 +81,38 @@ impl Netlink {
         }
     }
 
-    /// Makes the sockets' other ends a device, each a hardware queue, and returns the device's index. The kernel keeps
-    /// the sockets open.
+    /// Connects a device to the other ends of the sockets, each as a hardware queue, and returns the device's index. The
+    /// kernel keeps the sockets open.
     ///
     /// # Errors
-    /// What the kernel said: `ResourceBusy` when the device is connected already.
+    /// The kernel's error: `ResourceBusy`, if the device is connected already.
     pub(super) fn connect(&self, connect: &Connect<'_>, sockets: &[BorrowedFd<'_>]) -> io::Result<u32> {
         let replies = self.request(CMD_CONNECT, connect.attributes(sockets)?)?;
-        let reply = replies.first().ok_or_else(|| invalid("CONNECT was answered with nothing"))?;
+        let reply = replies.first().ok_or_else(|| invalid("the kernel sent no reply to CONNECT"))?;
         reply.attrs().get_attr_handle().get_attr_payload_as(ATTR_INDEX).map_err(de_error)
     }
 
-    /// Ends the device's connections, which the server sees as the client's leave. Requests that are under way fail.
-    /// The device's last user still keeps it from being connected anew.
+    /// Disconnects the device. The server sees this as a disconnecting client. Requests in flight fail. The device cannot
+    /// be connected again until its last user closes it.
     ///
     /// # Errors
-    /// What the kernel said. A device that is not connected is no error.
+    /// The kernel's error. It is not an error if the device is not connected.
     pub(super) fn disconnect(&self, index: u32) -> io::Result<()> {
         match self.request(CMD_DISCONNECT, attributes([attribute(ATTR_INDEX, index)?])) {
-            // There is no such device, or nothing to disconnect.
+            // There is no such device, or it is not connected.
             Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => Ok(()),
             result => result.map(drop),
         }
+    }
+
+    /// Gives the kernel `socket` to replace a socket whose connection is dead. The kernel replaces the first dead socket. If no
+    /// connection is dead, the kernel does not keep the socket, and this is not an error.
+    ///
+    /// # Errors
+    /// `InvalidInput`, if the device is no longer connected, or is connected with another identifier. Otherwise the
+    /// kernel's error, such as `OutOfMemory`.
+    pub(super) fn replace_socket(&self, index: u32, identifier: &str, socket: BorrowedFd<'_>) -> io::Result<()> {
+        self.request(CMD_RECONFIGURE, reconfigure_attributes(index, identifier, socket)?).map(drop)
     }
 
     fn request(&self, command: u8, attributes: Attributes) -> io::Result<Vec<Message>> {
@@ -100,26 +122,40 @@ impl Netlink {
 
 impl Connect<'_> {
     fn attributes(&self, sockets: &[BorrowedFd<'_>]) -> io::Result<Attributes> {
-        let mut list = nested(ATTR_SOCKETS)?;
-        for socket in sockets {
-            // A file descriptor is never negative.
-            let socket = attribute(SOCK_FD, socket.as_raw_fd().cast_unsigned())?;
-            let item = nested(SOCK_ITEM)?.nest(&socket).map_err(ser_error)?;
-            list = list.nest(&item).map_err(ser_error)?;
-        }
         let index = self.index.map(|index| attribute(ATTR_INDEX, index)).transpose()?;
         let rest = [
             attribute(ATTR_SIZE_BYTES, self.size)?,
             attribute(ATTR_BLOCK_SIZE_BYTES, self.block_size)?,
             attribute(ATTR_SERVER_FLAGS, u64::from(self.server_flags))?,
+            attribute(ATTR_TIMEOUT, self.request_timeout)?,
+            attribute(ATTR_DEAD_CONN_TIMEOUT, self.dead_connection_timeout)?,
             attribute(ATTR_BACKEND_IDENTIFIER, self.identifier)?,
-            list,
+            socket_list(sockets)?,
         ];
         Ok(attributes(index.into_iter().chain(rest)))
     }
 }
 
-/// The number that the kernel gave the family `nbd` when its driver was loaded.
+fn reconfigure_attributes(index: u32, identifier: &str, socket: BorrowedFd<'_>) -> io::Result<Attributes> {
+    Ok(attributes([
+        attribute(ATTR_INDEX, index)?,
+        attribute(ATTR_BACKEND_IDENTIFIER, identifier)?,
+        socket_list(&[socket])?,
+    ]))
+}
+
+fn socket_list(sockets: &[BorrowedFd<'_>]) -> io::Result<Nlattr<u16, Buffer>> {
+    let mut list = nested(ATTR_SOCKETS)?;
+    for socket in sockets {
+        // A file descriptor is never negative.
+        let socket = attribute(SOCK_FD, socket.as_raw_fd().cast_unsigned())?;
+        let item = nested(SOCK_ITEM)?.nest(&socket).map_err(ser_error)?;
+        list = list.nest(&item).map_err(ser_error)?;
+    }
+    Ok(list)
+}
+
+/// Returns the number that the kernel gave the family `nbd` when the driver was loaded.
 fn resolve(socket: &NlSocketHandle) -> io::Result<u16> {
     let name = attribute(u16::from(CtrlAttr::FamilyName), FAMILY_NAME)?;
     let command = u8::from(CtrlCmd::Getfamily);
@@ -128,8 +164,8 @@ fn resolve(socket: &NlSocketHandle) -> io::Result<u16> {
     reply.attrs().get_attr_handle().get_attr_payload_as(u16::from(CtrlAttr::FamilyId)).map_err(de_error)
 }
 
-/// Sends a request and receives until it is acknowledged. The kernel answers before it returns from the sending, so
-/// this waits for nothing but the command itself.
+/// Sends a request and receives replies until it is acknowledged. The kernel replies before the send returns, so this
+/// waits only for the command itself.
 fn exchange(
     socket: &NlSocketHandle,
     family: u16,
@@ -191,7 +227,7 @@ fn de_error(error: DeError) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
-/// The system's own error, where there is one beneath.
+/// Returns the operating system's error, if there is one inside.
 fn socket_error(error: SocketError) -> io::Error {
     match error {
         SocketError::Io(error) => {
@@ -208,7 +244,7 @@ mod tests {
 
     use super::*;
 
-    /// An attribute as `struct nlattr` lays it out: length, type, payload, padded to four bytes.
+    /// Encodes an attribute as `struct nlattr`: length, type and payload, padded to four bytes.
     fn wire(kind: u16, payload: &[u8]) -> Vec<u8> {
         let len = u16::try_from(4 + payload.len()).unwrap();
         let mut bytes = [len.to_ne_bytes(), kind.to_ne_bytes()].concat();
@@ -227,8 +263,15 @@ mod tests {
     fn connect_is_laid_out_as_the_kernel_reads_it() {
         const NESTED: u16 = 1 << 15;
         let (one, two) = std::os::unix::net::UnixStream::pair().unwrap();
-        let connect =
-            Connect { index: Some(3), size: 1 << 33, block_size: 4096, server_flags: 0x12d, identifier: "ab" };
+        let connect = Connect {
+            index: Some(3),
+            size: 1 << 33,
+            block_size: 4096,
+            server_flags: 0x12d,
+            identifier: "ab",
+            request_timeout: 90,
+            dead_connection_timeout: 60,
+        };
         let item = |socket: &std::os::unix::net::UnixStream| {
             wire(SOCK_ITEM | NESTED, &wire(SOCK_FD, &socket.as_raw_fd().to_ne_bytes()))
         };
@@ -237,6 +280,8 @@ mod tests {
             wire(ATTR_SIZE_BYTES, &(1u64 << 33).to_ne_bytes()),
             wire(ATTR_BLOCK_SIZE_BYTES, &4096u64.to_ne_bytes()),
             wire(ATTR_SERVER_FLAGS, &0x12du64.to_ne_bytes()),
+            wire(4, &90u64.to_ne_bytes()),
+            wire(8, &60u64.to_ne_bytes()),
             wire(ATTR_BACKEND_IDENTIFIER, b"ab\0"),
             wire(ATTR_SOCKETS | NESTED, &[item(&one), item(&two)].concat()),
         ];
@@ -244,14 +289,41 @@ mod tests {
     }
 
     #[test]
-    fn the_first_free_device_is_asked_for_by_naming_none() {
-        let connect = Connect { index: None, size: 512, block_size: 512, server_flags: 1, identifier: "" };
+    fn a_fresh_socket_is_sent_with_the_devices_identifier() {
+        const NESTED: u16 = 1 << 15;
+        let (one, _two) = std::os::unix::net::UnixStream::pair().unwrap();
+        let socket = wire(SOCK_ITEM | NESTED, &wire(SOCK_FD, &one.as_raw_fd().to_ne_bytes()));
+        let expected = [
+            wire(ATTR_INDEX, &3u32.to_ne_bytes()),
+            wire(ATTR_BACKEND_IDENTIFIER, b"ab\0"),
+            wire(ATTR_SOCKETS | NESTED, &socket),
+        ];
+        assert_eq!(encoded(&reconfigure_attributes(3, "ab", one.as_fd()).unwrap()), expected.concat());
+    }
+
+    #[test]
+    fn the_longest_timeout_fits_the_kernels_integers() {
+        const { assert!(LONGEST_REQUEST_TIMEOUT * 1000 <= i32::MAX as u64) };
+        const { assert!(LONGEST_REQUEST_TIMEOUT > 24 * 24 * 3600) };
+    }
+
+    #[test]
+    fn without_an_index_the_first_free_device_is_requested() {
+        let connect = Connect {
+            index: None,
+            size: 512,
+            block_size: 512,
+            server_flags: 1,
+            identifier: "",
+            request_timeout: 1,
+            dead_connection_timeout: 1,
+        };
         let bytes = encoded(&connect.attributes(&[]).unwrap());
         assert!(bytes.starts_with(&wire(ATTR_SIZE_BYTES, &512u64.to_ne_bytes())));
     }
 
     #[test]
-    fn a_family_that_is_not_there_is_none_and_one_that_is_has_a_number() {
+    fn an_unknown_family_is_not_found_and_a_known_one_is() {
         let socket = NlSocketHandle::connect(NlFamily::Generic, None, Groups::empty()).unwrap();
         let ask = |name: &str| {
             let name = attribute(u16::from(CtrlAttr::FamilyName), name).unwrap();

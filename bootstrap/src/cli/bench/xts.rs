@@ -1,11 +1,10 @@
-//! `nbdcrypt bench xts`: AES-256-XTS on this machine, on every path that its CPU has.
+//! `nbdcrypt bench xts`: measures AES-256-XTS on every path that this machine's CPU has.
 //!
-//! Each row is measured in short turns: AES rounds on registers, memcpy, encryption, decryption, and again; so that what
-//! disturbs one disturbs the others too. Figures are medians, in 10⁹ bytes a second.
+//! Each row is measured in short turns: AES rounds on registers, memcpy, encryption, decryption, and then again. So a
+//! disturbance affects all four alike. Figures are medians, in 10⁹ bytes a second.
 
 use std::fmt::Write;
 use std::hint::black_box;
-use std::num::NonZero;
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,11 +16,12 @@ use engine::sector::{Lba512, SectorSize};
 use engine::xts::{CpuPath, Xts};
 use serde::Serialize;
 
-use super::super::tell;
+use crate::bench::{machine, statistics};
+use crate::cli::tell;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// As JSON.
+    /// Print the results as JSON.
     #[arg(long)]
     json: bool,
     /// Seconds for each path, sector size, buffer and number of threads.
@@ -31,11 +31,12 @@ pub(super) struct Args {
 
 const SECTORS: [SectorSize; 2] = [SectorSize::B512, SectorSize::B4096];
 const BUFFERS: [usize; 4] = [4 << 10, 64 << 10, 1 << 20, 64 << 20];
-/// The buffer whose rate stands for the path beside its limit: larger than a request's overhead, within the cache.
+/// The buffer size at which a path is compared with its limit. It is large enough to hide the overhead of a request,
+/// and fits into the cache.
 const TYPICAL: usize = 64 << 10;
-/// How long one turn takes at least, about; then nothing in it is lost in the clock's own noise.
+/// The approximate minimum length of one turn. It is long enough that the clock's noise does not matter.
 const TURN: Duration = Duration::from_micros(500);
-/// Turns for a median, where one takes longer than its share.
+/// The fewest turns for a median, if turns take longer than the budget allows.
 const FEWEST_ROUNDS: usize = 5;
 
 pub(super) fn run(args: Args) -> Result<()> {
@@ -78,9 +79,9 @@ pub(super) fn run(args: Args) -> Result<()> {
         return tell(format_args!("{}\n", serde_json::to_string_pretty(&Report { machine, rows })?));
     }
     tell(
-        "\nThe limit is AES rounds on registers of the path's width alone, no memory and no tweaks (for the portable path,\n\
-         of the widest registers). Its share is that of encryption in 64 KiB. memcpy copies one half of the buffer to the\n\
-         other.\n",
+        "\nThe limit is the rate of AES rounds on registers, without memory and tweaks. The registers are those of the path\n\
+         (for the portable path, the widest ones). The share is the rate of encryption in 64 KiB, divided by the limit.\n\
+         memcpy copies one half of the buffer to the other.\n",
     )
 }
 
@@ -99,7 +100,7 @@ struct Machine {
     version: &'static str,
 }
 
-/// One figure, in GB/s (10⁹ bytes a second), `threads` threads together.
+/// One figure in GB/s (10⁹ bytes a second), of `threads` threads together.
 #[derive(Serialize)]
 struct Row {
     path: &'static str,
@@ -114,12 +115,11 @@ struct Row {
 
 impl Machine {
     fn this() -> Self {
-        let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+        let machine = machine::Machine::with(&[]);
         Self {
-            cpu: name.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned()),
+            cpu: machine.cpu,
             arch: std::env::consts::ARCH,
-            cores: thread::available_parallelism().map_or(1, NonZero::get),
+            cores: machine.cores,
             best_path: CpuPath::best().name(),
             version: env!("CARGO_PKG_VERSION"),
         }
@@ -134,7 +134,7 @@ struct Case {
     budget: Duration,
 }
 
-/// Medians, in GB/s.
+/// Median rates in GB/s.
 #[derive(Clone, Copy)]
 struct Rates {
     limit: f64,
@@ -143,28 +143,25 @@ struct Rates {
     decrypt: f64,
 }
 
-/// The things that take turns.
+/// The number of operations that take turns.
 const TURNS: usize = 4;
 
 fn measure(case: &Case) -> Rates {
-    // All threads do the same turn at the same time.
+    // All threads take the same turn at the same time.
     let barrier = Barrier::new(case.threads);
     let series: Vec<Vec<[f64; TURNS]>> = thread::scope(|scope| {
         let workers: Vec<_> = (0..case.threads).map(|_| scope.spawn(|| turns(case, &barrier))).collect();
         workers.into_iter().map(|worker| worker.join().unwrap_or_default()).collect()
     });
-    // A thread that found the time used up later than the others has done a round more; it counts with nobody.
+    // The rounds that all threads have done.
     let rounds = series.iter().map(Vec::len).min().unwrap_or(0);
     let median = |turn: usize| {
-        let mut sums: Vec<f64> =
-            (0..rounds).map(|round| series.iter().map(|thread| thread[round][turn]).sum()).collect();
-        sums.sort_by(f64::total_cmp);
-        sums.get(rounds / 2).copied().unwrap_or(f64::NAN)
+        statistics::median((0..rounds).map(|round| series.iter().map(|thread| thread[round][turn]).sum()))
     };
     Rates { limit: median(0), memcpy: median(1), encrypt: median(2), decrypt: median(3) }
 }
 
-/// What one thread measures: the rate of each turn, round by round.
+/// Returns what one thread measures: the rate of each turn in every round.
 fn turns(case: &Case, barrier: &Barrier) -> Vec<[f64; TURNS]> {
     let xts = a_key().and_then(|key| Xts::with_path(&key, case.path).ok());
     let limit = if case.path == CpuPath::Portable { CpuPath::best() } else { case.path };
@@ -182,14 +179,15 @@ fn turns(case: &Case, barrier: &Barrier) -> Vec<[f64; TURNS]> {
     };
     let bytes = [TYPICAL, case.buffer / 2, case.buffer, case.buffer];
 
-    // How many calls make a turn; this warms up, too.
+    // Finds how many calls make a turn. This also warms up the CPU and its caches.
     let calls = [0, 1, 2, 3].map(|turn| {
         let started = Instant::now();
         call(turn);
         let once = started.elapsed().max(Duration::from_nanos(20));
         u32::try_from(TURN.as_nanos() / once.as_nanos()).unwrap_or(u32::MAX).max(1)
     });
-    // The number of rounds, not a clock, ends it: all threads must come to the barrier equally often.
+    // The number of rounds is fixed in advance, and no clock ends the loop, since all threads must reach the barrier
+    // equally often.
     let turn = TURN.max(Duration::from_secs_f64(1e-10 * bytes[2] as f64));
     let rounds = usize::try_from(case.budget.as_micros() / (4 * turn.as_micros())).unwrap_or(usize::MAX);
     (0..rounds.max(FEWEST_ROUNDS))
@@ -206,7 +204,7 @@ fn turns(case: &Case, barrier: &Barrier) -> Vec<[f64; TURNS]> {
         .collect()
 }
 
-/// Any key: 64 bytes that nothing depends on.
+/// Returns any valid key. The results do not depend on it.
 fn a_key() -> Option<VolumeKey> {
     VolumeKey::new((0..=255).take(VolumeKey::AES_256).collect()).ok()
 }
@@ -217,8 +215,14 @@ fn rounded(rate: f64) -> f64 {
 
 fn heading(machine: &Machine) -> String {
     let Machine { cpu, cores, version, best_path, .. } = machine;
-    let caveat = if cfg!(debug_assertions) { " (a debug build: build with --release to measure)" } else { "" };
-    format!("AES-256-XTS, GB/s, nbdcrypt {version}{caveat}\n{cpu}, {cores} cores; `{best_path}` is used\n")
+    let caveat = if cfg!(debug_assertions) {
+        " (a debug build, which is slow: measure a build made with --release)"
+    } else {
+        ""
+    };
+    format!(
+        "AES-256-XTS, GB/s, nbdcrypt {version}{caveat}\n{cpu}, {cores} cores; nbdcrypt uses the path `{best_path}`\n"
+    )
 }
 
 fn table_head(threads: usize) -> String {
@@ -247,7 +251,7 @@ fn table_line(path: CpuPath, sector_size: SectorSize, cells: &[(usize, Rates)]) 
     line + "\n"
 }
 
-/// Ten cells, filled from the left.
+/// Draws a bar of ten cells, filled from the left.
 fn bar(share: f64) -> String {
     (0..10).map(|cell| if share * 10.0 > f64::from(cell) + 0.5 { '█' } else { '░' }).collect()
 }

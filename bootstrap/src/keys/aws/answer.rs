@@ -1,4 +1,4 @@
-//! From what the SDK reports to what it means: network, service, or neither.
+//! Interprets errors of the SDK: whether the network failed, the service refused, or something else went wrong.
 
 use std::error::Error;
 use std::{io, iter};
@@ -6,65 +6,176 @@ use std::{io, iter};
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 
-use super::error::{AwsKeyError, Service};
+use super::credentials::Kind;
+use super::error::{At, AwsError, Service};
+use super::retry::Course;
 
-/// A service's "no".
+/// An error response of a service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Answer {
     /// The HTTP status.
     pub(super) status: u16,
-    /// The error's code; the status where the answer has none, as S3's to HEAD has none.
+    /// The error's code, or the HTTP status if there is none, as in S3's responses to HEAD.
     pub(super) code: String,
     pub(super) message: String,
-    /// Where S3 says a bucket is.
+    /// The region in which S3 says the bucket is.
     pub(super) bucket_region: Option<String>,
 }
 
-/// Either the service's answer, or what went wrong before there was one.
+/// Returns the service's error response, or an error if there was no response.
 pub(super) fn answer<E>(
     error: &SdkError<E, HttpResponse>,
     service: Service,
     endpoint: String,
-) -> Result<Answer, AwsKeyError>
+) -> Result<Answer, AwsError>
 where
     E: ProvideErrorMetadata + Error + 'static,
 {
+    let strange = |response: &HttpResponse| match is_cut(error, response) {
+        true => Err(cut(service, endpoint.clone())),
+        // This is not the protocol but a page from a proxy or another program. It is not quoted, since it may contain
+        // anything.
+        false => Ok(with_response(None, Some(&format!("the answer is not in the format of {service}")), response)),
+    };
     match error {
+        // The SDK also reports a successful response that it cannot parse this way.
+        SdkError::ServiceError(success) if success.raw().status().is_success() => strange(success.raw()),
         SdkError::ServiceError(refusal) => {
             Ok(with_response(refusal.err().code(), refusal.err().message(), refusal.raw()))
         }
-        // Not the protocol: a proxy's page, or another program's.
-        SdkError::ResponseError(strange) => {
-            Ok(with_response(None, Some(&format!("the answer makes no sense: {}", causes(error))), strange.raw()))
-        }
+        SdkError::ResponseError(response) => strange(response.raw()),
         SdkError::ConstructionFailure(_) => {
-            Err(AwsKeyError::Refused { service, code: "the request cannot be made".to_owned(), message: causes(error) })
+            let why = format!("the request to {service} could not be made: {}", causes(error));
+            Err(AwsError::Runtime(io::Error::other(why)))
         }
-        _ if is_untrusted(error) => Err(AwsKeyError::Untrusted { service, endpoint, detail: causes(error) }),
-        _ => Err(AwsKeyError::Unreachable { service, endpoint, detail: causes(error) }),
+        _ if is_untrusted(error) => {
+            let detail = causes(error);
+            // If the clock is before the certificate's period or years after it, NTP will soon correct it.
+            let passes = ["NotValidYet", "not valid yet", "Expired", "expired"].iter().any(|why| detail.contains(why));
+            Err(AwsError::Untrusted { service, endpoint, detail, passes })
+        }
+        _ => Err(AwsError::unreachable(service, endpoint, causes(error))),
     }
 }
 
-/// What both services say in the same way; `None` leaves the answer to the one that was asked.
-pub(super) fn common(service: Service, answer: &Answer) -> Option<AwsKeyError> {
-    let Answer { status, code, message, .. } = answer;
-    let (code, message) = (code.clone(), message.clone());
-    match code.as_str() {
-        // S3 API Reference, "Error responses"; KMS API Reference, "Common Errors" and those of Encrypt and Decrypt.
-        "SlowDown" | "RequestTimeout" | "InternalError" | "ServiceUnavailable" | "ThrottlingException" | "Throttling"
-        | "RequestLimitExceeded" | "LimitExceededException" | "KMSInternalException" | "KMSInternal"
-        | "KeyUnavailableException" | "DependencyTimeoutException" | "DependencyTimeout" | "InternalFailure"
-        | "ConditionalRequestConflict" | "OperationAborted"
-        // The SDK has seen AWS's clock now, and signs the next request by it.
-        | "RequestTimeTooSkewed" | "RequestExpired" => Some(AwsKeyError::Busy { service, code, message }),
-        "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "InvalidToken" | "ExpiredToken" | "TokenRefreshRequired"
-        | "UnrecognizedClientException" | "InvalidClientTokenId" | "ExpiredTokenException"
-        | "InvalidSignatureException" | "IncompleteSignature" | "MissingAuthenticationToken"
-        | "MissingAuthenticationTokenException" | "AuthFailure" | "OptInRequired" | "NotSignedUp" => {
-            Some(AwsKeyError::BadCredentials { service, code, message })
+/// Returns the error for a response that ended too early.
+pub(super) fn cut(service: Service, endpoint: String) -> AwsError {
+    AwsError::unreachable(service, endpoint, "its answer was cut off".to_owned())
+}
+
+/// Returns whether the body ended too early: the connection broke, or the body is only the start of a JSON object.
+fn is_cut(error: &(dyn Error + 'static), response: &HttpResponse) -> bool {
+    match response.body().bytes() {
+        // The body is still a stream, so reading it failed.
+        None => true,
+        Some(body) => {
+            let text = body.trim_ascii_start();
+            is_io(error) || text.is_empty() || (text.starts_with(b"{") && !text.trim_ascii_end().ends_with(b"}"))
         }
-        _ if *status >= 500 || *status == 429 => Some(AwsKeyError::Busy { service, code, message }),
-        _ => None,
+    }
+}
+
+/// Returns what to do about an error response, with the reason for each (S3 API Reference, "Error responses"; KMS API
+/// Reference, "Common Errors" and the errors of Encrypt and Decrypt; STS API Reference, "Common Errors").
+pub(super) fn course(answer: &Answer, credentials: Kind) -> Course {
+    match answer.code.as_str() {
+        // Too many requests at once, for example while a fleet boots.
+        "SlowDown"
+        | "ThrottlingException"
+        | "Throttling"
+        | "ThrottledException"
+        | "RequestLimitExceeded"
+        | "RequestThrottled"
+        | "RequestThrottledException"
+        | "TooManyRequestsException"
+        | "BandwidthLimitExceeded"
+        | "LimitExceededException"
+        | "PriorRequestNotComplete" => Course::Again,
+        // A failure on AWS's side.
+        "InternalError"
+        | "InternalFailure"
+        | "InternalServerError"
+        | "InternalServiceError"
+        | "ServiceUnavailable"
+        | "KMSInternalException"
+        | "KMSInternal"
+        | "KeyUnavailableException"
+        | "KeyUnavailable"
+        | "DependencyTimeoutException"
+        | "DependencyTimeout"
+        | "RequestTimeout"
+        | "RequestTimeoutException"
+        | "IDPCommunicationError" => Course::Again,
+        // Another write to the same object is in progress.
+        "ConditionalRequestConflict" | "OperationAborted" => Course::Again,
+        // This machine's clock is wrong. The SDK now knows AWS's time, and signs the next request with it.
+        "RequestTimeTooSkewed" | "RequestInTheFuture" => Course::Again,
+        "InvalidSignatureException" | "SignatureDoesNotMatch" | "AuthFailure" if is_about_time(&answer.message) => {
+            Course::Again
+        }
+        // The credentials were valid once. A role gets new credentials. A user may be renewing the credentials in the
+        // environment, or may have forgotten to do so.
+        "ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired" | "RequestExpired" => match credentials {
+            Kind::Renewable => Course::Renew,
+            Kind::Fixed | Kind::LongTerm => Course::Briefly,
+        },
+        // New credentials of a role are not known everywhere at once. An unknown key of a user is wrong.
+        "InvalidClientTokenId"
+        | "InvalidClientTokenIdException"
+        | "UnrecognizedClientException"
+        | "InvalidAccessKeyId"
+        | "InvalidToken"
+        | "InvalidIdentityToken"
+        | "InvalidIdentityTokenException" => match credentials {
+            Kind::Renewable => Course::Renew,
+            Kind::Fixed => Course::Briefly,
+            Kind::LongTerm => Course::Final,
+        },
+        // A role's new policies are not known everywhere at once. An explicit deny does not go away.
+        "AccessDenied" | "AccessDeniedException" | "UnauthorizedAccess" => match credentials {
+            _ if answer.message.contains("explicit deny") => Course::Final,
+            Kind::Renewable | Kind::Fixed => Course::Briefly,
+            Kind::LongTerm => Course::Final,
+        },
+        // These are the same errors without a code, as in S3's responses to HEAD.
+        "HTTP status 403" if credentials != Kind::LongTerm => Course::Briefly,
+        _ if answer.status >= 500 || matches!(answer.status, 408 | 429) => Course::Again,
+        // All other errors are permanent: a disabled key, a missing object, a wrong encryption context.
+        _ => Course::Final,
+    }
+}
+
+/// Returns whether a signature was refused because of the clock: `Signature expired: 20260101T000000Z is now earlier than
+/// ...`, `Signature not yet current: ...`.
+fn is_about_time(message: &str) -> bool {
+    let message = message.to_ascii_lowercase();
+    ["signature expired", "not yet current", "request has expired", "clock"].iter().any(|word| message.contains(word))
+}
+
+/// Returns the error for a response whose meaning is the same for all services, or `None` if it depends on the service.
+pub(super) fn common(at: At, answer: &Answer, credentials: Kind) -> Option<AwsError> {
+    let Answer { code, message, .. } = answer;
+    let (code, message) = (code.clone(), message.clone());
+    match (course(answer, credentials), code.as_str()) {
+        (_, "AccessDenied" | "AccessDeniedException" | "HTTP status 403") => None,
+        (Course::Again, _) => Some(AwsError::Busy { at, code, message }),
+        (course @ (Course::Renew | Course::Briefly), _) => Some(AwsError::BadCredentials { at, code, message, course }),
+        (
+            Course::Final,
+            "InvalidAccessKeyId"
+            | "SignatureDoesNotMatch"
+            | "InvalidToken"
+            | "UnrecognizedClientException"
+            | "InvalidClientTokenId"
+            | "InvalidSignatureException"
+            | "IncompleteSignature"
+            | "MissingAuthenticationToken"
+            | "MissingAuthenticationTokenException"
+            | "AuthFailure"
+            | "OptInRequired"
+            | "NotSignedUp",
+        ) => Some(AwsError::BadCredentials { at, code, message, course: Course::Final }),
+        (Course::Final, _) => None,
     }
 }
 
@@ -78,7 +189,7 @@ fn with_response(code: Option<&str>, message: Option<&str>, response: &HttpRespo
     }
 }
 
-/// An error and what caused it, each said once.
+/// Returns the texts of an error and of its causes, without repetitions.
 pub(super) fn causes(error: &(dyn Error + 'static)) -> String {
     chain(error).skip(1).fold(error.to_string(), |text, cause| {
         let said = cause.to_string();
@@ -86,18 +197,18 @@ pub(super) fn causes(error: &(dyn Error + 'static)) -> String {
     })
 }
 
-/// Whether the network is to blame: something in the chain of causes is an I/O error, or a timeout.
+/// Returns whether the network failed: one of the causes is an I/O error or a timeout.
 pub(super) fn is_io(error: &(dyn Error + 'static)) -> bool {
     chain(error).any(|cause| cause.is::<io::Error>() || cause.to_string().contains("timeout"))
 }
 
-/// The error, its cause, the cause's cause, and so on.
-fn chain<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+/// Returns the error, its cause, the cause's cause, and so on.
+pub(super) fn chain<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     iter::successors(Some(error), |cause| (*cause).source())
 }
 
-/// Whether TLS failed for reasons of its own, such as a certificate, and not because the connection broke meanwhile. The
-/// SDK knows, but keeps the type to itself: what can be seen of it is its text, and the I/O errors beneath.
+/// Returns whether TLS failed for its own reasons, such as a certificate, and not because the connection broke. The SDK's
+/// error type is private, so this looks at its text and at the I/O errors below it.
 fn is_untrusted(error: &(dyn Error + 'static)) -> bool {
     let broken = chain(error).filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|error| {
         use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, TimedOut, UnexpectedEof};
@@ -110,30 +221,65 @@ fn is_untrusted(error: &(dyn Error + 'static)) -> bool {
 mod tests {
     use super::*;
 
-    fn coded(status: u16, code: &str) -> Answer {
-        Answer { status, code: code.to_owned(), message: "m".to_owned(), bucket_region: None }
+    const SKEWED: &str = "Signature expired: 20260101T000000Z is now earlier than 20260101T001000Z";
+
+    /// Each line has the status, code and message of a response, and what to do about it for each kind of credentials.
+    #[test]
+    fn every_answer_has_its_course() {
+        use Course::{Again, Briefly, Final, Renew};
+        let table: &[(u16, &str, &str, [Course; 3])] = &[
+            (503, "SlowDown", "m", [Again; 3]),
+            (500, "InternalError", "m", [Again; 3]),
+            (400, "ThrottlingException", "m", [Again; 3]),
+            (400, "KeyUnavailableException", "m", [Again; 3]),
+            (500, "KMSInternalException", "m", [Again; 3]),
+            (502, "HTTP status 502", "m", [Again; 3]),
+            (429, "TooManyRequests", "m", [Again; 3]),
+            (409, "ConditionalRequestConflict", "m", [Again; 3]),
+            (403, "RequestTimeTooSkewed", "m", [Again; 3]),
+            (400, "InvalidSignatureException", SKEWED, [Again; 3]),
+            (400, "InvalidSignatureException", "Signature not yet current: x", [Again; 3]),
+            (400, "InvalidSignatureException", "The signature does not match", [Final; 3]),
+            (403, "SignatureDoesNotMatch", "m", [Final; 3]),
+            (400, "ExpiredToken", "m", [Renew, Briefly, Briefly]),
+            (400, "ExpiredTokenException", "m", [Renew, Briefly, Briefly]),
+            (400, "RequestExpired", "m", [Renew, Briefly, Briefly]),
+            (403, "InvalidClientTokenId", "m", [Renew, Briefly, Final]),
+            (400, "UnrecognizedClientException", "m", [Renew, Briefly, Final]),
+            (403, "InvalidAccessKeyId", "m", [Renew, Briefly, Final]),
+            (403, "AccessDenied", "m", [Briefly, Briefly, Final]),
+            (400, "AccessDeniedException", "no identity-based policy allows it", [Briefly, Briefly, Final]),
+            (400, "AccessDeniedException", "with an explicit deny in a policy", [Final; 3]),
+            (403, "HTTP status 403", "m", [Briefly, Briefly, Final]),
+            (400, "InvalidCiphertextException", "", [Final; 3]),
+            (400, "IncorrectKeyException", "m", [Final; 3]),
+            (400, "DisabledException", "m", [Final; 3]),
+            (400, "NotFoundException", "m", [Final; 3]),
+            (404, "NoSuchKey", "m", [Final; 3]),
+            (404, "NoSuchBucket", "m", [Final; 3]),
+            (412, "PreconditionFailed", "m", [Final; 3]),
+            (400, "ValidationException", "m", [Final; 3]),
+        ];
+        for (status, code, message, expected) in table {
+            let answer = Answer {
+                status: *status,
+                code: (*code).to_owned(),
+                message: (*message).to_owned(),
+                bucket_region: None,
+            };
+            for (kind, expected) in [Kind::Renewable, Kind::Fixed, Kind::LongTerm].into_iter().zip(expected) {
+                assert_eq!(course(&answer, kind), *expected, "{code} {message} with {kind:?}");
+            }
+        }
     }
 
     #[test]
-    fn a_busy_service_is_asked_again_and_a_refusing_one_is_not() {
-        for (status, code) in [
-            (503, "SlowDown"),
-            (500, "InternalError"),
-            (400, "ThrottlingException"),
-            (400, "KeyUnavailableException"),
-            (500, "KMSInternalException"),
-            (502, "HTTP status 502"),
-            (429, "TooManyRequests"),
-            (403, "RequestTimeTooSkewed"),
-        ] {
-            assert!(common(Service::Kms, &coded(status, code)).unwrap().is_transient(), "{code}");
-        }
-        for (status, code) in [(403, "InvalidAccessKeyId"), (400, "ExpiredTokenException")] {
-            let error = common(Service::S3, &coded(status, code)).unwrap();
-            assert!(!error.is_transient() && error.to_string().contains("credentials"), "{error}");
-        }
-        for (status, code) in [(403, "AccessDenied"), (404, "NoSuchKey"), (400, "DisabledException")] {
-            assert_eq!(common(Service::S3, &coded(status, code)).map(|error| error.to_string()), None);
+    fn refused_credentials_are_reported_with_the_region() {
+        let at = At { service: Service::Kms, region: "eu-west-1".to_owned() };
+        for code in ["InvalidAccessKeyId", "ExpiredTokenException", "SignatureDoesNotMatch"] {
+            let answer = Answer { status: 403, code: code.to_owned(), message: "m".to_owned(), bucket_region: None };
+            let error = common(at.clone(), &answer, Kind::LongTerm).unwrap().to_string();
+            assert!(error.contains("KMS in eu-west-1 refuses the credentials") && error.contains(code), "{error}");
         }
     }
 }

@@ -1,170 +1,208 @@
-//! What AWS can say no to, in words that say what to do.
+//! The errors of AWS, with advice on what to do.
 
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::config::{S3Object, SecretPlace};
+use super::http;
+use super::region::partition;
+use super::retry::Course;
+use crate::config::{S3Object, SecretLocation};
 
-/// The most bytes that KMS takes as a ciphertext (KMS API Reference, `Decrypt`, `CiphertextBlob`: "Maximum length of
-/// 6144").
+/// The maximum length of a KMS ciphertext in bytes (KMS API Reference, `Decrypt`, `CiphertextBlob`: "Maximum length of 6144").
 pub const MAX_CIPHERTEXT: usize = 6144;
 
-/// Why there is no secret from AWS, or why none was put there. `object` and `bucket` name what was asked for,
-/// `message` is what AWS said.
+/// Why a secret could not be fetched from AWS or stored in AWS. `object` and `bucket` name what was requested; `message` is
+/// AWS's text.
 #[derive(Debug, thiserror::Error)]
-pub enum AwsKeyError {
-    /// No thread or no event loop could be made for the call.
-    #[error("no runtime for talking to AWS: {0}")]
+pub(super) enum AwsError {
+    /// The thread or event loop for the call could not be made.
+    #[error("could not start the runtime that talks to AWS: {0}")]
     Runtime(io::Error),
-    /// Neither the configuration, nor the environment, nor the profile, nor the instance names a region.
+    /// Neither the configuration, the environment, the profile nor the instance names a region.
     #[error(
         "no AWS region is configured: write `region = \"...\"` under [key], set AWS_REGION, or give the profile a region"
     )]
     NoRegion {
-        /// Whether the instance's metadata service may yet tell.
+        /// Whether the instance's metadata service may still name one later.
         transient: bool,
     },
-    /// The whole chain has no credentials. `tried` has a line for each link.
+    /// No source has credentials.
     #[error(
-        "no AWS credentials were found{}; give this instance a role (an instance profile), or set AWS_PROFILE or \
-         AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. {tried}",
-        profile.as_ref().map(|name| format!(", nor has a profile `{name}` any")).unwrap_or_default()
+        "no AWS credentials were found: {tried}. Give this instance a role (an instance profile), or set AWS_PROFILE or \
+         AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     )]
     NoCredentials {
-        /// What the SDK's chain says of each source.
+        /// The result of each source.
         tried: String,
-        /// The profile that is asked for by name, if any.
-        profile: Option<String>,
-        /// Whether the instance's metadata service may yet have some.
+        /// Whether the instance's metadata service may still provide some later.
         transient: bool,
     },
-    /// A source of credentials is configured and failed: an expired SSO session, a role that may not be assumed, a
-    /// profile that is not there.
-    #[error("AWS credentials could not be had: {detail}{}", sso_hint(detail))]
+    /// A source of credentials is configured and failed: an expired SSO session, a role that cannot be assumed, a missing
+    /// profile.
+    #[error("{from} gives no AWS credentials: {detail}. It is configured, so no other source is tried")]
     Credentials {
-        /// What the SDK says, causes and all.
+        /// The source.
+        from: String,
+        /// What failed.
         detail: String,
-        /// Whether the network is to blame.
-        transient: bool,
+        /// Whether to retry.
+        course: Course,
+    },
+    /// A profile is missing, or the configuration files are inconsistent.
+    #[error("{0}")]
+    Profile(String),
+    /// The configured certificate authorities cannot be read.
+    #[error(
+        "the certificate authorities in {} cannot be used: {why}; correct AWS_CA_BUNDLE, or `ca_bundle` in the profile",
+        path.display()
+    )]
+    CaBundle {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
     },
     /// No connection, no name resolution, or no answer in time.
-    #[error("{service} at {endpoint} cannot be reached: {detail}; is the network up, and the endpoint the right one?")]
+    #[error(
+        "{service} at {endpoint} cannot be reached: {detail}; is the network up, and is this the right endpoint{}?",
+        proxy.map(|variable| format!(", and does the proxy of {variable} let it pass")).unwrap_or_default()
+    )]
     Unreachable {
-        /// Which service.
+        /// The service.
         service: Service,
         /// Scheme, host and port.
         endpoint: String,
-        /// What the system said.
+        /// What failed.
         detail: String,
+        /// The variable that names a proxy, if there is one.
+        proxy: Option<&'static str>,
     },
-    /// Someone answered, but does not prove to be AWS.
+    /// A server answered, but could not prove that it belongs to AWS.
     #[error(
-        "{service} at {endpoint} cannot be trusted: {detail}; is the endpoint the right one, does it speak TLS, is this \
-         machine's clock right, are the distribution's ca-certificates installed? A certificate authority of one's own \
-         is named in SSL_CERT_FILE"
+        "{service} at {endpoint} cannot be trusted: {detail}; is this the right endpoint, does it speak TLS, is this \
+         machine's clock right, are the distribution's ca-certificates installed? Name your own certificate \
+         authority in AWS_CA_BUNDLE"
     )]
     Untrusted {
-        /// Which service.
+        /// The service.
         service: Service,
         /// Scheme, host and port.
         endpoint: String,
-        /// What TLS said.
+        /// The error of TLS.
         detail: String,
+        /// Whether the error may go away without a change, because this machine's clock is not set yet.
+        passes: bool,
     },
-    /// Throttled, or failing on AWS's side.
-    #[error("{service} is busy or failing ({code}): {message}")]
+    /// The service throttles requests, or failed.
+    #[error("{at} is busy or failing ({code}): {message}")]
     Busy {
-        /// Which service.
-        service: Service,
+        /// The service and region.
+        at: At,
         /// The error's code or HTTP status.
         code: String,
-        /// What AWS said.
+        /// AWS's message.
         message: String,
     },
-    /// Tried again until the configured time was over.
+    /// The error lasted until the configured time was over.
     #[error("{last} (tried {attempts} times in {} s)", .after.as_secs())]
     GaveUp {
-        /// What the last attempt met.
+        /// The error of the last attempt.
         last: Box<Self>,
-        /// How many there were.
+        /// The number of attempts.
         attempts: u32,
-        /// From the first attempt to the last one's end.
+        /// The time from the first attempt to the end of the last one.
         after: Duration,
     },
-    /// AWS does not know the credentials, or no longer.
+    /// AWS does not accept the credentials, or no longer accepts them.
     #[error(
-        "{service} refuses the credentials themselves ({code}): {message}; renew them, and see whether this machine's \
-         clock is right"
+        "{at} refuses the credentials themselves ({code}): {message}; renew them, and check whether this machine's clock is \
+         right"
     )]
     BadCredentials {
-        /// Which service.
-        service: Service,
+        /// The service and region.
+        at: At,
         /// The error's code.
         code: String,
-        /// What AWS said.
+        /// AWS's message.
         message: String,
+        /// Whether to retry, and whether with other credentials.
+        course: Course,
     },
     /// There is no such bucket.
-    #[error("there is no bucket `{bucket}` in S3; see `object` under [key], or make one: aws s3 mb s3://{bucket}")]
-    NoBucket {
-        /// Its name.
-        bucket: String,
-    },
-    /// The bucket is there, the object is not.
-    #[error("there is no object {object}; see `object` under [key], or make it: nbdcrypt provision CONFIG")]
-    NoObject {
-        /// Bucket and key.
-        object: S3Object,
-    },
-    /// S3 does not permit it.
     #[error(
-        "S3 denies access to {object}: {message}; the role or user needs {action} on {arn}{}",
+        "there is no bucket `{bucket}` in S3 (asked in {region}); check `object` under [key], or make one: aws s3 mb \
+         s3://{bucket}"
+    )]
+    NoBucket {
+        /// The name of the bucket.
+        bucket: String,
+        /// The region that was asked.
+        region: String,
+    },
+    /// The bucket exists, but not the object.
+    #[error(
+        "there is no object {object} (asked in {region}); check `object` under [key], or make it: nbdcrypt provision CONFIG"
+    )]
+    NoObject {
+        /// The object.
+        object: S3Object,
+        /// The region that was asked.
+        region: String,
+    },
+    /// S3 does not allow the access.
+    #[error(
+        "S3 denies access to {object} (asked in {region}): {message}; the role or user needs {action} on \
+         arn:{}:s3:::{}/{}{}",
+        partition(region), object.bucket, object.key,
         if *action == "s3:GetObject" {
             ". Without s3:ListBucket on the bucket, S3 answers the same for an object that does not exist"
         } else { "" }
     )]
     S3Denied {
-        /// Bucket and key.
+        /// The object.
         object: S3Object,
         /// The IAM action that is missing.
         action: &'static str,
-        /// The resource it is missing on.
-        arn: String,
-        /// What AWS said.
+        /// The region that was asked.
+        region: String,
+        /// AWS's message.
         message: String,
+        /// Whether to retry.
+        course: Course,
     },
-    /// The bucket lives elsewhere.
+    /// The bucket is in another region.
     #[error(
-        "the bucket `{bucket}` is not in {asked} but in {}: write `region = \"{}\"` under [key]",
+        "the bucket `{bucket}` is not in {asked} but in {}: write `s3-region = \"{}\"` under [key]",
         right.as_deref().unwrap_or("another region"),
         right.as_deref().unwrap_or("...")
     )]
     WrongRegion {
-        /// Its name.
+        /// The name of the bucket.
         bucket: String,
         /// The region that was asked.
         asked: String,
-        /// Where it is, if S3 told.
+        /// The bucket's region, if S3 named it.
         right: Option<String>,
     },
     /// The object has no bytes.
-    #[error("{object} is empty, so no ciphertext; was its upload interrupted?")]
+    #[error("{object} is empty, so it contains no ciphertext; was its upload interrupted?")]
     Empty {
-        /// Bucket and key.
+        /// The object.
         object: S3Object,
     },
     /// The object has more bytes than any ciphertext of KMS.
-    #[error("{object} is larger than {MAX_CIPHERTEXT} bytes, the most that KMS decrypts; is it the right object?")]
+    #[error("{object} is larger than {}, the most that KMS decrypts; is it the right object?", engine::text::bytes(MAX_CIPHERTEXT as u64))]
     TooLarge {
-        /// Bucket and key.
+        /// The object.
         object: S3Object,
     },
-    /// KMS does not permit it. KMS says the same of a key that is not there.
+    /// KMS does not allow the access. KMS says the same about a key that does not exist.
     #[error(
         "KMS denies access: {message}; the role or user needs {action} on {key}, by its own policy and the key's. KMS \
-         answers the same where the ciphertext was made under a key of another account or region (asked was {region}), \
-         or under another key than `kms-key`"
+         answers the same if the ciphertext was made under a key of another account or region (asked in {region}; \
+         `kms-region` under [key] names another), or under another key than `kms-key`"
     )]
     KmsDenied {
         /// The IAM action that may be missing.
@@ -173,12 +211,14 @@ pub enum AwsKeyError {
         key: String,
         /// The region that was asked.
         region: String,
-        /// What AWS said.
+        /// AWS's message.
         message: String,
+        /// Whether to retry.
+        course: Course,
     },
-    /// There is no such key.
+    /// The key does not exist.
     #[error(
-        "KMS has no key {key} in {region}: {message}; see `kms-key` and `region` under [key], or make one: aws kms \
+        "KMS has no key {key} in {region}: {message}; check `kms-key` and `kms-region` under [key], or make one: aws kms \
          create-key, then aws kms create-alias --alias-name alias/NAME --target-key-id KEY-ID"
     )]
     NoKey {
@@ -186,101 +226,101 @@ pub enum AwsKeyError {
         key: String,
         /// The region that was asked.
         region: String,
-        /// What AWS said.
+        /// AWS's message.
         message: String,
     },
-    /// The key is switched off.
-    #[error("{key} is disabled in KMS: {message}; switch it on: aws kms enable-key --key-id KEY-ID")]
+    /// The key is disabled.
+    #[error("{key} is disabled in KMS: {message}; enable it: aws kms enable-key --key-id KEY-ID")]
     KeyDisabled {
         /// The key as it is configured, or a description of it.
         key: String,
-        /// What AWS said.
+        /// AWS's message.
         message: String,
     },
     /// The key is pending deletion or import, or its store is not connected.
     #[error(
-        "{key} cannot be used in the state it is in: {message}; where it is pending deletion, the way back is: \
+        "{key} cannot be used in its present state: {message}; if it is pending deletion, cancel that: \
          aws kms cancel-key-deletion --key-id KEY-ID, then aws kms enable-key --key-id KEY-ID"
     )]
     KeyState {
         /// The key as it is configured, or a description of it.
         key: String,
-        /// What AWS said.
+        /// AWS's message.
         message: String,
     },
-    /// The key is none for encrypting and decrypting.
-    #[error("{key} is no symmetric key for encrypting and decrypting: {message}; see `kms-key` under [key]")]
+    /// The key is not for encrypting and decrypting.
+    #[error("{key} is not a symmetric key for encrypting and decrypting: {message}; check `kms-key` under [key]")]
     KeyUsage {
         /// The key as it is configured, or a description of it.
         key: String,
-        /// What AWS said.
+        /// AWS's message.
         message: String,
     },
-    /// `kms-key` names a key, and the ciphertext was made under another.
-    #[error("{object} was encrypted under another key than {key}; see `kms-key` and `object` under [key]")]
+    /// The ciphertext was encrypted with a different key from the key that `kms-key` names.
+    #[error("{object} was encrypted under another key than {key}; check `kms-key` and `object` under [key]")]
     OtherKey {
-        /// Where it is kept.
-        object: SecretPlace,
+        /// Where the ciphertext is stored.
+        object: SecretLocation,
         /// The key as it is configured.
         key: String,
     },
-    /// KMS does not say which it is: a broken ciphertext, or another encryption context than it was made with.
+    /// The ciphertext is damaged, or was made with another encryption context. KMS does not say which of the two.
     #[error(
-        "KMS cannot decrypt {object}: either it is no ciphertext of KMS or a damaged or truncated one, or it was \
-         encrypted with another encryption context than the configured {context}; see `encryption-context` under [key]"
+        "KMS cannot decrypt {object}: either it is not a ciphertext of KMS, or it is damaged or truncated, or it was \
+         encrypted with another encryption context than the configured {context}; check `encryption-context` under [key]"
     )]
     Ciphertext {
-        /// Where it is kept.
-        object: SecretPlace,
+        /// Where the ciphertext is stored.
+        object: SecretLocation,
         /// The configured encryption context.
         context: Context,
     },
-    /// KMS decrypted it, and nothing remained.
-    #[error("{object} holds an empty password (nothing, or newlines only)")]
+    /// The plaintext is empty.
+    #[error("{object} contains an empty password (nothing, or only newlines)")]
     EmptySecret {
-        /// Where it is kept.
-        object: SecretPlace,
+        /// Where the ciphertext is stored.
+        object: SecretLocation,
     },
-    /// Anything else that a service says no with.
-    #[error("{service} refused ({code}): {message}")]
+    /// Any other error response of a service.
+    #[error("{at} refused ({code}): {message}")]
     Refused {
-        /// Which service.
-        service: Service,
+        /// The service and region.
+        at: At,
         /// The error's code or HTTP status.
         code: String,
-        /// What AWS said.
+        /// AWS's message.
         message: String,
     },
-    /// The token in the header is not for this volume, or not as it should be.
-    #[error("the token in the LUKS2 header is not to be used: {0}")]
+    /// The token in the header is malformed, or belongs to another volume.
+    #[error("the token in the LUKS2 header cannot be used: {0}")]
     Token(String),
-    /// There is an object already, and it is not to be replaced.
+    /// The object exists already and may not be replaced.
     #[error(
-        "{object} exists; it is left as it is. It may be what unlocks a volume: replace it (--replace) only when no \
+        "{object} exists; it is left as it is. It may unlock a volume: replace it (--replace) only if no \
          volume needs it any more"
     )]
     Exists {
         /// Bucket and key.
         object: S3Object,
     },
-    /// What was to take the object's place cannot be decrypted.
+    /// The ciphertext that should replace the object cannot be decrypted.
     #[error(
-        "{object} is left as it is, since what was encrypted to replace it cannot be decrypted, and would lock the volume \
-         (to replace it takes kms:Decrypt with the key, too): {why}"
+        "{object} is left as it is: its replacement cannot be decrypted, and would lock the volume \
+         (replacing it also requires kms:Decrypt with the key): {why}"
     )]
     NotReplaced {
         /// Bucket and key.
         object: S3Object,
-        /// What KMS said.
+        /// The error of KMS.
         why: Box<Self>,
     },
-    /// What was to take the object's place decrypts to something else.
-    #[error("{object} is left as it is, since what was encrypted to replace it does not decrypt to the same again")]
+    /// The ciphertext that should replace the object decrypts to something else.
+    #[error("{object} is left as it is: its replacement does not decrypt to the secret that was encrypted")]
     NotReplacedByAnother {
         /// Bucket and key.
         object: S3Object,
     },
-    /// What was read back is not what was written.
+    /// The object that was read back does not decrypt to the secret that was encrypted.
     #[error("{object} was written, but does not decrypt to what was encrypted; do not use it")]
     NotAsWritten {
         /// Bucket and key.
@@ -288,27 +328,60 @@ pub enum AwsKeyError {
     },
 }
 
-impl AwsKeyError {
-    /// Whether the same request may succeed later without anybody's doing.
-    pub(super) fn is_transient(&self) -> bool {
-        matches!(
-            self,
+impl AwsError {
+    /// Returns the error for a service that sent no response, or only a part of one.
+    pub(super) fn unreachable(service: Service, endpoint: String, detail: String) -> Self {
+        Self::Unreachable { service, endpoint, detail, proxy: http::proxy_variable() }
+    }
+
+    /// Returns the error for sources of credentials that did not answer in time.
+    pub(super) fn overdue_credentials(limit: Duration) -> Self {
+        let detail = format!("no answer within {} s", limit.as_secs());
+        Self::Credentials { from: "the configured source".to_owned(), detail, course: Course::Again }
+    }
+
+    /// Returns whether and how the request is to be retried.
+    pub(super) fn course(&self) -> Course {
+        match self {
             Self::Unreachable { .. }
-                | Self::Busy { .. }
-                | Self::NoRegion { transient: true }
-                | Self::NoCredentials { transient: true, .. }
-                | Self::Credentials { transient: true, .. }
-        )
+            | Self::Busy { .. }
+            | Self::NoRegion { transient: true }
+            | Self::NoCredentials { transient: true, .. }
+            | Self::Untrusted { passes: true, .. } => Course::Again,
+            Self::Credentials { course, .. }
+            | Self::BadCredentials { course, .. }
+            | Self::S3Denied { course, .. }
+            | Self::KmsDenied { course, .. } => *course,
+            _ => Course::Final,
+        }
+    }
+
+    /// Returns the error without the count of attempts.
+    pub(super) fn without_attempts(self) -> Self {
+        match self {
+            Self::GaveUp { last, .. } => *last,
+            error => error,
+        }
+    }
+
+    /// Returns whether AWS denied the access.
+    pub(super) fn is_denial(&self) -> bool {
+        match self {
+            Self::GaveUp { last, .. } => last.is_denial(),
+            error => matches!(error, Self::S3Denied { .. } | Self::KmsDenied { .. }),
+        }
     }
 }
 
-/// Which of the two services.
+/// A service of AWS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Service {
+pub(super) enum Service {
     /// Simple Storage Service.
     S3,
     /// Key Management Service.
     Kms,
+    /// Security Token Service, which provides the credentials of a role.
+    Sts,
 }
 
 impl fmt::Display for Service {
@@ -316,13 +389,27 @@ impl fmt::Display for Service {
         f.write_str(match self {
             Self::S3 => "S3",
             Self::Kms => "KMS",
+            Self::Sts => "STS",
         })
     }
 }
 
-/// An encryption context as a configuration writes it.
+/// A service in a region.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Context(pub std::collections::BTreeMap<String, String>);
+pub(super) struct At {
+    pub(super) service: Service,
+    pub(super) region: String,
+}
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} in {}", self.service, self.region)
+    }
+}
+
+/// An encryption context, displayed as in a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Context(pub(super) std::collections::BTreeMap<String, String>);
 
 impl fmt::Display for Context {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -332,8 +419,4 @@ impl fmt::Display for Context {
         let pairs: Vec<_> = self.0.iter().map(|(key, value)| format!("{key:?} = {value:?}")).collect();
         write!(f, "{{ {} }}", pairs.join(", "))
     }
-}
-
-fn sso_hint(detail: &str) -> &'static str {
-    if detail.to_ascii_lowercase().contains("sso") { "; log in again: aws sso login" } else { "" }
 }

@@ -1,174 +1,143 @@
-//! The secret as an object in S3 that KMS decrypts. The AWS SDK is named here and in no other module.
+//! A secret that KMS decrypts, from an object in S3 or a token in the header. No other module uses the AWS SDK.
+//!
+//! The rest of the program uses [`AwsKey`]. It starts a [`helper`], a separate process that talks to AWS ([`work`]) and
+//! ends after its answer.
 
 mod answer;
+mod clock;
+mod credentials;
 mod error;
+mod helper;
+mod http;
 mod kms;
+mod probe;
+mod profile;
+mod region;
 mod retry;
 mod s3;
 mod session;
+mod work;
 
-use std::thread;
+use std::time::Duration;
 
 use engine::key::Passphrase;
-
 use uuid::Uuid;
 
 use super::token::KmsToken;
 use super::{KeyError, KeySource};
-use crate::config::{AwsKeyConfig, S3Object, SecretPlace};
-pub use error::{AwsKeyError, Context, MAX_CIPHERTEXT, Service};
-use retry::Patience;
-use session::Session;
+use crate::config::AwsKeyConfig;
+pub use error::MAX_CIPHERTEXT;
+pub use helper::{AwsKeyError, SUBCOMMAND, absolute_aws_files, answer};
+use helper::{Made, Outcome, Task};
+pub use probe::{About, Finding, Outlook};
+pub(super) use region::partition;
 
-/// An object in S3, and the key in KMS that opens it.
+/// An object in S3 or a token, and the KMS key that decrypts it.
 #[derive(Clone, Debug)]
 pub struct AwsKey {
     config: AwsKeyConfig,
 }
 
-/// A secret that was put into S3.
+/// The result of storing a secret in S3.
 #[derive(Debug)]
 pub struct Stored {
-    /// The ARN of the KMS key that it is encrypted under.
+    /// The ARN of the KMS key that encrypts the secret.
     pub key_arn: String,
-    /// Whether it was read back and decrypted. Who may write a secret may not always be allowed to read it: then this
-    /// is AWS's refusal.
+    /// Whether the object was read back and decrypted. Contains AWS's error otherwise. Such an error is possible because a user
+    /// who may write a secret may lack the permission to read it.
     pub read_back: Result<(), AwsKeyError>,
 }
 
 impl AwsKey {
-    /// Nothing is asked yet.
+    /// Makes a source for this configuration. This does not ask AWS yet.
     pub fn new(config: AwsKeyConfig) -> Self {
         Self { config }
     }
 
-    /// Encrypts a secret by KMS, puts the ciphertext into S3, and reads it back. An object that exists is left alone
-    /// unless `replace` says otherwise; then the ciphertext is decrypted once before it takes another one's place.
-    /// Blocks, as [`KeySource::passphrase`] does.
-    ///
-    /// # Errors
-    /// [`AwsKeyError`]. When the object was written nonetheless, it says so.
-    pub fn store(&self, secret: &Passphrase, replace: bool) -> Result<Stored, AwsKeyError> {
-        block_on(async || {
-            let object = self.object()?;
-            let patience = Patience::from_now(self.config.retry_for);
-            let session = Session::open(&self.config, patience).await?;
-            let (ciphertext, key_arn) = kms::encrypt(&session, patience, &self.config, secret.expose()).await?;
-            let is_right = |found: &Passphrase| found.expose() == secret.expose();
-            let read_back = self.put(&session, patience, object, &ciphertext, replace, is_right).await?;
-            Ok(Stored { key_arn, read_back })
-        })
-    }
-
-    /// Has KMS make a key of `len` bytes, whose plaintext nobody sees, puts its ciphertext into S3, and reads it back, as
-    /// [`AwsKey::store`] does.
-    ///
-    /// # Errors
-    /// [`AwsKeyError`].
-    pub fn store_new_key(&self, len: usize, replace: bool) -> Result<Stored, AwsKeyError> {
-        block_on(async || {
-            let object = self.object()?;
-            let patience = Patience::from_now(self.config.retry_for);
-            let session = Session::open(&self.config, patience).await?;
-            let (ciphertext, key_arn) = kms::new_key(&session, patience, &self.config, len).await?;
-            let is_right = |found: &Passphrase| found.expose().len() == len;
-            let read_back = self.put(&session, patience, object, &ciphertext, replace, is_right).await?;
-            Ok(Stored { key_arn, read_back })
-        })
-    }
-
-    /// Puts the ciphertext into S3 and reads it back. What may replace another is decrypted before, too: the old one is the
-    /// last that opens the volume if this machine may encrypt under the key and not decrypt.
-    async fn put(
-        &self,
-        session: &Session,
-        patience: Patience,
-        object: &S3Object,
-        ciphertext: &[u8],
-        replace: bool,
-        is_right: impl Fn(&Passphrase) -> bool,
-    ) -> Result<Result<(), AwsKeyError>, AwsKeyError> {
-        if replace {
-            match decrypt(session, patience, &self.config, ciphertext).await {
-                Ok(found) if is_right(&found) => {}
-                Ok(_) => return Err(AwsKeyError::NotReplacedByAnother { object: object.clone() }),
-                Err(why) => return Err(AwsKeyError::NotReplaced { object: object.clone(), why: Box::new(why) }),
-            }
-        }
-        s3::put(session, patience, object, ciphertext, replace).await?;
-        match self.fetch(session, patience).await {
-            Ok(found) if is_right(&found) => Ok(Ok(())),
-            Ok(_) => Err(AwsKeyError::NotAsWritten { object: object.clone() }),
-            Err(denied @ (AwsKeyError::S3Denied { .. } | AwsKeyError::KmsDenied { .. })) => Ok(Err(denied)),
-            Err(error) => Err(error),
-        }
-    }
-
-    async fn fetch(&self, session: &Session, patience: Patience) -> Result<Passphrase, AwsKeyError> {
-        let ciphertext = s3::get(session, patience, self.object()?).await?;
-        decrypt(session, patience, &self.config, &ciphertext).await
-    }
-
-    fn object(&self) -> Result<&S3Object, AwsKeyError> {
-        match &self.config.object {
-            SecretPlace::Object(object) => Ok(object),
-            SecretPlace::Token => Err(AwsKeyError::Token("no object in S3 is configured".to_owned())),
-        }
-    }
-
-    /// The secret that a token holds, once it is known to be of this volume. Blocks, as [`KeySource::passphrase`] does.
-    ///
-    /// # Errors
-    /// [`AwsKeyError`].
-    pub fn unwrap_token(&self, token: &KmsToken, volume: Uuid) -> Result<Passphrase, AwsKeyError> {
-        token.check(volume, &self.config.encryption_context).map_err(AwsKeyError::Token)?;
-        // The key is the configured one: who may write to the disk chooses what is in the token.
-        let config = AwsKeyConfig { encryption_context: token.encryption_context.clone(), ..self.config.clone() };
-        block_on(async || {
-            let patience = Patience::from_now(config.retry_for);
-            let session = Session::open(&config, patience).await?;
-            decrypt(&session, patience, &config, &token.ciphertext).await
-        })
-    }
-
-    /// A token that holds `secret` for the volume, decrypted once to be sure that this machine can. Blocks, as
+    /// Encrypts a secret with KMS, puts the ciphertext into S3, and reads it back. Replaces an existing object only if `replace`
+    /// is set. In that case, KMS decrypts the new ciphertext once before the object is replaced. Blocks, as
     /// [`KeySource::passphrase`] does.
     ///
     /// # Errors
-    /// [`AwsKeyError`].
+    /// [`AwsKeyError`]. If the object was written nevertheless, the text says so.
+    pub fn store(&self, secret: &Passphrase, replace: bool) -> Result<Stored, AwsKeyError> {
+        stored(made(&self.config, Task::Store { replace }, Some(secret))?)
+    }
+
+    /// Asks KMS for the ciphertext of a new key of `len` bytes whose plaintext nobody sees, puts the ciphertext into S3, and
+    /// reads it back. Otherwise this works as [`AwsKey::store`].
+    ///
+    /// # Errors
+    /// [`AwsKeyError`]. If the object was written nevertheless, the text says so.
+    pub fn store_new_key(&self, len: usize, replace: bool) -> Result<Stored, AwsKeyError> {
+        stored(made(&self.config, Task::StoreNewKey { len, replace }, None)?)
+    }
+
+    /// Returns the secret in a token, after checking that the token belongs to this volume. Blocks, as
+    /// [`KeySource::passphrase`] does.
+    ///
+    /// # Errors
+    /// [`AwsKeyError::Token`], if the token belongs to another volume or configuration. Any other [`AwsKeyError`], if AWS reports
+    /// an error.
+    pub fn unwrap_token(&self, token: &KmsToken, volume: Uuid) -> Result<Passphrase, AwsKeyError> {
+        token.check(volume, &self.config.encryption_context).map_err(AwsKeyError::Token)?;
+        // The request names the configured key and not the token's key, because anyone who can write to the disk can choose the
+        // token's content.
+        let config = AwsKeyConfig { encryption_context: token.encryption_context.clone(), ..self.config.clone() };
+        secret(&config, Task::Decrypt(token.ciphertext.clone()))
+    }
+
+    /// Checks whether AWS would give the secret: gets credentials, reads the object in S3, and asks KMS for a dry run.
+    /// Decrypts nothing, and repeats no request. `token` is the volume's token, if the secret is in an existing header.
+    /// Blocks for less than half a minute.
+    ///
+    /// # Errors
+    /// [`AwsKeyError`], if the helper fails. A refusal by AWS is not an error, but one of the findings.
+    pub fn probe(&self, token: Option<KmsToken>) -> Result<Vec<Finding>, AwsKeyError> {
+        let (mut config, mut ciphertext) = (self.config.clone(), None);
+        if let Some(token) = token {
+            (config.encryption_context, ciphertext) = (token.encryption_context, Some(token.ciphertext));
+        }
+        match helper::ask(&config, Task::Probe { ciphertext }, None)? {
+            Outcome::Found(findings) => Ok(findings),
+            Outcome::Secret(_) | Outcome::Made(_) => {
+                Err(AwsKeyError::Answer("it is not a list of findings".to_owned()))
+            }
+        }
+    }
+
+    /// Returns a token that contains `secret` for the volume. The ciphertext is decrypted once, to check that this
+    /// machine can decrypt it. Blocks, as [`KeySource::passphrase`] does.
+    ///
+    /// # Errors
+    /// [`AwsKeyError`], if AWS reports an error, or the token does not decrypt to `secret`.
     pub fn wrap_token(&self, secret: &Passphrase, volume: Uuid) -> Result<KmsToken, AwsKeyError> {
         let encryption_context = KmsToken::context_for(volume, &self.config.encryption_context);
         let config = AwsKeyConfig { encryption_context, ..self.config.clone() };
-        block_on(async || {
-            let patience = Patience::from_now(config.retry_for);
-            let session = Session::open(&config, patience).await?;
-            let (ciphertext, key_arn) = kms::encrypt(&session, patience, &config, secret.expose()).await?;
-            let back = decrypt(&session, patience, &config, &ciphertext).await?;
-            if back.expose() != secret.expose() {
-                return Err(AwsKeyError::Token("it does not decrypt to what was encrypted".to_owned()));
-            }
-            Ok(KmsToken { ciphertext, key_arn, encryption_context: config.encryption_context.clone() })
-        })
+        let Made { ciphertext, key_arn, .. } = made(&config, Task::Encrypt, Some(secret))?;
+        Ok(KmsToken { ciphertext, key_arn, encryption_context: config.encryption_context })
     }
 }
 
-/// The password that KMS makes of a ciphertext.
-async fn decrypt(
-    session: &Session,
-    patience: Patience,
-    config: &AwsKeyConfig,
-    ciphertext: &[u8],
-) -> Result<Passphrase, AwsKeyError> {
-    let mut plaintext = kms::decrypt(session, patience, config, ciphertext).await?;
-    let password = Passphrase::new(match config.raw_key {
-        // A key ends as it ends.
-        Some(_) => std::mem::take(&mut *plaintext),
-        None => kms::without_newlines(plaintext),
-    });
-    if password.expose().is_empty() {
-        return Err(AwsKeyError::EmptySecret { object: config.object.clone() });
+fn secret(config: &AwsKeyConfig, task: Task) -> Result<Passphrase, AwsKeyError> {
+    match helper::ask(config, task, None)? {
+        Outcome::Secret(secret) => Ok(secret),
+        Outcome::Made(_) | Outcome::Found(_) => Err(AwsKeyError::Answer("it is not a secret".to_owned())),
     }
-    Ok(password)
+}
+
+fn made(config: &AwsKeyConfig, task: Task, secret: Option<&Passphrase>) -> Result<Made, AwsKeyError> {
+    match helper::ask(config, task, secret)? {
+        Outcome::Made(made) => Ok(made),
+        Outcome::Secret(_) | Outcome::Found(_) => {
+            Err(AwsKeyError::Answer("it is something else, which was not requested".to_owned()))
+        }
+    }
+}
+
+fn stored(made: Made) -> Result<Stored, AwsKeyError> {
+    let read_back = made.not_read_back.map_or(Ok(()), |why| Err(AwsKeyError::Said(why)));
+    Ok(Stored { key_arn: made.key_arn, read_back })
 }
 
 impl KeySource for AwsKey {
@@ -176,30 +145,13 @@ impl KeySource for AwsKey {
         format!("the password in {}, decrypted by KMS", self.config.object)
     }
 
-    fn passphrase(&self) -> Result<Passphrase, KeyError> {
-        let fetched = block_on(async || {
-            let patience = Patience::from_now(self.config.retry_for);
-            let session = Session::open(&self.config, patience).await?;
-            self.fetch(&session, patience).await
-        });
-        Ok(fetched?)
+    fn check(&self) -> Result<(), KeyError> {
+        // One attempt: nobody waits for a plan as for a boot.
+        let config = AwsKeyConfig { retry_for: Duration::ZERO, ..self.config.clone() };
+        Ok(made(&config, Task::FindCredentials, None).map(drop)?)
     }
-}
 
-/// Does the work on an event loop and a thread that live no longer than the call: see the blocking contract of
-/// [`KeySource`].
-fn block_on<T: Send>(work: impl AsyncFnOnce() -> Result<T, AwsKeyError> + Send) -> Result<T, AwsKeyError> {
-    let run = || {
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(AwsKeyError::Runtime)?;
-        runtime.block_on(work())
-    };
-    // A runtime cannot be entered from within another's thread, and the caller may be on one.
-    thread::scope(|scope| {
-        let thread = thread::Builder::new().name("aws".to_owned()).spawn_scoped(scope, run);
-        match thread.map_err(AwsKeyError::Runtime)?.join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-    })
+    fn passphrase(&self) -> Result<Passphrase, KeyError> {
+        Ok(secret(&self.config, Task::Fetch)?)
+    }
 }

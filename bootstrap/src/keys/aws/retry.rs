@@ -1,74 +1,105 @@
-//! Trying again while the network is down: exponential backoff with jitter, up to a configured time.
+//! Retries errors that may pass: exponential backoff with jitter, up to a configured time.
 
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
+use tracing::instrument::WithSubscriber;
+use tracing::subscriber::NoSubscriber;
 
-use super::error::AwsKeyError;
+use super::error::AwsError;
 
-/// The first pause is between half of this and all of it; each later one is twice as long.
+/// The first pause is between half of this and all of it. Each later pause is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
-/// Pauses grow no longer: when the network comes, a boot is not to wait.
+/// The longest pause. A boot should continue soon after the network is up.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// When to stop trying. One is shared by all requests of one call: the time is the whole call's.
+/// How long to retry a refusal that may be due to a new role or policy. IAM is eventually consistent: changes take seconds
+/// to take effect everywhere (IAM User Guide, "Changes that I make are not always immediately visible"). A refusal that
+/// lasts longer is final.
+const BRIEFLY: Duration = Duration::from_secs(15);
+
+/// What to do about an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Course {
+    /// The error is temporary: repeat the request for the configured time.
+    Again,
+    /// Renew the credentials, and repeat the request for the configured time.
+    Renew,
+    /// The error passes within seconds or not at all: repeat the request for [`BRIEFLY`].
+    Briefly,
+    /// The answer will always be the same: do not repeat the request.
+    Final,
+}
+
+/// When to stop retrying. All requests of one call share the time.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patience {
     started: Instant,
     retry_for: Duration,
+    /// [`BRIEFLY`], except in tests.
+    briefly: Duration,
 }
 
 impl Patience {
-    /// From now on for so long.
+    /// Starts the time now.
     pub(super) fn from_now(retry_for: Duration) -> Self {
-        Self { started: Instant::now(), retry_for }
+        Self { started: Instant::now(), retry_for, briefly: BRIEFLY }
     }
 }
 
-/// Makes attempts until one succeeds, fails for good, or the time is over. Each may take `limit` at most and becomes
-/// what `overdue` says then; the first one is made however little time there is, and no new one once it is over.
+/// Repeats `attempt` until it succeeds, fails permanently, or the time is over. An attempt that takes longer than `limit` fails
+/// with `overdue`. The first attempt is always made. No attempt starts after the time is over.
 pub(super) async fn retried<T>(
     patience: Patience,
     limit: Duration,
-    overdue: impl Fn() -> AwsKeyError,
-    mut attempt: impl AsyncFnMut() -> Result<T, AwsKeyError>,
-) -> Result<T, AwsKeyError> {
-    let mut backoff = Backoff::new(patience.retry_for);
+    overdue: impl Fn() -> AwsError,
+    mut attempt: impl AsyncFnMut() -> Result<T, AwsError>,
+) -> Result<T, AwsError> {
+    let mut backoff = Backoff::new();
+    let mut brief_until = None;
     loop {
-        let error = match timeout(limit, attempt()).await.unwrap_or_else(|_| Err(overdue())) {
-            Err(error) if error.is_transient() => error,
+        // The SDK's own log is suppressed: it quotes answers, which contain secrets.
+        let made = attempt().with_subscriber(NoSubscriber::default());
+        let error = match timeout(limit, made).await.unwrap_or_else(|_| Err(overdue())) {
+            Err(error) if error.course() != Course::Final => error,
             result => return result,
         };
         let after = patience.started.elapsed();
-        // Without randomness, the whole pause.
-        let Some(pause) = backoff.next(after, getrandom::u32().unwrap_or(u32::MAX)) else {
-            return Err(AwsKeyError::GaveUp { last: Box::new(error), attempts: backoff.attempts, after });
+        let is_brief = error.course() == Course::Briefly;
+        let until = match is_brief {
+            true => patience.retry_for.min(*brief_until.get_or_insert(after.saturating_add(patience.briefly))),
+            false => patience.retry_for,
         };
-        tracing::warn!("{error}; trying again in {:.1} s", pause.as_secs_f64());
+        // Without a random number, the pause has its full length.
+        let Some(pause) = backoff.next(after, until, getrandom::u32().unwrap_or(u32::MAX)) else {
+            return Err(AwsError::GaveUp { last: Box::new(error), attempts: backoff.attempts, after });
+        };
+        let why = if is_brief { ", since a new role, policy or key takes seconds to take effect" } else { "" };
+        tracing::warn!("{error}; trying again in {:.1} s{why}", pause.as_secs_f64());
         sleep(pause).await;
     }
 }
 
-/// How long to wait between attempts.
+/// Calculates the pauses between attempts.
 struct Backoff {
-    retry_for: Duration,
     pause: Duration,
     attempts: u32,
 }
 
 impl Backoff {
-    fn new(retry_for: Duration) -> Self {
-        Self { retry_for, pause: FIRST_PAUSE, attempts: 0 }
+    fn new() -> Self {
+        Self { pause: FIRST_PAUSE, attempts: 0 }
     }
 
-    /// The pause after an attempt that ended `elapsed` after the first one's beginning, or `None` where it was the last.
-    /// `random` picks from half the pause up to all of it, so that a fleet that boots at once does not ask at once.
-    fn next(&mut self, elapsed: Duration, random: u32) -> Option<Duration> {
+    /// Returns the pause after an attempt that ended `elapsed` after the start of the first one, or `None` if there is
+    /// no further attempt. No attempt starts later than `until`, counted from the same start. `random` chooses a length
+    /// between half the pause and all of it, so that machines that boot at the same time do not ask at the same time.
+    fn next(&mut self, elapsed: Duration, until: Duration, random: u32) -> Option<Duration> {
         self.attempts = self.attempts.saturating_add(1);
-        let left = self.retry_for.checked_sub(elapsed).filter(|left| !left.is_zero())?;
+        let left = until.checked_sub(elapsed).filter(|left| !left.is_zero())?;
         let pause = self.pause.mul_f64(0.5 + 0.5 * f64::from(random) / f64::from(u32::MAX));
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-        // The last attempt comes at the very end of the time.
+        // The last attempt starts at the very end of the time.
         Some(pause.min(left))
     }
 }
@@ -81,17 +112,18 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(10);
 
-    fn unreachable() -> AwsKeyError {
+    fn unreachable() -> AwsError {
         let endpoint = "https://kms.example".to_owned();
-        AwsKeyError::Unreachable { service: Service::Kms, endpoint, detail: "no route".to_owned() }
+        AwsError::unreachable(Service::Kms, endpoint, "no route".to_owned())
     }
 
-    fn refused() -> AwsKeyError {
-        AwsKeyError::NoRegion { transient: false }
+    fn refused() -> AwsError {
+        AwsError::NoRegion { transient: false }
     }
 
-    /// Makes up to `succeed_at` attempts with so much patience; their number, and what came of it.
-    fn run(patience_ms: u64, succeed_at: u32, error: fn() -> AwsKeyError) -> (u32, Result<(), AwsKeyError>) {
+    /// Makes attempts with a limit of `patience_ms`. The one numbered `succeed_at` succeeds. Returns the number of
+    /// attempts and the result.
+    fn run(patience_ms: u64, succeed_at: u32, error: fn() -> AwsError) -> (u32, Result<(), AwsError>) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         let mut made = 0;
         let result = runtime.block_on(async {
@@ -106,70 +138,95 @@ mod tests {
     }
 
     #[test]
-    fn attempts_go_on_until_one_succeeds() {
+    fn attempts_continue_until_one_succeeds() {
         let (made, result) = run(60_000, 3, unreachable);
         assert!(result.is_ok());
         assert_eq!(made, 3);
     }
 
     #[test]
-    fn attempts_end_with_the_time_and_tell_of_it() {
+    fn attempts_end_with_the_time_and_are_counted_in_the_error() {
         let (made, result) = run(300, u32::MAX, unreachable);
-        assert!((2..=4).contains(&made), "{made}");
+        // At least one attempt and one retry. On a busy machine there may be no time for more.
+        assert!(made >= 2, "{made}");
         let text = result.unwrap_err().to_string();
         assert!(text.contains("https://kms.example") && text.contains("no route"), "{text}");
-        assert!(text.contains(&format!("tried {made} times in 0 s")), "{text}");
+        assert!(text.contains(&format!("tried {made} times in ")), "{text}");
     }
 
     #[test]
-    fn what_is_refused_is_not_tried_again() {
+    fn a_final_error_is_not_retried() {
         let (made, result) = run(60_000, u32::MAX, refused);
-        assert!(matches!(result, Err(AwsKeyError::NoRegion { .. })));
+        assert!(matches!(result, Err(AwsError::NoRegion { .. })));
         assert_eq!(made, 1);
     }
 
     #[test]
-    fn no_time_to_retry_is_one_attempt() {
+    fn without_time_to_retry_there_is_one_attempt() {
         let (made, result) = run(0, u32::MAX, unreachable);
-        assert!(matches!(result, Err(AwsKeyError::GaveUp { attempts: 1, .. })));
+        assert!(matches!(result, Err(AwsError::GaveUp { attempts: 1, .. })));
         assert_eq!(made, 1);
     }
 
     #[test]
-    fn an_attempt_that_hangs_is_over_at_its_limit() {
+    fn an_attempt_that_hangs_ends_at_its_limit() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         let result = runtime.block_on(async {
             let limit = Duration::from_millis(20);
             retried(Patience::from_now(Duration::from_millis(1)), limit, unreachable, async || {
-                std::future::pending::<Result<(), AwsKeyError>>().await
+                std::future::pending::<Result<(), AwsError>>().await
             })
             .await
         });
-        assert!(matches!(result, Err(AwsKeyError::GaveUp { attempts: 1, .. })));
+        assert!(matches!(result, Err(AwsError::GaveUp { attempts: 1, .. })));
+    }
+
+    #[test]
+    fn a_brief_error_is_not_retried_for_the_whole_time() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let denied = || AwsError::Credentials {
+            from: "the role".to_owned(),
+            detail: "denied".to_owned(),
+            course: Course::Briefly,
+        };
+        let mut made = 0;
+        let result: Result<(), AwsError> = runtime.block_on(async {
+            // One hour in all, some of which passed while the network was down.
+            let patience =
+                Patience { briefly: Duration::from_millis(300), ..Patience::from_now(Duration::from_secs(3600)) };
+            retried(patience, LIMIT, unreachable, async || {
+                made += 1;
+                Err(if made < 3 { unreachable() } else { denied() })
+            })
+            .await
+        });
+        let text = result.unwrap_err().to_string();
+        assert!(text.contains("denied") && text.contains(&format!("tried {made} times")), "{text}");
+        assert!((4..10).contains(&made), "{made}");
     }
 
     proptest! {
         #[test]
-        fn pauses_double_with_jitter_and_never_leave_the_time(
+        fn pauses_double_with_jitter_and_stay_within_the_time(
             retry_for in 0u64..200_000,
             attempt in 0u64..3_000,
             randoms in proptest::collection::vec(any::<u32>(), 2000),
         ) {
             let retry_for = Duration::from_millis(retry_for);
-            let mut backoff = Backoff::new(retry_for);
+            let mut backoff = Backoff::new();
             let mut now = Duration::from_millis(attempt);
             let mut whole = FIRST_PAUSE;
             for random in randoms {
-                let Some(pause) = backoff.next(now, random) else {
+                let Some(pause) = backoff.next(now, retry_for, random) else {
                     prop_assert!(now >= retry_for);
                     break;
                 };
-                prop_assert!(now + pause <= retry_for, "a new attempt begins within the time");
+                prop_assert!(now + pause <= retry_for, "a new attempt starts within the time");
                 prop_assert!(pause <= whole && (pause * 2 >= whole || now + pause == retry_for));
                 whole = (whole * 2).min(LONGEST_PAUSE);
                 now += pause + Duration::from_millis(attempt);
             }
-            prop_assert!(now >= retry_for, "2000 attempts are more than there can be");
+            prop_assert!(now >= retry_for, "2000 attempts are more than possible");
         }
     }
 }

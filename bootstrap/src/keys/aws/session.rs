@@ -1,139 +1,256 @@
-//! The way to AWS: region, credentials, endpoints and HTTP client, from where every AWS tool takes them.
+//! Prepares access to AWS: region, credentials, endpoints and HTTP client, from the usual sources of AWS tools.
 
-use std::error::Error;
-use std::fs;
-use std::path::Path;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use aws_config::identity::IdentityCache;
+use aws_config::provider_config::ProviderConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
-use aws_credential_types::provider::error::CredentialsError;
+use aws_credential_types::provider::future;
 use aws_sdk_s3::config::interceptors::BeforeTransmitInterceptorContextRef;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{
-    ConfigBag, Credentials, Intercept, ProvideCredentials, RuntimeComponents, SharedCredentialsProvider,
+    ConfigBag, Intercept, ProvideCredentials, RuntimeComponents, SharedCredentialsProvider, SharedHttpClient,
 };
 use aws_sdk_s3::error::BoxError;
-use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 use aws_types::service_config::ServiceConfigKey;
+use tokio::time::timeout;
 
-use super::answer::{causes, is_io};
-use super::error::AwsKeyError;
-use super::retry::{Patience, retried};
-use crate::config::{AwsKeyConfig, SYSFS};
+use super::clock::Clock;
+use super::credentials::{self, Found, Kind};
+use super::error::{At, AwsError, Service};
+use super::region::Regions;
+use super::retry::{Course, Patience, retried};
+use super::{http, profile, region};
+use crate::config::AwsKeyConfig;
 
-/// A TCP and TLS connection takes no longer, or is as good as none.
+/// The time limit for a TCP and TLS connection.
 const CONNECT: Duration = Duration::from_secs(4);
-/// One request with its answer: both are a few kilobytes.
-pub(super) const ATTEMPT: Duration = Duration::from_secs(10);
-/// One walk through the chain of credential sources, which may ask several services, or run a program.
+/// The time limit for one request with its response. Both are a few kilobytes.
+const ATTEMPT: Duration = Duration::from_secs(10);
+/// The time limit for asking all sources of credentials, which may ask several services, or run a program.
 const CREDENTIALS: Duration = Duration::from_secs(60);
 
-/// The two clients, with credentials that were seen to be there.
+/// The clients of S3 and KMS, with credentials that have been found.
 pub(super) struct Session {
-    pub(super) s3: aws_sdk_s3::Client,
+    config: AwsKeyConfig,
+    provider: ProviderConfig,
+    /// The client, and the region in which the bucket is assumed to be.
+    s3: Mutex<(aws_sdk_s3::Client, String)>,
+    s3_is_fixed: bool,
     pub(super) kms: aws_sdk_kms::Client,
-    /// The region that is asked.
-    pub(super) region: String,
-    /// For error texts.
-    pub(super) s3_endpoint: Endpoint,
-    pub(super) kms_endpoint: Endpoint,
+    kms_region: String,
+    credentials: Current,
+    /// Set when AWS refuses the credentials and others may work.
+    is_stale: AtomicBool,
+    s3_endpoint: Endpoint,
+    kms_endpoint: Endpoint,
+    clock: Clock,
 }
 
 impl Session {
-    /// Finds region and credentials. On an EC2 instance they are waited for: the metadata service and the role may come
-    /// a little later than the program.
-    pub(super) async fn open(config: &AwsKeyConfig, patience: Patience) -> Result<Self, AwsKeyError> {
-        let overdue = || AwsKeyError::Credentials { detail: "no answer from their source".to_owned(), transient: true };
-        let (sdk, credentials) = retried(patience, CREDENTIALS, overdue, async || {
-            let sdk = load(config).await;
-            let credentials = credentials(config, &sdk).await?;
-            if sdk.region().is_none() {
-                return Err(AwsKeyError::NoRegion { transient: is_ec2(Path::new(SYSFS)) });
-            }
-            Ok((sdk, credentials))
-        })
-        .await?;
-        let region = sdk.region().map(ToString::to_string).ok_or(AwsKeyError::NoRegion { transient: false })?;
-        let credentials = SharedCredentialsProvider::new(credentials);
+    /// Finds region and credentials. On an EC2 instance this function waits for both, because the metadata service and the role
+    /// may become available a little later than the program starts.
+    pub(super) async fn open(config: &AwsKeyConfig, patience: Patience) -> Result<Self, AwsError> {
+        let profile = profile::choose().await?;
+        let http = http::client(&profile)?;
+        let overdue = || AwsError::overdue_credentials(CREDENTIALS);
+        let opened = retried(patience, CREDENTIALS, overdue, async || {
+            let sdk = load(&http, Region::from_static("none")).await;
+            let provider = provider(&http, &sdk);
+            // Credentials from STS need a region, so the region comes first. A missing region is an error only after
+            // the credentials are found.
+            let regions = region::find(config, &provider, false).await;
+            let region = regions.as_ref().ok().map(|regions| Region::new(regions.sts.clone()));
+            let provider = provider.with_region(region);
+            let found = credentials::find(config, &profile, &provider).await?;
+            let regions = match regions {
+                Err(AwsError::NoRegion { .. }) => Err(AwsError::NoRegion { transient: found.is_of_instance() }),
+                regions => regions,
+            }?;
+            Ok((sdk, provider, found, regions))
+        });
+        let (sdk, provider, found, regions) = opened.await?;
+        Self::new(config, sdk, provider, found, regions)
+    }
 
+    fn new(
+        config: &AwsKeyConfig,
+        sdk: SdkConfig,
+        provider: ProviderConfig,
+        found: Found,
+        regions: Regions,
+    ) -> Result<Self, AwsError> {
+        let credentials = Current(Arc::new(Mutex::new(found)));
+        let shared = SharedCredentialsProvider::new(credentials.clone());
+
+        let clock = Clock::default();
         let s3_url = config.s3_endpoint_url.clone().or_else(|| configured_endpoint(&sdk, "S3"));
         let s3_endpoint = Endpoint::default();
         let mut s3 = aws_sdk_s3::config::Builder::from(&sdk)
-            .credentials_provider(credentials.clone())
-            .interceptor(s3_endpoint.clone());
+            .region(Region::new(regions.s3.clone()))
+            .credentials_provider(shared.clone())
+            .interceptor(s3_endpoint.clone())
+            .interceptor(clock.clone());
         if let Some(url) = s3_url {
-            // As the AWS CLI does: behind an endpoint of one's own there is seldom a name for each bucket.
+            // As in the AWS CLI: a custom endpoint seldom has a host name for each bucket.
             s3 = s3.endpoint_url(url).force_path_style(true);
         }
 
         let kms_url = config.kms_endpoint_url.clone().or_else(|| configured_endpoint(&sdk, "KMS"));
         let kms_endpoint = Endpoint::default();
         let mut kms = aws_sdk_kms::config::Builder::from(&sdk)
-            .credentials_provider(credentials)
-            .interceptor(kms_endpoint.clone());
+            .region(Region::new(regions.kms.clone()))
+            .credentials_provider(shared)
+            .interceptor(kms_endpoint.clone())
+            .interceptor(clock.clone());
         if let Some(url) = kms_url {
             if url.starts_with("http://") && !is_loopback(&url) {
+                let url = http::without_userinfo(&url);
                 tracing::warn!("KMS at {url} answers without TLS: the password crosses the network in the clear");
             }
             kms = kms.endpoint_url(url);
         }
         Ok(Self {
-            s3: aws_sdk_s3::Client::from_conf(s3.build()),
+            config: config.clone(),
+            provider,
+            s3: Mutex::new((aws_sdk_s3::Client::from_conf(s3.build()), regions.s3)),
+            s3_is_fixed: regions.s3_is_fixed,
             kms: aws_sdk_kms::Client::from_conf(kms.build()),
-            region,
+            kms_region: regions.kms,
+            credentials,
+            is_stale: AtomicBool::new(false),
             s3_endpoint,
             kms_endpoint,
+            clock,
         })
     }
+
+    /// Makes attempts until one succeeds or fails permanently, or the time is over. Before each attempt, credentials that have
+    /// expired or that AWS refused are renewed.
+    pub(super) async fn ask<T>(
+        &self,
+        patience: Patience,
+        service: Service,
+        mut attempt: impl AsyncFnMut() -> Result<T, AwsError>,
+    ) -> Result<T, AwsError> {
+        retried(
+            patience,
+            CREDENTIALS + ATTEMPT,
+            || self.overdue(service),
+            async || {
+                self.renew().await?;
+                let result = timeout(ATTEMPT, attempt()).await.unwrap_or_else(|_| Err(self.overdue(service)));
+                if result.as_ref().is_err_and(|error| error.course() == Course::Renew) {
+                    self.is_stale.store(true, Ordering::Relaxed);
+                }
+                result
+            },
+        )
+        .await
+    }
+
+    /// Renews the credentials if they can no longer be used.
+    async fn renew(&self) -> Result<(), AwsError> {
+        if !self.is_stale.load(Ordering::Relaxed) && !self.credentials.with(Found::is_over) {
+            return Ok(());
+        }
+        let profile = profile::choose().await?;
+        let found = credentials::find(&self.config, &profile, &self.provider).await?;
+        self.credentials.replace(found);
+        self.is_stale.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Returns S3's client for the bucket's region.
+    pub(super) fn s3(&self) -> aws_sdk_s3::Client {
+        self.s3.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// Uses `region`, which S3 named, for the bucket from now on. Returns `false` if this does not help: the region is
+    /// already in use, or the configuration fixes another one.
+    pub(super) fn follow_bucket(&self, region: &str) -> bool {
+        let mut s3 = self.s3.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.s3_is_fixed || s3.1 == region || !region::is_region(region) {
+            return false;
+        }
+        tracing::debug!("the bucket is in {region}, not in {}", s3.1);
+        let there = s3.0.config().to_builder().region(Region::new(region.to_owned())).build();
+        *s3 = (aws_sdk_s3::Client::from_conf(there), region.to_owned());
+        true
+    }
+
+    /// Returns the service with the region in which it is asked.
+    pub(super) fn at(&self, service: Service) -> At {
+        let region = match service {
+            Service::S3 => self.s3.lock().unwrap_or_else(PoisonError::into_inner).1.clone(),
+            Service::Kms | Service::Sts => self.kms_region.clone(),
+        };
+        At { service, region }
+    }
+
+    /// Returns the address to which the last request to the service went.
+    pub(super) fn endpoint(&self, service: Service) -> String {
+        match service {
+            Service::S3 => self.s3_endpoint.uri(),
+            Service::Kms | Service::Sts => self.kms_endpoint.uri(),
+        }
+    }
+
+    /// Returns how long the credentials are valid.
+    pub(super) fn credentials_kind(&self) -> Kind {
+        self.credentials.with(|found| found.kind)
+    }
+
+    /// Returns where the credentials come from, for display.
+    pub(super) fn credentials_source(&self) -> &'static str {
+        self.credentials.with(Found::source)
+    }
+
+    /// Returns by how many seconds AWS's clock is ahead of this machine's, once AWS has answered.
+    pub(super) fn clock_ahead(&self) -> Option<i64> {
+        self.clock.ahead()
+    }
+
+    fn overdue(&self, service: Service) -> AwsError {
+        let detail = format!("no answer within {} s", ATTEMPT.as_secs());
+        AwsError::unreachable(service, self.endpoint(service), detail)
+    }
 }
 
-async fn load(config: &AwsKeyConfig) -> SdkConfig {
-    // ring, not aws-lc: no C library to build, and the roots that the system trusts.
-    let http = aws_smithy_http_client::Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
+/// Returns the other settings of environment and profile: endpoints, dual stack, FIPS.
+async fn load(http: &SharedHttpClient, region: Region) -> SdkConfig {
     let timeouts = TimeoutConfig::builder().connect_timeout(CONNECT).operation_attempt_timeout(ATTEMPT).build();
-    let mut loader = aws_config::defaults(BehaviorVersion::latest())
-        .http_client(http)
+    aws_config::defaults(BehaviorVersion::latest())
+        .http_client(http.clone())
         .timeout_config(timeouts)
-        // `retried` does it, up to the configured time and for all requests alike.
-        .retry_config(RetryConfig::disabled());
-    if let Some(region) = &config.region {
-        loader = loader.region(Region::new(region.clone()));
+        // `retried` repeats requests, up to the configured time and for all requests alike.
+        .retry_config(RetryConfig::disabled())
+        // `Session` keeps the credentials, and knows when to renew them.
+        .identity_cache(IdentityCache::no_cache())
+        .no_credentials()
+        .region(region)
+        .load()
+        .await
+}
+
+/// Returns the settings of `sdk` in the form that the sources of credentials need.
+fn provider(http: &SharedHttpClient, sdk: &SdkConfig) -> ProviderConfig {
+    let provider = ProviderConfig::without_region()
+        .with_http_client(http.clone())
+        .with_retry_config(RetryConfig::disabled())
+        .with_use_fips(sdk.use_fips())
+        .with_use_dual_stack(sdk.use_dual_stack());
+    match sdk.timeout_config() {
+        Some(timeouts) => provider.with_timeout_config(timeouts.clone()),
+        None => provider,
     }
-    if let Some(profile) = &config.profile {
-        loader = loader.profile_name(profile);
-    }
-    loader.load().await
 }
 
-async fn credentials(config: &AwsKeyConfig, sdk: &SdkConfig) -> Result<Credentials, AwsKeyError> {
-    let profile = config.profile.clone().or_else(|| std::env::var("AWS_PROFILE").ok());
-    let Some(provider) = sdk.credentials_provider() else {
-        return Err(AwsKeyError::NoCredentials { tried: String::new(), profile, transient: false });
-    };
-    provider.provide_credentials().await.map_err(|error| match &error {
-        CredentialsError::CredentialsNotLoaded(_) => AwsKeyError::NoCredentials {
-            tried: error.source().map(causes).unwrap_or_default(),
-            profile,
-            transient: is_ec2(Path::new(SYSFS)),
-        },
-        CredentialsError::ProviderTimedOut(_) => AwsKeyError::Credentials { detail: causes(&error), transient: true },
-        _ => AwsKeyError::Credentials { detail: causes(&error), transient: is_io(&error) },
-    })
-}
-
-/// Whether this is an EC2 instance, whose metadata service and role may come a little later than its network. Anywhere
-/// else, credentials that are not there will not come by waiting.
-fn is_ec2(sysfs: &Path) -> bool {
-    // Nitro instances (EC2 User Guide, "Detect whether a host is an EC2 instance"); Xen ones say so in their UUID.
-    let says =
-        |file: &str, test: fn(&str) -> bool| fs::read_to_string(sysfs.join(file)).is_ok_and(|text| test(text.trim()));
-    says("class/dmi/id/sys_vendor", |vendor| vendor == "Amazon EC2")
-        || says("hypervisor/uuid", |uuid| uuid.starts_with("ec2"))
-}
-
-/// What `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`, or the profile's services say.
+/// Returns the endpoint from `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`, or the profile's `services` section.
 fn configured_endpoint(sdk: &SdkConfig, service: &str) -> Option<String> {
     let key = ServiceConfigKey::builder().service_id(service).env("AWS_ENDPOINT_URL").profile("endpoint_url").build();
     let own = key.ok().and_then(|key| sdk.service_config()?.load_config(key));
@@ -141,16 +258,40 @@ fn configured_endpoint(sdk: &SdkConfig, service: &str) -> Option<String> {
 }
 
 fn is_loopback(url: &str) -> bool {
-    let host = url.trim_start_matches("http://");
-    ["127.", "localhost", "[::1]"].iter().any(|loopback| host.starts_with(loopback))
+    let Some(host) = http::host(url) else { return false };
+    let is_address = host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+    is_address || host.eq_ignore_ascii_case("localhost")
 }
 
-/// Where the last request went: errors of the network name it, and the SDK's own do not.
+/// The credentials that both clients use. They can be replaced.
+#[derive(Clone, Debug)]
+struct Current(Arc<Mutex<Found>>);
+
+impl Current {
+    fn with<T>(&self, look: impl FnOnce(&Found) -> T) -> T {
+        look(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn replace(&self, found: Found) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = found;
+    }
+}
+
+impl ProvideCredentials for Current {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        future::ProvideCredentials::ready(Ok(self.with(|found| found.credentials.clone())))
+    }
+}
+
+/// The address of the last request. Network errors quote it, because the SDK's errors do not contain it.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Endpoint(Arc<Mutex<String>>);
+struct Endpoint(Arc<Mutex<String>>);
 
 impl Endpoint {
-    pub(super) fn uri(&self) -> String {
+    fn uri(&self) -> String {
         let uri = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if uri.is_empty() { "its endpoint".to_owned() } else { uri.clone() }
     }
@@ -167,8 +308,8 @@ impl Intercept for Endpoint {
         _: &RuntimeComponents,
         _: &mut ConfigBag,
     ) -> Result<(), BoxError> {
-        let uri = context.request().uri();
-        // Scheme and authority: what stands before the third slash.
+        let uri = http::without_userinfo(context.request().uri());
+        // Scheme and authority end before the third slash.
         let end = uri.match_indices('/').nth(2).map_or(uri.len(), |(at, _)| at);
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = uri[..end].to_owned();
         Ok(())

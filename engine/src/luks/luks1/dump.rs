@@ -1,19 +1,19 @@
-//! A header, printed as `cryptsetup luksDump` prints it.
+//! Prints a header as `cryptsetup luksDump` does.
 
 use std::fmt;
 
-use super::Header;
+use super::{Header, KeyslotState};
 use crate::luks::hex::Hex;
 use crate::luks::keyslot;
 
 impl Header {
-    /// The text that `cryptsetup luksDump` prints, and after the key's length one line more: what encryption that is. (A
-    /// key of 256 bits is AES-128-XTS, whatever people believe.)
+    /// Returns the text that `cryptsetup luksDump` prints. An additional line after the key's length names the
+    /// encryption, because many people do not expect that a key of 256 bits means AES-128-XTS.
     pub fn display(&self, disk: &str) -> impl fmt::Display {
         Display { header: self.clone(), disk: disk.to_owned() }
     }
 
-    /// What the encryption is called, where nbdcrypt does it.
+    /// Returns the name of the encryption, or `None` if nbdcrypt does not support it.
     pub fn encryption(&self) -> Option<&'static str> {
         keyslot::encryption(&self.cipher(), self.key_bytes)
     }
@@ -41,11 +41,18 @@ impl fmt::Display for Display {
         let (first, second) = header.digest_salt.split_at(header.digest_salt.len() / 2);
         writeln!(f, "MK salt:       \t{}\n               \t{}", Hex(first), Hex(second))?;
         writeln!(f, "MK iterations: \t{}", header.digest_iterations)?;
-        writeln!(f, "UUID:          \t{}\n", header.uuid.hyphenated())?;
+        writeln!(f, "UUID:          \t{}\n", header.uuid)?;
         for (index, slot) in header.keyslots.iter().enumerate() {
-            if !slot.enabled {
-                writeln!(f, "Key Slot {index}: DISABLED")?;
-                continue;
+            match slot.state {
+                KeyslotState::Enabled => {}
+                KeyslotState::Disabled => {
+                    writeln!(f, "Key Slot {index}: DISABLED")?;
+                    continue;
+                }
+                KeyslotState::Undecided(word) => {
+                    writeln!(f, "Key Slot {index}: DISABLED (damaged: its state is {word:#010x})")?;
+                    continue;
+                }
             }
             let (first, second) = slot.salt.split_at(slot.salt.len() / 2);
             writeln!(f, "Key Slot {index}: ENABLED")?;

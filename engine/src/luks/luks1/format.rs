@@ -1,55 +1,58 @@
-//! A new LUKS1 volume, laid out as cryptsetup lays it out.
+//! Makes a new LUKS1 volume with cryptsetup's layout.
 
 use std::num::NonZeroU32;
 
 use uuid::Uuid;
 
-use super::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, SALT_LEN, digest_of};
+use super::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, KeyslotState, SALT_LEN, digest_of};
 use crate::key::{Passphrase, VolumeKey};
+use crate::layout::Segment;
 use crate::luks::format::{HeaderImage, PendingFormat, begin_format};
 use crate::luks::hash::HashAlgorithm;
-use crate::luks::{Disks, LuksError, Random, Segment, kdf, keyslot};
+use crate::luks::{Disks, LuksError, Random, kdf, keyslot};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
+use crate::text::bytes;
 
-/// Keyslots lie on boundaries of so many bytes (cryptsetup's `LUKS_ALIGN_KEYSLOTS`), the first right behind the header.
+/// Keyslots begin at multiples of this number of bytes (cryptsetup's `LUKS_ALIGN_KEYSLOTS`). The first one follows the header.
 pub(super) const KEYSLOT_ALIGNMENT: usize = 4096;
-/// The data begins on a boundary of so many bytes (cryptsetup's `DEFAULT_DISK_ALIGNMENT`).
+/// The data begins at a multiple of this number of bytes (cryptsetup's `DEFAULT_DISK_ALIGNMENT`).
 const DATA_ALIGNMENT: usize = 1 << 20;
-/// `LBA_UNIT`, as an index.
+/// [`LBA_UNIT`] as an index.
 const SECTOR: usize = 512;
 
-/// What a new LUKS1 volume shall be.
+/// The options of a new LUKS1 volume.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// The hash of PBKDF2 and of the anti-forensic splitter.
     pub hash: HashAlgorithm,
-    /// What a guess at the passphrase shall cost; see [`kdf::calibrate`].
+    /// The iterations of the keyslot, which set the cost of guessing the passphrase. See [`kdf::calibrate`].
     pub keyslot_iterations: NonZeroU32,
-    /// What a guess at the volume key itself shall cost. The key is random, so that there is nothing to guess, and few
-    /// are enough.
+    /// The iterations of the digest, which set the cost of guessing the volume key. That key is random and cannot be guessed,
+    /// so few iterations are enough.
     pub digest_iterations: NonZeroU32,
-    /// What the volume will be called by.
+    /// The UUID of the volume.
     pub uuid: Uuid,
-    /// Bytes from the start of the data's disk to the data, a multiple of 4096; `None` is where cryptsetup lays it.
+    /// The offset of the data on its disk in bytes, a multiple of 4096. `None` means the offset that cryptsetup chooses.
     pub data_offset: Option<u64>,
 }
 
-/// Bytes of a header with its keyslots, for keys of `key_len` bytes: what a detached header needs.
+/// Returns the length in bytes of a header with its keyslots, for keys of `key_len` bytes. A detached header needs this
+/// many bytes.
 pub fn header_len(key_len: usize) -> u64 {
     (KEYSLOT_ALIGNMENT + spacing(key_len) * KEYSLOTS) as u64
 }
 
-/// Bytes from one keyslot to the next.
+/// Returns the number of bytes from the start of one keyslot to the start of the next.
 pub(super) fn spacing(key_len: usize) -> usize {
     keyslot::material_len(key_len).next_multiple_of(KEYSLOT_ALIGNMENT)
 }
 
-/// Begins to format `disks`: see [`PendingFormat`] for what must follow. Whatever is on them is lost; the caller has made
-/// sure that nothing is.
+/// Begins to format `disks`. [`PendingFormat`] says what must follow. All data on the disks is lost: the caller must
+/// have checked that they hold none.
 ///
 /// # Errors
-/// [`LuksError::TooSmall`] or [`LuksError::Impossible`], with the disk untouched; else what the disk or the source of
-/// randomness said.
+/// [`LuksError::TooSmall`] or [`LuksError::Impossible`]; the disk is then unchanged. Otherwise the error of the disk or of
+/// `random`.
 pub fn begin<'d>(
     disks: impl Into<Disks<'d>>,
     options: &Options,
@@ -59,8 +62,9 @@ pub fn begin<'d>(
 ) -> Result<PendingFormat, LuksError> {
     let disks = disks.into();
     let offset = data_offset(options, key.expose().len(), disks.is_detached())?;
-    let payload_offset = u32::try_from(offset / LBA_UNIT)
-        .map_err(|_| LuksError::impossible("the data offset", offset, "LUKS1 counts its sectors in 32 bits"))?;
+    let payload_offset = u32::try_from(offset / LBA_UNIT).map_err(|_| {
+        LuksError::impossible("the data offset", bytes(offset), "LUKS1 stores it as a 32-bit number of sectors")
+    })?;
     let unit = LBA_UNIT.max(disks.data().alignment() as u64);
     let len = disks.data().len().saturating_sub(offset) / unit * unit;
     let segment = Segment { offset, len, sector_size: SectorSize::B512, iv_start: Lba512(0) };
@@ -68,8 +72,8 @@ pub fn begin<'d>(
     begin_format(disks, image, key, segment)
 }
 
-/// Where the data begins: behind the keyslots, or at the start of a disk that has no header.
-fn data_offset(options: &Options, key_len: usize, is_detached: bool) -> Result<u64, LuksError> {
+/// Returns where the data begins: after the keyslots, or at the first byte of the disk if the header is detached.
+pub(in crate::luks) fn data_offset(options: &Options, key_len: usize, is_detached: bool) -> Result<u64, LuksError> {
     let header = header_len(key_len);
     match options.data_offset {
         None if is_detached => Ok(0),
@@ -77,13 +81,16 @@ fn data_offset(options: &Options, key_len: usize, is_detached: bool) -> Result<u
         Some(0) if is_detached => Ok(0),
         Some(offset) if offset >= header && offset.is_multiple_of(KEYSLOT_ALIGNMENT as u64) => Ok(offset),
         Some(offset) => {
-            let rule = format!("it is a multiple of 4096, and at least {header}, the header's length");
-            Err(LuksError::impossible("the data offset", offset, rule))
+            let rule = format!(
+                "it must be a multiple of 4096, and at least {}, which is the length of the header",
+                bytes(header)
+            );
+            Err(LuksError::impossible("the data offset", bytes(offset), rule))
         }
     }
 }
 
-/// All that stands before the data: the header, one keyslot, and random bytes where the other seven would be.
+/// Returns everything before the data: the header, one keyslot, and random bytes for the other seven keyslots.
 fn image(
     options: &Options,
     payload_offset: u32,
@@ -108,7 +115,7 @@ fn image(
     let mut offset = KEYSLOT_ALIGNMENT;
     let keyslots = std::array::from_fn(|index| {
         let slot = Keyslot {
-            enabled: index == 0,
+            state: if index == 0 { KeyslotState::Enabled } else { KeyslotState::Disabled },
             iterations: if index == 0 { keyslot_iterations.get() } else { 0 },
             salt: if index == 0 { slot_salt } else { [0; SALT_LEN] },
             material_offset: number(offset / SECTOR),
@@ -131,7 +138,7 @@ fn image(
         digest,
         digest_salt,
         digest_iterations: digest_iterations.get(),
-        uuid,
+        uuid: uuid.into(),
         keyslots,
     };
     let header = header.to_bytes();
@@ -139,7 +146,7 @@ fn image(
     Ok(HeaderImage { bytes: image, secondary: None })
 }
 
-/// A number of the header's: all of them are of a few MiB.
+/// Converts a number for a header field. All of these numbers are small, because a header is a few MiB long.
 fn number(n: usize) -> u32 {
     u32::try_from(n).unwrap_or_else(|_| unreachable!("a header is a few MiB long"))
 }

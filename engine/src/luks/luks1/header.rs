@@ -1,18 +1,15 @@
 //! The partition header (`phdr`): the first 592 bytes of a LUKS1 volume, big-endian (specification, section 3.1).
 
-use std::str::FromStr;
-
-use uuid::Uuid;
 use zerocopy::byteorder::big_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::luks::LuksError;
 use crate::luks::keyslot::{STRIPES, material_len};
+use crate::luks::{HeaderUuid, LuksError};
 use crate::sector::LBA_UNIT;
 
-/// `LUKS_MAGIC`, which LUKS2 shares.
+/// `LUKS_MAGIC`. LUKS2 uses the same magic.
 pub(super) const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
-/// Bytes of the header.
+/// The length of the header in bytes.
 pub(super) const HEADER_LEN: usize = 592;
 /// `LUKS_NUMKEYS`.
 pub const KEYSLOTS: usize = 8;
@@ -26,11 +23,11 @@ const VERSION: u16 = 1;
 pub(super) const ENABLED: u32 = 0x00AC_71F3;
 /// `LUKS_KEY_DISABLED`.
 pub(super) const DISABLED: u32 = 0x0000_DEAD;
-/// More than any cipher's; it bounds the key material to 1 MiB a slot.
+/// The maximum key length in bytes. Every cipher's key is shorter. This limits the key material to 1 MiB per keyslot.
 const MAX_KEY_LEN: u32 = 256;
 
-/// A header that keeps the specification's rules: its keyslots lie behind it, in front of the data, and apart. Its cipher
-/// and hash may still be ones that nbdcrypt does not do. Nothing in it is secret.
+/// A header that satisfies the specification: its keyslots lie after it, before the data, and do not overlap. nbdcrypt
+/// may still not support its cipher or hash. A header contains no secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
     /// The cipher's name, such as `aes`.
@@ -39,34 +36,63 @@ pub struct Header {
     pub cipher_mode: String,
     /// The hash of PBKDF2 and of the anti-forensic splitter.
     pub hash_spec: String,
-    /// Where the data begins, in 512-byte sectors; 0 when it is on another disk.
+    /// The offset of the data in 512-byte sectors. 0 means that the data is on another disk.
     pub payload_offset: u32,
-    /// Bytes of the volume key.
+    /// The length of the volume key in bytes.
     pub key_bytes: u32,
-    /// `PBKDF2(volume key, digest_salt, digest_iterations)`: how the right key is known.
+    /// `PBKDF2(volume key, digest_salt, digest_iterations)`, which confirms that a key is correct.
     pub digest: [u8; DIGEST_LEN],
     /// The salt of the digest.
     pub digest_salt: [u8; SALT_LEN],
     /// The iterations of the digest.
     pub digest_iterations: u32,
-    /// What the volume is called by.
-    pub uuid: Uuid,
+    /// The UUID of the volume.
+    pub uuid: HeaderUuid,
     /// The keyslots.
     pub keyslots: [Keyslot; KEYSLOTS],
 }
 
-/// One of the eight places for the volume key, each under a passphrase of its own.
+/// Whether a keyslot holds the volume key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyslotState {
+    /// `LUKS_KEY_ENABLED`: the keyslot is in use.
+    Enabled,
+    /// `LUKS_KEY_DISABLED`: the keyslot is free.
+    Disabled,
+    /// The field has another value. Like cryptsetup, nbdcrypt neither tries nor writes this keyslot, and uses the others.
+    Undecided(u32),
+}
+
+impl KeyslotState {
+    fn from_word(word: u32) -> Self {
+        match word {
+            ENABLED => Self::Enabled,
+            DISABLED => Self::Disabled,
+            other => Self::Undecided(other),
+        }
+    }
+
+    fn word(self) -> u32 {
+        match self {
+            Self::Enabled => ENABLED,
+            Self::Disabled => DISABLED,
+            Self::Undecided(word) => word,
+        }
+    }
+}
+
+/// One of the eight keyslots. Each can hold the volume key under its own passphrase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Keyslot {
-    /// Whether a passphrase is set.
-    pub enabled: bool,
-    /// The iterations that make the slot's key from the passphrase; never 0 in a slot that is enabled.
+    /// Whether the keyslot is in use.
+    pub state: KeyslotState,
+    /// The iterations with which the keyslot's key is derived from the passphrase. A keyslot with 0 iterations never opens.
     pub iterations: u32,
-    /// The salt of the slot's key.
+    /// The salt of the keyslot's key.
     pub salt: [u8; SALT_LEN],
-    /// Where the key material begins, in 512-byte sectors.
+    /// The offset of the key material in 512-byte sectors.
     pub material_offset: u32,
-    /// The stripes it was split into.
+    /// The number of stripes that the key was split into.
     pub stripes: u32,
 }
 
@@ -88,7 +114,7 @@ pub(super) struct RawHeader {
     pub(super) key_slots: [RawKeyslot; KEYSLOTS],
 }
 
-/// One of its keyslots.
+/// A keyslot of [`RawHeader`].
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(super) struct RawKeyslot {
@@ -102,7 +128,7 @@ pub(super) struct RawKeyslot {
 const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
 
 impl Header {
-    /// Reads the header from the first bytes of a disk.
+    /// Parses the header from the first bytes of a disk.
     ///
     /// # Errors
     /// [`LuksError::NotLuks`], [`LuksError::Version`], or [`LuksError::Corrupt`] with the field's name.
@@ -131,7 +157,7 @@ impl Header {
             digest: raw.mk_digest,
             digest_salt: raw.mk_digest_salt,
             digest_iterations: raw.mk_digest_iter.get(),
-            uuid: uuid(&raw.uuid)?,
+            uuid: HeaderUuid::from_field(&raw.uuid),
             keyslots,
         };
         if header.key_bytes == 0 || header.key_bytes > MAX_KEY_LEN {
@@ -144,7 +170,7 @@ impl Header {
         Ok(header)
     }
 
-    /// The header as it stands on the disk.
+    /// Returns the bytes of the header as they are on the disk.
     pub fn to_bytes(&self) -> [u8; HEADER_LEN] {
         let raw = RawHeader {
             magic: MAGIC,
@@ -157,9 +183,9 @@ impl Header {
             mk_digest: self.digest,
             mk_digest_salt: self.digest_salt,
             mk_digest_iter: self.digest_iterations.into(),
-            uuid: padded(&self.uuid.hyphenated().to_string()),
+            uuid: self.uuid.to_field(),
             key_slots: self.keyslots.map(|slot| RawKeyslot {
-                active: if slot.enabled { ENABLED } else { DISABLED }.into(),
+                active: slot.state.word().into(),
                 iterations: slot.iterations.into(),
                 salt: slot.salt,
                 key_material_offset: slot.material_offset.into(),
@@ -169,17 +195,37 @@ impl Header {
         zerocopy::transmute!(raw)
     }
 
-    /// The cipher with its mode, as dm-crypt calls it.
+    /// Returns the keyslot with this number, if it is in use.
+    ///
+    /// # Errors
+    /// [`LuksError::NoSuchKeyslot`], or [`LuksError::UndecidedKeyslot`] if its state is damaged.
+    pub(super) fn enabled_keyslot(&self, index: usize) -> Result<&Keyslot, LuksError> {
+        match self.keyslots.get(index).map(|slot| (slot, slot.state)) {
+            Some((slot, KeyslotState::Enabled)) => Ok(slot),
+            Some((_, KeyslotState::Undecided(state))) => Err(LuksError::UndecidedKeyslot { keyslot: index, state }),
+            Some((_, KeyslotState::Disabled)) | None => Err(LuksError::NoSuchKeyslot(index)),
+        }
+    }
+
+    /// Returns the cipher and its mode, as dm-crypt spells them.
     pub fn cipher(&self) -> String {
         format!("{}-{}", self.cipher_name, self.cipher_mode)
     }
 
-    /// Bytes from the start of the disk to the data.
+    /// Returns the offset of the data in bytes.
     pub fn payload_offset_bytes(&self) -> u64 {
         u64::from(self.payload_offset) * LBA_UNIT
     }
 
-    /// Key material lies behind the header, in front of the data, and on nothing else's.
+    /// Returns the first byte after all key material.
+    pub(super) fn end_of_keyslots(&self) -> u64 {
+        // No truncation: key_bytes is at most MAX_KEY_LEN.
+        let len = material_len(self.key_bytes as usize) as u64;
+        let last = self.keyslots.iter().map(|slot| slot.material_offset).max().unwrap_or(0);
+        u64::from(last) * LBA_UNIT + len
+    }
+
+    /// Checks that key material lies after the header and before the data, and that no two areas overlap.
     fn check_areas(&self) -> Result<(), LuksError> {
         let header_sectors = (HEADER_LEN as u64).div_ceil(LBA_UNIT);
         if self.payload_offset != 0 && u64::from(self.payload_offset) < header_sectors {
@@ -198,8 +244,10 @@ impl Header {
             }
             let end = start + len;
             if self.payload_offset != 0 && end > u64::from(self.payload_offset) {
-                let found =
-                    format!("sector {start}, so that its {len} sectors reach into the data at {}", self.payload_offset);
+                let found = format!(
+                    "sector {start}, so its {len} sectors reach into the data at sector {}",
+                    self.payload_offset
+                );
                 return Err(LuksError::corrupt(field(), found));
             }
             free_from = (end, format!("keyslot {index}"));
@@ -209,22 +257,19 @@ impl Header {
 }
 
 impl Keyslot {
+    /// Returns whether the keyslot is in use.
+    pub fn is_enabled(&self) -> bool {
+        self.state == KeyslotState::Enabled
+    }
+
     fn parse(index: usize, raw: &RawKeyslot) -> Result<Self, LuksError> {
         let field = |name: &str| format!("{name} of keyslot {index}");
-        let enabled = match raw.active.get() {
-            ENABLED => true,
-            DISABLED => false,
-            other => return Err(LuksError::corrupt(field("active"), format!("{other:#010x}"))),
-        };
-        if enabled && raw.iterations.get() == 0 {
-            return Err(LuksError::corrupt(field("iterations"), "0"));
-        }
-        // Every writer uses this number; a header with another one is damaged, or hostile.
+        // Every program writes this number. A header with another number is damaged or malicious.
         if raw.stripes.get() as usize != STRIPES {
             return Err(LuksError::corrupt(field("stripes"), raw.stripes.get().to_string()));
         }
         Ok(Self {
-            enabled,
+            state: KeyslotState::from_word(raw.active.get()),
             iterations: raw.iterations.get(),
             salt: raw.salt,
             material_offset: raw.key_material_offset.get(),
@@ -233,22 +278,16 @@ impl Keyslot {
     }
 }
 
-/// A name in a field that NUL bytes fill up.
+/// Reads a name that is padded with NULs.
 fn name(field: &str, bytes: &[u8]) -> Result<String, LuksError> {
     let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
     if text.is_empty() || text.len() == bytes.len() || !text.iter().all(u8::is_ascii_graphic) {
-        return Err(LuksError::corrupt(field, format!("\"{}\", which is no name", text.escape_ascii())));
+        return Err(LuksError::corrupt(field, format!("\"{}\", which is not a name", text.escape_ascii())));
     }
     Ok(text.iter().copied().map(char::from).collect())
 }
 
-fn uuid(bytes: &[u8]) -> Result<Uuid, LuksError> {
-    let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
-    let uuid = std::str::from_utf8(text).ok().and_then(|text| Uuid::from_str(text).ok());
-    uuid.ok_or_else(|| LuksError::corrupt("uuid", format!("\"{}\"", text.escape_ascii())))
-}
-
-/// A text in a field of `N` bytes, with at least one NUL after it.
+/// Returns a text in a field of `N` bytes, with at least one NUL after it.
 fn padded<const N: usize>(text: &str) -> [u8; N] {
     let mut field = [0; N];
     field.iter_mut().take(N - 1).zip(text.bytes()).for_each(|(to, from)| *to = from);

@@ -1,7 +1,7 @@
-//! LUKS1, after the on-disk format specification, version 1.2.3.
+//! LUKS1, as its on-disk format specification 1.2.3 defines it.
 //!
-//! A header of 592 bytes, eight keyslots of split and encrypted key, then the data, in sectors of 512 bytes whose IV counts
-//! from 0 at the first of them.
+//! A volume begins with a header of 592 bytes. After it come eight keyslots, each with the split and encrypted key, and then
+//! the data. The data has sectors of 512 bytes, and its IV counts from 0 at the first sector.
 
 mod dump;
 mod format;
@@ -14,20 +14,23 @@ use std::num::NonZeroU32;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
+pub(super) use format::data_offset;
 pub use format::{Options, begin, header_len};
-pub use header::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, SALT_LEN};
-pub use keys::{add_key, remove_key};
+pub use header::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, KeyslotState, SALT_LEN};
+pub use keys::{add_key, remove_key, replace_key};
 pub use repair::{Fix, repair};
 
 use super::hash::HashAlgorithm;
 use super::limits::{Budget, Work};
-use super::{DataDisk, Disks, Limits, LuksError, Segment, UnlockedVolume, kdf, keyslot};
+use super::{DataDisk, Disks, Limits, LuksError, UnlockedVolume, kdf, keyslot};
+use crate::layout::Segment;
+
 use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
 use crate::signature::is_unfinished;
 use crate::store::{BlockStore, read_unaligned};
 
-/// A LUKS1 volume that nbdcrypt can open, given a passphrase.
+/// A LUKS1 volume that nbdcrypt can open with the right passphrase.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Locked {
     header: Header,
@@ -35,14 +38,55 @@ pub struct Locked {
     key_len: usize,
     digest_iterations: NonZeroU32,
     segment: Segment,
-    /// The first keyslot that is tried only when it is named, for what those before it cost.
+    /// Why a keyslot is never tried.
+    faults: [Option<SlotFault>; KEYSLOTS],
+    /// The first keyslot that is tried only if it is named, because the keyslots before it cost too much.
     beyond_budget: Option<usize>,
 }
 
-/// Reads the header, whatever cipher it names: enough to show it.
+/// Why one keyslot cannot be tried while the rest of the header is valid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SlotFault {
+    Undecided(u32),
+    NoIterations,
+    TooManyIterations { found: u32, limit: u32 },
+}
+
+impl SlotFault {
+    fn of(index: usize, slot: &Keyslot, limits: &Limits) -> Option<Self> {
+        match slot.state {
+            KeyslotState::Disabled => None,
+            KeyslotState::Undecided(word) => Some(Self::Undecided(word)),
+            KeyslotState::Enabled => match limits.iterations(|| field(index), slot.iterations) {
+                Ok(_) => None,
+                Err(LuksError::TooManyIterations { found, limit, .. }) => {
+                    Some(Self::TooManyIterations { found, limit })
+                }
+                Err(_) => Some(Self::NoIterations),
+            },
+        }
+    }
+
+    fn error(self, index: usize) -> LuksError {
+        match self {
+            Self::Undecided(state) => LuksError::UndecidedKeyslot { keyslot: index, state },
+            Self::NoIterations => LuksError::NoIterations(index),
+            Self::TooManyIterations { found, limit } => {
+                LuksError::TooManyIterations { field: field(index), found, limit }
+            }
+        }
+    }
+}
+
+/// Returns the name of the field with the iterations of a keyslot.
+fn field(index: usize) -> String {
+    format!("iterations of keyslot {index}")
+}
+
+/// Reads the header in order to show it. The header may name any cipher.
 ///
 /// # Errors
-/// [`LuksError`] when there is none, or it is corrupt.
+/// [`LuksError`] if there is no header or it is corrupt.
 pub fn read_header(store: &dyn BlockStore) -> Result<Header, LuksError> {
     let mut bytes = [0; 1024];
     if store.len() < bytes.len() as u64 {
@@ -52,23 +96,33 @@ pub fn read_header(store: &dyn BlockStore) -> Result<Header, LuksError> {
     if is_unfinished(&bytes) {
         return Err(LuksError::Unfinished);
     }
-    Header::parse(&bytes)
+    let header = Header::parse(&bytes)?;
+    // As in cryptsetup, a header whose key material is cut off is not valid.
+    let needed = header.end_of_keyslots();
+    if needed > store.len() {
+        return Err(LuksError::TooSmall { needed, available: store.len() });
+    }
+    Ok(header)
 }
 
-/// Reads the header of a volume that shall be opened.
+/// Reads the header of a volume in order to open it.
 ///
 /// # Errors
-/// [`LuksError`] when there is none, or it is corrupt, or asks for what nbdcrypt does not do or for too much work.
+/// [`LuksError`] if there is no header, if it is corrupt, or if it asks for too much work or for something that nbdcrypt
+/// does not support.
 pub fn read<'d>(disks: impl Into<Disks<'d>>, limits: &Limits) -> Result<Locked, LuksError> {
     let disks = disks.into();
-    Locked::new(read_header(disks.header())?, disks.data_disk(), limits)
+    let locked = Locked::new(read_header(disks.header())?, disks.data_disk(), limits)?;
+    keyslot::refuse_short_iv(&locked.header.cipher(), &locked.segment)?;
+    Ok(locked)
 }
 
 impl Locked {
-    /// The volume that `header` describes, with its data on `disk`.
+    /// Returns the volume that `header` describes, with its data on `disk`.
     ///
     /// # Errors
-    /// [`LuksError`] when it asks for what nbdcrypt does not do or for too much work, or the disk is too small for it.
+    /// [`LuksError`] if the header asks for too much work or for something that nbdcrypt does not support, or if the disk is
+    /// too small.
     pub fn new(header: Header, disk: DataDisk, limits: &Limits) -> Result<Self, LuksError> {
         let key_len = keyslot::key_len(&header.cipher(), header.key_bytes)?;
         let hash = HashAlgorithm::from_name(&header.hash_spec).ok_or_else(|| LuksError::Unsupported {
@@ -78,8 +132,14 @@ impl Locked {
         })?;
         let digest_iterations = limits.iterations(|| "mk-digest-iter".to_owned(), header.digest_iterations)?;
         let (mut budget, mut beyond_budget) = (Budget::default(), None);
-        for (index, slot) in header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
-            let iterations = limits.iterations(|| format!("iterations of keyslot {index}"), slot.iterations)?;
+        let faults = std::array::from_fn(|index| SlotFault::of(index, &header.keyslots[index], limits));
+        let used = || header.keyslots.iter().enumerate().filter(|(_, slot)| slot.state != KeyslotState::Disabled);
+        let first_fault = used().find_map(|(index, _)| faults[index].map(|fault| fault.error(index)));
+        if let Some(error) = first_fault.filter(|_| used().all(|(index, _)| faults[index].is_some())) {
+            return Err(error);
+        }
+        for (index, slot) in used().filter(|(index, _)| faults[*index].is_none()) {
+            let iterations = limits.iterations(|| field(index), slot.iterations)?;
             let digest = Work::of_pbkdf2(limits, hash, digest_iterations, DIGEST_LEN);
             if !budget.spend(Work::of_pbkdf2(limits, hash, iterations, key_len).and(digest)) {
                 beyond_budget = beyond_budget.or(Some(index));
@@ -94,28 +154,40 @@ impl Locked {
             return Err(LuksError::TooSmall { needed: offset + LBA_UNIT, available: disk.len });
         }
         let segment = Segment { offset, len, sector_size: SectorSize::B512, iv_start: Lba512(0) };
-        Ok(Self { header, hash, key_len, digest_iterations, segment, beyond_budget })
+        Ok(Self { header, hash, key_len, digest_iterations, segment, faults, beyond_budget })
     }
 
     /// Tries the passphrase on the keyslots, in their order.
     ///
     /// # Errors
-    /// [`LuksError::WrongPassphrase`] when it opens none of them; [`LuksError::DamagedKeyslot`] or
-    /// [`LuksError::UnreadableKeyslot`] when it opens none, and not all could be tried.
+    /// [`LuksError::WrongPassphrase`] if it opens no keyslot. [`LuksError::DamagedKeyslot`],
+    /// [`LuksError::UnreadableKeyslot`], [`LuksError::UndecidedKeyslot`], [`LuksError::NoIterations`],
+    /// [`LuksError::Corrupt`], [`LuksError::TooManyIterations`] or [`LuksError::TooMuchWork`] if it opens no keyslot and not all could be tried.
+    /// [`LuksError::NoKeyslot`] if none is in use.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         let mut refusal = LuksError::NoKeyslot;
-        for (keyslot, _) in self.header.keyslots.iter().enumerate().filter(|(_, slot)| slot.enabled) {
+        for (keyslot, slot) in self.header.keyslots.iter().enumerate() {
+            if slot.state == KeyslotState::Disabled {
+                continue;
+            }
             if self.beyond_budget == Some(keyslot) {
                 return Err(LuksError::TooMuchWork { keyslot });
             }
             match self.unlock_keyslot(store, keyslot, passphrase) {
-                // What kept a keyslot from being tried is told before what was tried in vain.
+                // An error that kept a keyslot from being tried is reported rather than a wrong passphrase.
                 Err(error @ LuksError::WrongPassphrase) => {
                     if let LuksError::NoKeyslot = refusal {
                         refusal = error;
                     }
                 }
-                Err(error @ (LuksError::DamagedKeyslot { .. } | LuksError::UnreadableKeyslot { .. })) => {
+                Err(
+                    error @ (LuksError::DamagedKeyslot { .. }
+                    | LuksError::UnreadableKeyslot { .. }
+                    | LuksError::UndecidedKeyslot { .. }
+                    | LuksError::NoIterations(_)
+                    | LuksError::Corrupt { .. }
+                    | LuksError::TooManyIterations { .. }),
+                ) => {
                     if matches!(refusal, LuksError::NoKeyslot | LuksError::WrongPassphrase) {
                         refusal = error;
                     }
@@ -129,41 +201,49 @@ impl Locked {
     /// Tries the passphrase on one keyslot.
     ///
     /// # Errors
-    /// [`LuksError::NoSuchKeyslot`], and as [`Locked::unlock`] has them.
+    /// [`LuksError::NoSuchKeyslot`], and the errors of [`Locked::unlock`].
     pub fn unlock_keyslot(
         &self,
         store: &dyn BlockStore,
         keyslot: usize,
         passphrase: &Passphrase,
     ) -> Result<UnlockedVolume, LuksError> {
-        let slot = self.header.keyslots.get(keyslot).filter(|slot| slot.enabled);
-        let slot = slot.ok_or(LuksError::NoSuchKeyslot(keyslot))?;
+        if let Some(fault) = self.faults.get(keyslot).copied().flatten() {
+            return Err(fault.error(keyslot));
+        }
+        let slot = self.header.enabled_keyslot(keyslot)?;
         let mut material = Zeroizing::new(vec![0; keyslot::material_len(self.key_len)]);
         read_unaligned(store, &mut material, u64::from(slot.material_offset) * LBA_UNIT)
             .map_err(|source| LuksError::UnreadableKeyslot { keyslot, source })?;
-        if let Some(sector) = keyslot::damaged_sector(&material) {
-            return Err(LuksError::DamagedKeyslot { keyslot, sector: u64::from(slot.material_offset) + sector as u64 });
+        let damaged = keyslot::damaged_sector(&material);
+        if let Some(key) = self.try_keyslot(slot, &mut material, passphrase)? {
+            return Ok(UnlockedVolume { key, segment: self.segment, keyslot });
         }
-        let key = self.try_keyslot(slot, &mut material, passphrase)?.ok_or(LuksError::WrongPassphrase)?;
-        Ok(UnlockedVolume { key, segment: self.segment, keyslot })
+        // This comes after the attempt, because key material that looks damaged may still be correct.
+        Err(match damaged {
+            Some(sector) => {
+                LuksError::DamagedKeyslot { keyslot, sector: u64::from(slot.material_offset) + sector as u64 }
+            }
+            None => LuksError::WrongPassphrase,
+        })
     }
 
-    /// The header.
+    /// Returns the header.
     pub fn header(&self) -> &Header {
         &self.header
     }
 
-    /// Where the data lies.
+    /// Returns where the data lies.
     pub fn segment(&self) -> Segment {
         self.segment
     }
 
-    /// The hash of all its keyslots.
+    /// Returns the hash that all keyslots use.
     pub fn hash(&self) -> HashAlgorithm {
         self.hash
     }
 
-    /// The length of the volume key in bits, both halves counted.
+    /// Returns the length of the volume key in bits, with both halves counted.
     pub fn key_bits(&self) -> usize {
         self.key_len * 8
     }
@@ -187,7 +267,7 @@ impl Locked {
     }
 }
 
-/// `mk-digest = PBKDF2(volume key, mk-digest-salt, mk-digest-iter, LUKS_DIGESTSIZE)`.
+/// Returns `mk-digest = PBKDF2(volume key, mk-digest-salt, mk-digest-iter, LUKS_DIGESTSIZE)`.
 fn digest_of(hash: HashAlgorithm, key: &[u8], salt: &[u8], iterations: NonZeroU32) -> [u8; DIGEST_LEN] {
     let mut digest = [0; DIGEST_LEN];
     digest.copy_from_slice(&kdf::pbkdf2(hash, key, salt, iterations, DIGEST_LEN));

@@ -1,8 +1,9 @@
-//! A damaged LUKS1 header, put right where that is possible: what `cryptsetup repair` does.
+//! Repairs a damaged LUKS1 header where that is possible, as `cryptsetup repair` does.
 //!
-//! There is one header, without a checksum, so that it must be known what should stand there. That is known of keyslots
-//! which are not in use: every volume has them at the same places. A partition table, which ends within keyslot 6, damages
-//! them first. Keyslots in use stay as they are, and so does their part of the header while it is written.
+//! There is only one header, and it has no checksum. So a field can be repaired only if its correct value is known. The
+//! values of keyslots that are not in use are known, because these keyslots lie at the same offsets in every volume. A
+//! partition table damages these keyslots first, because its end lies within keyslot 6. Keyslots in use stay unchanged.
+//! Their part of the header also stays unchanged, even while the header is written.
 
 use std::fmt;
 
@@ -10,61 +11,61 @@ use zerocopy::FromBytes;
 
 use super::format::{KEYSLOT_ALIGNMENT, spacing};
 use super::header::{DISABLED, ENABLED, RawHeader, RawKeyslot, SALT_LEN};
-use super::{Header, KEYSLOTS};
+use super::{Header, KEYSLOTS, KeyslotState};
 use crate::luks::hash::HashAlgorithm;
 use crate::luks::{LuksError, keyslot, printable};
 use crate::sector::LBA_UNIT;
 use crate::signature::is_unfinished;
 use crate::store::{BlockStore, read_unaligned, write_unaligned};
 
-/// What ends a partition table, and a boot sector, and where.
+/// The signature at the end of a partition table and of a boot sector, and its offset.
 const BOOT_SIGNATURE: [u8; 2] = [0x55, 0xaa];
 const BOOT_SIGNATURE_AT: usize = 510;
-/// The keyslot whose salt is there.
+/// The keyslot whose salt lies at that offset.
 const KEYSLOT_AT_BOOT_SIGNATURE: usize = 6;
 
-/// Something in a header that was put right.
+/// A repaired part of a header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fix {
-    /// The cipher mode ECB has no IV.
+    /// The cipher mode named an IV, but ECB has no IV.
     CipherMode {
-        /// What stood there.
+        /// The old value.
         from: String,
     },
-    /// A hash is written in small letters.
+    /// The hash had upper-case letters.
     Hash {
-        /// What stood there.
+        /// The old value.
         from: String,
     },
-    /// The place of a keyslot that is not in use, in 512-byte sectors.
+    /// The offset of a keyslot that is not in use, in 512-byte sectors.
     Offset {
         /// The keyslot, from 0.
         keyslot: usize,
-        /// What stood there.
+        /// The old value.
         from: u32,
-        /// What stands there now.
+        /// The new value.
         to: u32,
     },
-    /// The stripes of a keyslot that is not in use.
+    /// The number of stripes of a keyslot that is not in use.
     Stripes {
         /// The keyslot, from 0.
         keyslot: usize,
-        /// What stood there.
+        /// The old value.
         from: u32,
     },
-    /// A partition table's signature in the salt of a keyslot that is not in use.
+    /// The salt of a keyslot that is not in use contained the signature of a partition table.
     BootSignature {
         /// The keyslot, from 0.
         keyslot: usize,
     },
-    /// A keyslot that was neither enabled nor disabled, and has a salt, iterations and key material: it is enabled again.
+    /// A keyslot was neither enabled nor disabled. It has a salt, iterations and key material, so it is enabled again.
     Enabled {
         /// The keyslot, from 0.
         keyslot: usize,
-        /// What stood there.
+        /// The old state.
         from: u32,
     },
-    /// A keyslot that is not in use was made to say so.
+    /// A keyslot that is not in use was disabled and its salt and iterations were cleared.
     Cleared {
         /// The keyslot, from 0.
         keyslot: usize,
@@ -74,32 +75,36 @@ pub enum Fix {
 impl fmt::Display for Fix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::CipherMode { from } => write!(f, "the cipher mode was {}, and is ecb", printable(from)),
+            Self::CipherMode { from } => write!(f, "the cipher mode was {}, and is now ecb", printable(from)),
             Self::Hash { from } => {
-                write!(f, "the hash was {}, and is {}", printable(from), printable(&from.to_ascii_lowercase()))
+                write!(f, "the hash was {}, and is now {}", printable(from), printable(&from.to_ascii_lowercase()))
             }
             Self::Offset { keyslot, from, to } => {
-                write!(f, "keyslot {keyslot}: the key material's offset was {from}, and is {to}")
+                write!(f, "keyslot {keyslot}: the offset of the key material was {from}, and is now {to}")
             }
             Self::Stripes { keyslot, from } => {
-                write!(f, "keyslot {keyslot}: the stripes were {from}, and are {}", keyslot::STRIPES)
+                write!(f, "keyslot {keyslot}: the number of stripes was {from}, and is now {}", keyslot::STRIPES)
             }
             Self::BootSignature { keyslot } => {
-                write!(f, "keyslot {keyslot}: there was the signature of a partition table")
+                write!(f, "keyslot {keyslot}: the salt contained the signature of a partition table")
             }
             Self::Enabled { keyslot, from } => {
-                write!(f, "keyslot {keyslot}: its state was {from:#010x}, and it is enabled, since it holds a key")
+                write!(
+                    f,
+                    "keyslot {keyslot}: the state was {from:#010x}, and is now enabled, because the keyslot holds a key"
+                )
             }
-            Self::Cleared { keyslot } => write!(f, "keyslot {keyslot}: disabled, its salt cleared"),
+            Self::Cleared { keyslot } => write!(f, "keyslot {keyslot}: disabled, and its salt cleared"),
         }
     }
 }
 
-/// Puts a header right; returns what was not.
+/// Repairs a header. Returns the repaired parts.
 ///
 /// # Errors
-/// [`LuksError::NotLuks`], [`LuksError::Version`] or [`LuksError::Unfinished`] where there is none; [`LuksError::BeyondRepair`]
-/// where it is not known what should stand in it, with the disk untouched; else what the disk said.
+/// [`LuksError::NotLuks`], [`LuksError::Version`] or [`LuksError::Unfinished`] if there is no LUKS1 header, and
+/// [`LuksError::BeyondRepair`] if a correct value is unknown; the disk is then unchanged. Otherwise
+/// [`LuksError::Store`].
 pub fn repair(store: &dyn BlockStore) -> Result<Vec<Fix>, LuksError> {
     let mut sectors = [0; 1024];
     if store.len() < sectors.len() as u64 {
@@ -110,7 +115,11 @@ pub fn repair(store: &dyn BlockStore) -> Result<Vec<Fix>, LuksError> {
         return Err(LuksError::Unfinished);
     }
     match Header::parse(&sectors) {
-        Ok(header) if !has_iv_of_ecb(&header.cipher_mode) && is_lowercase(header.hash_spec.as_bytes()) => {
+        Ok(header)
+            if !has_iv_of_ecb(&header.cipher_mode)
+                && is_lowercase(header.hash_spec.as_bytes())
+                && !header.keyslots.iter().any(|slot| matches!(slot.state, KeyslotState::Undecided(_))) =>
+        {
             return Ok(Vec::new());
         }
         Ok(_) | Err(LuksError::Corrupt { .. }) => {}
@@ -118,47 +127,48 @@ pub fn repair(store: &dyn BlockStore) -> Result<Vec<Fix>, LuksError> {
     }
     let has_boot_signature = sectors[BOOT_SIGNATURE_AT..][..BOOT_SIGNATURE.len()] == BOOT_SIGNATURE;
     let Ok((raw, _)) = RawHeader::mut_from_prefix(&mut sectors) else { return Err(LuksError::NotLuks) };
-    let places = places(raw)?;
+    let offsets = offsets(raw)?;
     let mut fixes = Vec::new();
-    fixes.extend(put_cipher_mode_right(&mut raw.cipher_mode));
-    fixes.extend(put_hash_right(&mut raw.hash_spec)?);
-    // No truncation: `places` allows 64 bytes at most.
+    fixes.extend(repair_cipher_mode(&mut raw.cipher_mode));
+    fixes.extend(repair_hash(&mut raw.hash_spec)?);
+    // No truncation: `offsets` allows at most 64 bytes.
     let material_len = keyslot::material_len(raw.key_bytes.get() as usize);
-    for (index, (slot, place)) in raw.key_slots.iter_mut().zip(places).enumerate() {
+    for (index, (slot, expected)) in raw.key_slots.iter_mut().zip(offsets).enumerate() {
         let has_boot_signature = has_boot_signature && index == KEYSLOT_AT_BOOT_SIGNATURE;
-        put_keyslot_right(store, index, slot, place, material_len, has_boot_signature, &mut fixes)?;
+        repair_keyslot(store, index, slot, expected, material_len, has_boot_signature, &mut fixes)?;
     }
-    // What is written can be read again.
+    // Only a header that can be read back is written.
     Header::parse(&sectors).map_err(LuksError::beyond_repair)?;
     write_unaligned(store, &sectors, 0)?;
     store.flush()?;
     Ok(fixes)
 }
 
-/// Where the keyslots of a volume with such a key are, in 512-byte sectors.
-fn places(raw: &RawHeader) -> Result<[u32; KEYSLOTS], LuksError> {
+/// Returns the offsets of the keyslots in 512-byte sectors, for a volume with a key of this length.
+fn offsets(raw: &RawHeader) -> Result<[u32; KEYSLOTS], LuksError> {
     let key_bytes = raw.key_bytes.get();
     if !matches!(key_bytes, 16 | 32 | 64) {
         return Err(LuksError::corrupt("key-bytes", key_bytes.to_string()).beyond_repair());
     }
     let sectors = |bytes: usize| u32::try_from(bytes as u64 / LBA_UNIT).unwrap_or(u32::MAX);
     let (first, spacing) = (sectors(KEYSLOT_ALIGNMENT), sectors(spacing(key_bytes as usize)));
-    let mut places = [first; KEYSLOTS];
+    let mut offsets = [first; KEYSLOTS];
     for index in 1..KEYSLOTS {
-        places[index] = places[index - 1] + spacing;
+        offsets[index] = offsets[index - 1] + spacing;
     }
-    // The first cryptsetup had them elsewhere, and closer together.
-    let is_there =
-        |(slot, place): (&RawKeyslot, &u32)| slot.active.get() == ENABLED && slot.key_material_offset.get() == *place;
+    // The first versions of cryptsetup placed the keyslots elsewhere and closer together.
+    let is_there = |(slot, expected): (&RawKeyslot, &u32)| {
+        slot.active.get() == ENABLED && slot.key_material_offset.get() == *expected
+    };
     let offset = raw.key_slots[0].key_material_offset.get();
-    if offset < first && !raw.key_slots.iter().zip(&places).any(is_there) {
-        let found = format!("sector {offset}, before those of today's volumes");
+    if offset < first && !raw.key_slots.iter().zip(&offsets).any(is_there) {
+        let found = format!("sector {offset}, which is lower than in today's volumes");
         return Err(LuksError::corrupt("key-material-offset of keyslot 0", found).beyond_repair());
     }
-    Ok(places)
+    Ok(offsets)
 }
 
-fn put_cipher_mode_right(field: &mut [u8; 32]) -> Option<Fix> {
+fn repair_cipher_mode(field: &mut [u8; 32]) -> Option<Fix> {
     let from = until_nul(field);
     if !has_iv_of_ecb(&from) {
         return None;
@@ -172,7 +182,7 @@ fn has_iv_of_ecb(mode: &str) -> bool {
     mode.starts_with("ecb-")
 }
 
-fn put_hash_right(field: &mut [u8; 32]) -> Result<Option<Fix>, LuksError> {
+fn repair_hash(field: &mut [u8; 32]) -> Result<Option<Fix>, LuksError> {
     if is_lowercase(field) {
         return Ok(None);
     }
@@ -193,11 +203,11 @@ fn until_nul(field: &[u8]) -> String {
     String::from_utf8_lossy(text).into_owned()
 }
 
-fn put_keyslot_right(
+fn repair_keyslot(
     store: &dyn BlockStore,
     keyslot: usize,
     slot: &mut RawKeyslot,
-    place: u32,
+    expected: u32,
     material_len: usize,
     has_boot_signature: bool,
     fixes: &mut Vec<Fix>,
@@ -208,9 +218,9 @@ fn put_keyslot_right(
     }
     let before = fixes.len();
     let (offset, stripes) = (slot.key_material_offset.get(), slot.stripes.get());
-    if offset != place {
-        fixes.push(Fix::Offset { keyslot, from: offset, to: place });
-        slot.key_material_offset = place.into();
+    if offset != expected {
+        fixes.push(Fix::Offset { keyslot, from: offset, to: expected });
+        slot.key_material_offset = expected.into();
     }
     if stripes as usize != keyslot::STRIPES {
         fixes.push(Fix::Stripes { keyslot, from: stripes });
@@ -223,10 +233,10 @@ fn put_keyslot_right(
     if state == DISABLED && !is_damaged {
         return Ok(());
     }
-    // Nothing but the state is damaged, and a keyslot that is not in use has neither salt nor iterations.
+    // Only the state is damaged. A keyslot that is not in use has neither a salt nor iterations.
     if !is_damaged && slot.iterations.get() != 0 && slot.salt != [0; SALT_LEN] {
         let mut material = vec![0; material_len];
-        let at = u64::from(place) * LBA_UNIT;
+        let at = u64::from(expected) * LBA_UNIT;
         if at + material_len as u64 <= store.len() {
             read_unaligned(store, &mut material, at)?;
         }

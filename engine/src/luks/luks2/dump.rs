@@ -1,25 +1,25 @@
-//! A header, printed as `cryptsetup luksDump` prints it.
+//! Prints a header as `cryptsetup luksDump` does.
 
 use std::fmt;
 
-use super::{Area, Digest, Header, Kdf, Keyslot};
+use super::{Area, Digest, Header, Kdf, Keyslot, Pbkdf2Digest};
 use crate::luks::hex::Hex;
 use crate::luks::{keyslot, printable};
 
 impl Header {
-    /// The text that `cryptsetup luksDump` prints, and after each segment's cipher one line more: what encryption that
-    /// is. (A key of 256 bits is AES-128-XTS, whatever people believe.)
+    /// Returns the text that `cryptsetup luksDump` prints. An additional line after each segment's cipher names the
+    /// encryption, because many people do not expect that a key of 256 bits means AES-128-XTS.
     pub fn display(&self) -> impl fmt::Display {
         self
     }
 
-    /// What the encryption is called, where nbdcrypt does it.
+    /// Returns the name of the encryption, or `None` if nbdcrypt does not support it.
     pub fn encryption(&self) -> Option<&'static str> {
         self.metadata.segments.keys().find_map(|segment| self.encryption_of(*segment))
     }
 
     fn encryption_of(&self, segment: u32) -> Option<&'static str> {
-        let digest = self.metadata.digests.values().find(|digest| digest.segments.contains(&segment))?;
+        let (_, digest) = self.metadata.digest_of_segment(segment)?;
         let keyslot = digest.keyslots.iter().find_map(|id| self.metadata.keyslots.get(id))?;
         keyslot::encryption(&self.metadata.segments.get(&segment)?.encryption, keyslot.key_size)
     }
@@ -34,34 +34,34 @@ impl fmt::Display for Header {
         writeln!(f, "Epoch:         \t{}", binary.sequence_id)?;
         writeln!(f, "Metadata area: \t{} [bytes]", binary.header_size)?;
         writeln!(f, "Keyslots area: \t{} [bytes]", metadata.config.keyslots_size)?;
-        writeln!(f, "UUID:          \t{}", binary.uuid.hyphenated())?;
+        writeln!(f, "UUID:          \t{}", binary.uuid)?;
         writeln!(f, "Label:         \t{}", or(binary.label.to_string(), "(no label)"))?;
         writeln!(f, "Subsystem:     \t{}", or(binary.subsystem.to_string(), "(no subsystem)"))?;
-        let words = |words: &[String]| words.iter().map(|word| format!("{word} ")).collect::<String>();
+        let words = |words: &[String]| words.iter().map(|word| format!("{} ", printable(word))).collect::<String>();
         writeln!(f, "Flags:       \t{}", or(words(&metadata.config.flags), "(no flags)"))?;
         if !metadata.config.requirements.is_empty() {
             writeln!(f, "Requirements:\t{}", words(&metadata.config.requirements))?;
         }
         writeln!(f, "\nData segments:")?;
         for (id, segment) in &metadata.segments {
-            writeln!(f, "  {id}: {}", segment.kind)?;
+            writeln!(f, "  {id}: {}", printable(&segment.kind))?;
             writeln!(f, "\toffset: {} [bytes]", segment.offset)?;
             match segment.size {
                 Some(size) => writeln!(f, "\tlength: {size} [bytes]")?,
                 None => writeln!(f, "\tlength: (whole device)")?,
             }
             if segment.kind == "crypt" {
-                writeln!(f, "\tcipher: {}", segment.encryption)?;
+                writeln!(f, "\tcipher: {}", printable(&segment.encryption))?;
                 if let Some(encryption) = self.encryption_of(*id) {
                     writeln!(f, "\tencryption: {encryption}")?;
                 }
                 writeln!(f, "\tsector: {} [bytes]", segment.sector_size)?;
             }
             if let Some(integrity) = &segment.integrity {
-                writeln!(f, "\tintegrity: {integrity}")?;
+                writeln!(f, "\tintegrity: {}", printable(integrity))?;
             }
             if !segment.flags.is_empty() {
-                writeln!(f, "\tflags : {}", segment.flags.join(", "))?;
+                writeln!(f, "\tflags : {}", printable(&segment.flags.join(", ")))?;
             }
             writeln!(f)?;
         }
@@ -74,7 +74,7 @@ impl fmt::Display for Header {
             writeln!(f, "  {id}: {}", printable(&token.kind))?;
             if token.kind == "luks2-keyring" {
                 let description = &metadata.json["tokens"][id.to_string()]["key_description"];
-                writeln!(f, "\tKey description: {}", description.as_str().unwrap_or_default().escape_debug())?;
+                writeln!(f, "\tKey description: {}", printable(description.as_str().unwrap_or_default()))?;
             }
             for keyslot in &token.keyslots {
                 writeln!(f, "\tKeyslot:    {keyslot}")?;
@@ -89,19 +89,15 @@ impl Header {
     fn write_keyslot(&self, f: &mut fmt::Formatter<'_>, id: u32, slot: &Keyslot) -> fmt::Result {
         let Area { offset, size, encryption, key_size, .. } = &slot.area;
         let digest = self.metadata.digests.iter().find(|(_, digest)| digest.keyslots.contains(&id));
-        writeln!(f, "  {id}: {}{}", slot.kind, if digest.is_none() { " (unbound)" } else { "" })?;
+        writeln!(f, "  {id}: {}{}", printable(&slot.kind), if self.metadata.is_bound(id) { "" } else { " (unbound)" })?;
         writeln!(f, "\tKey:        {} bits", u64::from(slot.key_size) * 8)?;
-        let priority = match slot.priority {
-            0 => "ignored",
-            2 => "preferred",
-            _ => "normal",
-        };
-        writeln!(f, "\tPriority:   {priority}")?;
+        writeln!(f, "\tPriority:   {}", slot.priority)?;
         if let Some((kdf, af)) = &slot.opening {
-            writeln!(f, "\tCipher:     {encryption}")?;
+            writeln!(f, "\tCipher:     {}", printable(encryption))?;
             writeln!(f, "\tCipher key: {} bits", u64::from(*key_size) * 8)?;
             match kdf {
                 Kdf::Pbkdf2 { hash, iterations, salt } => {
+                    let hash = printable(hash);
                     writeln!(f, "\tPBKDF:      pbkdf2\n\tHash:       {hash}\n\tIterations: {iterations}")?;
                     write_bytes(f, "Salt:   ", salt)?;
                 }
@@ -110,9 +106,12 @@ impl Header {
                     writeln!(f, "\tTime cost:  {time}\n\tMemory:     {memory}\n\tThreads:    {cpus}")?;
                     write_bytes(f, "Salt:   ", salt)?;
                 }
-                Kdf::Other(name) => writeln!(f, "\tPBKDF:      {name}")?,
+                Kdf::Other(name) => writeln!(f, "\tPBKDF:      {}", printable(name))?,
             }
-            writeln!(f, "\tAF stripes: {}\n\tAF hash:    {}", af.stripes, af.hash)?;
+            writeln!(f, "\tAF stripes: {}\n\tAF hash:    {}", af.stripes, printable(&af.hash))?;
+        }
+        if let Some(fault) = &slot.fault {
+            writeln!(f, "\tdamaged:    {} is {}", printable(&fault.field), printable(&fault.found))?;
         }
         writeln!(f, "\tArea offset:{offset} [bytes]\n\tArea length:{size} [bytes]")?;
         match digest {
@@ -123,13 +122,20 @@ impl Header {
 }
 
 fn write_digest(f: &mut fmt::Formatter<'_>, id: u32, digest: &Digest) -> fmt::Result {
-    writeln!(f, "  {id}: {}", digest.kind)?;
-    writeln!(f, "\tHash:       {}\n\tIterations: {}", digest.hash, digest.iterations)?;
-    write_bytes(f, "Salt:   ", &digest.salt)?;
-    write_bytes(f, "Digest: ", &digest.digest)
+    writeln!(f, "  {id}: {}", printable(&digest.kind))?;
+    match &digest.pbkdf2 {
+        None => Ok(()),
+        Some(Err(fault)) => writeln!(f, "\tdamaged:    {} is {}", printable(&fault.field), printable(&fault.found)),
+        Some(Ok(Pbkdf2Digest { hash, iterations, salt, digest })) => {
+            let hash = printable(hash);
+            writeln!(f, "\tHash:       {hash}\n\tIterations: {iterations}")?;
+            write_bytes(f, "Salt:   ", salt)?;
+            write_bytes(f, "Digest: ", digest)
+        }
+    }
 }
 
-/// Sixteen bytes a line, the lines below the first one indented.
+/// Writes 16 bytes per line and indents all lines but the first.
 fn write_bytes(f: &mut fmt::Formatter<'_>, name: &str, bytes: &[u8]) -> fmt::Result {
     for (index, line) in bytes.chunks(16).enumerate() {
         writeln!(f, "\t{}    {}", if index == 0 { name } else { "        " }, Hex(line))?;

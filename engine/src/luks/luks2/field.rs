@@ -1,11 +1,12 @@
-//! A member of a JSON document that knows its path, so that an error can name it.
+//! A member of a JSON document that knows its path, so that errors can name it.
 
 use base64ct::{Base64, Encoding};
 use serde_json::{Map, Value};
 
+use super::metadata::Fault;
 use crate::luks::LuksError;
 
-/// A place in the document, and the value there, if there is one.
+/// A path in the document and the value there, if there is one.
 #[derive(Clone)]
 pub(super) struct Field<'a> {
     path: String,
@@ -17,37 +18,39 @@ impl<'a> Field<'a> {
         Self { path: String::new(), value: Some(value) }
     }
 
-    /// The member of that name.
+    /// Returns the member with this name.
     pub(super) fn get(&self, name: &str) -> Self {
         let dot = if self.path.is_empty() { "" } else { "." };
         Self { path: format!("{}{dot}{name}", self.path), value: self.value.and_then(|value| value.get(name)) }
     }
 
-    /// The member, if there is one.
+    /// Returns the member with this name, or `None` if it is missing.
     pub(super) fn optional(&self, name: &str) -> Option<Self> {
         Some(self.get(name)).filter(|field| field.value.is_some())
     }
 
-    /// The members of an object, each under a number.
-    pub(super) fn numbered(&self) -> Result<Vec<(u32, Self)>, LuksError> {
-        let number = |name: &String| {
-            let number = name.parse().ok().filter(|number: &u32| number.to_string() == *name);
-            number.ok_or_else(|| self.get(name).corrupt("no number for a name"))
-        };
-        self.object()?.keys().map(|name| Ok((number(name)?, self.get(name)))).collect()
+    /// Returns the members of an object with their names.
+    pub(super) fn members(&self) -> Result<Vec<(&'a str, Self)>, LuksError> {
+        Ok(self.object()?.keys().map(|name| (name.as_str(), self.get(name))).collect())
     }
 
     pub(super) fn text(&self) -> Result<&'a str, LuksError> {
         self.value.and_then(Value::as_str).ok_or_else(|| self.wrong("a text"))
     }
 
-    /// A text that names a thing, such as a cipher, and is shown to people.
+    /// Returns a text that is not empty.
+    pub(super) fn nonempty(&self) -> Result<&'a str, LuksError> {
+        let text = self.text()?;
+        if text.is_empty() { Err(self.wrong("a nonempty text")) } else { Ok(text) }
+    }
+
+    /// Returns a text that names something, such as a cipher. Names are shown to people, so control characters are refused.
     pub(super) fn name(&self) -> Result<&'a str, LuksError> {
-        let name = self.text()?;
+        let name = self.nonempty()?;
         if name.contains(char::is_control) { Err(self.wrong("a name")) } else { Ok(name) }
     }
 
-    /// A list of names.
+    /// Returns a list of names.
     pub(super) fn names(&self) -> Result<Vec<String>, LuksError> {
         let names = self.texts()?;
         if names.iter().any(|name| name.contains(char::is_control)) {
@@ -57,7 +60,8 @@ impl<'a> Field<'a> {
         }
     }
 
-    fn texts(&self) -> Result<Vec<String>, LuksError> {
+    /// Returns a list of texts, which may contain any characters.
+    pub(super) fn texts(&self) -> Result<Vec<String>, LuksError> {
         let texts = self
             .value
             .and_then(Value::as_array)
@@ -65,26 +69,50 @@ impl<'a> Field<'a> {
         texts.flatten().ok_or_else(|| self.wrong("a list of texts"))
     }
 
-    /// A list of numbers that name other objects, each a text.
+    /// Returns a list of object numbers, which the format stores as texts.
     pub(super) fn references(&self) -> Result<Vec<u32>, LuksError> {
-        let parse = |text: String| text.parse().map_err(|_| self.wrong("a list of numbers in quotes"));
+        // A number has only one spelling. Otherwise "0" and "00" would both mean keyslot 0.
+        let parse = |text: String| {
+            let number = text.parse().ok().filter(|number: &u32| number.to_string() == text);
+            number.ok_or_else(|| self.wrong("a list of numbers in quotes"))
+        };
         self.texts()?.into_iter().map(parse).collect()
     }
 
-    /// A number of 32 bits.
+    /// Returns the number that cryptsetup reads here. It also reads numbers from texts and booleans, and truncates fractions.
+    pub(super) fn as_number(&self) -> Option<i64> {
+        match self.value? {
+            Value::Bool(value) => Some(i64::from(*value)),
+            Value::String(text) => text.parse().ok(),
+            Value::Number(number) => {
+                let digits = number.to_string();
+                if digits.contains(['e', 'E']) { None } else { digits.split('.').next()?.parse().ok() }
+            }
+            _ => None,
+        }
+    }
+
+    /// Returns a 32-bit number.
     pub(super) fn integer(&self) -> Result<u32, LuksError> {
         let number = self.value.and_then(Value::as_u64).and_then(|number| u32::try_from(number).ok());
         number.ok_or_else(|| self.wrong("a number"))
     }
 
-    /// A number of 64 bits, which the format keeps as a text.
+    /// Returns the digits of a whole number of any size, which may be negative.
+    pub(super) fn whole_number(&self) -> Result<String, LuksError> {
+        let digits = self.value.filter(|value| value.is_number()).map(Value::to_string);
+        let is_whole = |text: &String| text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-');
+        digits.filter(is_whole).ok_or_else(|| self.wrong("a number"))
+    }
+
+    /// Returns a 64-bit number, which the format stores as a text.
     pub(super) fn long(&self) -> Result<u64, LuksError> {
         let digits = self.text()?;
         let is_plain = digits.bytes().all(|byte| byte.is_ascii_digit());
         digits.parse().ok().filter(|_| is_plain).ok_or_else(|| self.wrong("a number in quotes"))
     }
 
-    /// Bytes in base64, at most `max` of them.
+    /// Returns bytes that are stored in base64, at most `max` of them.
     pub(super) fn bytes(&self, max: usize) -> Result<Vec<u8>, LuksError> {
         let bytes = Base64::decode_vec(self.text()?).map_err(|_| self.wrong("bytes in base64"))?;
         if bytes.is_empty() || bytes.len() > max {
@@ -93,12 +121,18 @@ impl<'a> Field<'a> {
         Ok(bytes)
     }
 
-    /// The error that this field is `found`.
+    /// Returns a fault that says that this field is `found`, for damage that does not affect the rest of the header.
+    pub(super) fn fault(&self, found: impl Into<String>) -> Fault {
+        Fault { field: self.path.clone(), found: found.into() }
+    }
+
+    /// Returns an error that says that this field is `found`.
     pub(super) fn corrupt(&self, found: impl Into<String>) -> LuksError {
         LuksError::corrupt(self.path.as_str(), found)
     }
 
-    fn object(&self) -> Result<&'a Map<String, Value>, LuksError> {
+    /// Returns the members of an object.
+    pub(super) fn object(&self) -> Result<&'a Map<String, Value>, LuksError> {
         self.value.and_then(Value::as_object).ok_or_else(|| self.wrong("an object"))
     }
 

@@ -1,4 +1,4 @@
-//! A new LUKS2 volume, laid out as cryptsetup lays it out.
+//! Makes a new LUKS2 volume with cryptsetup's layout.
 
 use std::num::NonZeroU32;
 
@@ -7,67 +7,106 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::header::{BINARY_LEN, BinaryHeader, Copy, SALT_LEN};
-use super::layout::{Layout, Places};
+use super::layout::{Areas, Layout};
 use crate::key::{Passphrase, VolumeKey};
+use crate::layout::Segment;
 use crate::luks::format::{HeaderImage, PendingFormat, begin_format};
 use crate::luks::hash::HashAlgorithm;
 use crate::luks::kdf::{self, Argon2Cost, Argon2Error};
-use crate::luks::{Disks, LuksError, Random, Segment, keyslot};
-use crate::sector::{Lba512, SectorSize};
+use crate::luks::{Disks, LuksError, Random, keyslot};
+use crate::sector::{LBA_UNIT, Lba512, SectorSize};
+use crate::text::bytes;
 
-/// Keyslot areas begin and end on boundaries of so many bytes.
+/// Keyslot areas begin and end on multiples of this number of bytes.
 pub(super) const AREA_ALIGNMENT: usize = 4096;
 pub(super) const SLOT_SALT_LEN: usize = 32;
 pub(super) const CIPHER: &str = "aes-xts-plain64";
-/// Bytes of a label, without the NUL behind it.
+/// The maximum length of a label in bytes, without the NUL at its end.
 const MAX_LABEL: usize = 47;
 
-/// What a new LUKS2 volume shall be.
+/// The options of a new LUKS2 volume.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How the passphrase becomes the keyslot's key: what a guess at the passphrase shall cost.
+    /// How the keyslot's key is derived from the passphrase, which sets the cost of guessing the passphrase.
     pub kdf: KdfOptions,
     /// The hash of the digest and of the anti-forensic splitter.
     pub hash: HashAlgorithm,
-    /// What a guess at the volume key itself shall cost. The key is random, so that there is nothing to guess, and few
-    /// are enough.
+    /// The iterations of the digest, which set the cost of guessing the volume key. That key is random and cannot be guessed,
+    /// so few iterations are enough.
     pub digest_iterations: NonZeroU32,
     /// The encryption unit.
     pub sector_size: SectorSize,
-    /// A label of at most 47 bytes, or nothing.
+    /// A label of at most 47 bytes. Empty means none.
     pub label: String,
-    /// A second label of at most 47 bytes, or nothing.
+    /// A second label of at most 47 bytes. Empty means none.
     pub subsystem: String,
-    /// What the volume will be called by.
+    /// The UUID of the volume.
     pub uuid: Uuid,
-    /// What lies where.
+    /// The sizes and offsets of its parts.
     pub layout: Layout,
-    /// Tokens, from 0 on: JSON objects with a `type` and with `keyslots`, of which there is the one called `"0"`.
+    /// The tokens, numbered from 0: JSON objects with a `type` and a list `keyslots`. The only keyslot is `"0"`.
     pub tokens: Vec<Value>,
 }
 
-/// How a passphrase becomes a keyslot's key.
+/// How a keyslot's key is derived from a passphrase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KdfOptions {
-    /// PBKDF2: for a passphrase that cannot be guessed, as a key source makes them. See [`kdf::calibrate`].
+    /// PBKDF2, for a passphrase that cannot be guessed, such as one from a key source. See [`kdf::calibrate`].
     Pbkdf2 {
         /// The hash.
         hash: HashAlgorithm,
         /// The iterations.
         iterations: NonZeroU32,
     },
-    /// Argon2id: for a passphrase that a person remembers. See [`kdf::calibrate_argon2id`].
+    /// Argon2id, for a passphrase that a person remembers. See [`kdf::calibrate_argon2id`].
     Argon2id(Argon2Cost),
-    /// Argon2i: what cryptsetup before 2.4 made. Argon2id withstands more.
+    /// Argon2i, which cryptsetup used before version 2.4. Argon2id resists more attacks.
     Argon2i(Argon2Cost),
 }
 
-/// Begins to format `disks`: see [`PendingFormat`] for what must follow. Whatever is on them is lost; the caller has made
-/// sure that nothing is.
+/// Returns the default encryption unit of a new volume: 4096 bytes, which costs the least work per byte. If the length
+/// of the disk (`disk_len` bytes) is not a multiple of 4096, the unit is 512 bytes, as in cryptsetup.
+pub fn default_sector_size(disk_len: u64) -> SectorSize {
+    if fits(SectorSize::B4096, disk_len) { SectorSize::B4096 } else { SectorSize::B512 }
+}
+
+/// Checks that the data on a disk of `disk_len` bytes is a whole number of sectors. cryptsetup opens no other volume.
 ///
 /// # Errors
-/// [`LuksError::TooSmall`], [`LuksError::Impossible`] or [`LuksError::OutOfMemory`], with the disk untouched; else what the
-/// disk or the source of randomness said.
+/// [`LuksError::Impossible`] if it is not.
+pub fn check_sector_size(sector_size: SectorSize, disk_len: u64) -> Result<(), LuksError> {
+    if fits(sector_size, disk_len) {
+        return Ok(());
+    }
+    let rule = format!(
+        "the data disk has {}, which is not a multiple of {sector_size} bytes, so cryptsetup would not open the volume; \
+         use sectors of 512 bytes",
+        bytes(disk_len)
+    );
+    Err(LuksError::impossible("sectors of", format!("{sector_size} bytes"), rule))
+}
+
+/// Returns where the data of a new volume begins.
+///
+/// # Errors
+/// [`LuksError::TooSmall`] or [`LuksError::Impossible`].
+pub(in crate::luks) fn data_offset(options: &Options, key_len: usize, disks: &Disks<'_>) -> Result<u64, LuksError> {
+    let material = keyslot::material_len(key_len).next_multiple_of(AREA_ALIGNMENT);
+    Ok(options.layout.areas(material as u64, disks)?.data)
+}
+
+/// Returns whether the data ends with a whole sector. The data begins at a multiple of 4096 bytes. The kernel counts the length
+/// of a disk in units of 512 bytes.
+fn fits(sector_size: SectorSize, disk_len: u64) -> bool {
+    (disk_len / LBA_UNIT).is_multiple_of(sector_size.lba_step())
+}
+
+/// Begins to format `disks`. [`PendingFormat`] says what must follow. All data on the disks is lost: the caller must
+/// have checked that they hold none.
+///
+/// # Errors
+/// [`LuksError::TooSmall`], [`LuksError::Impossible`] or [`LuksError::OutOfMemory`]; the disk is then unchanged. Otherwise
+/// the error of the disk or of `random`.
 pub fn begin<'d>(
     disks: impl Into<Disks<'d>>,
     options: &Options,
@@ -79,39 +118,40 @@ pub fn begin<'d>(
     for (option, text) in [("the label", &options.label), ("the subsystem", &options.subsystem)] {
         check_label(option, text)?;
     }
+    check_sector_size(options.sector_size, disks.data().len())?;
     let material = keyslot::material_len(key.expose().len()).next_multiple_of(AREA_ALIGNMENT);
-    let places = options.layout.places(material as u64, &disks)?;
-    let offset = places.data;
+    let areas = options.layout.areas(material as u64, &disks)?;
+    let offset = areas.data;
     let unit = options.sector_size.bytes_u64().max(disks.data().alignment() as u64);
     let len = disks.data().len().saturating_sub(offset) / unit * unit;
     let segment = Segment { offset, len, sector_size: options.sector_size, iv_start: Lba512(0) };
     if len == 0 {
-        // Before the key derivation, which takes its time.
+        // This is checked before the key derivation, which takes long.
         return Err(LuksError::TooSmall { needed: offset + unit, available: disks.data().len() });
     }
-    let image = image(options, places, passphrase, &key, random)?;
+    let image = image(options, areas, passphrase, &key, random)?;
     begin_format(disks, image, key, segment)
 }
 
-/// Whether a text can be a label.
+/// Checks that a text can be a label.
 pub(super) fn check_label(option: &'static str, text: &str) -> Result<(), LuksError> {
     if text.len() > MAX_LABEL || text.contains(char::is_control) {
-        let rule = format!("it is a text of at most {MAX_LABEL} bytes, without control characters");
+        let rule = format!("it must be a text of at most {MAX_LABEL} bytes, without control characters");
         return Err(LuksError::impossible(option, format!("\"{}\"", text.escape_debug()), rule));
     }
     Ok(())
 }
 
-/// All that stands before the data: both headers and one keyslot, with zeros where the others would be.
+/// Returns everything before the data: both headers and one keyslot, with zeros for the other keyslots.
 fn image(
     options: &Options,
-    places: Places,
+    areas: Areas,
     passphrase: &Passphrase,
     key: &VolumeKey,
     random: Random<'_>,
 ) -> Result<HeaderImage, LuksError> {
-    let Places { metadata, keyslots, data } = places;
-    // No truncation: all of them are of a few MiB.
+    let Areas { metadata, keyslots, data } = areas;
+    // No truncation: all of them are a few MiB at most.
     let [header_len, image_len] = [metadata, 2 * metadata + keyslots].map(|len| usize::try_from(len).unwrap_or(0));
     let key_len = key.expose().len();
     let mut slot_salt = [0; SLOT_SALT_LEN];
@@ -165,8 +205,8 @@ fn image(
     .to_string();
     let room = metadata - BINARY_LEN as u64;
     if json.len() as u64 >= room {
-        let rule = format!("the JSON area has {room} bytes: choose a larger metadata size");
-        return Err(LuksError::impossible("tokens and metadata of", json.len(), rule));
+        let rule = format!("the JSON area has {room} bytes; choose a larger metadata size");
+        return Err(LuksError::impossible("tokens and metadata of", format!("{} bytes", json.len()), rule));
     }
     let header = BinaryHeader {
         header_size: metadata,
@@ -174,7 +214,7 @@ fn image(
         label: options.label.as_str().into(),
         subsystem: options.subsystem.as_str().into(),
         checksum_algorithm: HashAlgorithm::Sha256,
-        uuid: options.uuid,
+        uuid: options.uuid.into(),
     };
     let mut image = vec![0; image_len];
     for (offset, copy) in [(0, Copy::Primary), (header_len, Copy::Secondary(metadata))] {
@@ -199,7 +239,7 @@ pub(super) fn slot_key(
             kdf::argon2(is_id, passphrase.expose(), salt, cost, len).map_err(|error| match error {
                 Argon2Error::OutOfMemory => LuksError::OutOfMemory { keyslot: 0, kib: cost.memory },
                 Argon2Error::Parameters => {
-                    let rule = "Argon2 takes 1 pass and 1 lane at least, and 8 KiB a lane";
+                    let rule = "Argon2 needs at least 1 pass, 1 lane and 8 KiB per lane";
                     LuksError::impossible("the cost", format!("{cost:?}"), rule)
                 }
             })?

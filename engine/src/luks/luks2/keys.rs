@@ -1,13 +1,15 @@
-//! Keyslots of a LUKS2 volume, added, changed and removed.
+//! Adds, changes and removes the keyslots of a LUKS2 volume.
 //!
 //! ```text
 //!   add      key material in a free area ─ header
-//!   change   the new key's material ─ header: new key under the old number, old key under a free one ─ remove that
+//!   change   the new key's material ─ header: new key under the old number, old key under a free one ─ remove the old key
+//!            (without a free number: header: new key under the old number ─ old key material overwritten)
 //!   remove   key material overwritten ─ header
 //! ```
 //!
-//! Cut off anywhere, a volume opens with what opened it before or with what shall. Key material is overwritten before the
-//! header forgets it, as with cryptsetup, so that no cut leaves any that nobody looks for.
+//! If an update is interrupted at any point, the volume opens either with the keys from before the update or with the keys from
+//! after the update. As in cryptsetup, key material is overwritten before it disappears from the header. So no interruption
+//! leaves key material on the disk that the header no longer names.
 
 use serde_json::{Value, json};
 use zeroize::Zeroizing;
@@ -21,12 +23,13 @@ use crate::luks::hash::HashAlgorithm;
 use crate::luks::{Limits, LuksError, Random, keyslot};
 use crate::store::{BlockStore, read_unaligned, write_unaligned};
 
-/// Puts `key` into a free keyslot, or the one that is named, under `passphrase`; returns its number.
+/// Writes `key`, encrypted with `passphrase`, into the named keyslot, or into a free keyslot if none is named. Returns the
+/// keyslot's number.
 ///
 /// # Errors
-/// [`LuksError::WrongVolumeKey`], [`LuksError::KeyslotInUse`], [`LuksError::NoRoomForKey`] or [`LuksError::MetadataFull`],
-/// with the volume's keys untouched; else what the disk or the source of randomness said.
-#[allow(clippy::too_many_arguments, reason = "each is one thing, and none belongs to another")]
+/// [`LuksError::WrongVolumeKey`], [`LuksError::KeyslotInUse`], [`LuksError::NoRoomForKey`] or [`LuksError::MetadataFull`]; the
+/// volume's keys are then unchanged. Otherwise the error of the disk or of `random`.
+#[allow(clippy::too_many_arguments, reason = "the arguments are independent")]
 pub fn add_key(
     store: &dyn BlockStore,
     limits: &Limits,
@@ -40,18 +43,24 @@ pub fn add_key(
     let mut update = Update::open(store, random)?;
     let digest = update.digest_of(key, limits)?;
     let id = free_id(&update, wanted)?;
-    let slot = write_material(&mut update, key, passphrase, kdf, hash)?;
+    let offset = free_area(&update, material_area(key)).ok_or(LuksError::NoRoomForKey)?;
+    let slot = write_material(&mut update, key, passphrase, kdf, hash, offset)?;
     let mut json = update.metadata.json.clone();
     insert(&mut json, id, slot, digest);
     update.commit(&json)?;
     Ok(id as usize)
 }
 
-/// Replaces the passphrase of a keyslot that holds `key`. Its number, priority and tokens stay.
+/// Replaces the passphrase of a keyslot that holds `key`. The keyslot keeps its number, priority and tokens.
+///
+/// The new key material needs a free part of the keyslots area. If there is no free part and `in_place` is set, the new key
+/// material is written over the old key material. If this write is interrupted, neither the old nor the new passphrase opens the
+/// keyslot.
 ///
 /// # Errors
-/// As [`add_key`] has them; [`LuksError::NoRoomForKey`] where there is no room for both keys for a moment.
-#[allow(clippy::too_many_arguments, reason = "each is one thing, and none belongs to another")]
+/// [`LuksError::NoRoomToChange`] if there is no room for both keys and `in_place` is false,
+/// [`LuksError::UnboundKeyslot`] if the keyslot holds another key, and the errors of [`add_key`].
+#[allow(clippy::too_many_arguments, reason = "the arguments are independent")]
 pub fn change_key(
     store: &dyn BlockStore,
     limits: &Limits,
@@ -60,33 +69,54 @@ pub fn change_key(
     kdf: &KdfOptions,
     hash: HashAlgorithm,
     index: usize,
+    in_place: bool,
     random: Random<'_>,
 ) -> Result<(), LuksError> {
     let mut update = Update::open(store, random)?;
     let digest = update.digest_of(key, limits)?;
     let id = existing(&update, index)?;
     if !update.metadata.digests[&digest].keyslots.contains(&id) {
-        return Err(LuksError::NoSuchKeyslot(index));
+        return Err(LuksError::UnboundKeyslot(index));
     }
-    let aside = free_id(&update, None)?;
-    let slot = write_material(&mut update, key, passphrase, kdf, hash)?;
+    let old_area = update.metadata.keyslots[&id].area.clone();
+    let aside = free_id(&update, None).ok();
+    let size = material_area(key);
+    let offset = match free_area(&update, size) {
+        Some(offset) => offset,
+        None if in_place && old_area.size >= size => old_area.offset,
+        None => return Err(LuksError::NoRoomToChange(index)),
+    };
+    let slot = write_material(&mut update, key, passphrase, kdf, hash, offset)?;
     let mut json = update.metadata.json.clone();
     let name = id.to_string();
     let old = json["keyslots"][&name].clone();
-    // What belongs to the keyslot and not to its key: its priority, and what is not known here.
+    // Only the members of the new key are replaced. The priority and unknown members belong to the keyslot and stay.
     for (member, value) in slot.as_object().into_iter().flatten() {
         json["keyslots"][&name][member] = value.clone();
     }
-    insert(&mut json, aside, old, digest);
+    if offset == old_area.offset {
+        return update.commit(&json);
+    }
+    if let Some(aside) = aside {
+        insert(&mut json, aside, old, digest);
+        update.commit(&json)?;
+        return remove(update, aside);
+    }
     update.commit(&json)?;
-    remove(update, aside)
+    // The header no longer contains the old salt. So an interruption from here on leaves nothing that the old passphrase opens.
+    keyslot::wipe(update.store, old_area.offset, old_area.size, update.random)
 }
 
-/// Removes a keyslot, the last one only with `force`, and takes it out of every token's and digest's list.
+/// Returns the length of the area that a keyslot with `key` takes, in bytes.
+fn material_area(key: &VolumeKey) -> u64 {
+    keyslot::material_len(key.expose().len()).next_multiple_of(AREA_ALIGNMENT) as u64
+}
+
+/// Removes a keyslot, and its number from the lists of all tokens and digests. The last keyslot is removed only with `force`.
 ///
 /// # Errors
-/// [`LuksError::NoSuchKeyslot`] or [`LuksError::LastKeyslot`], with the volume's keys untouched; else what the disk or the
-/// source of randomness said.
+/// [`LuksError::NoSuchKeyslot`] or [`LuksError::LastKeyslot`]; the volume's keys are then unchanged. Otherwise the error of the
+/// disk or of `random`.
 pub fn remove_key(store: &dyn BlockStore, index: usize, force: bool, random: Random<'_>) -> Result<(), LuksError> {
     let update = Update::open(store, random)?;
     let id = existing(&update, index)?;
@@ -107,9 +137,12 @@ pub fn remove_key(store: &dyn BlockStore, index: usize, force: bool, random: Ran
     remove(update, id)
 }
 
-/// Whether a keyslot is one that may still open: its material can be read, and is not that of a removal which was cut off.
+/// Returns whether a keyslot may still open: its material can be read and does not come from an interrupted removal.
 fn is_whole(update: &Update<'_, '_>, id: u32) -> bool {
-    let Some(slot) = update.metadata.keyslots.get(&id).filter(|slot| slot.opening.is_some()) else { return false };
+    let Some(slot) = update.metadata.keyslots.get(&id).filter(|slot| slot.opening.is_some() && slot.fault.is_none())
+    else {
+        return false;
+    };
     let mut material = Zeroizing::new(vec![0; keyslot::material_len(slot.key_size as usize)]);
     let read = read_unaligned(update.store, &mut material, slot.area.offset);
     read.is_ok() && keyslot::damaged_sector(&material).is_none()
@@ -121,7 +154,7 @@ fn remove(mut update: Update<'_, '_>, id: u32) -> Result<(), LuksError> {
     let mut json = update.metadata.json.clone();
     let name = id.to_string();
     if let Some(keyslots) = json["keyslots"].as_object_mut() {
-        // The others keep their order.
+        // `shift_remove` keeps the order of the others.
         keyslots.shift_remove(&name);
     }
     for kind in ["digests", "tokens"] {
@@ -141,17 +174,16 @@ fn insert(json: &mut Value, id: u32, slot: Value, digest: u32) {
     }
 }
 
-/// Writes the key material, and returns the keyslot that describes it.
+/// Writes the key material at `offset` and returns the keyslot that describes it.
 fn write_material(
     update: &mut Update<'_, '_>,
     key: &VolumeKey,
     passphrase: &Passphrase,
     kdf: &KdfOptions,
     hash: HashAlgorithm,
+    offset: u64,
 ) -> Result<Value, LuksError> {
-    let key_len = key.expose().len();
-    let size = keyslot::material_len(key_len).next_multiple_of(AREA_ALIGNMENT) as u64;
-    let offset = free_area(update, size).ok_or(LuksError::NoRoomForKey)?;
+    let (key_len, size) = (key.expose().len(), material_area(key));
     let mut salt = [0; SLOT_SALT_LEN];
     (update.random)(&mut salt).map_err(LuksError::Random)?;
     let slot_key = slot_key(kdf, passphrase, &salt, key_len)?;
@@ -174,7 +206,7 @@ fn write_material(
     Ok(slot)
 }
 
-/// The first gap between keyslot areas that is large enough, as cryptsetup chooses it.
+/// Returns the offset of the first gap between keyslot areas that is large enough. cryptsetup chooses the same gap.
 fn free_area(update: &Update<'_, '_>, size: u64) -> Option<u64> {
     let start = 2 * update.binary.header_size;
     let end = (start + update.metadata.config.keyslots_size).min(update.store.len());

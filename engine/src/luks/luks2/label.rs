@@ -1,24 +1,23 @@
-//! Labels, as they stand in a header.
+//! The labels in a header.
 
 use std::fmt;
 
-/// A label for people: at most 47 bytes. cryptsetup takes any but NUL, so that what is read need not be text.
+/// A label for people, of at most 47 bytes. cryptsetup accepts all bytes but NUL, so a label need not be UTF-8.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Label(Vec<u8>);
 
 impl Label {
-    /// What stands in a field that NUL bytes fill up, at the least one.
-    pub(super) fn from_field(field: &[u8]) -> Option<Self> {
-        let label = field.split(|byte| *byte == 0).next().unwrap_or_default();
-        (label.len() < field.len()).then(|| Self(label.to_vec()))
+    /// Reads the field as cryptsetup does: the bytes before the first NUL, and never the last byte of the field.
+    pub(super) fn from_field(field: &[u8; 48]) -> Self {
+        Self(field[..47].split(|byte| *byte == 0).next().unwrap_or_default().to_vec())
     }
 
-    /// The bytes, without the NUL behind them.
+    /// Returns the bytes, without the NUL at the end.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// Whether there is none.
+    /// Returns whether there is no label.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -30,7 +29,7 @@ impl From<&str> for Label {
     }
 }
 
-/// What is no text, and what a terminal would obey, is shown by its number.
+/// Escapes bytes that are not UTF-8 and characters that a terminal would interpret.
 impl fmt::Display for Label {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for chunk in self.0.utf8_chunks() {

@@ -1,4 +1,4 @@
-//! What a header says for people, for activation and of the order of keyslots, changed on a volume that is there.
+//! Changes the labels, the activation flags and the keyslot priorities of an existing volume.
 
 use serde_json::{Value, json};
 
@@ -18,40 +18,40 @@ pub const FLAGS: [&str; 6] = [
     "no-write-workqueue",
 ];
 
-/// What is to be changed; `None` leaves a thing as it is.
+/// The settings to change. `None` leaves a setting unchanged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// A label of at most 47 bytes; an empty one takes it away.
+    /// A label of at most 47 bytes. An empty text removes it.
     pub label: Option<String>,
-    /// A second label, likewise.
+    /// A second label, of at most 47 bytes. An empty text removes it.
     pub subsystem: Option<String>,
-    /// The activation flags, each one of [`FLAGS`]; they take the place of those that are there.
+    /// The activation flags, each one of [`FLAGS`]. They replace all existing flags.
     pub flags: Option<Vec<String>>,
 }
 
 /// When a keyslot is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Priority {
-    /// Only when it is named.
+    /// The keyslot is tried only if it is named.
     Ignore,
-    /// In its turn.
+    /// The keyslot is tried in its order.
     Normal,
-    /// Before all others.
+    /// The keyslot is tried before all others.
     Prefer,
 }
 
-/// Changes what a header says beside its keys.
+/// Changes the settings of a header.
 ///
 /// # Errors
-/// [`LuksError::Impossible`] or [`LuksError::MetadataFull`], with the header untouched; else what the disk or the source
-/// of randomness said.
+/// [`LuksError::Impossible`] or [`LuksError::MetadataFull`]; the header is then unchanged. Otherwise the error of the disk or
+/// of `random`.
 pub fn change_settings(store: &dyn BlockStore, settings: &Settings, random: Random<'_>) -> Result<(), LuksError> {
     let Settings { label, subsystem, flags } = settings;
     label.iter().try_for_each(|label| check_label("the label", label))?;
     subsystem.iter().try_for_each(|label| check_label("the subsystem", label))?;
     for flag in flags.iter().flatten() {
         if !FLAGS.contains(&flag.as_str()) {
-            return Err(LuksError::impossible("the flag", flag, format!("there are {}", FLAGS.join(", "))));
+            return Err(LuksError::impossible("the flag", flag, format!("the flags are {}", FLAGS.join(", "))));
         }
     }
     let mut update = Update::open(store, random)?;
@@ -74,10 +74,10 @@ pub fn change_settings(store: &dyn BlockStore, settings: &Settings, random: Rand
     update.commit(&json)
 }
 
-/// Says when a keyslot is tried.
+/// Sets when a keyslot is tried.
 ///
 /// # Errors
-/// [`LuksError::NoSuchKeyslot`], with the header untouched; else what the disk or the source of randomness said.
+/// [`LuksError::NoSuchKeyslot`]; the header is then unchanged. Otherwise the error of the disk or of `random`.
 pub fn set_priority(
     store: &dyn BlockStore,
     keyslot: usize,
@@ -88,7 +88,7 @@ pub fn set_priority(
     let name = existing(&update, keyslot)?.to_string();
     let mut json = update.metadata.json.clone();
     let Some(slot) = json["keyslots"][&name].as_object_mut() else { return Err(LuksError::NoSuchKeyslot(keyslot)) };
-    // Without the member a keyslot is of normal priority, and cryptsetup leaves it out too.
+    // A keyslot without this member has normal priority. cryptsetup omits it too.
     let value: Value = match priority {
         Priority::Ignore => 0.into(),
         Priority::Normal => {

@@ -1,4 +1,4 @@
-//! Tokens: JSON objects of any type that help to open keyslots, kept as they are.
+//! Tokens: JSON objects of any type that help to open keyslots. Their contents are kept unchanged.
 
 use serde_json::Value;
 
@@ -8,12 +8,12 @@ use super::update::Update;
 use crate::luks::{LuksError, Random};
 use crate::store::BlockStore;
 
-/// Adds a token, from its JSON, under a free number or the one that is wanted; returns the number. A token that is there
-/// already is replaced only with `replace`.
+/// Adds a token, given as JSON, under the number `wanted`, or under a free number if that is `None`. Returns the
+/// number. An existing token is replaced only with `replace`.
 ///
 /// # Errors
-/// [`LuksError::Token`] when it is no token, or refers to a keyslot that is not there, [`LuksError::MetadataFull`] when it
-/// is too large, with the tokens untouched; else what the disk or the source of randomness said.
+/// [`LuksError::Token`] if `json` is not a token or refers to a keyslot that does not exist, [`LuksError::TokenExists`]
+/// if the number is taken, [`LuksError::MetadataFull`] if the token is too large; the tokens are then unchanged. Otherwise the error of the disk or of `random`.
 pub fn import_token(
     store: &dyn BlockStore,
     json: &[u8],
@@ -24,7 +24,7 @@ pub fn import_token(
     let refuse = |why: String| Err(LuksError::Token(why));
     let mut update = Update::open(store, random)?;
     if json.len() as u64 > update.binary.header_size {
-        // No truncation: a header is of 4 MiB at most.
+        // No truncation: a header has at most 4 MiB.
         let available = usize::try_from(update.metadata.config.json_size).unwrap_or(usize::MAX);
         return Err(LuksError::MetadataFull { needed: json.len(), available });
     }
@@ -33,37 +33,37 @@ pub fn import_token(
         Err(error) => return refuse(format!("it is not JSON: {error}")),
     };
     match token["type"].as_str() {
-        None | Some("") => return refuse("it has no text \"type\"".to_owned()),
+        None | Some("") => return refuse("it has no member \"type\" with a text".to_owned()),
         Some("luks2-keyring") if token["key_description"].as_str().is_none_or(str::is_empty) => {
-            return refuse("a luks2-keyring token has a text \"key_description\"".to_owned());
+            return refuse("a luks2-keyring token needs a member \"key_description\" with a text".to_owned());
         }
         Some("luks2-keyring") => {}
         Some(kind) if kind.starts_with("luks2-") => {
-            return refuse(format!("its type \"{kind}\" is reserved: types in luks2- are the specification's own"));
+            return refuse(format!(
+                "its type \"{kind}\" is reserved: only the specification defines types that begin with luks2-"
+            ));
         }
         Some(_) => {}
     }
     let Some(keyslots) = token["keyslots"].as_array() else {
-        return refuse("it has no list \"keyslots\" (which may be empty)".to_owned());
+        return refuse("it has no list \"keyslots\" (the list may be empty)".to_owned());
     };
     for keyslot in keyslots {
         let is_there =
             keyslot.as_str().is_some_and(|name| update.metadata.keyslots.keys().any(|id| id.to_string() == name));
         if !is_there {
-            return refuse(format!("it lists keyslot {keyslot}, which is not there (numbers are in quotes)"));
+            return refuse(format!("it lists keyslot {keyslot}, which does not exist (numbers must be in quotes)"));
         }
     }
     let is_there = |id: &u32| update.metadata.tokens.contains_key(id);
     let most = MAX_OBJECTS;
     let id = match wanted {
-        Some(id) if id >= most => return refuse(format!("tokens have numbers 0 to {}, not {id}", most - 1)),
-        Some(id) if is_there(&id) && !replace => {
-            return refuse(format!("there is a token {id}; use --force to replace it"));
-        }
+        Some(id) if id >= most => return refuse(format!("a token has a number from 0 to {}, not {id}", most - 1)),
+        Some(id) if is_there(&id) && !replace => return Err(LuksError::TokenExists(id)),
         Some(id) => id,
         None => match (0..most).find(|id| !is_there(id)) {
             Some(id) => id,
-            None => return refuse(format!("there are {most} tokens, the most there may be")),
+            None => return refuse(format!("there are already {most} tokens, which is the maximum")),
         },
     };
     let mut document = update.metadata.json.clone();
@@ -72,19 +72,22 @@ pub fn import_token(
     Ok(id)
 }
 
-/// The token's JSON.
+/// Returns the JSON of a token.
 ///
 /// # Errors
-/// [`LuksError::NoSuchToken`], or as [`read_header`] has them.
+/// [`LuksError::NoSuchToken`], [`LuksError::NotWritable`], or the errors of [`read_header`].
 pub fn export_token(store: &dyn BlockStore, id: u32) -> Result<Value, LuksError> {
     let header = read_header(store)?;
+    if let Some(oddity) = header.metadata.oddity {
+        return Err(LuksError::NotWritable(oddity));
+    }
     header.metadata.json["tokens"].get(id.to_string()).cloned().ok_or(LuksError::NoSuchToken(id))
 }
 
-/// Removes a token. Its keyslots stay.
+/// Removes a token. Its keyslots remain.
 ///
 /// # Errors
-/// [`LuksError::NoSuchToken`], or what the disk or the source of randomness said.
+/// [`LuksError::NoSuchToken`], or the error of the disk or of `random`.
 pub fn remove_token(store: &dyn BlockStore, id: u32, random: Random<'_>) -> Result<(), LuksError> {
     let mut update = Update::open(store, random)?;
     let mut document = update.metadata.json.clone();

@@ -1,10 +1,10 @@
-//! SIGBUS, made an error of the one mapping that it happened in.
+//! Turns SIGBUS into an error of the mapping in which it occurred.
 //!
-//! A mapped file can lose pages under its readers: somebody cuts it short, or the filesystem has no room for one. The
-//! kernel then sends SIGBUS, which ends a process, and with it every other export. So for addresses of a [`Watch`] the
-//! handler puts a page of zeros where there is none and marks the watch; whoever used the memory looks at the mark
-//! afterwards, and throws away what was read. A bus error anywhere else is left to who handled it before, which ends the
-//! process; and so does a signal that somebody sends.
+//! A mapped file can lose pages while it is read: it is cut short, or the filesystem has no room for a page. The kernel
+//! then sends SIGBUS, which ends the process and with it every other export. For addresses of a [`Watch`], the handler
+//! therefore puts a page of zeros where the page is missing, and marks the watch. Code that has used the memory then
+//! checks the mark. If the watch is marked, the code discards what it read. Any other bus error, and a signal that a
+//! process sends, goes to the previous handler, which ends the process.
 
 use std::io;
 use std::ops::Range;
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags};
 
-/// Mappings that are watched at once, at most.
+/// The maximum number of mappings that can be watched at once.
 const MOST: usize = 64;
 
 /// Proof that bus errors are caught.
@@ -21,10 +21,10 @@ const MOST: usize = 64;
 pub struct BusErrorsCaught(());
 
 impl BusErrorsCaught {
-    /// Has them caught from now on, in the whole process.
+    /// Catches bus errors from now on, in the whole process.
     ///
     /// # Errors
-    /// What the system said.
+    /// The error of sigaction(2).
     pub fn new() -> io::Result<Self> {
         static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
         let installed =
@@ -33,10 +33,10 @@ impl BusErrorsCaught {
     }
 }
 
-/// One of the handler's places. All that it touches is atomic.
+/// A watched range in the form that the handler reads. All fields that the handler touches are atomic.
 struct Slot {
     taken: AtomicBool,
-    /// Empty while `start` is not below `end`.
+    /// The range is empty while `start` is not below `end`.
     start: AtomicUsize,
     end: AtomicUsize,
     faulted: AtomicBool,
@@ -51,17 +51,17 @@ static SLOTS: [Slot; MOST] = [const {
     }
 }; MOST];
 
-/// What handled SIGBUS before: Rust's own check of stack overflows, or the system's default.
+/// The previous handler of SIGBUS: Rust's own check for stack overflows, or the system's default.
 static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(std::ptr::null_mut());
 
 /// Bytes in a page, for the handler.
 static PAGE: AtomicUsize = AtomicUsize::new(4096);
 
-/// A range of addresses whose bus errors are marked here.
+/// A range of addresses whose bus errors are caught and marked.
 pub(super) struct Watch(&'static Slot);
 
 impl Watch {
-    /// `None` when too many are watched.
+    /// Starts to watch the range. Returns `None` if too many ranges are watched.
     pub(super) fn new(_caught: BusErrorsCaught, addresses: Range<usize>) -> Option<Self> {
         let slot = SLOTS.iter().find(|slot| !slot.taken.swap(true, Ordering::AcqRel))?;
         slot.faulted.store(false, Ordering::Relaxed);
@@ -70,12 +70,12 @@ impl Watch {
         Some(Self(slot))
     }
 
-    /// Whether a page in the range was missing since the watch began.
+    /// Returns whether a page in the range was missing since the watch began.
     pub(super) fn has_faulted(&self) -> bool {
         self.0.faulted.load(Ordering::Acquire)
     }
 
-    /// Watches no longer.
+    /// Stops watching.
     pub(super) fn end(&self) {
         self.0.start.store(usize::MAX, Ordering::Release);
         self.0.end.store(0, Ordering::Release);
@@ -91,20 +91,20 @@ impl Drop for Watch {
 
 fn install() -> io::Result<()> {
     PAGE.store(rustix::param::page_size(), Ordering::Relaxed);
-    // SAFETY: a sigaction of zeros is one with an empty mask and no flags.
+    // SAFETY: a zeroed sigaction is valid: it has an empty mask and no flags.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_bus_error;
     action.sa_sigaction = handler as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: as above; it is written before anybody reads it.
+    // SAFETY: as above. The sigaction is written before it is read.
     let before = Box::leak(Box::new(unsafe { std::mem::zeroed() }));
-    // What was there is known before the handler can be called: a first call reads it, a second one replaces it.
-    // SAFETY: both pointers are good for the call.
+    // The previous handler is stored before our handler can run: the first call reads it, the second call replaces it.
+    // SAFETY: both pointers are valid for the call.
     if unsafe { libc::sigaction(libc::SIGBUS, std::ptr::null(), before) } != 0 {
         return Err(io::Error::last_os_error());
     }
     BEFORE.store(before, Ordering::Release);
-    // SAFETY: the handler calls nothing that a signal handler may not: atomics, mmap(2), sigaction(2), raise(3).
+    // SAFETY: the handler calls only what a signal handler may call: atomics, mmap(2), sigaction(2), raise(3).
     if unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) } != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -112,27 +112,29 @@ fn install() -> io::Result<()> {
 }
 
 extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel hands over a siginfo_t, and for SIGBUS an address in it (sigaction(2)).
+    // SAFETY: the kernel passes a siginfo_t, which for SIGBUS contains an address (sigaction(2)).
     let (address, code) = unsafe { ((*info).si_addr().addr(), (*info).si_code) };
-    // A file's page that is not there (BUS_ADRERR); what a process sends and broken hardware are other things.
+    // BUS_ADRERR means that a page of a file is missing. Signals sent by a process and broken hardware have other codes.
     if code == libc::BUS_ADRERR && mend(address) {
         return;
     }
-    // A page broke that nobody reads now; who does will be told.
+    // The hardware has found a broken memory page that no code is reading now. A later read of the page will get its
+    // own signal.
     if code == libc::BUS_MCEERR_AO {
         return;
     }
     let before = BEFORE.load(Ordering::Acquire);
-    // SAFETY: `install` left a sigaction there for good before this function could be called.
+    // SAFETY: `install` stored a pointer to a leaked sigaction before this function could be called.
     let action = unsafe { &*before };
     if code <= 0 {
-        // Somebody sent it (kill(2)): nothing went wrong that a handler could look into, and Rust's would give way to the
-        // default for good, and with it this one. It does what it does to a process that does not handle it.
+        // A process sent the signal (kill(2)), so nothing is wrong in this process. Rust's handler would restore the
+        // default action permanently, and so remove this handler. So this does what the signal does to a process
+        // without a handler.
         if action.sa_sigaction == libc::SIG_IGN {
             return;
         }
-        // SAFETY: a sigaction of zeros is the default action; the pointer is good for the call; both may be called here
-        // (signal-safety(7)). The signal is blocked until this function returns.
+        // SAFETY: a zeroed sigaction is the default action; the pointer is valid for the call; both functions may be called in
+        // a handler (signal-safety(7)). The signal is blocked until this function returns.
         unsafe {
             libc::sigaction(signal, &std::mem::zeroed(), std::ptr::null_mut());
             libc::raise(signal);
@@ -140,17 +142,17 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, cont
         return;
     }
     if action.sa_flags & libc::SA_SIGINFO != 0 && action.sa_sigaction > libc::SIG_IGN {
-        // SAFETY: with SA_SIGINFO the field is the address of a function of this type (sigaction(2)).
+        // SAFETY: with SA_SIGINFO, the field is the address of a function of this type (sigaction(2)).
         let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
             unsafe { std::mem::transmute(action.sa_sigaction) };
         return handler(signal, info, context);
     }
-    // The instruction is tried again, and its bus error then does what it would have done.
-    // SAFETY: the pointer is good for the call.
+    // The instruction runs again, and its bus error then has the effect that it would have had without this handler.
+    // SAFETY: the pointer is valid for the call.
     unsafe { libc::sigaction(signal, before, std::ptr::null_mut()) };
 }
 
-/// Puts a page of zeros at the address, if it is a watched one.
+/// Puts a page of zeros at the address if the address is watched. Returns whether it did.
 fn mend(address: usize) -> bool {
     let covers =
         |slot: &&Slot| slot.start.load(Ordering::Acquire) <= address && address < slot.end.load(Ordering::Acquire);
@@ -158,8 +160,8 @@ fn mend(address: usize) -> bool {
     slot.faulted.store(true, Ordering::Release);
     let page = PAGE.load(Ordering::Relaxed);
     let start = std::ptr::with_exposed_provenance_mut(address - address % page);
-    // SAFETY: the page belongs to a mapping that its watch's owner keeps, and whose memory is accessed by addresses alone;
-    // what it held is not there any more. (mmap(2) is a plain system call here, without the C library.)
+    // SAFETY: the page belongs to a mapping that the owner of its watch keeps. That memory is accessed only by address, and its
+    // contents are already gone. (mmap(2) is a plain system call here, without the C library.)
     unsafe {
         rustix::mm::mmap_anonymous(start, page, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED)
     }

@@ -1,20 +1,22 @@
-//! A file that lies in memory anyway (tmpfs), reached without the kernel: the cipher reads ciphertext where it lies and
-//! writes it there, and what would have been a copy is part of its own pass.
+//! A file that lies in memory anyway (tmpfs), mapped into this process. The cipher reads and writes ciphertext directly
+//! in the mapping, which saves the kernel's copy.
 //!
-//! Only what the file has is touched that way. A hole would be filled by reading it, and to fill one by writing may
-//! find no room, which a system call reports and a mapping does not. So a [`Region`] is looked at before it is used,
-//! and one with holes is left to system calls.
+//! Only allocated pages of the file are accessed in this way. Reading a hole would allocate the hole. Writing to a hole fails if
+//! the filesystem is full. A system call reports this failure, but a mapping does not. So each [`Region`] is checked for holes
+//! before it is used, and a region with holes is read and written with system calls.
 //!
-//! This is a room with `unsafe` in it: mapped memory is handed out as slices here.
+//! This module contains `unsafe` code. It hands out mapped memory as [`MappedBytes`] and [`MappedBytesMut`], which only the
+//! cipher can use up, and never as a slice.
 //!
-//! # Others' hands
-//! Threads of this process keep off each other by the regions' locks. Another process that writes the file at the same
-//! time, or this one by a system call, changes bytes while they are looked at: what is read then is one or the other,
-//! byte by byte, as it would be with a system call. Nobody but the cipher's loads and stores of whole vectors looks at
-//! those bytes, and no decision depends on them.
-#![allow(unsafe_code, reason = "mapped memory; see above for the invariants")]
+//! # Other writers
+//! The locks of the regions keep the threads of this process apart. But another process may write to the file at the
+//! same time, and so may this process with a system call. The bytes then change while they are read: each byte that is
+//! read is either the old or the new byte, as with a system call. Only the cipher's loads and stores of whole vectors
+//! access those bytes, and no decision depends on them.
+#![allow(unsafe_code, reason = "mapped memory; the module documentation names the invariants")]
 
 mod bus_error;
+mod bytes;
 
 use std::fs::File;
 use std::io;
@@ -29,75 +31,63 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 pub use bus_error::BusErrorsCaught;
 use bus_error::Watch;
+pub use bytes::{MappedBytes, MappedBytesMut};
 
-/// Bytes of the file that are locked, and looked at for holes, together.
+/// Bytes of the file that share a lock and are checked for holes together.
 const REGION: usize = 1 << 20;
 /// Bytes of a page.
 const PAGE: usize = 4096;
-/// So many bytes written to a region with holes are worth another look at it.
+/// A region with holes is checked again after this many bytes were written to it.
 const WORTH_A_LOOK: usize = 256 << 10;
-/// Regions that are made ready before the first request: 2 GiB, some 0.3 s. The others are when they are first used.
+/// Regions that are prepared before the first request: 2 GiB, which takes about 0.3 s. The others are prepared on first use.
 const AT_ONCE: usize = 2048;
 
-/// A file's bytes in this process's memory.
+/// The bytes of a file, in the memory of this process.
 pub(super) struct Mapping {
     base: NonNull<u8>,
     len: usize,
     regions: Box<[RwLock<Region>]>,
-    /// How often space was given back.
+    /// How often space was given back to the filesystem.
     punched: AtomicU64,
     watch: Watch,
 }
 
-/// Has the CPU fetch the first page of what the cipher is about to go through, all of its lines at once: they wait for memory
-/// while the first tweak is encrypted, and for each other no longer. What follows the cipher fetches ahead itself.
-fn fetch(bytes: &[u8]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in bytes[..bytes.len().min(PAGE)].chunks(64) {
-        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: every x86-64 has the instruction, a hint that faults at no address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = bytes;
-}
-
-/// What is known of a region.
+/// What is known about the holes of a region.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Region {
     Unknown,
-    /// It has no hole.
+    /// The region has no hole.
     Whole,
-    /// It has none, and its pages were brought before the CPU.
+    /// The region has no hole, and its pages are in the page table.
     Ready,
-    /// It had one, so many written bytes ago.
+    /// The region had a hole when it was checked. This many bytes were written to it since then.
     Holey(usize),
 }
 
-// SAFETY: the memory is nobody's but the mapping's, and reached under the regions' locks alone.
+// SAFETY: the memory belongs only to the mapping and is reached only under the locks of the regions.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps the first `len` bytes of a file on tmpfs, to be read, or to be written too.
+    /// Maps the first `len` bytes of a file on tmpfs, for reading or for reading and writing.
     ///
     /// # Errors
-    /// What the system said; `OutOfMemory` when too many files are mapped.
+    /// The error of mmap(2); `OutOfMemory` if too many files are mapped.
     pub(super) fn new(file: &File, len: u64, writable: bool, caught: BusErrorsCaught) -> io::Result<Self> {
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let protection = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
-        // SAFETY: a new mapping at an address of the kernel's choice disturbs no memory that is in use.
+        // SAFETY: a new mapping at an address that the kernel chooses does not touch memory in use.
         let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, file, 0)? };
         let base = NonNull::new(base.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         let start = base.as_ptr().expose_provenance();
         let Some(watch) = Watch::new(caught, start..start + len) else {
-            // SAFETY: it is the mapping made above, and nobody else knows of it.
+            // SAFETY: this is the mapping made above, and nothing else refers to it.
             unsafe { rustix::mm::munmap(base.as_ptr().cast(), len)? };
             return Err(io::ErrorKind::OutOfMemory.into());
         };
-        // Ciphertext may be swapped, even in a process that keeps all else from it.
-        // SAFETY: it changes nothing that can be seen in memory.
+        // Ciphertext may be swapped out, even in a process that has locked all its other memory.
+        // SAFETY: this does not change the contents of memory.
         let _ = unsafe { rustix::mm::munlock(base.as_ptr().cast(), len) };
         let regions = (0..len.div_ceil(REGION)).map(|_| RwLock::new(Region::Unknown)).collect();
         let mapping = Self { base, len, regions, punched: AtomicU64::new(0), watch };
@@ -107,41 +97,48 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Shows the range's bytes to `each`, piece by piece, with where in the range a piece begins. `false` if they cannot
-    /// be shown, or what was shown does not count: then the range is to be read by system calls.
-    pub(super) fn show(&self, file: &File, offset: u64, len: usize, each: &mut dyn FnMut(usize, &[u8])) -> bool {
+    /// Passes the bytes of the range to `each` piece by piece, with the offset of each piece in the range. Returns `false` if
+    /// not all bytes could be shown or the shown bytes are not valid. The caller must then read the range with system calls.
+    pub(super) fn show(
+        &self,
+        file: &File,
+        offset: u64,
+        len: usize,
+        each: &mut dyn FnMut(usize, MappedBytes<'_>),
+    ) -> bool {
         self.over(offset, len, |index, range, at| {
             let Some(_held) = self.whole(file, index, |region| region.read().unwrap_or_else(PoisonError::into_inner))
             else {
                 return false;
             };
-            // SAFETY: the range lies within the mapping (`over`), which lives as long as `self`. Who writes to it in this
-            // process holds the region's lock alone, and this holds it; of others, see the top. A page that is missing
-            // is put there by the handler.
-            let bytes = unsafe { std::slice::from_raw_parts(self.base.add(range.start).as_ptr(), range.len()) };
-            fetch(bytes);
-            each(at, bytes);
+            // SAFETY: the range lies within the mapping (`over`). A thread of this process that writes to it has the region's
+            // lock exclusively, and this thread holds the lock until `each` has used up the bytes.
+            each(at, unsafe { MappedBytes::new(self, range) });
             true
         })
     }
 
-    /// Has `each` fill the range's bytes, piece by piece. `false` if they cannot be filled so, or were filled in vain: then
-    /// the range is to be written by system calls.
-    pub(super) fn fill(&self, file: &File, offset: u64, len: usize, each: &mut dyn FnMut(usize, &mut [u8])) -> bool {
+    /// Calls `each` to fill the bytes of the range piece by piece. Returns `false` if some bytes could not be filled, or if the
+    /// file has lost these bytes. The caller must then write the range with system calls.
+    pub(super) fn fill(
+        &self,
+        file: &File,
+        offset: u64,
+        len: usize,
+        each: &mut dyn FnMut(usize, MappedBytesMut<'_>),
+    ) -> bool {
         self.over(offset, len, |index, range, at| {
             let Some(_held) = self.whole(file, index, |region| region.write().unwrap_or_else(PoisonError::into_inner))
             else {
                 return false;
             };
-            // SAFETY: as in `show`, and this holds the region's lock alone.
-            let bytes = unsafe { std::slice::from_raw_parts_mut(self.base.add(range.start).as_ptr(), range.len()) };
-            fetch(bytes);
-            each(at, bytes);
+            // SAFETY: the range lies within the mapping (`over`), and this thread holds the region's lock exclusively.
+            each(at, unsafe { MappedBytesMut::new(self, range) });
             true
         })
     }
 
-    /// So many bytes were written at `offset` by a system call: a hole may be filled.
+    /// Notes that a system call wrote `len` bytes at `offset`, which may have filled a hole.
     pub(super) fn written(&self, offset: u64, len: usize) {
         let Some(range) = self.range(offset, len) else { return };
         for region in &self.regions[range.start / REGION..range.end.div_ceil(REGION)] {
@@ -157,9 +154,10 @@ impl Mapping {
         }
     }
 
-    /// Space was given back in the range.
+    /// Notes that space was given back in the range.
     pub(super) fn punched(&self, offset: u64, len: u64) {
-        // First, so that nobody who looked before the hole was there marks a region as whole after this.
+        // The counter changes first. Otherwise a thread that checked for holes before this hole was made could later
+        // mark the region as whole.
         self.punched.fetch_add(1, Ordering::SeqCst);
         let Some(range) = usize::try_from(len).ok().and_then(|len| self.range(offset, len)) else { return };
         for region in &self.regions[range.start / REGION..range.end.div_ceil(REGION)] {
@@ -167,7 +165,8 @@ impl Mapping {
         }
     }
 
-    /// Goes over the regions that the range lies in: their number, what of the mapping it is, and where in the range.
+    /// Calls `each` for every region of the range, with the region's index, the range of the mapping, and the offset in the
+    /// range.
     fn over(&self, offset: u64, len: usize, mut each: impl FnMut(usize, Range<usize>, usize) -> bool) -> bool {
         let Some(range) = self.range(offset, len) else { return false };
         if self.watch.has_faulted() {
@@ -185,7 +184,7 @@ impl Mapping {
         !self.watch.has_faulted()
     }
 
-    /// The region's lock, if it has no hole.
+    /// Returns the region's lock, held, if the region has no hole.
     fn whole<'s, G: std::ops::Deref<Target = Region>>(
         &'s self,
         file: &File,
@@ -203,8 +202,8 @@ impl Mapping {
         Some(lock(&self.regions[index])).filter(|held| **held == Region::Ready)
     }
 
-    /// Looks at a region, and if it has no hole, has the kernel enter all its pages into the page table: with one call, and
-    /// not with a fault each.
+    /// Checks a region for holes. If the region has none, makes the kernel enter all its pages into the page table,
+    /// with one call instead of a page fault for each page.
     fn get_ready(&self, file: &File, index: usize) {
         if *self.regions[index].read().unwrap_or_else(PoisonError::into_inner) == Region::Unknown {
             self.look(file, index);
@@ -214,24 +213,25 @@ impl Mapping {
             return;
         }
         let start = index * REGION;
-        // As if they were read: then the kernel enters sixteen at a time, and on tmpfs such that they can be written too.
+        // This enters the pages as if they were read. The kernel then enters sixteen pages at a time, and on tmpfs they
+        // are writable.
         let advice = Advice::LinuxPopulateRead;
-        // Before Linux 5.14 there is no such thing; what the file has lost meanwhile shows when it is touched.
-        // SAFETY: the range lies within the mapping, whose contents stay as they are.
+        // Linux before 5.14 lacks this call. If the file has lost a page meanwhile, this is noticed when the page is
+        // accessed. SAFETY: the range lies within the mapping, and its contents do not change.
         let _ =
             unsafe { rustix::mm::madvise(self.base.as_ptr().add(start).cast(), REGION.min(self.len - start), advice) };
         *region = Region::Ready;
     }
 
-    /// Finds out whether the region has a hole, and how many behind it have none: the kernel looks page by page from
-    /// where it is asked until it finds one, and is not to do that for each region again.
+    /// Finds out whether the region has a hole, and how many regions after it have none. The kernel looks for a hole page by
+    /// page from the given offset on, and should not do so again for each region.
     fn look(&self, file: &File, index: usize) {
         let before = self.punched.load(Ordering::SeqCst);
         let start = index * REGION;
         let hole = match rustix::fs::seek(file, SeekFrom::Hole(start as u64)) {
             Ok(hole) => usize::try_from(hole).unwrap_or(usize::MAX),
             Err(Errno::NXIO) => start,
-            // A filesystem in memory that knows no holes (ramfs) has none to be filled by chance.
+            // A filesystem in memory that knows no holes (ramfs) has none that a read could allocate.
             Err(_) => self.len,
         };
         for (index, region) in self.regions.iter().enumerate().skip(index) {
@@ -250,7 +250,7 @@ impl Mapping {
         }
     }
 
-    /// The range within the mapping, if it is.
+    /// Returns the range of the mapping, or `None` if it reaches past the end.
     fn range(&self, offset: u64, len: usize) -> Option<Range<usize>> {
         let start = usize::try_from(offset).ok()?;
         let end = start.checked_add(len)?;
@@ -260,9 +260,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // The addresses may be another's at once.
+        // The kernel may give the addresses to another mapping at once.
         self.watch.end();
-        // SAFETY: nobody has a slice of it any more, since none outlives the call it was handed to.
+        // SAFETY: no slice of the mapping is left, because no slice outlives the call that it was passed to.
         let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
@@ -276,7 +276,7 @@ mod tests {
 
     const LEN: u64 = 5 << 20;
 
-    /// A file in memory with these bytes at its start and a hole behind them, and its mapping.
+    /// Returns a file in memory that starts with these bytes, followed by a hole, and its mapping.
     fn mapped(bytes: &[u8]) -> (File, Mapping) {
         let file = tempfile::tempfile_in("/dev/shm").unwrap();
         file.write_all_at(bytes, 0).unwrap();
@@ -295,8 +295,10 @@ mod tests {
 
     fn shown(file: &File, mapping: &Mapping, offset: u64, len: usize) -> Option<Vec<u8>> {
         let mut all = vec![0; len];
-        let is_shown =
-            mapping.show(file, offset, len, &mut |at, bytes| all[at..at + bytes.len()].copy_from_slice(bytes));
+        let is_shown = mapping.show(file, offset, len, &mut |at, bytes| {
+            let len = bytes.len();
+            bytes.copy_to(&mut all[at..at + len]);
+        });
         is_shown.then_some(all)
     }
 
@@ -307,16 +309,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_is_what_is_read_and_what_is_filled_is_what_is_written() {
+    fn a_mapping_reads_and_writes_the_bytes_of_the_file() {
         let (file, mapping) = full();
         for (offset, len) in
             [(0, 1), (512, 4096), ((1 << 20) - 512, 1024), (100, 3 << 20), (LEN - 1, 1), (0, LEN as usize)]
         {
             assert_eq!(shown(&file, &mapping, offset, len).unwrap(), read(&file, offset, len), "{offset} {len}");
             let filled = mapping.fill(&file, offset, len, &mut |at, bytes| {
-                for (number, byte) in bytes.iter_mut().enumerate() {
-                    *byte = ((at + number) % 253) as u8;
-                }
+                let pattern: Vec<u8> = (at..at + bytes.len()).map(|at| (at % 253) as u8).collect();
+                bytes.copy_from(&pattern);
             });
             assert!(filled);
             assert!(read(&file, offset, len).iter().enumerate().all(|(at, byte)| *byte == (at % 253) as u8));
@@ -328,9 +329,9 @@ mod tests {
     fn a_hole_is_not_filled_by_looking_at_it() {
         let (file, mapping) = sparse();
         assert!(shown(&file, &mapping, 0, LEN as usize).is_none());
-        assert!(!mapping.fill(&file, 4096, 4096, &mut |_, _| panic!("nothing is to be filled")));
+        assert!(!mapping.fill(&file, 4096, 4096, &mut |_, _| panic!("a hole must not be filled")));
         assert_eq!(file.metadata().unwrap().blocks(), 0);
-        // A region is whole once all of it is written.
+        // A region has no hole any more once all of it is written.
         file.write_all_at(&[1; REGION], REGION as u64).unwrap();
         mapping.written(REGION as u64, REGION);
         assert_eq!(shown(&file, &mapping, REGION as u64, REGION).unwrap(), [1; REGION]);
@@ -339,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_back_is_shown_no_more() {
+    fn discarded_space_is_no_longer_shown() {
         let (file, mapping) = full();
         assert!(shown(&file, &mapping, 0, LEN as usize).is_some());
         let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
@@ -350,20 +351,20 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_cut_short_costs_its_mapping_and_nothing_else() {
+    fn a_file_that_is_cut_short_loses_only_its_mapping() {
         let (file, mapping) = full();
         let (other, others) = full();
         assert!(shown(&file, &mapping, 4 << 20, 4096).is_some());
         file.set_len(1 << 20).unwrap();
         assert!(shown(&file, &mapping, 4 << 20, 4096).is_none());
-        assert!(!mapping.fill(&file, 3 << 20, 4096, &mut |_, bytes| bytes.fill(1)));
-        assert!(shown(&file, &mapping, 0, 4096).is_none(), "it is not trusted again");
+        assert!(!mapping.fill(&file, 3 << 20, 4096, &mut |_, bytes| bytes.copy_from(&[1; 4096])));
+        assert!(shown(&file, &mapping, 0, 4096).is_none(), "the mapping must not be trusted again");
         assert_eq!(file.metadata().unwrap().len(), 1 << 20);
         assert!(shown(&other, &others, 4 << 20, 4096).is_some());
     }
 
     #[test]
-    fn places_are_given_back() {
+    fn dropped_mappings_free_their_watches() {
         for _ in 0..200 {
             let _ = sparse();
         }

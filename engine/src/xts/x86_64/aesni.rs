@@ -1,7 +1,7 @@
-//! AES on 128-bit registers, one block each: every x86-64 server of the last decade.
+//! AES on 128-bit registers of one block each, for every x86-64 server of the last decade.
 //!
-//! Eight blocks go through the rounds together. Of the sixteen registers that there are, none remains for tweaks: these lie
-//! in memory, and the next eight are made between the rounds, each from the one before it.
+//! Eight blocks go through the rounds together. None of the sixteen registers is free for masks, so masks are kept in memory.
+//! The masks of the next eight blocks are computed between the rounds, each from the one before it.
 
 use core::arch::x86_64::{
     __m128i, _mm_add_epi64, _mm_aesdec_si128, _mm_aesdeclast_si128, _mm_aesenc_si128, _mm_aesenclast_si128,
@@ -33,7 +33,7 @@ impl AesNi {
         let Run { sector_size, first, step, data } = run;
         let (pieces, _) = data.into_chunks();
         match direction {
-            // SAFETY: an `AesNi` exists only where the CPU has what `crypt` is compiled for.
+            // SAFETY: an `AesNi` exists only if the CPU has AES-NI, which `crypt` requires.
             Direction::Encrypt => unsafe { crypt::<N, false>(keys, first, step, sector_size, pieces) },
             // SAFETY: as above.
             Direction::Decrypt => unsafe { crypt::<N, true>(keys, first, step, sector_size, pieces) },
@@ -47,14 +47,14 @@ const WIDTH: usize = 8;
 /// Sectors whose tweaks are encrypted together.
 const TWEAKS: usize = WIDTH;
 
-/// What goes through the rounds together, a quarter of a piece.
+/// Groups in a piece. The blocks of a group go through the rounds together. A group is a quarter of a piece.
 const GROUPS: usize = size_of::<Piece>() / (WIDTH * BLOCK);
 
-/// Encrypted tweaks of the sectors ahead.
+/// Encrypted tweaks of the next sectors.
 #[repr(C, align(64))]
 struct Tweaks([u128; TWEAKS]);
 
-/// The masks of one group's blocks, `T · α^j`.
+/// The masks of the blocks of one group, `T · α^j`.
 #[repr(C, align(64))]
 struct Masks([u128; WIDTH]);
 
@@ -109,7 +109,7 @@ fn crypt<const N: usize, const DECRYPT: bool>(
     }
 }
 
-/// Encrypts the tweaks of the data units from `first` on, at most [`TWEAKS`] and at least `wanted` if that is less.
+/// Encrypts at least `min(wanted, TWEAKS)` and at most `TWEAKS` tweaks, starting at the data unit `first`.
 #[target_feature(enable = "aes")]
 fn refill<const N: usize>(tweaks: &mut Tweaks, keys: &RoundKeys<N>, first: UnitNumber, step: u64, wanted: usize) {
     match wanted {
@@ -131,7 +131,7 @@ fn encrypt_numbers<const N: usize, const COUNT: usize>(
         let UnitNumber { low, high } = first.after(i, step);
         *block = _mm_xor_si128(*block, _mm_set_epi64x(high.cast_signed(), low.cast_signed()));
     }
-    // Opaque, so that this stays a loop: unrolled, it would have all keys loaded ahead of the rounds.
+    // `black_box` keeps this a loop. If it were unrolled, the compiler would load all keys before the rounds.
     for round in 1..black_box(N - 1) {
         let key = load_block(keys.get(round));
         for block in &mut blocks {
@@ -144,8 +144,8 @@ fn encrypt_numbers<const N: usize, const COUNT: usize>(
     }
 }
 
-/// Encrypts or decrypts the blocks of one group, and makes the next one's masks, of which the first is `mask`. Returns the
-/// one after these.
+/// Encrypts or decrypts the blocks of one group and computes the masks of the next group. `mask` is the first of these masks.
+/// Returns the mask that follows the last of them.
 #[target_feature(enable = "aes")]
 #[inline]
 fn crypt_group<const N: usize, const DECRYPT: bool>(
@@ -156,8 +156,8 @@ fn crypt_group<const N: usize, const DECRYPT: bool>(
     following: &mut Masks,
     mut mask: __m128i,
 ) -> __m128i {
-    // Opaque, so that the compiler keeps no round keys in registers across groups: they would not fit, and be spilled to
-    // stack that nobody wipes.
+    // `black_box` stops the compiler from keeping round keys in registers across groups. They would not fit and would be
+    // spilled to stack memory that nobody wipes.
     let (keys, masks) = (black_box(keys), black_box(masks));
     let round = |data: &mut [__m128i; WIDTH], n: usize| {
         let key = load_block(&keys.0[n]);
@@ -189,13 +189,14 @@ fn crypt_group<const N: usize, const DECRYPT: bool>(
     mask
 }
 
-/// `T · α`: both halves doubled, with the bits that leave them put where they belong.
+/// Returns `T · α`: both 64-bit halves are doubled, and the bit that leaves each half is put where it belongs.
 #[target_feature(enable = "sse2")]
 #[inline]
 fn times_alpha(tweak: __m128i) -> __m128i {
     #[expect(clippy::cast_possible_truncation, reason = "0x87")]
     let into = _mm_set_epi32(0, 1, 0, POLYNOMIAL as i32);
-    // The sign of the low half goes into the high one, and that of the high half around through the polynomial.
+    // The carry of the low half goes into the high half. The carry of the high half is reduced by the polynomial into the low
+    // half.
     let signs = _mm_srai_epi32::<31>(_mm_shuffle_epi32::<0b00_01_00_11>(tweak));
     _mm_xor_si128(_mm_add_epi64(tweak, tweak), _mm_and_si128(signs, into))
 }
@@ -203,13 +204,13 @@ fn times_alpha(tweak: __m128i) -> __m128i {
 #[target_feature(enable = "sse2")]
 #[inline]
 fn load(from: &[u8; BLOCK]) -> __m128i {
-    // SAFETY: 16 readable bytes, of any alignment.
+    // SAFETY: these are 16 readable bytes. The instruction accepts any alignment.
     unsafe { _mm_loadu_si128(from.as_ptr().cast()) }
 }
 
 #[target_feature(enable = "sse2")]
 #[inline]
 fn store(to: &mut [u8; BLOCK], value: __m128i) {
-    // SAFETY: 16 writable bytes, of any alignment.
+    // SAFETY: these are 16 writable bytes. The instruction accepts any alignment.
     unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), value) }
 }

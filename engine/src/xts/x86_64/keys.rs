@@ -1,4 +1,4 @@
-//! AES key schedules (FIPS 197), made with the AES-NI instructions.
+//! AES key schedules (FIPS 197), computed with the AES-NI instructions.
 
 use core::arch::x86_64::{
     __m128i, _mm_aesenclast_si128, _mm_aesimc_si128, _mm_cvtsi128_si32, _mm_load_si128, _mm_set1_epi32,
@@ -18,21 +18,22 @@ use super::aesni::AesNi;
 pub(crate) struct RoundKeys<const N: usize>(pub(super) [u128; N]);
 
 impl<const N: usize> RoundKeys<N> {
-    /// One round key, from where nothing that the compiler knows has read it before: so it loads each when it is needed, and
-    /// not all of them ahead, which would not fit into the registers, onto a stack that nobody wipes.
+    /// Returns one round key through an opaque reference. The compiler must then load the key when it is needed.
+    /// Otherwise it would load all keys in advance. They do not fit into the registers, so it would spill them to stack
+    /// memory that nobody wipes.
     #[inline(always)]
     pub(super) fn get(&self, round: usize) -> &u128 {
         black_box(&self.0[round])
     }
 }
 
-/// The three schedules of an XTS key, `N` round keys each: 15 for AES-256, 11 for AES-128. They are expanded where they
-/// stay, on the heap, and wiped when dropped.
+/// The three schedules of an XTS key, with `N` round keys each: 15 for AES-256, 11 for AES-128. They are expanded in place on
+/// the heap and wiped when dropped.
 #[derive(Zeroize, ZeroizeOnDrop)]
 pub(crate) struct Schedules<const N: usize> {
     /// Encrypts data.
     pub(super) encrypt: RoundKeys<N>,
-    /// Decrypts data, by the equivalent inverse cipher (FIPS 197, 5.3.5), which is what the instructions do.
+    /// Decrypts data with the equivalent inverse cipher (FIPS 197, 5.3.5), which the instructions compute.
     pub(super) decrypt: RoundKeys<N>,
     /// Encrypts tweaks.
     pub(super) tweak: RoundKeys<N>,
@@ -52,13 +53,13 @@ impl<const N: usize> Schedules<N> {
 }
 
 impl AesNi {
-    /// `KeyExpansion` (FIPS 197, 5.2).
+    /// Computes `KeyExpansion` (FIPS 197, 5.2).
     fn expand<const N: usize>(self, key: &[u8], to: &mut RoundKeys<N>) {
         // SAFETY: an `AesNi` exists only where the CPU has AES-NI.
         unsafe { expand(key, to) }
     }
 
-    /// The round keys of the equivalent inverse cipher.
+    /// Computes the round keys of the equivalent inverse cipher.
     fn invert<const N: usize>(self, from: &RoundKeys<N>, to: &mut RoundKeys<N>) {
         // SAFETY: an `AesNi` exists only where the CPU has AES-NI.
         unsafe { invert(from, to) }
@@ -75,7 +76,7 @@ fn expand<const N: usize>(key: &[u8], to: &mut RoundKeys<N>) {
     for i in words..w.len() {
         let mut temp = w[i - 1];
         if i % words == 0 {
-            // RotWord on a little-endian word; Rcon's powers stay below 0x80 here or end there.
+            // RotWord of a little-endian word. Rcon is a power of x in GF(2⁸). It is reduced when it passes 0x80.
             temp = sub_word(temp.rotate_right(8)) ^ rcon;
             rcon <<= 1;
             if rcon > 0x80 {
@@ -96,8 +97,8 @@ fn invert<const N: usize>(from: &RoundKeys<N>, to: &mut RoundKeys<N>) {
     }
 }
 
-/// `SubWord`: a last round with an all-zero key is SubBytes after ShiftRows, and rows of equal bytes shift into
-/// themselves.
+/// Computes `SubWord`. The last AES round with an all-zero key is ShiftRows and SubBytes. ShiftRows changes nothing here,
+/// because all four columns are equal.
 #[target_feature(enable = "aes")]
 fn sub_word(word: u32) -> u32 {
     let columns = _mm_set1_epi32(word.cast_signed());
@@ -106,13 +107,13 @@ fn sub_word(word: u32) -> u32 {
 
 #[inline(always)]
 pub(super) fn load(from: &u128) -> __m128i {
-    // SAFETY: a `u128` is 16 bytes, and aligned to 16.
+    // SAFETY: a `u128` is 16 bytes long and aligned to 16.
     unsafe { _mm_load_si128(std::ptr::from_ref(from).cast()) }
 }
 
 #[inline(always)]
 pub(super) fn store(to: &mut u128, value: __m128i) {
-    // SAFETY: a `u128` is 16 bytes, aligned to 16, and borrowed mutably.
+    // SAFETY: a `u128` is 16 bytes long and aligned to 16, and it is borrowed mutably.
     unsafe { _mm_store_si128(std::ptr::from_mut(to).cast(), value) }
 }
 
@@ -122,7 +123,7 @@ mod tests {
 
     /// The last round keys of FIPS 197, appendices A.1 and A.3.
     #[test]
-    fn schedules_end_as_fips_197_shows() {
+    fn schedules_end_with_the_round_keys_of_fips_197() {
         let Some(cpu) = AesNi::new() else { return };
         let key = 0x2b7e_1516_28ae_d2a6_abf7_1588_09cf_4f3c_u128.to_be_bytes();
         let mut schedule = RoundKeys::<11>([0; 11]);

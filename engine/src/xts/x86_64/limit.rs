@@ -1,4 +1,4 @@
-//! The rate at which the AES units take rounds: the rounds of AES-256 on registers, with no memory and no tweaks.
+//! The rate at which the CPU can issue AES rounds: the rounds of AES-256 on registers, without memory and without tweaks.
 
 use core::arch::x86_64::{
     _mm_aesenc_si128, _mm_set1_epi8, _mm_xor_si128, _mm256_aesenc_epi128, _mm256_set1_epi8, _mm256_xor_si256,
@@ -8,11 +8,11 @@ use std::hint::black_box;
 
 use super::Cpu;
 
-/// Rounds of AES-256: what each block takes.
+/// Rounds of AES-256 for each block.
 const ROUNDS: usize = 14;
 
 impl Cpu {
-    /// Does the rounds of about `bytes` bytes of data, and returns how many bytes it were.
+    /// Computes the rounds for about `bytes` bytes of data. Returns the exact number of bytes.
     pub(in crate::xts) fn aes256_rounds(self, bytes: usize) -> usize {
         match self {
             // SAFETY: the variant proves that the CPU has what the function is compiled for.
@@ -25,7 +25,7 @@ impl Cpu {
     }
 }
 
-/// One loop a register width: enough independent registers in flight to cover the latency of a round twice over.
+/// A loop for one register width. Enough independent registers are in flight to cover the latency of a round twice.
 macro_rules! rounds {
     ($name:ident, $features:literal, $in_flight:literal, $set:ident, $xor:ident, $round:ident) => {
         #[target_feature(enable = $features)]

@@ -1,12 +1,12 @@
-//! The paths for x86-64, by the width of the registers that the AES instructions work on.
+//! The paths for x86-64, one for each width of the registers that the AES instructions work on.
 //!
-//! This is a room with `unsafe` in it: Rust asks for it where a function compiled for an instruction set is called
-//! from code that is not, and where a vector is loaded from or stored to memory. Who calls into an instruction set
-//! shows a value ([`AesNi`], [`Vaes256`], [`Vaes512`]) that only a run-time check makes;
-//! within it all functions are safe `#[target_feature]` functions.
+//! This module contains `unsafe` code. Rust requires `unsafe` in two places: where ordinary code calls a function that is
+//! compiled for an instruction set, and where a vector is loaded from memory or stored to it. A caller of such a function must
+//! show a value ([`AesNi`], [`Vaes256`], [`Vaes512`]) that only a run-time check of the CPU creates. The functions that are
+//! compiled for an instruction set are themselves safe `#[target_feature]` functions.
 //!
-//! All paths work on [`Piece`]s, the 512 bytes of the smallest sector, and share the keys.
-#![allow(unsafe_code, reason = "intrinsics; see above for the invariants")]
+//! All paths work on [`Piece`]s, the 512 bytes of the smallest sector, and use the same round keys.
+#![allow(unsafe_code, reason = "intrinsics; the module documentation names the invariants")]
 
 mod aesni;
 mod keys;
@@ -35,7 +35,7 @@ pub(super) enum Cpu {
 }
 
 impl Cpu {
-    /// `None` when the CPU does not have the path, or the path is none of those here.
+    /// Returns `None` if the CPU lacks the path, or if the path is [`CpuPath::Portable`].
     pub(super) fn new(path: CpuPath) -> Option<Self> {
         match path {
             CpuPath::AesNi => AesNi::new().map(Self::AesNi),
@@ -45,7 +45,7 @@ impl Cpu {
         }
     }
 
-    /// Every CPU that has wider registers has AES-NI too, which the key schedules need.
+    /// Returns the proof of AES-NI, which the key schedules need. Every CPU with wider registers has AES-NI, too.
     fn aesni(self) -> AesNi {
         match self {
             Self::AesNi(cpu) => cpu,
@@ -55,7 +55,7 @@ impl Cpu {
     }
 }
 
-/// The round keys of an XTS key, the same for all paths here.
+/// The round keys of an XTS key. All paths of this module use the same schedules.
 pub(super) enum Keys {
     Aes256(Box<Schedules<15>>),
     Aes128(Box<Schedules<11>>),
@@ -85,14 +85,14 @@ pub(super) fn crypt(cpu: Cpu, direction: Direction, keys: &Keys, run: Run<'_, '_
     }
 }
 
-/// What the kernels work on: the smallest sector, 32 blocks. Every sector is a whole number of them.
+/// The unit that the paths work on: the smallest sector, 32 blocks. Every sector is a whole number of pieces.
 type Piece = Array<u8, U512>;
 
 /// Blocks in a [`Piece`].
 const PIECE_BLOCKS: usize = 32;
 
-/// A byte shuffle that leaves a zero.
+/// The index that makes a byte shuffle write a zero.
 const ZERO: u8 = 0x80;
 
-/// The polynomial of GF(2¹²⁸) less its x¹²⁸: what a bit shifted out of a tweak is replaced by.
+/// The polynomial of GF(2¹²⁸) without its term x¹²⁸. It replaces each bit that is shifted out of a tweak.
 const POLYNOMIAL: i64 = 0x87;

@@ -1,10 +1,10 @@
-//! AES on 256-bit registers, two blocks each, without AVX-512: Zen 3, Alder Lake.
+//! AES on 256-bit registers of two blocks each, without AVX-512, for Zen 3 and Alder Lake.
 //!
-//! Ten or eleven registers of data go through the rounds together, a third of a [`Double`]: eight would be just enough to
-//! keep the AES units busy, and every other instruction would cost time. Of the sixteen registers that there are, none
-//! remains for masks: these lie in memory, and the next double's are made between the rounds, by moves of whole bytes,
-//! additions and shifts. A carry-less multiplication would be shorter, but Zen makes four operations of it, for which
-//! decoding stops, and one takes the AES units' place.
+//! Ten or eleven registers of data, a third of a [`Double`], go through the rounds together. Eight would be just enough to keep
+//! the AES units busy, and then every other instruction would cost time. No register of the sixteen is left for masks, so masks
+//! lie in memory. The masks of the next double are computed between the rounds, by moves of whole bytes, additions and shifts.
+//! A carry-less multiplication would be shorter. But Zen splits it into four operations and stops decoding for them, and one of
+//! the four takes the place of an AES operation.
 
 use core::arch::x86_64::{
     __m256i, _mm256_add_epi64, _mm256_aesdec_epi128, _mm256_aesdeclast_epi128, _mm256_aesenc_epi128,
@@ -27,7 +27,7 @@ use crate::sector::SectorSize;
 use crate::xts::Direction;
 use crate::xts::run::{BLOCK, Run, UnitNumber};
 
-/// Proof that this CPU has AVX2 and VAES, and that the operating system keeps their registers.
+/// Proof that this CPU has AVX2 and VAES, and that the operating system saves their registers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Vaes256(AesNi);
 
@@ -37,7 +37,7 @@ impl Vaes256 {
         AesNi::new().filter(|_| there).map(Self)
     }
 
-    /// VAES is AES-NI on wider registers.
+    /// Returns the proof of AES-NI. VAES is AES-NI on wider registers.
     pub(super) fn aesni(self) -> AesNi {
         self.0
     }
@@ -53,7 +53,7 @@ impl Vaes256 {
             // SAFETY: as above.
             Direction::Decrypt => unsafe { crypt::<N, true>(keys, first, step, sector_size, doubles) },
         }
-        // One sector of 512 bytes that has no other beside it.
+        // One 512-byte sector is left, without a second sector to form a double.
         if !tail.is_empty() {
             let first = first.after(sectors, step);
             self.aesni().crypt(direction, keys, Run { sector_size, first, step, data: tail });
@@ -61,34 +61,34 @@ impl Vaes256 {
     }
 }
 
-/// What the kernel works on: a sector, a part of one, or two sectors of 512 bytes.
+/// The unit that this path works on: a sector, a part of a sector, or two sectors of 512 bytes.
 type Double = Array<u8, U1024>;
 
-/// Vectors of masks that the others of 16 are made from, by moving whole bytes: vector `i + BASES · k` is vector `i` times
-/// α^8k. That is a group; a double has eight.
+/// Base vectors among 16 vectors of masks. The others are computed from them by moving whole bytes: vector `i + BASES · k` is
+/// vector `i` times α^8k. A group is one base vector and the vectors computed from it. A double has eight groups.
 const BASES: usize = 4;
 
-/// Registers of tweaks in flight.
+/// Registers that hold tweaks in flight.
 const TWEAK_VECTORS: usize = 8;
 
-/// Sectors whose tweaks are encrypted together. An even number, so that pairs stay together.
+/// Sectors whose tweaks are encrypted together. The number is even, so that pairs stay together.
 const TWEAKS: usize = 2 * TWEAK_VECTORS;
 
-/// Encrypted tweaks of the sectors ahead.
+/// Encrypted tweaks of the next sectors.
 #[repr(C, align(64))]
 struct Tweaks([u128; TWEAKS]);
 
-/// The masks of one double's blocks, `T · α^j`.
+/// The masks of the blocks of one double, `T · α^j`.
 #[repr(C, align(64))]
 struct Masks([u128; size_of::<Double>() / BLOCK]);
 
-/// The base vectors of the next four groups, where a sector goes on.
+/// The base vectors of the next four groups, for a sector that continues in the next double.
 #[repr(C, align(64))]
 struct Bases([u128; 2 * BASES]);
 
-/// Where the next double's masks come from.
+/// Where the masks of the next double come from.
 mod next {
-    /// The same sector goes on.
+    /// The same sector continues.
     pub(super) const SAME: u8 = 0;
     /// A sector begins.
     pub(super) const SECTOR: u8 = 1;
@@ -119,7 +119,7 @@ fn crypt<const N: usize, const DECRYPT: bool>(
     refill(&mut tweaks, &keys.tweak, number, step, sectors);
     let mut ahead = if pairs { 2 } else { 1 };
     for group in 0..2 * BASES {
-        // Opaque, so that a tweak is loaded again and not spilled.
+        // `black_box` makes the compiler load the tweak again instead of spilling it.
         let tweaks = &black_box(&tweaks).0;
         let base = match group {
             0..BASES => start(group, broadcast(&tweaks[0])),
@@ -175,7 +175,7 @@ fn crypt<const N: usize, const DECRYPT: bool>(
     bases.0.as_mut_slice().zeroize();
 }
 
-/// Encrypts the tweaks of the data units from `first` on, at most [`TWEAKS`] and at least `wanted` if that is less.
+/// Encrypts the tweaks of the data units from `first` on: up to [`TWEAKS`] of them, and at least `wanted` if that is fewer.
 #[target_feature(enable = "avx2,vaes")]
 fn refill<const N: usize>(tweaks: &mut Tweaks, keys: &RoundKeys<N>, first: UnitNumber, step: u64, wanted: usize) {
     match wanted {
@@ -194,7 +194,7 @@ fn encrypt_numbers<const N: usize, const VECTORS: usize>(
     step: u64,
 ) {
     let (low, high, step) = (first.low.cast_signed(), first.high.cast_signed(), step.cast_signed());
-    // Wrapping, as the IV does; the high halves stay.
+    // The low halves wrap, as the IV does. The high halves stay.
     let mut two = _mm256_add_epi64(_mm256_set_epi64x(high, low, high, low), _mm256_set_epi64x(0, step, 0, 0));
     let stride = _mm256_set_epi64x(0, 2 * step, 0, 2 * step);
     let key = broadcast(keys.get(0));
@@ -203,7 +203,7 @@ fn encrypt_numbers<const N: usize, const VECTORS: usize>(
         *vector = _mm256_xor_si256(two, key);
         two = _mm256_add_epi64(two, stride);
     }
-    // Opaque, so that this stays a loop: unrolled, it would have all keys loaded ahead of the rounds.
+    // `black_box` keeps this a loop. If it were unrolled, the compiler would load all keys before the rounds.
     for round in 1..black_box(N - 1) {
         let key = broadcast(keys.get(round));
         for vector in &mut vectors {
@@ -217,8 +217,8 @@ fn encrypt_numbers<const N: usize, const VECTORS: usize>(
     }
 }
 
-/// Encrypts or decrypts one double, and makes the next one's masks, from tweak `ahead` and the one after it where sectors begin
-/// with it.
+/// Encrypts or decrypts one double and computes the masks of the next one. If a sector begins with the next double, its
+/// tweak has the number `ahead`. If two sectors begin with it, the second tweak has the number after that.
 #[target_feature(enable = "avx2,vaes")]
 #[inline]
 fn crypt_double<const N: usize, const DECRYPT: bool, const NEXT: u8>(
@@ -230,13 +230,14 @@ fn crypt_double<const N: usize, const DECRYPT: bool, const NEXT: u8>(
     tweaks: &Tweaks,
     ahead: usize,
 ) {
-    // Opaque, so that the compiler keeps no round keys in registers across doubles: they would not fit, and be spilled to
-    // stack that nobody wipes.
+    // `black_box` stops the compiler from keeping round keys in registers across doubles. They would not fit and would be
+    // spilled to stack memory that nobody wipes.
     let (keys, masks) = (black_box(keys), black_box(masks));
-    // For all that the compiler knows the rounds end early. So each stays where it is, with the masks that are made beside it:
-    // else it would move all rounds behind all masks, and load all round keys ahead, onto a stack that nobody wipes.
+    // This makes the compiler assume that the rounds may end early. So it must leave each round beside the masks that
+    // are computed there. Otherwise it would move all rounds behind all masks and load all round keys in advance, into
+    // stack memory that nobody wipes.
     let end = black_box(N);
-    // (Not a closure: one that is not inlined has all vectors spilled around its call.)
+    // This is not a closure, because a closure that is not inlined makes the compiler spill all vectors around its call.
     macro_rules! base_of {
         ($group:expr) => {
             match NEXT {
@@ -247,10 +248,10 @@ fn crypt_double<const N: usize, const DECRYPT: bool, const NEXT: u8>(
             }
         };
     }
-    // Rounds beside which the masks of one group are made: three groups to a third, in the 13 or 9 rounds between the first
-    // and the last key.
+    // The masks of one group are computed beside this many rounds. Each third of a double has up to three groups. The
+    // rounds are the 13 or 9 between the first key and the last key.
     let beside_group = (N - 2) / 3;
-    // A third: vectors `$at` to `$at + $width`, and the masks of some groups.
+    // Processes a third of the double: the vectors from `$at` to `$at + $width`, and the masks of the groups `$group`.
     macro_rules! third {
         ($at:literal, $width:literal, $($group:literal),+) => {
             let (from, _) = double.get_in().as_chunks();
@@ -318,7 +319,7 @@ fn crypt_double<const N: usize, const DECRYPT: bool, const NEXT: u8>(
     third!(22, 10, 6, 7);
 }
 
-/// The vector of a double's masks that group `group` of eight is made from.
+/// Returns which vector of a double's masks is the base of group `group`, from 0 to 7.
 #[inline(always)]
 fn base_vector(group: usize) -> usize {
     if group < BASES { group } else { group + 3 * BASES }
@@ -356,8 +357,8 @@ impl Bases {
     }
 }
 
-/// Vector `group` of a sector's first masks, from its tweak in every lane: `T · α^n` with an `n` for each lane, up to 7, by
-/// 64-bit shifts, with the bits that leave a half put where they belong.
+/// Returns vector `group` of a sector's first masks. `tweak` has the sector's tweak in both lanes. Each lane becomes `T · α^n`
+/// with its own `n` up to 7. This takes 64-bit shifts, and the bits that leave a half are put where they belong.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn start(group: usize, tweak: __m256i) -> __m256i {
@@ -365,17 +366,18 @@ fn start(group: usize, tweak: __m256i) -> __m256i {
     let n = _mm256_add_epi64(low, _mm256_set_epi64x(1, 1, 0, 0));
     let shifted = _mm256_sllv_epi64(tweak, n);
     let carried = _mm256_srlv_epi64(tweak, _mm256_sub_epi64(_mm256_set1_epi64x(64), n));
-    // From the low half into the high one, and from the high one around through the polynomial.
+    // Bits of the low half go into the high half. Bits of the high half go through the polynomial into the low half.
     let across = _mm256_bslli_epi128::<8>(carried);
     let around = _mm256_bsrli_epi128::<8>(times_polynomial(carried));
     _mm256_xor_si256(_mm256_xor_si256(shifted, across), around)
 }
 
-/// The byte shuffle that gathers a tweak's topmost bytes, one to four of them, far enough apart that their products with the
-/// polynomial, seven bits longer, do not touch: three in bytes 0 to 2, two in 4 and 5; four in 8 to 11, one in 13.
+/// The byte shuffle that gathers the topmost bytes of a tweak, in four runs of one to four bytes. The product of a run with the
+/// polynomial is seven bits longer than the run, so the runs lie far enough apart that their products do not overlap: three
+/// bytes at 0 to 2, two at 4 and 5, four at 8 to 11, one at 13.
 const TOPS: u128 = u128::from_le_bytes([13, 14, 15, ZERO, 14, 15, ZERO, ZERO, 12, 13, 14, 15, ZERO, 15, ZERO, ZERO]);
 
-/// The byte shuffles that move each of the four products of [`TOPS`] to the bottom.
+/// The byte shuffles that move each of the four products of [`TOPS`] to the lowest bytes.
 const AROUND_1: u128 = bottom([13, 14, ZERO, ZERO, ZERO]);
 const AROUND_2: u128 = bottom([4, 5, 6, ZERO, ZERO]);
 const AROUND_3: u128 = bottom([0, 1, 2, 3, ZERO]);
@@ -385,14 +387,15 @@ const fn bottom([a, b, c, d, e]: [u8; 5]) -> u128 {
     u128::from_le_bytes([a, b, c, d, e, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO])
 }
 
-/// What comes back at the bottom of a tweak that is moved up by one to four bytes: `T`'s tops times the polynomial.
+/// Computes what is added to the lowest bytes of a tweak that moves up by one to four bytes: the topmost bytes times the
+/// polynomial.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn tops_around(tweak: __m256i) -> __m256i {
     times_polynomial(_mm256_shuffle_epi8(tweak, broadcast(&TOPS)))
 }
 
-/// Each half times x⁷ + x² + x + 1, the polynomial of GF(2¹²⁸) less its x¹²⁸; of what is longer than a half the rest is lost.
+/// Multiplies each half by x⁷ + x² + x + 1, the polynomial of GF(2¹²⁸) without its x¹²⁸. Bits beyond the half are lost.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn times_polynomial(halves: __m256i) -> __m256i {
@@ -434,13 +437,13 @@ fn broadcast(block: &u128) -> __m256i {
 #[target_feature(enable = "avx2")]
 #[inline]
 fn load(from: &[u8; 32]) -> __m256i {
-    // SAFETY: 32 readable bytes, of any alignment.
+    // SAFETY: these are 32 readable bytes. The instruction accepts any alignment.
     unsafe { _mm256_loadu_si256(from.as_ptr().cast()) }
 }
 
 #[target_feature(enable = "avx2")]
 #[inline]
 fn store(to: &mut [u8; 32], value: __m256i) {
-    // SAFETY: 32 writable bytes, of any alignment.
+    // SAFETY: these are 32 writable bytes. The instruction accepts any alignment.
     unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), value) }
 }

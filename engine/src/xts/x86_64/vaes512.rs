@@ -1,11 +1,11 @@
-//! AES on 512-bit registers, four blocks each: Ice Lake, Zen 4 and later.
+//! AES on 512-bit registers of four blocks each, for Ice Lake, Zen 4 and later.
 //!
-//! Eight registers of data go through the rounds together, one [`Piece`]. The next piece's masks are made between the
-//! rounds, where the AES units leave the other ones idle, and kept in memory: in registers they would fit, but nothing
-//! then holds the compiler back from making them after the rounds, where they wait behind a full scheduler.
+//! Eight registers of data, one [`Piece`], go through the rounds together. The masks of the next piece are computed
+//! between the rounds, where the AES units leave the other units idle, and are kept in memory. They would fit into
+//! registers. But if they were kept there, nothing would stop the compiler from computing them after the rounds, where
+//! they would wait behind a full scheduler.
 //!
-//! What a call costs beside its pieces counts where a request is one sector: see `encrypt_numbers`, and
-//! [`UnitNumber`].
+//! For requests of one sector, the fixed cost of a call matters: see `encrypt_numbers` and [`UnitNumber`].
 
 use core::arch::x86_64::{
     __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_epi64, _mm512_aesdec_epi128, _mm512_aesdeclast_epi128,
@@ -27,7 +27,7 @@ use crate::sector::SectorSize;
 use crate::xts::Direction;
 use crate::xts::run::{Run, UnitNumber};
 
-/// Proof that this CPU has AVX-512, VAES and VPCLMULQDQ, and that the operating system keeps their registers.
+/// Proof that this CPU has AVX-512, VAES and VPCLMULQDQ, and that the operating system saves their registers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Vaes512(AesNi);
 
@@ -40,7 +40,7 @@ impl Vaes512 {
         AesNi::new().filter(|_| there).map(Self)
     }
 
-    /// VAES is AES-NI on wider registers.
+    /// Returns the proof of AES-NI. VAES is AES-NI on wider registers.
     pub(super) fn aesni(self) -> AesNi {
         self.0
     }
@@ -61,23 +61,23 @@ impl Vaes512 {
 /// Registers in a piece.
 const WIDTH: usize = 8;
 
-/// Vectors of masks that the others of a piece are made from, by moving whole bytes: vector `i + BASES · k` is vector `i` times
-/// α^8k.
+/// Base vectors of a piece's masks. The others are computed from them by moving whole bytes: vector `i + BASES · k` is vector
+/// `i` times α^8k.
 const BASES: usize = 2;
 
 /// Sectors whose tweaks are encrypted together: two registers.
 const TWEAKS: usize = 8;
 
-/// Encrypted tweaks: those of the sectors at hand, and of as many ahead, in turn.
+/// Encrypted tweaks: one batch for the current sectors and one for the sectors after them. The two take turns.
 #[repr(C, align(64))]
 struct Tweaks([[u128; TWEAKS]; 2]);
 
-/// Bytes from the piece at hand to the one that is fetched into the cache: three pages, because what the CPU fetches of its own
-/// accord ends with a page. Data out of the third-level cache is encrypted 1.15 times as fast so
-/// (Zen 5; of 1 MiB, a part of which the second level keeps, see benches/README.md).
+/// Bytes from the current piece to the piece that is prefetched into the cache. This is three pages, because the CPU's
+/// own prefetching stops at the end of a page. With prefetching, data in the third-level cache is encrypted 1.15 times
+/// as fast (Zen 5, with 1 MiB of data, of which the second level keeps a part; see benches/README.md).
 const FETCH_AHEAD: usize = 3 * 4096;
 
-/// The masks of one piece's blocks, `T · α^j`.
+/// The masks of the blocks of one piece, `T · α^j`.
 #[repr(C, align(64))]
 struct Masks([u128; PIECE_BLOCKS]);
 
@@ -122,7 +122,7 @@ fn crypt<const N: usize, const DECRYPT: bool>(
             crypt_piece::<N, DECRYPT, false>(data_keys, piece, current, &mut masks, tweak);
         } else {
             left = pieces_per_sector;
-            // A batch ahead: its rounds go beside those of the data.
+            // Encrypts the tweaks one batch ahead, so that their rounds run beside those of the data.
             if sector % TWEAKS == 0 && sectors - sector > TWEAKS {
                 let next = sector + TWEAKS;
                 encrypt_numbers(&mut tweaks.0[next / TWEAKS % 2], &keys.tweak, first.after(next, step), step);
@@ -131,7 +131,7 @@ fn crypt<const N: usize, const DECRYPT: bool>(
             let next = broadcast(&tweaks.0[sector / TWEAKS % 2][sector % TWEAKS]);
             crypt_piece::<N, DECRYPT, true>(data_keys, piece, current, &mut masks, next);
         }
-        // Opaque, so that the compiler does not keep the masks that were just made in registers as well.
+        // `black_box` stops the compiler from also keeping the new masks in registers.
         let masks = black_box(&mut masks);
         for (i, current) in current.iter_mut().enumerate() {
             *current = masks.get(i);
@@ -143,14 +143,15 @@ fn crypt<const N: usize, const DECRYPT: bool>(
 
 /// Encrypts the tweaks of the [`TWEAKS`] data units from `first` on.
 ///
-/// Always two registers, though one sector needs a quarter of one: a choice would cost a small call more than it saves.
+/// This always computes two registers, although one sector needs only a quarter of one. A branch would cost a small call more
+/// than it saves.
 #[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
 #[inline]
 fn encrypt_numbers<const N: usize>(tweaks: &mut [u128; TWEAKS], keys: &RoundKeys<N>, first: UnitNumber, step: u64) {
-    // Opaque, so that the compiler does not keep these keys for the next time: on the stack, unwiped.
+    // `black_box` stops the compiler from keeping these keys for the next call in stack memory that nobody wipes.
     let keys = black_box(keys);
     let (low, high, step) = (first.low.cast_signed(), first.high.cast_signed(), step.cast_signed());
-    // Wrapping, as the IV does; the high halves stay.
+    // The low halves wrap, as the IV does. The high halves stay.
     let mut four = _mm512_add_epi64(
         _mm512_set_epi64(high, low, high, low, high, low, high, low),
         _mm512_set_epi64(0, 3 * step, 0, 2 * step, 0, step, 0, 0),
@@ -172,8 +173,8 @@ fn encrypt_numbers<const N: usize>(tweaks: &mut [u128; TWEAKS], keys: &RoundKeys
     }
 }
 
-/// Encrypts or decrypts one piece, whose masks are `current`, and makes the next one's: those of this one times α³², or, where
-/// `START` is set, those of a sector that begins with the tweak `next`.
+/// Encrypts or decrypts one piece with the masks `current`, and computes the masks of the next piece. Without `START`, these
+/// are the current masks times α³². With `START`, they are the masks of a sector that begins with the tweak `next`.
 #[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
 #[inline]
 fn crypt_piece<const N: usize, const DECRYPT: bool, const START: bool>(
@@ -183,8 +184,8 @@ fn crypt_piece<const N: usize, const DECRYPT: bool, const START: bool>(
     masks: &mut Masks,
     next: __m512i,
 ) {
-    // Opaque, so that the compiler does not load all round keys ahead of the loop: they would not fit into the
-    // registers, and be kept, unwiped, on the stack.
+    // `black_box` stops the compiler from loading all round keys before the loop. They would not fit into the registers and
+    // would be kept in stack memory that nobody wipes.
     let keys = black_box(keys);
     let round = |data: &mut [__m512i; WIDTH], n: usize| {
         let key = broadcast(&keys.0[n]);
@@ -201,10 +202,10 @@ fn crypt_piece<const N: usize, const DECRYPT: bool, const START: bool>(
     }
     let mut put = |i: usize, mask: __m512i| {
         masks.set(i, mask);
-        // Holds the mask's work here.
+        // Keeps the computation of the mask at this place.
         optimization_barrier(masks);
     };
-    // Unrolled by hand: the compiler would leave this a loop with branches.
+    // This is unrolled by hand, because the compiler would leave it a loop with branches.
     macro_rules! rounds_and_masks {
         ($($group:literal)*) => {$(
             round(&mut data, 4 * $group + 1);
@@ -233,13 +234,13 @@ fn crypt_piece<const N: usize, const DECRYPT: bool, const START: bool>(
     }
 }
 
-/// Fetches the piece [`FETCH_AHEAD`] of this one.
+/// Prefetches the piece that lies [`FETCH_AHEAD`] bytes after this one.
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn fetch_ahead(piece: &InOut<'_, '_, Piece>) {
     for line in 0..size_of::<Piece>() / 64 {
         let at = piece.get_in().as_ptr().wrapping_add(FETCH_AHEAD + 64 * line);
-        // A hint, which faults at no address.
+        // A prefetch is a hint. It never faults, whatever the address.
         _mm_prefetch::<_MM_HINT_T0>(at.cast());
     }
 }
@@ -260,7 +261,7 @@ impl Masks {
     }
 }
 
-/// Vector `group` of a sector's first masks, from its tweak in every lane.
+/// Returns vector `group` of a sector's first masks. `tweak` has the sector's tweak in every lane.
 #[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
 #[inline]
 fn start(group: usize, tweak: __m512i) -> __m512i {
@@ -270,8 +271,8 @@ fn start(group: usize, tweak: __m512i) -> __m512i {
     }
 }
 
-/// `T · α^n` in each lane with an `n` of its own, up to 7: 64-bit shifts, with the bits that leave a half put where they
-/// belong.
+/// Returns `T · α^n` in each lane, with an `n` up to 7 for each lane. This takes 64-bit shifts, and the bits that leave a half
+/// are put where they belong.
 #[target_feature(enable = "avx512f,vpclmulqdq")]
 #[inline]
 fn times_alpha_by_lane(tweak: __m512i, n: [i64; 4]) -> __m512i {
@@ -279,13 +280,13 @@ fn times_alpha_by_lane(tweak: __m512i, n: [i64; 4]) -> __m512i {
     let shifted = _mm512_sllv_epi64(tweak, _mm512_set_epi64(d, d, c, c, b, b, a, a));
     let back = _mm512_set_epi64(64 - d, 64 - d, 64 - c, 64 - c, 64 - b, 64 - b, 64 - a, 64 - a);
     let carried = _mm512_srlv_epi64(tweak, back);
-    // From the low half into the high one, and from the high one around through the polynomial.
+    // Bits of the low half go into the high half. Bits of the high half go through the polynomial into the low half.
     let across = _mm512_maskz_shuffle_epi32::<0b01_00_11_10>(0b1100_1100_1100_1100, carried);
     let around = _mm512_clmulepi64_epi128::<0x01>(carried, _mm512_set1_epi64(POLYNOMIAL));
     xor3(shifted, across, around)
 }
 
-/// `T · α³²`: the bytes move up by four, and those that leave come back through the polynomial.
+/// Returns `T · α³²`. The bytes move up by four, and the bytes that leave return through the polynomial.
 #[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
 #[inline]
 fn times_alpha_32(tweak: __m512i) -> __m512i {
@@ -293,12 +294,13 @@ fn times_alpha_32(tweak: __m512i) -> __m512i {
     _mm512_xor_si512(_mm512_bslli_epi128::<4>(tweak), around)
 }
 
-/// The byte shuffle that gathers a tweak's one, two and three topmost bytes, far enough apart that their products with
-/// [`POLYNOMIAL`], seven bits longer, do not touch: three in bytes 0 to 2, two in bytes 4 and 5, one in byte 7.
+/// The byte shuffle that gathers the topmost one, two and three bytes of a tweak. The product of such a run with [`POLYNOMIAL`]
+/// is seven bits longer than the run, so the runs lie far enough apart that their products do not overlap: three bytes at 0 to
+/// 2, two at 4 and 5, one at 7.
 const TOPS: u128 =
     u128::from_le_bytes([13, 14, 15, ZERO, 14, 15, ZERO, 15, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO]);
 
-/// The byte shuffles that move each of the three products of [`TOPS`] to the bottom.
+/// The byte shuffles that move each of the three products of [`TOPS`] to the lowest bytes.
 const AROUND_1: u128 = bottom([7, 8, ZERO, ZERO]);
 const AROUND_2: u128 = bottom([4, 5, 6, ZERO]);
 const AROUND_3: u128 = bottom([0, 1, 2, 3]);
@@ -307,8 +309,8 @@ const fn bottom(from: [u8; 4]) -> u128 {
     ((u128::MAX / 0xff * (ZERO as u128)) & !0xffff_ffff) | u32::from_le_bytes(from) as u128
 }
 
-/// What [`times_alpha_8`], [`times_alpha_16`] and [`times_alpha_24`] put below what they move up: one carry-less
-/// multiplication for the three, because it is the one instruction here that takes the AES units' place (Zen 4).
+/// Computes what [`times_alpha_8`], [`times_alpha_16`] and [`times_alpha_24`] add to the lowest bytes. One carry-less
+/// multiplication serves all three, because it is the only instruction here that takes the place of an AES operation (Zen 4).
 #[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
 #[inline]
 fn tops_around(tweak: __m512i) -> __m512i {
@@ -349,13 +351,13 @@ fn broadcast(block: &u128) -> __m512i {
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn load(from: &[u8; 64]) -> __m512i {
-    // SAFETY: 64 readable bytes, of any alignment.
+    // SAFETY: these are 64 readable bytes. The instruction accepts any alignment.
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
 }
 
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn store(to: &mut [u8; 64], value: __m512i) {
-    // SAFETY: 64 writable bytes, of any alignment.
+    // SAFETY: these are 64 writable bytes. The instruction accepts any alignment.
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), value) }
 }

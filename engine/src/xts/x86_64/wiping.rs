@@ -1,5 +1,5 @@
-//! What calls leave on the stack: neither round keys nor tweaks nor masks, as far as a release build of this test tells, for
-//! the calls it makes. What a build with debug assertions leaves is of no interest.
+//! Tests that a call leaves no round keys, tweaks or masks on the stack. The tests hold for a release build and for the
+//! calls that they make. A build with debug assertions may leave such data on the stack, which does not matter.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -15,8 +15,8 @@ use crate::sector::SectorSize;
 use crate::xts::run::Run;
 use crate::xts::{CpuPath, Direction};
 
-/// What lies on this thread's stack below the frames of its functions: what calls that have returned left there. It is
-/// read by way of the kernel, since to the language nothing is there.
+/// Returns the bytes that earlier calls have left on this thread's stack, below the current frames. Reads them through
+/// /proc/self/mem, because Rust does not allow reading them directly.
 #[inline(never)]
 fn left_on_the_stack() -> Vec<u8> {
     let here = 0_u8;
@@ -33,7 +33,7 @@ fn left_on_the_stack() -> Vec<u8> {
     bytes
 }
 
-/// Calls something on a blank stack, and so far down that what looks for its traces does not write over them.
+/// Calls `call` on a blank stack, deep enough that the search for its traces does not overwrite them.
 #[inline(never)]
 fn far_down(mut call: impl FnMut()) {
     #[inline(never)]
@@ -52,16 +52,16 @@ fn far_down(mut call: impl FnMut()) {
     below(black_box(&gap), &mut call);
 }
 
-/// How many of the secrets are there. Vectors are stored to the stack at multiples of 16.
+/// Returns how many of the secrets are on the stack. Vectors are stored to the stack at multiples of 16.
 fn found(secrets: &HashSet<u128>, stack: &[u8]) -> usize {
     stack.as_chunks().0.iter().filter(|block| secrets.contains(&u128::from_le_bytes(**block))).count()
 }
 
-/// Sectors past the end of a run whose tweaks may be made all the same.
+/// Sectors past the end of a run whose tweaks may be computed as well.
 const SECTORS_AHEAD: u64 = 16;
 
-/// All round keys, and the masks of `blocks` blocks of each sector of a run, and of some after it: they are numbered from
-/// `first`, `step` apart.
+/// Returns all round keys, and the masks of `blocks` blocks of each sector of a run and of [`SECTORS_AHEAD`] sectors after it.
+/// The sectors are numbered from `first`, `step` apart.
 fn secrets(keys: &Keys, tweak_key: &[u8], first: u128, sectors: u64, step: u64, blocks: usize) -> HashSet<u128> {
     let mut secrets = HashSet::new();
     match keys {
@@ -88,7 +88,7 @@ fn secrets(keys: &Keys, tweak_key: &[u8], first: u128, sectors: u64, step: u64, 
 }
 
 #[cfg_attr(not(debug_assertions), test)]
-#[cfg_attr(debug_assertions, expect(dead_code, reason = "see above"))]
+#[cfg_attr(debug_assertions, expect(dead_code, reason = "see the module documentation"))]
 fn no_round_key_tweak_or_mask_stays_on_the_stack() {
     for cpu in CpuPath::available().filter_map(Cpu::new) {
         for half in [16, 32] {
@@ -101,7 +101,7 @@ fn no_round_key_tweak_or_mask_stays_on_the_stack() {
                 (SectorSize::B4096, 1),
                 (SectorSize::B4096, 20),
             ] {
-                // Numbers from 0 on, and ones that carry from one word into the next.
+                // Numbers from 0 on, and numbers that carry from the low word into the high word.
                 for (direction, first, in_place) in [
                     (Direction::Encrypt, 0, true),
                     (Direction::Encrypt, (1 << 64) - 8, false),
@@ -120,7 +120,7 @@ fn no_round_key_tweak_or_mask_stays_on_the_stack() {
                         crypt(cpu, direction, keys, Run::new(size, first, data));
                     });
                     let (stack, keys) = (left_on_the_stack(), keys.unwrap());
-                    // Masks are made a piece ahead, and so past the end of a sector's last piece.
+                    // Masks are computed one piece in advance, and so past the end of a sector's last piece.
                     let blocks = size.bytes() / 16 + 2 * PIECE_BLOCKS;
                     let secrets = secrets(&keys, tweak_key, first, sectors as u64, size.lba_step(), blocks);
                     let call = format!("{cpu:?}, {half}, {size}, {sectors}, {direction:?}, {first}, {in_place}");
@@ -131,7 +131,7 @@ fn no_round_key_tweak_or_mask_stays_on_the_stack() {
     }
 }
 
-/// The search finds what a call does leave.
+/// The search finds what a call leaves on the stack.
 #[test]
 fn what_stays_on_the_stack_is_found() {
     let secret = 0x0123_4567_89ab_cdef_0f1e_2d3c_4b5a_6978;

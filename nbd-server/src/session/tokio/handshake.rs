@@ -1,67 +1,67 @@
-//! The handshake, on any stream.
+//! The handshake, on any stream that tokio can read and write.
 
 use std::io;
 
 use ::tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::export::{Export, Exports};
-use crate::proto::handshake::{Next, TlsPolicy};
+use crate::proto::handshake::{ExpectTls, Next, TlsPolicy};
 use crate::proto::{Handshake, Negotiated};
 use crate::session::SessionError;
 use crate::shutdown::Shutdown;
 
-/// What came of a handshake, as far as it went on one stream.
-pub(crate) enum Haggled {
+/// How a handshake ended on one stream.
+pub(crate) enum HandshakeEnd {
     /// The client chose this export.
     Chosen(Export, Negotiated),
-    /// The client took its leave, or the server has to.
+    /// The client left, or the server is shutting down.
     Left,
-    /// TLS is to begin with the next byte of the stream, of which nothing was read ahead.
-    StartTls(Handshake),
+    /// The client asked for TLS. TLS begins with the next byte of the stream; nothing of it was read ahead.
+    StartTls(ExpectTls),
 }
 
 /// Greets a client and takes it through the handshake.
 ///
 /// # Errors
-/// [`SessionError`]; the connection is of no more use.
+/// [`SessionError`] if the handshake failed. The connection can then no longer be used.
 pub(crate) async fn greet<S>(
     stream: &mut S,
     tls: TlsPolicy,
     exports: &Exports,
     shutdown: &mut Shutdown,
-) -> Result<Haggled, SessionError>
+) -> Result<HandshakeEnd, SessionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut out = Vec::new();
     let handshake = Handshake::greeting(tls, &mut out);
     send(stream, &mut out).await?;
-    haggle(stream, handshake, exports, shutdown).await
+    negotiate(stream, handshake, exports, shutdown).await
 }
 
 /// Takes a client through the rest of a handshake.
 ///
 /// # Errors
-/// [`SessionError`]; the connection is of no more use.
-pub(crate) async fn haggle<S>(
+/// [`SessionError`] if the handshake failed. The connection can then no longer be used.
+pub(crate) async fn negotiate<S>(
     stream: &mut S,
     mut handshake: Handshake,
     exports: &Exports,
     shutdown: &mut Shutdown,
-) -> Result<Haggled, SessionError>
+) -> Result<HandshakeEnd, SessionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut out = Vec::new();
     loop {
-        // Exactly as much as belongs to the handshake: what follows is the business of another layer. Were anything read
-        // ahead of NBD_OPT_STARTTLS, what someone put into the plaintext could count as said under TLS.
+        // Reads only the bytes of the handshake, since another layer reads what follows. If bytes after
+        // NBD_OPT_STARTTLS were read ahead, an attacker could insert plaintext that counts as sent under TLS.
         let mut bytes = vec![0; handshake.wanted()];
         ::tokio::select! {
             biased;
             read = stream.read_exact(&mut bytes) => read?,
-            // The client is between two messages, or too slow to be waited for.
-            () = shutdown.requested() => return Ok(Haggled::Left),
+            // The client is between two messages, or it is too slow to wait for.
+            () = shutdown.requested() => return Ok(HandshakeEnd::Left),
         };
         match handshake.handle(&bytes, exports.infos(), &mut out) {
             Ok(Next::Continue(next)) => {
@@ -71,16 +71,16 @@ where
             Ok(Next::Transmission(negotiated)) => {
                 send(stream, &mut out).await?;
                 let export = exports.all().get(negotiated.export).cloned();
-                return Ok(export.map_or(Haggled::Left, |export| Haggled::Chosen(export, negotiated)));
+                return Ok(export.map_or(HandshakeEnd::Left, |export| HandshakeEnd::Chosen(export, negotiated)));
             }
-            Ok(Next::StartTls(next)) => {
+            Ok(Next::StartTls(expect)) => {
                 send(stream, &mut out).await?;
-                return Ok(Haggled::StartTls(next));
+                return Ok(HandshakeEnd::StartTls(expect));
             }
             Ok(Next::Aborted) => {
-                // The client may be gone already; the document tells us to bear with it.
+                // The client may be gone already. The NBD specification says that the server must tolerate this.
                 let _ = send(stream, &mut out).await;
-                return Ok(Haggled::Left);
+                return Ok(HandshakeEnd::Left);
             }
             Err(error) => {
                 let _ = send(stream, &mut out).await;

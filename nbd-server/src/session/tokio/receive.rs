@@ -1,4 +1,4 @@
-//! The receiving half: requests are parsed out of what arrived, and handed over as many at a time as came together.
+//! The receiving half: parses requests from the bytes that have arrived, and hands them over in batches.
 
 use std::future::poll_fn;
 use std::io;
@@ -10,8 +10,9 @@ use ::tokio::io::AsyncRead;
 use ::tokio::time::{Instant, timeout, timeout_at};
 
 use super::intake::Intake;
-use super::{Connection, Finished, Place, Task, cost};
-use crate::proto::{ExpectRequest, Received, Reply};
+use super::{Connection, Finished, Job, Reservation, Task, cost};
+use crate::proto::{ExpectRequest, ExpectSkipped, Received, Reply, Request};
+use crate::session::outcome::count_refused;
 use crate::session::workers::Workers;
 use crate::session::{DEAF, IDLE, QUIET, SessionError, Work};
 use crate::shutdown::Shutdown;
@@ -34,7 +35,8 @@ impl Connection {
                 if deaf_at.is_some() {
                     expect.shut_down();
                 }
-                self.has_moved();
+                self.note_progress();
+                self.pass().await;
                 match more {
                     More::Bytes | More::Shutdown => {}
                     More::End if intake.len() == 0 => return Ok(()),
@@ -45,45 +47,45 @@ impl Connection {
             let header = intake.take(expect.header_len());
             expect = match expect.handle(header) {
                 Ok(Received::Request(request, next)) => {
-                    let place = self.admit(request.command().payload_len(), workers, &mut batch).await;
-                    batch.push(Task { request, place });
+                    let (reservation, room) = self.admit(request.command().payload_len(), workers, &mut batch).await;
+                    match room {
+                        Ok(()) => batch.push(Task::new(request, reservation)),
+                        Err(error) => self.refuse_for(request, reservation, error).await,
+                    }
                     next
                 }
                 Ok(Received::Payload(expect)) => {
-                    let mut place = self.admit(expect.len(), workers, &mut batch).await;
-                    if let Some(buffer) = &mut place.payload {
-                        let bytes = &mut buffer.bytes;
-                        let mut at = intake.move_to(bytes);
-                        while at < bytes.len() {
-                            self.submit(workers, &mut batch).await;
-                            at += intake.receive(&mut reader, &mut bytes[at..]).await?;
-                            self.has_moved();
+                    let (mut reservation, room) = self.admit(expect.len(), workers, &mut batch).await;
+                    if let Err(error) = room {
+                        let (request, skip) = expect.refuse();
+                        self.refuse_for(request, reservation, error).await;
+                        self.skip(skip, &mut intake, &mut reader, workers, &mut batch).await?
+                    } else {
+                        if let Some(buffer) = &mut reservation.payload {
+                            let bytes = &mut buffer.bytes;
+                            let mut at = intake.move_to(bytes);
+                            while at < bytes.len() {
+                                self.submit(workers, &mut batch).await;
+                                at += intake.receive(&mut reader, &mut bytes[at..]).await?;
+                                self.note_progress();
+                                self.pass().await;
+                            }
                         }
+                        let (request, next) = expect.received();
+                        batch.push(Task::new(request, reservation));
+                        next
                     }
-                    let (request, next) = expect.received();
-                    batch.push(Task { request, place });
-                    next
                 }
                 Ok(Received::Refused(reply, next)) => {
                     self.refuse(reply, workers, &mut batch).await;
                     next
                 }
-                Ok(Received::Skip(reply, mut skip)) => {
+                Ok(Received::Skip(reply, skip)) => {
                     self.refuse(reply, workers, &mut batch).await;
-                    loop {
-                        let discarded = intake.discard(skip.left());
-                        match skip.skipped(discarded) {
-                            Ok(next) => break next,
-                            Err(more) => skip = more,
-                        }
-                        self.submit(workers, &mut batch).await;
-                        if intake.fill(&mut reader).await? == 0 {
-                            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
-                        }
-                        self.has_moved();
-                    }
+                    self.skip(skip, &mut intake, &mut reader, workers, &mut batch).await?
                 }
                 Ok(Received::Disconnect) => {
+                    self.link.iter().for_each(|link| link.leave());
                     self.submit(workers, &mut batch).await;
                     return Ok(());
                 }
@@ -95,7 +97,38 @@ impl Connection {
         }
     }
 
-    /// Waits for more of the client, or for the shutdown.
+    /// Waits until the link allows the session to begin what it received last.
+    async fn pass(&self) {
+        if let Some(link) = &self.link {
+            link.pass().await;
+        }
+    }
+
+    /// Receives and drops the rest of a payload whose request was refused.
+    async fn skip(
+        &self,
+        mut skip: ExpectSkipped,
+        intake: &mut Intake,
+        reader: &mut (impl AsyncRead + Unpin),
+        workers: &Workers<Work>,
+        batch: &mut Vec<Task>,
+    ) -> Result<ExpectRequest, SessionError> {
+        loop {
+            let discarded = intake.discard(skip.left());
+            match skip.skipped(discarded) {
+                Ok(next) => return Ok(next),
+                Err(more) => skip = more,
+            }
+            self.submit(workers, batch).await;
+            if intake.fill(reader).await? == 0 {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            }
+            self.note_progress();
+            self.pass().await;
+        }
+    }
+
+    /// Waits for more bytes from the client, or for the shutdown.
     async fn more(
         &self,
         intake: &mut Intake,
@@ -130,50 +163,71 @@ impl Connection {
         intake.fill(reader).await
     }
 
-    /// Waits until there is room for a request with so much payload, and gives it a buffer.
-    async fn admit(self: &Arc<Self>, len: usize, workers: &Workers<Work>, batch: &mut Vec<Task>) -> Place {
+    /// Reserves budget and a buffer for a request with a payload of `len` bytes. Waits until the budget has room. If
+    /// there is no memory for the buffer, returns the error and a reservation without a buffer.
+    async fn admit(
+        self: &Arc<Self>,
+        len: usize,
+        workers: &Workers<Work>,
+        batch: &mut Vec<Task>,
+    ) -> (Reservation, io::Result<()>) {
         let cost = cost(len);
         let permit = match self.budget.try_acquire_many(cost) {
             Ok(permit) => Some(permit),
             Err(_) => {
-                // What is to be waited for may be in the batch.
+                // Perhaps only the requests in this batch can free budget, so they are submitted first.
                 self.submit(workers, batch).await;
                 // The semaphore is never closed.
                 self.budget.acquire_many(cost).await.ok()
             }
         };
-        // Given back with the place.
+        // Dropping the reservation gives the permits back.
         permit.into_iter().for_each(|permit| permit.forget());
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
-        let payload = (len > 0).then(|| self.buffers().take(len));
-        Place { connection: Arc::clone(self), payload, cost }
+        self.reserve(len)
     }
 
-    /// Sends a reply that needs nobody's work.
-    async fn refuse(self: &Arc<Self>, reply: Reply, workers: &Workers<Work>, batch: &mut Vec<Task>) {
-        self.export.statistics().answered();
-        self.export.statistics().failed();
-        let place = self.admit(0, workers, batch).await;
-        self.finish(Finished { reply, place }, false);
+    /// Reserves a buffer for a request that has its share of the budget already.
+    pub(super) fn reserve(self: &Arc<Self>, len: usize) -> (Reservation, io::Result<()>) {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let mut reservation = Reservation { connection: Arc::clone(self), payload: None, cost: cost(len) };
+        let room = (len > 0).then(|| self.buffers().take(len)).transpose().map(|payload| reservation.payload = payload);
+        (reservation, room)
+    }
+
+    /// Answers a request with an error, because there is no memory for its payload.
+    async fn refuse_for(self: &Arc<Self>, request: Request, reservation: Reservation, error: io::Error) {
+        self.finish(Task { request, outcome: Err(error.into()), reservation }.finish(), false);
         self.let_send().await;
     }
 
-    /// Has the batch carried out: here, where that takes no longer than waking a worker would, or by the workers. A disk
-    /// that is no memory is never waited for here, however quick it was: this thread has other connections to serve.
+    /// Sends a reply to a request that is not carried out.
+    async fn refuse(self: &Arc<Self>, reply: Reply, workers: &Workers<Work>, batch: &mut Vec<Task>) {
+        count_refused(&self.export);
+        let (reservation, _) = self.admit(0, workers, batch).await;
+        self.finish(Finished { reply, reservation }, false);
+        self.let_send().await;
+    }
+
+    /// Carries out the batch. If the disk lies in memory and all requests are small, the session carries out the
+    /// requests itself, since waking a worker would take longer. Otherwise the workers carry them out. The session
+    /// never waits for a real disk, however quick the disk was before, because this thread also serves other
+    /// connections.
     async fn submit(&self, workers: &Workers<Work>, batch: &mut Vec<Task>) {
         if batch.is_empty() {
             return;
         }
         if !self.resident || batch.iter().any(|task| !task.is_small()) {
-            self.with_workers.fetch_add(batch.len(), Ordering::Relaxed);
-            workers.submit(batch.drain(..).map(Work::Task));
+            workers.submit(batch.drain(..).map(|task| Work::Tokio(Job::new(self, task))));
             return;
         }
-        batch.drain(..).for_each(|task| self.finish(task.carry_out(), false));
+        for mut task in batch.drain(..) {
+            task.carry_out();
+            self.finish(task.finish(), false);
+        }
         self.let_send().await;
     }
 
-    /// Lets the sending half have its turn.
+    /// Yields until the sending half has had its turn.
     async fn let_send(&self) {
         let mut begun = false;
         poll_fn(|_| {
@@ -187,13 +241,13 @@ impl Connection {
     }
 }
 
-/// What came of waiting for more.
+/// Why the wait for more bytes ended.
 enum More {
     Bytes,
     Shutdown,
     /// The client hung up.
     End,
-    /// The client was given time after the shutdown.
+    /// The client had time to finish after the shutdown, and this time is over.
     Enough,
 }
 

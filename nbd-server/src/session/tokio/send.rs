@@ -1,4 +1,4 @@
-//! The sending half: collects what was carried out, and sends all of it with one call.
+//! The sending half: collects finished requests, and sends all of their replies with one call.
 
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
@@ -9,12 +9,12 @@ use ::tokio::io::{AsyncWrite, AsyncWriteExt};
 
 use super::{Connection, Finished, lock};
 
-/// Replies sent with one call: header and payload of each are one slice.
+/// The maximum number of slices that one call sends. The header and the payload of a reply are one slice each.
 const SLICES: usize = 64;
 
 impl Connection {
-    /// Puts a reply into the outbox. The sending half is woken where it does not get its turn anyway: a wake from
-    /// within its own task would have the scheduler rouse another thread for nothing.
+    /// Puts a reply into the outbox. `wake` says whether to wake the sending half. Callers in the session's own task
+    /// pass `false`: the sending half gets its turn anyway, and a wake would make the scheduler wake another thread.
     pub(super) fn finish(&self, finished: Finished, wake: bool) {
         let mut outbox = lock(&self.outbox);
         outbox.finished.push(finished);
@@ -23,7 +23,7 @@ impl Connection {
         waiting.into_iter().for_each(Waker::wake);
     }
 
-    /// Waits for replies to send and takes all there are; `false` when there is none left to come.
+    /// Waits for replies to send, and takes all of them. Returns `false` if no more will come.
     pub(super) async fn finished(&self, replies: &mut Vec<Finished>) -> bool {
         poll_fn(|context| {
             let mut outbox = lock(&self.outbox);
@@ -43,15 +43,59 @@ impl Connection {
     pub(super) async fn send(&self, mut writer: impl AsyncWrite + Unpin) -> io::Result<()> {
         let mut replies = Vec::new();
         let mut headers = Vec::new();
+        let mut outcome = Ok(());
         while self.finished(&mut replies).await {
             for group in replies.chunks(SLICES / 2) {
-                headers.clear();
-                send_group(&mut writer, group, &mut headers, &self.moved).await?;
+                let mut sent = 0;
+                if outcome.is_ok() {
+                    headers.clear();
+                    outcome = send_group(&mut writer, group, &mut headers, &mut sent, &self.moved).await;
+                    if outcome.is_ok() {
+                        if let Some(link) = &self.link {
+                            link.answered(group.iter().map(|finished| finished.reply.cookie()));
+                        }
+                        continue;
+                    }
+                    if self.link.is_some() {
+                        // Shutting down makes the other end hang up, if it has not done so. Everything that the other
+                        // end had sent is received and carried out first.
+                        let _ = writer.shutdown().await;
+                    }
+                }
+                match &self.link {
+                    Some(link) => {
+                        link.keep(unsent(group, sent));
+                        // The replies that are not kept were sent.
+                        link.answered(group.iter().map(|finished| finished.reply.cookie()));
+                    }
+                    None => return outcome,
+                }
             }
             replies.clear();
         }
+        outcome?;
         writer.shutdown().await
     }
+}
+
+/// Encodes the replies that were not sent completely. `sent` is how many bytes of all replies were sent.
+pub(super) fn unsent(replies: &[Finished], mut sent: usize) -> Vec<Vec<u8>> {
+    let mut unsent = Vec::new();
+    for Finished { reply, reservation } in replies {
+        let mut bytes = Vec::new();
+        reply.encode(&mut bytes);
+        if let Some(payload) = &reservation.payload {
+            bytes.extend_from_slice(&payload.bytes[..reply.payload_len()]);
+        }
+        match sent.checked_sub(bytes.len()) {
+            Some(rest) => sent = rest,
+            None => {
+                sent = 0;
+                unsent.push(bytes);
+            }
+        }
+    }
+    unsent
 }
 
 /// Sends up to `SLICES / 2` replies with as few calls as the socket allows.
@@ -59,9 +103,10 @@ async fn send_group(
     writer: &mut (impl AsyncWrite + Unpin),
     replies: &[Finished],
     headers: &mut Vec<u8>,
+    sent: &mut usize,
     moved: &AtomicU32,
 ) -> io::Result<()> {
-    // Where each reply's header ends.
+    // The offset at which each reply's header ends.
     let mut ends = [0; SLICES / 2];
     for (Finished { reply, .. }, end) in replies.iter().zip(&mut ends) {
         reply.encode(headers);
@@ -69,9 +114,9 @@ async fn send_group(
     }
     let mut slices = [IoSlice::new(&[]); SLICES];
     let (mut count, mut start) = (0, 0);
-    for (Finished { reply, place }, end) in replies.iter().zip(ends) {
-        let Some(payload) = place.payload.as_ref().filter(|_| reply.payload_len() > 0) else { continue };
-        // Headers without payload go along with the next one.
+    for (Finished { reply, reservation }, end) in replies.iter().zip(ends) {
+        let Some(payload) = reservation.payload.as_ref().filter(|_| reply.payload_len() > 0) else { continue };
+        // Headers of replies without payload go into the slice of the next header.
         slices[count] = IoSlice::new(&headers[start..end]);
         slices[count + 1] = IoSlice::new(&payload.bytes[..reply.payload_len()]);
         count += 2;
@@ -81,14 +126,15 @@ async fn send_group(
         slices[count] = IoSlice::new(&headers[start..]);
         count += 1;
     }
-    write_all_vectored(writer, &mut slices[..count], moved).await?;
+    write_all_vectored(writer, &mut slices[..count], sent, moved).await?;
     writer.flush().await
 }
 
-/// Sends it all, and lets `moved` change with each piece that the client took.
+/// Sends all slices. Changes `moved` with each piece that the client takes.
 async fn write_all_vectored(
     writer: &mut (impl AsyncWrite + Unpin),
     mut slices: &mut [IoSlice<'_>],
+    sent: &mut usize,
     moved: &AtomicU32,
 ) -> io::Result<()> {
     while !slices.is_empty() {
@@ -96,6 +142,7 @@ async fn write_all_vectored(
             0 => return Err(io::ErrorKind::WriteZero.into()),
             count => {
                 moved.fetch_add(1, Ordering::Relaxed);
+                *sent += count;
                 IoSlice::advance_slices(&mut slices, count);
             }
         }

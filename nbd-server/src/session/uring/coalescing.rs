@@ -1,55 +1,60 @@
-//! How long requests are left to gather before they are received.
+//! How long a session lets requests gather before it receives them.
 //!
-//! A session that waits for its client is woken by the client's next request, and it is the client that pays for it: waking a
-//! thread on another core takes about as long as sending the request. While the client has replies left to read, it gains
-//! nothing by an early answer. So the session does not listen meanwhile, for as long as the client still has some left when
-//! it is answered, and finds several requests at once: what network cards do with their interrupts (interrupt coalescing).
+//! If a session waits for its client, the client's next request must wake the session. This costs the client time:
+//! waking a thread on another core takes about as long as sending the request. While the client has replies left to
+//! read, an early answer does not make the client faster. So the session pauses before it receives again. It then finds
+//! several requests at once. The pause is short enough that the client still has replies left when it is answered.
+//! Network cards treat their interrupts in the same way (interrupt coalescing).
 //!
-//! How long that may be is found out by trying, since it depends on the client's depth and pace, and nobody tells: the pause
-//! grows while the client hardly ever waits for an answer, and shrinks while it does. Where several threads share a
-//! connection, one that waits for its reply beside another that has many left waits for a pause more, of 40 µs at most.
+//! The right pause depends on the client's depth and pace, which the server does not know. So the session finds it by
+//! trying: the pause grows while the client hardly ever waits for an answer, and shrinks while the client often waits.
+//! If several threads share a connection, a thread that waits for one reply may wait longer, by one pause, while
+//! another thread has many replies left. A pause is at most 40 µs.
 
 use std::time::Duration;
 
-/// The first pause, of which it is not known whether it is too long.
+/// The first pause. It is not known yet whether it is too long.
 const FIRST: Duration = Duration::from_micros(20);
-/// A shorter one costs more than it saves: the timer, and one more call.
+/// The shortest pause. A shorter pause costs more than it saves, because each pause takes a timer and one more call.
 const SHORTEST: Duration = Duration::from_micros(10);
-/// A longer one saves nothing more.
+/// The longest pause. A longer pause saves nothing more.
 const LONGEST: Duration = Duration::from_micros(40);
-/// After so many answers the pause's length is looked at again.
+/// The number of answers after which the length of the pause is reconsidered.
 const WINDOW: u32 = 64;
-/// Once more of a window's answers than these came late, it shrinks: waking the client costs as much as several pauses save.
+/// If more than this many answers of a window were late, the pause shrinks. Waking the client costs as much as several
+/// pauses save.
 const MANY: u32 = WINDOW / 16;
-/// Where no more than these did, it grows.
+/// If at most this many answers of a window were late, the pause grows.
 const FEW: u32 = WINDOW / 64;
-/// Answers until the next attempt, where no pause was short enough. They double with each that fails.
+/// If even the shortest pause is too long, the session does without pauses for this many answers before it tries again.
+/// The number doubles with each failure, up to `MOST_WITHOUT`.
 const FEWEST_WITHOUT: u32 = 1 << 8;
 const MOST_WITHOUT: u32 = 1 << 15;
 
-/// A pause that takes so much longer than it should comes of a timer that is too coarse, or of a machine that is too busy.
+/// A pause that takes this much longer than planned has overslept: the timer is too coarse, or the machine is too busy.
 const OVERSLEPT: Duration = Duration::from_micros(200);
-/// After so many of these in a row there are none for long. (On older kernels each may last until the scheduler's next tick.)
+/// After this many overslept pauses in a row, the session does without pauses for long. (On older kernels, each pause
+/// may last until the scheduler's next tick.)
 const TOO_OFTEN: u32 = 16;
-/// Answers until the next attempt then, at first and at most. They double each time.
+/// In that case, the first and the largest number of answers without a pause. The number doubles each time.
 const FIRST_DISTRUST: u32 = 1 << 15;
 const MOST_DISTRUST: u32 = 1 << 30;
 
-/// What is known of the client's pace.
+/// What the session knows about the client's pace.
 pub(super) struct Coalescing {
     pause: Duration,
-    /// Answers in this window, and those for which the client waited.
+    /// Answers in this window, and how many of them were late: the client waited for them.
     answers: u32,
     late: u32,
-    /// Answers that go by without a pause.
+    /// Answers that are still to come without a pause.
     without: u32,
-    /// How many it will be next time.
+    /// How many answers will come without a pause the next time.
     next_without: u32,
-    /// Pauses in a row that were far too long.
+    /// Overslept pauses in a row.
     overslept: u32,
-    /// Answers that will go by without a pause if these become too many.
+    /// Answers that will come without a pause if too many pauses oversleep.
     distrust: u32,
-    /// What was found out when the client was last answered, if nothing came from it since.
+    /// The decision at the last answer, if the client has sent nothing since.
     found: Option<Option<Duration>>,
 }
 
@@ -67,13 +72,14 @@ impl Coalescing {
         }
     }
 
-    /// The client sent something.
+    /// Notes that the client sent something.
     pub(super) fn received(&mut self) {
         self.found = None;
     }
 
-    /// Replies are about to be sent; has the client earlier ones left to read? How long to let requests gather once all are
-    /// answered. What is answered in several parts is judged by the first.
+    /// Returns how long to let requests gather once all of them are answered, or `None` for no pause. Called when
+    /// replies are about to be sent. `is_busy` returns whether the client has earlier replies left to read. If an
+    /// answer is sent in several parts, the first part decides.
     pub(super) fn answering(&mut self, is_busy: impl FnOnce() -> bool) -> Option<Duration> {
         if let Some(found) = self.found {
             return found;
@@ -104,7 +110,7 @@ impl Coalescing {
         is_busy.then_some(self.pause)
     }
 
-    /// The pause is over, and took so long.
+    /// Notes that a pause is over and how long it took.
     pub(super) fn paused(&mut self, took: Duration) {
         if took <= self.pause + OVERSLEPT {
             self.overslept = 0;
@@ -132,12 +138,12 @@ impl Coalescing {
 mod tests {
     use super::*;
 
-    /// Over so many answers, the pauses (0 for none) and how many answers were late, with a client that has `depth` requests and
-    /// takes `pace` µs for each, and a server that takes `work` µs for each.
+    /// Simulates `answers` answers to a client that has `depth` requests and takes `pace` µs for each; the server takes
+    /// `work` µs for each. Returns the pauses in µs (0 for none) and how many answers were late.
     fn serve(coalescing: &mut Coalescing, depth: u64, pace: u64, work: u64, answers: usize) -> (Vec<u64>, usize) {
         let (mut pauses, mut late, mut pause) = (Vec::new(), 0, 0);
         for _ in 0..answers {
-            // While requests gather and are carried out, the client reads the replies to all the others.
+            // While requests gather and are carried out, the client reads the replies to all other requests.
             let gathered = (pause / pace).clamp(1, depth);
             let is_busy = pause + gathered * work < (depth - 1) * pace;
             late += usize::from(pause > 0 && !is_busy);
@@ -150,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_has_much_to_read_is_left_alone_for_as_long_as_that_saves_anything() {
+    fn pauses_grow_to_the_longest_while_no_answer_is_late() {
         let (pauses, late) = serve(&mut Coalescing::new(), 32, 4, 2, 1000);
         assert_eq!((pauses[0], pauses[999]), (20, 40));
         assert!(pauses.is_sorted() && late == 0);
@@ -158,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_pause_shrinks_until_the_client_hardly_ever_waits() {
-        // 12 requests of 3 µs: the client has 33 µs until it waits.
+        // With 12 requests of 3 µs, the client has 33 µs until it waits.
         let (pauses, late) = serve(&mut Coalescing::new(), 12, 3, 2, 10_000);
         assert!(pauses.iter().all(|pause| *pause == 0 || (10..=26).contains(pause)));
         assert!(pauses.iter().filter(|pause| **pause > 0).count() > 9000);
@@ -166,17 +172,17 @@ mod tests {
     }
 
     #[test]
-    fn where_no_pause_is_short_enough_attempts_become_rare() {
+    fn attempts_become_rare_if_no_pause_is_short_enough() {
         let mut coalescing = Coalescing::new();
         let (_, late) = serve(&mut coalescing, 4, 2, 1, 200_000);
         assert!((1..200).contains(&late), "{late}");
-        // The client changes its ways, and is found to within the longest time without.
+        // The client changes, and the session notices it within the longest time without pauses.
         let (pauses, _) = serve(&mut coalescing, 64, 4, 2, MOST_WITHOUT as usize + 1000);
         assert_eq!(pauses.last(), Some(&40));
     }
 
     #[test]
-    fn who_waits_for_each_answer_is_not_kept_and_the_kernel_hardly_asked() {
+    fn a_client_that_waits_for_each_answer_gets_no_pauses() {
         let (mut coalescing, mut asked) = (Coalescing::new(), 0);
         for _ in 0..100_000 {
             coalescing.received();
@@ -190,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn where_timers_are_coarse_pauses_become_rare() {
+    fn pauses_become_rare_if_timers_are_coarse() {
         let (mut coalescing, mut pauses) = (Coalescing::new(), 0);
         for _ in 0..1_000_000 {
             coalescing.received();
@@ -199,12 +205,13 @@ mod tests {
                 coalescing.paused(Duration::from_millis(4));
             }
         }
-        // 2^15 answers after the first 16 pauses, and twice as many each time: there is room for five times.
+        // After the first 16 pauses, 2^15 answers come without a pause, and twice as many each further time. So there
+        // are five rounds of 16 pauses.
         assert_eq!(pauses, 5 * TOO_OFTEN);
     }
 
     #[test]
-    fn a_pause_that_is_too_long_now_and_then_is_no_sign_of_a_coarse_timer() {
+    fn occasional_pauses_in_time_keep_the_timer_trusted() {
         let mut coalescing = Coalescing::new();
         for round in 0..1000 {
             coalescing.received();
@@ -214,12 +221,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_answered_in_parts_is_judged_by_the_first() {
+    fn the_first_part_of_an_answer_decides_for_all() {
         let mut coalescing = Coalescing::new();
         assert_eq!(coalescing.answering(|| false), None);
-        assert_eq!(coalescing.answering(|| unreachable!("it is known")), None);
+        assert_eq!(coalescing.answering(|| unreachable!("the first part has decided")), None);
         coalescing.received();
         assert!(coalescing.answering(|| true).is_some());
-        assert!(coalescing.answering(|| unreachable!("it is known")).is_some());
+        assert!(coalescing.answering(|| unreachable!("the first part has decided")).is_some());
     }
 }

@@ -1,4 +1,4 @@
-//! How others get the attention of a session's thread, which waits in the kernel.
+//! How other threads wake a session's thread, which waits in the kernel.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,56 +9,60 @@ use rustix::event::EventfdFlags;
 
 use crate::proto::Reply;
 use crate::session::buffers::Buffer;
+use crate::session::link::Working;
 
-/// A request that a worker carried out.
-pub(super) struct Done {
+/// A request that a worker has carried out.
+pub(super) struct Finished {
     pub(super) reply: Reply,
     pub(super) payload: Option<Buffer>,
-    /// What it holds of the connection's budget, in bytes.
+    /// Bytes of the connection's budget that the request holds.
     pub(super) cost: usize,
 }
 
-/// Messages to a session's thread, and an eventfd that its ring reads.
+/// Messages to a session's thread, and the eventfd that its ring reads.
 pub(super) struct Doorbell {
     eventfd: OwnedFd,
-    done: Mutex<Vec<Done>>,
+    finished: Mutex<Vec<Finished>>,
     shutting_down: AtomicBool,
     abandoned: AtomicBool,
     given_up: AtomicBool,
+    /// The session and the workers share the doorbell, so this value is dropped when the last of them is done.
+    _working: Option<Working>,
 }
 
 impl Doorbell {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(super) fn new(working: Option<Working>) -> io::Result<Self> {
         Ok(Self {
             eventfd: rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?,
-            done: Mutex::default(),
+            finished: Mutex::default(),
             shutting_down: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
             given_up: AtomicBool::new(false),
+            _working: working,
         })
     }
 
-    /// A worker is done with a request.
-    pub(super) fn deliver(&self, done: Done) {
-        self.done.lock().unwrap_or_else(PoisonError::into_inner).push(done);
+    /// Delivers a request that a worker has carried out.
+    pub(super) fn deliver(&self, finished: Finished) {
+        self.finished.lock().unwrap_or_else(PoisonError::into_inner).push(finished);
         self.ring();
     }
 
-    /// The server goes down: the client is to be told so.
+    /// Tells the session that the server is shutting down, so that the session tells the client.
     pub(super) fn shut_down(&self) {
         self.shutting_down.store(true, Ordering::Release);
         self.ring();
     }
 
-    /// Nobody waits for the session any more.
+    /// Tells the session that nobody waits for it any more.
     pub(super) fn abandon(&self) {
         self.abandoned.store(true, Ordering::Release);
         self.ring();
     }
 
-    /// Takes what the workers delivered.
-    pub(super) fn take(&self) -> Vec<Done> {
-        std::mem::take(&mut self.done.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Takes the requests that the workers have delivered.
+    pub(super) fn take(&self) -> Vec<Finished> {
+        std::mem::take(&mut self.finished.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(super) fn is_shutting_down(&self) -> bool {
@@ -69,7 +73,7 @@ impl Doorbell {
         self.abandoned.load(Ordering::Acquire)
     }
 
-    /// Nobody waits for answers any more: what takes long may be left undone.
+    /// Notes that nobody waits for replies any more. Long work may then be left unfinished.
     pub(super) fn give_up(&self) {
         self.given_up.store(true, Ordering::Release);
     }
@@ -78,8 +82,9 @@ impl Doorbell {
         self.given_up.load(Ordering::Acquire)
     }
 
-    fn ring(&self) {
-        // It fails only when it was rung 2⁶⁴ - 2 times and nobody came.
+    /// Completes the ring's read of the doorbell.
+    pub(super) fn ring(&self) {
+        // This fails only after 2⁶⁴ - 2 calls without a read.
         let _ = rustix::io::write(&self.eventfd, &1u64.to_ne_bytes());
     }
 }

@@ -1,63 +1,65 @@
-//! Which buffers the kernel has looked up and pinned once for all, so that direct I/O need not do so with each operation.
+//! The table of buffers that are registered with the kernel. The kernel looks up and pins the memory of these buffers
+//! only once, and not for each operation of direct I/O.
 //!
-//! A buffer carries its registration wherever it goes, and wherever it ends its place in the table is free again: the ring
-//! empties it when it next waits. Until then the kernel holds the pages, which nothing reads or fills any more.
+//! A buffer carries its registration with it. When the buffer is dropped, its slot in the table can be used again: the
+//! ring clears the slot at its next wait. Until then the kernel holds the pages, but nothing reads or writes them any
+//! more.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Places in a ring's table: more than a connection's buffers of 64 KiB.
-pub(super) const PLACES: u16 = 1024;
+/// Slots of a ring's table. A connection has fewer buffers of 64 KiB than this.
+pub(super) const SLOTS: u16 = 1024;
 
-/// A buffer's place in a ring's table.
+/// A buffer's slot in a ring's table. Dropping it marks the slot for clearing.
 #[derive(Debug)]
 pub(crate) struct Registration {
-    place: u16,
+    slot: u16,
     left: Left,
 }
 
-/// Places whose buffers have ended.
+/// Slots whose buffers were dropped, but which are not cleared yet.
 type Left = Arc<Mutex<Vec<u16>>>;
 
 impl Registration {
-    pub(super) fn place(&self) -> u16 {
-        self.place
+    pub(super) fn slot(&self) -> u16 {
+        self.slot
     }
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.left.lock().unwrap_or_else(PoisonError::into_inner).push(self.place);
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).push(self.slot);
     }
 }
 
-/// What is registered with a ring.
+/// The buffers that are registered with a ring.
 pub(super) struct Table {
-    /// The addresses of the memory in each place.
+    /// The addresses of the memory in each slot.
     memory: Vec<Range<usize>>,
     free: Vec<u16>,
     left: Left,
-    /// The kernel took no more: too much memory would be locked (`RLIMIT_MEMLOCK`).
+    /// Set when the kernel refuses more memory, since too much would be locked (`RLIMIT_MEMLOCK`).
     is_full: bool,
 }
 
 impl Table {
-    /// An empty table of [`PLACES`].
+    /// Returns an empty table with [`SLOTS`] slots.
     pub(super) fn new() -> Self {
         Self {
-            memory: vec![0..0; PLACES.into()],
-            free: (0..PLACES).rev().collect(),
+            memory: vec![0..0; SLOTS.into()],
+            free: (0..SLOTS).rev().collect(),
             left: Left::default(),
             is_full: false,
         }
     }
 
-    /// Whether it is exactly the memory in `place` that starts at the address, as far as that many bytes.
-    pub(super) fn holds(&self, place: u16, memory: &Range<usize>) -> bool {
-        self.memory[usize::from(place)].start == memory.start && self.memory[usize::from(place)].end >= memory.end
+    /// Returns whether the memory in the slot starts at the same address as `memory` and is at least as long.
+    pub(super) fn holds(&self, slot: u16, memory: &Range<usize>) -> bool {
+        self.memory[usize::from(slot)].start == memory.start && self.memory[usize::from(slot)].end >= memory.end
     }
 
-    /// Registers memory, where there is a place, by `fill`.
+    /// Registers memory with `fill` and returns its slot. Returns `None` if no slot is free or the kernel refuses.
     pub(super) fn add(
         &mut self,
         memory: Range<usize>,
@@ -66,23 +68,23 @@ impl Table {
         if self.is_full {
             return None;
         }
-        let place = self.free.pop()?;
-        if fill(place).is_err() {
-            self.free.push(place);
+        let slot = self.free.pop()?;
+        if fill(slot).is_err() {
+            self.free.push(slot);
             self.is_full = true;
             return None;
         }
-        self.memory[usize::from(place)] = memory;
-        Some(Registration { place, left: Arc::clone(&self.left) })
+        self.memory[usize::from(slot)] = memory;
+        Some(Registration { slot, left: Arc::clone(&self.left) })
     }
 
-    /// Empties by `clear` the places whose buffers have ended. One that the kernel will not empty is not used again.
+    /// Clears the slots of dropped buffers with `clear`. A slot that the kernel does not clear is never used again.
     pub(super) fn tidy(&mut self, mut clear: impl FnMut(u16) -> std::io::Result<()>) {
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        for place in left.drain(..) {
-            self.memory[usize::from(place)] = 0..0;
-            if clear(place).is_ok() {
-                self.free.push(place);
+        for slot in left.drain(..) {
+            self.memory[usize::from(slot)] = 0..0;
+            if clear(slot).is_ok() {
+                self.free.push(slot);
                 self.is_full = false;
             }
         }
@@ -96,26 +98,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_is_taken_until_its_registration_ends_and_the_table_is_tidied() {
+    fn a_slot_is_taken_until_the_table_is_tidied() {
         let mut table = Table::new();
-        let mut taken: Vec<_> = (0..PLACES).map(|_| table.add(4096..8192, |_| Ok(())).unwrap()).collect();
-        assert!(table.add(4096..8192, |_| panic!("there is no place")).is_none());
-        let place = taken.pop().unwrap().place();
-        assert!(table.add(4096..8192, |_| panic!("it is not empty")).is_none());
+        let mut taken: Vec<_> = (0..SLOTS).map(|_| table.add(4096..8192, |_| Ok(())).unwrap()).collect();
+        assert!(table.add(4096..8192, |_| panic!("there is no slot")).is_none());
+        let slot = taken.pop().unwrap().slot();
+        assert!(table.add(4096..8192, |_| panic!("the slot is not cleared yet")).is_none());
         let mut cleared = Vec::new();
-        table.tidy(|place| {
-            cleared.push(place);
+        table.tidy(|slot| {
+            cleared.push(slot);
             Ok(())
         });
-        assert_eq!(cleared, [place]);
-        assert!(!table.holds(place, &(4096..8192)));
+        assert_eq!(cleared, [slot]);
+        assert!(!table.holds(slot, &(4096..8192)));
         let again = table.add(0..4096, |_| Ok(())).unwrap();
-        assert!(again.place() == place && table.holds(place, &(0..4096)) && table.holds(place, &(0..512)));
-        assert!(!table.holds(place, &(0..8192)) && !table.holds(place, &(512..4096)));
+        assert!(again.slot() == slot && table.holds(slot, &(0..4096)) && table.holds(slot, &(0..512)));
+        assert!(!table.holds(slot, &(0..8192)) && !table.holds(slot, &(512..4096)));
     }
 
     #[test]
-    fn a_kernel_that_takes_no_more_is_asked_again_when_something_has_ended() {
+    fn a_kernel_that_refuses_is_asked_again_once_a_slot_is_cleared() {
         let mut table = Table::new();
         let first = table.add(0..4096, |_| Ok(())).unwrap();
         assert!(table.add(0..4096, |_| Err(io::ErrorKind::OutOfMemory.into())).is_none());

@@ -1,58 +1,67 @@
-//! Answering: replies gathered while others are sent.
+//! Answers requests, and sends the replies.
 
 use std::io;
 use std::time::Duration;
 
-use super::{Connection, SMALL, Tag, cost, is_transient};
-use crate::proto::{Answer, ErrorCode, Reply, Request};
+use super::budget::cost;
+use super::{Connection, Tag, is_transient};
+use crate::proto::{Answer, Reply, Request};
 use crate::session::buffers::Buffer;
-use crate::session::uring::batch::Batch;
+use crate::session::outcome::{Failure, count_refused, finish};
+use crate::session::uring::batch::{Batch, Room};
 use crate::session::uring::ring::unread;
 
 impl Connection<'_> {
-    pub(super) fn answer_empty(&mut self, request: Request, outcome: Result<Answer, ErrorCode>) {
+    /// Answers a request. `buffer` contains the payload if the reply has one.
+    pub(super) fn answer(&mut self, request: Request, outcome: Result<Answer, Failure>, buffer: Option<Buffer>) {
         let cost = cost(request.command());
-        self.answer(&request.finish(outcome), None, cost);
+        self.queue(&finish(self.export, request, outcome), buffer, cost);
     }
 
-    /// Puts a reply into the outbox, with its payload, if it has one, in the buffer.
-    pub(super) fn answer(&mut self, reply: &Reply, buffer: Option<Buffer>, cost: usize) {
-        // The client is given its time from here on.
-        self.has_moved();
-        if self.broken {
-            self.requests -= 1;
-            self.bytes -= cost;
+    /// Answers a read whose payload is in the outbox.
+    pub(super) fn answer_in(&mut self, room: &Room, request: Request, outcome: Result<Answer, Failure>) {
+        let cost = cost(request.command());
+        self.clock.has_moved();
+        self.outbox.commit(room, &finish(self.export, request, outcome), cost);
+    }
+
+    /// Queues the reply to a request that was refused.
+    pub(super) fn refuse(&mut self, reply: &Reply) {
+        count_refused(self.export);
+        self.queue(reply, None, 0);
+    }
+
+    /// Queues the replies to the requests that workers have carried out.
+    pub(super) fn queue_finished(&mut self) {
+        for finished in self.handover.take_finished() {
+            self.queue(&finished.reply, finished.payload, finished.cost);
+        }
+    }
+
+    fn queue(&mut self, reply: &Reply, buffer: Option<Buffer>, cost: usize) {
+        // The client's idle time starts here.
+        self.clock.has_moved();
+        if self.outbox.is_closed() {
+            self.budget.give_back(1, cost);
             buffer.into_iter().for_each(|buffer| self.buffers.give_back(buffer));
             return;
         }
-        self.header.clear();
-        reply.encode(&mut self.header);
-        self.outbox.append(&self.header);
-        self.outbox.count(cost);
-        match buffer {
-            Some(buffer) if reply.payload_len() > 0 => self.outbox.attach(buffer, 0..reply.payload_len()),
-            Some(buffer) => self.buffers.give_back(buffer),
-            None => {}
-        }
+        self.outbox.add(reply, buffer, cost, &mut self.buffers);
     }
 
-    /// Begins to send what is in the outbox, if nothing is being sent. How long requests may be left to gather while the client
-    /// reads it.
+    /// Begins to send the outbox, if nothing is being sent. Returns how long to let requests gather while the client
+    /// reads the replies, or `None` for no pause.
     pub(super) fn begin_sending(&mut self) -> Option<Duration> {
-        if self.sending || self.outbox.is_empty() {
+        if !self.outbox.is_ready() {
             return None;
         }
-        if self.broken {
+        if !self.outbox.is_open() {
             self.drop_outbox();
             return None;
         }
-        let are_small = self.outbox.cost() <= self.outbox.requests() * SMALL;
         let is_at_rest = self.is_at_rest();
-        let coalescing = self.coalescing.as_mut().filter(|_| are_small && is_at_rest);
-        let pause =
-            coalescing.and_then(|coalescing| coalescing.answering(|| unread(self.socket).is_ok_and(|bytes| bytes > 0)));
-        let batch = std::mem::replace(&mut self.outbox, std::mem::take(&mut self.spare));
-        self.sending = true;
+        let is_busy = || unread(self.socket).is_ok_and(|bytes| bytes > 0);
+        let (batch, pause) = self.outbox.begin_sending(is_at_rest, is_busy);
         self.ring.send(self.socket, batch, Tag::Send);
         pause
     }
@@ -60,35 +69,44 @@ impl Connection<'_> {
     pub(super) fn sent(&mut self, result: io::Result<usize>, mut batch: Batch) {
         match result {
             Ok(count) => {
-                self.has_moved();
+                self.clock.has_moved();
                 batch.advance(count);
             }
             Err(error) if is_transient(&error) => {}
+            Err(error) if self.kernel.is_client() && !self.outbox.is_closed() => {
+                self.outbox.has_sent();
+                self.outbox.mute();
+                tracing::debug!(%error, "a reply could not be sent: the replies are kept for the next connection");
+                // Shutting down makes the other end hang up, if it has not done so. Everything that the other end had
+                // sent is received and carried out first.
+                let _ = rustix::net::shutdown(self.socket, rustix::net::Shutdown::Write);
+                self.release(batch);
+                return;
+            }
             Err(error) => {
-                self.sending = false;
+                self.outbox.has_sent();
                 self.release(batch);
                 self.give_up(Err(error.into()));
                 return;
             }
         }
-        if !batch.is_empty() && !self.broken {
+        if !batch.is_empty() && !self.outbox.is_closed() {
             self.ring.send(self.socket, batch, Tag::Send);
             return;
         }
-        self.sending = false;
+        self.outbox.has_sent();
         self.release(batch);
     }
 
     pub(super) fn drop_outbox(&mut self) {
-        let batch = std::mem::take(&mut self.outbox);
+        let batch = self.outbox.take();
         self.release(batch);
     }
 
-    /// What the batch answered is no longer under way.
-    fn release(&mut self, mut batch: Batch) {
-        self.requests -= batch.requests();
-        self.bytes -= batch.cost();
-        batch.clear(&mut self.buffers);
-        self.spare = batch;
+    /// Frees a batch. The requests that it answers are no longer in flight.
+    pub(super) fn release(&mut self, batch: Batch) {
+        self.kernel.answered(&batch, !self.outbox.is_open());
+        self.budget.give_back(batch.requests(), batch.cost());
+        self.outbox.recycle(batch, &mut self.buffers);
     }
 }

@@ -1,224 +1,198 @@
-//! Carrying requests out: here where the disk is memory, by the ring where it is a file, by a worker where it may take long.
+//! Carries out requests. If the disk is in memory, this thread carries out the request. If the disk is a file, the ring
+//! does. If the request may take long, a worker does.
 
 use std::io;
-use std::sync::Arc;
 
-use engine::volume::VolumeError;
+use engine::volume::{Ciphertext, VolumeError};
 
-use super::{Connection, GATHERED, HELPERS, LONG, Lane, ReadUnderWay, SHARED, Tag, WriteUnderWay, cost, is_transient};
+use super::disk::Lane;
+use super::handover::SHARED;
+use super::{Connection, ReadInFlight, Tag, WriteInFlight, is_transient};
 use crate::proto::{Answer, Command, Request};
 use crate::session::buffers::Buffer;
-use crate::session::uring::errand::Errand;
-use crate::session::{Work, failed, perform_unharmed, write_encrypted};
+use crate::session::outcome::Failure;
+use crate::session::perform::{End, perform, write_encrypted};
+use crate::session::uring::task::Payload;
 
 impl Connection<'_> {
+    /// Begins a request that came without payload.
     pub(super) fn begin(&mut self, request: Request) {
         let command = *request.command();
-        match (self.lane(&command), command) {
+        let len = command.payload_len();
+        self.disk.check_end();
+        match (self.disk.lane(&command), command) {
             (Lane::Here, Command::Read(_))
-                if self.has_spare_cores && self.can_share(command.payload_len()) && self.intake.len() > 0 =>
+                if self.has_spare_cores && self.handover.can_share(len) && self.stream.has_more() =>
             {
-                let buffer = self.buffers.take(command.payload_len());
-                self.share(request, buffer, false);
-            }
-            (Lane::Here, Command::Read(_)) => self.read_here(request),
-            (Lane::Here, _) => self.perform_here(request, &mut []),
-            (Lane::Ring, Command::Read(range)) => {
-                let buffer = self.buffers.take(request.command().payload_len());
-                match self.volume.place(range.offset, range.len) {
-                    Ok(Some(place)) => {
-                        let read = ReadUnderWay { request, offset: range.offset, place: place.offset, done: 0 };
-                        self.read_rest(read, buffer);
-                    }
-                    _ => self.hand_over(request, Some(buffer), false),
+                match self.buffers.take(len) {
+                    Ok(buffer) => self.handover.share(request, Payload::Plain(buffer)),
+                    Err(error) => self.answer(request, Err(error.into()), None),
                 }
             }
-            (Lane::Ring, Command::Flush) => match self.file {
-                Some(file) => self.ring.sync(file, Tag::Sync { request }),
-                None => self.hand_over(request, None, false),
+            (Lane::Here, Command::Read(_)) if len > 0 => self.read_here(request),
+            (Lane::Here, _) => {
+                let outcome = perform(self.export, &command, &mut [], End::Checked, &|| true);
+                self.answer(request, outcome, None);
+            }
+            (Lane::Ring, Command::Read(range)) => {
+                let buffer = match self.buffers.take(len) {
+                    Ok(buffer) => buffer,
+                    Err(error) => return self.answer(request, Err(error.into()), None),
+                };
+                let volume = self.disk.volume();
+                let fits = volume.check_within(range.offset, range.len).is_ok();
+                match volume.disk_range(range.offset, range.len) {
+                    Ok(Some(on_disk)) if fits => {
+                        let read = ReadInFlight { request, offset: range.offset, disk_offset: on_disk.offset, done: 0 };
+                        self.read_rest(read, buffer);
+                    }
+                    _ => self.handover.give(request, Payload::Plain(buffer)),
+                }
+            }
+            (Lane::Ring, Command::Flush) => match self.disk.file() {
+                Some(file) if self.disk.check_latch().is_ok() => self.ring.sync(file, Tag::Sync { request }),
+                // The worker finds out why this is not possible.
+                _ => self.handover.give(request, Payload::Empty),
             },
-            (_, command) => {
-                let len = command.payload_len();
-                let buffer = (len > 0).then(|| self.buffers.take(len));
-                self.hand_over(request, buffer, false);
-            }
+            _ => match (len > 0).then(|| self.buffers.take(len)).transpose() {
+                Ok(buffer) => self.handover.give(request, buffer.map_or(Payload::Empty, Payload::Plain)),
+                Err(error) => self.answer(request, Err(error.into()), None),
+            },
         }
     }
 
-    /// A write to whole blocks, whose payload fills the buffer and is encrypted.
-    pub(super) fn begin_encrypted_write(&mut self, request: Request, offset: u64, buffer: Buffer) {
-        match self.lane(request.command()) {
-            Lane::Here if self.can_share(buffer.bytes.len()) && self.pipelined => self.share(request, buffer, true),
+    /// Begins a write whose payload is encrypted.
+    pub(super) fn begin_encrypted_write(&mut self, request: Request, payload: Ciphertext<Buffer>) {
+        self.disk.check_end();
+        match self.disk.lane(request.command()) {
+            Lane::Here if self.handover.can_share(payload.bytes().len()) && self.stream.is_pipelined() => {
+                self.handover.share(request, Payload::Encrypted(payload));
+            }
             Lane::Here => {
-                let outcome = write_encrypted(self.export, request.command(), &buffer.bytes);
-                self.buffers.give_back(buffer);
-                self.answer_empty(request, outcome);
+                let outcome = write_encrypted(self.export, request.command(), &payload, None);
+                self.buffers.give_back(payload.into_buffer());
+                self.answer(request, outcome, None);
             }
-            Lane::Ring => self.write_by_ring(request, offset, buffer),
-            Lane::Worker => self.hand_over(request, Some(buffer), true),
+            Lane::Ring => self.write_by_ring(request, payload),
+            Lane::Worker => self.handover.give(request, Payload::Encrypted(payload)),
         }
     }
 
-    /// A write whose payload fills the buffer and is not encrypted.
+    /// Begins a write. The buffer contains exactly the payload, which is not encrypted.
     pub(super) fn begin_large_write(&mut self, request: Request, mut buffer: Buffer) {
-        match self.lane(request.command()) {
-            Lane::Here if self.can_share(buffer.bytes.len()) => self.share(request, buffer, false),
-            Lane::Here => {
-                let outcome = perform_unharmed(self.export, request.command(), &mut buffer.bytes, &|| true);
-                self.buffers.give_back(buffer);
-                self.answer_empty(request, outcome);
+        self.disk.check_end();
+        match self.disk.lane(request.command()) {
+            Lane::Here if self.handover.can_share(buffer.bytes.len()) => {
+                self.handover.share(request, Payload::Plain(buffer));
             }
-            Lane::Ring | Lane::Worker => self.hand_over(request, Some(buffer), false),
+            Lane::Here => {
+                let outcome = perform(self.export, request.command(), &mut buffer.bytes, End::Checked, &|| true);
+                self.buffers.give_back(buffer);
+                self.answer(request, outcome, None);
+            }
+            Lane::Ring | Lane::Worker => self.handover.give(request, Payload::Plain(buffer)),
         }
     }
 
-    /// A write whose payload is the next thing in the intake.
+    /// Begins a write whose payload is next in the stream.
     pub(super) fn begin_small_write(&mut self, request: Request) {
         let command = *request.command();
-        let len = command.payload_len();
-        if let Lane::Here = self.lane(&command) {
-            let payload = self.intake.take(len);
-            let outcome = perform_unharmed(self.export, &command, payload, &|| true);
-            self.answer_empty(request, outcome);
-            return;
+        self.disk.check_end();
+        let lane = self.disk.lane(&command);
+        let payload = self.stream.payload(command.payload_len());
+        if let Lane::Here = lane {
+            let outcome = perform(self.export, &command, payload, End::Checked, &|| true);
+            return self.answer(request, outcome, None);
         }
-        // Direct I/O takes whole pages, and where this one is in the stream is chance.
-        let mut buffer = self.buffers.take(len);
-        self.intake.move_to(&mut buffer.bytes);
-        match (self.lane(&command), command) {
-            (Lane::Ring, Command::Write { range, .. }) => {
-                self.volume.before_write(range.offset, &mut buffer.bytes);
-                self.write_by_ring(request, range.offset, buffer);
-            }
-            _ => self.hand_over(request, Some(buffer), false),
-        }
-    }
-
-    fn write_by_ring(&mut self, request: Request, offset: u64, buffer: Buffer) {
-        let len = buffer.bytes.len() as u64;
-        let Ok(Some(place)) = self.volume.place(offset, len) else {
-            return self.hand_over(request, Some(buffer), true);
+        // Direct I/O needs whole pages, and the payload may lie anywhere in the stream.
+        let mut buffer = match self.buffers.take(payload.len()) {
+            Ok(buffer) => buffer,
+            Err(error) => return self.answer(request, Err(error.into()), None),
         };
-        let durable = matches!(request.command(), Command::Write { fua: true, .. });
-        match self.volume.begin_write(offset, len) {
-            Ok(Some(writing)) => {
-                let write = WriteUnderWay { request, place: place.offset, done: 0, durable, writing };
-                self.write_rest(write, buffer);
-            }
-            // Somebody is at work there who must be waited for.
-            Ok(None) => self.hand_over(request, Some(buffer), true),
+        buffer.bytes.copy_from_slice(payload);
+        match (lane, command) {
+            (Lane::Ring, Command::Write { range, .. }) => match self.disk.volume().encrypt(range.offset, buffer) {
+                Ok(payload) => self.write_by_ring(request, payload),
+                Err(buffer) => self.handover.give(request, Payload::Plain(buffer)),
+            },
+            _ => self.handover.give(request, Payload::Plain(buffer)),
+        }
+    }
+
+    fn write_by_ring(&mut self, request: Request, payload: Ciphertext<Buffer>) {
+        let durable = request.command().fua();
+        if durable && self.disk.check_latch().is_err() {
+            return self.handover.give(request, Payload::Encrypted(payload));
+        }
+        match self.disk.volume().begin_write(&payload) {
+            Ok(Some(writing)) => self.write_rest(WriteInFlight { request, done: 0, durable, writing }, payload),
+            // Another request works on these blocks, so a worker waits for it.
+            Ok(None) => self.handover.give(request, Payload::Encrypted(payload)),
             Err(error) => {
-                self.export.statistics().answered();
-                self.buffers.give_back(buffer);
-                let error = failed(self.export, request.command(), &error);
-                self.answer_empty(request, Err(error));
+                self.buffers.give_back(payload.into_buffer());
+                self.answer(request, Err(error.into()), None);
             }
         }
-    }
-
-    /// Who carries the command out.
-    fn lane(&self, command: &Command) -> Lane {
-        let is_whole = |offset, len| matches!(self.volume.place(offset, len), Ok(Some(_)));
-        match *command {
-            Command::Read(_) | Command::Write { .. } | Command::Flush | Command::Cache(_) if self.resident => {
-                Lane::Here
-            }
-            Command::Trim { range, .. } | Command::WriteZeroes { range, .. } if self.resident && range.len <= LONG => {
-                Lane::Here
-            }
-            _ if self.file.is_none() => Lane::Worker,
-            Command::Read(range) if is_whole(range.offset, range.len) => Lane::Ring,
-            Command::Write { range, .. } if self.direct && is_whole(range.offset, range.len) => Lane::Ring,
-            Command::Flush if !self.volume.is_read_only() => Lane::Ring,
-            _ => Lane::Worker,
-        }
-    }
-
-    /// Whether a second thread should take a request on memory with so much payload.
-    fn can_share(&self, len: usize) -> bool {
-        len >= SHARED && self.shared < HELPERS
-    }
-
-    /// Whether the client has more to say already.
-    pub(super) fn sends_on(&self) -> bool {
-        rustix::io::ioctl_fionread(self.socket).is_ok_and(|waiting| waiting > 0)
-    }
-
-    /// Has a second thread carry out a request on memory, while this one is at the next.
-    fn share(&mut self, request: Request, buffer: Buffer, is_encrypted: bool) {
-        self.shared += 1;
-        self.hand_over(request, Some(buffer), is_encrypted);
     }
 
     fn read_here(&mut self, request: Request) {
         let command = *request.command();
-        let (len, cost) = (command.payload_len(), cost(&command));
-        if len == 0 {
-            return self.perform_here(request, &mut []);
-        }
+        let len = command.payload_len();
         if len >= SHARED {
-            let mut buffer = self.buffers.take(len);
-            let outcome = perform_unharmed(self.export, &command, &mut buffer.bytes, &|| true);
-            return self.answer(&request.finish(outcome), Some(buffer), cost);
+            let mut buffer = match self.buffers.take(len) {
+                Ok(buffer) => buffer,
+                Err(error) => return self.answer(request, Err(error.into()), None),
+            };
+            let outcome = perform(self.export, &command, &mut buffer.bytes, End::Checked, &|| true);
+            return self.answer(request, outcome, Some(buffer));
         }
-        let room = self.outbox.reserve(len, GATHERED, &mut self.buffers);
-        let outcome = perform_unharmed(self.export, &command, self.outbox.payload(&room), &|| true);
-        let reply = request.finish(outcome);
-        self.header.clear();
-        reply.encode(&mut self.header);
-        self.outbox.commit(&room, &self.header, reply.payload_len());
-        self.outbox.count(cost);
+        let room = match self.outbox.reserve(len, &mut self.buffers) {
+            Ok(room) => room,
+            Err(error) => return self.answer(request, Err(error.into()), None),
+        };
+        let outcome = perform(self.export, &command, self.outbox.payload(&room), End::Checked, &|| true);
+        self.answer_in(&room, request, outcome);
     }
 
-    fn perform_here(&mut self, request: Request, payload: &mut [u8]) {
-        let outcome = perform_unharmed(self.export, request.command(), payload, &|| true);
-        self.answer_empty(request, outcome);
-    }
-
-    fn hand_over(&mut self, request: Request, payload: Option<Buffer>, is_encrypted: bool) {
-        let cost = cost(request.command());
-        let (export, doorbell) = (self.export.clone(), Arc::clone(self.doorbell));
-        self.handed += 1;
-        self.workers.submit([Work::Handed(Errand { request, payload, is_encrypted, cost, export, doorbell })]);
-    }
-
-    pub(super) fn read_more(&mut self, mut read: ReadUnderWay, result: io::Result<usize>, mut buffer: Buffer) {
+    pub(super) fn read_more(&mut self, mut read: ReadInFlight, result: io::Result<usize>, mut buffer: Buffer) {
         let len = buffer.bytes.len();
+        let volume = self.disk.volume();
         let outcome = match result {
-            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(0) => {
+                volume.check_end();
+                let checked = volume.check_within(read.offset, len as u64);
+                Err(checked.err().unwrap_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof).into()))
+            }
             Ok(count) => {
                 read.done += count;
                 Ok(())
             }
             Err(error) if is_transient(&error) => Ok(()),
-            Err(error) => Err(error),
+            Err(error) => Err(VolumeError::Store(error)),
         };
         if outcome.is_ok() && read.done < len {
             return self.read_rest(read, buffer);
         }
-        let ReadUnderWay { request, offset, .. } = read;
-        self.export.statistics().answered();
-        let outcome = match outcome {
-            Ok(()) => {
-                self.volume.after_read(offset, &mut buffer.bytes);
-                self.export.statistics().read(len as u64);
-                Ok(Answer::Done)
-            }
-            Err(error) => Err(failed(self.export, request.command(), &VolumeError::Store(error))),
-        };
-        let cost = cost(request.command());
-        self.answer(&request.finish(outcome), Some(buffer), cost);
+        let ReadInFlight { request, offset, .. } = read;
+        if outcome.is_ok() {
+            volume.decrypt(offset, &mut buffer.bytes);
+        }
+        self.answer(request, outcome.map(|()| Answer::Done).map_err(Failure::from), Some(buffer));
     }
 
-    fn read_rest(&mut self, read: ReadUnderWay, buffer: Buffer) {
-        let Some(file) = self.file else { return };
+    fn read_rest(&mut self, read: ReadInFlight, buffer: Buffer) {
+        let Some(file) = self.disk.file() else { return };
         let (done, len) = (read.done, buffer.bytes.len());
-        let place = read.place + done as u64;
-        self.ring.read(file, buffer, done..len, place, Tag::Read(read));
+        let disk_offset = read.disk_offset + done as u64;
+        self.ring.read(file, buffer, done..len, disk_offset, Tag::Read(read));
     }
 
-    pub(super) fn write_more(&mut self, mut write: WriteUnderWay, result: io::Result<usize>, buffer: Buffer) {
-        let len = buffer.bytes.len();
+    pub(super) fn write_more(
+        &mut self,
+        mut write: WriteInFlight,
+        result: io::Result<usize>,
+        payload: Ciphertext<Buffer>,
+    ) {
         let outcome = match result {
             Ok(0) => Err(io::ErrorKind::WriteZero.into()),
             Ok(count) => {
@@ -228,25 +202,27 @@ impl Connection<'_> {
             Err(error) if is_transient(&error) => Ok(()),
             Err(error) => Err(error),
         };
-        if outcome.is_ok() && write.done < len {
-            return self.write_rest(write, buffer);
+        if outcome.is_ok() && write.done < payload.bytes().len() {
+            return self.write_rest(write, payload);
         }
-        let WriteUnderWay { request, writing, .. } = write;
+        let WriteInFlight { request, writing, durable, .. } = write;
         drop(writing);
-        self.export.statistics().answered();
-        let outcome = outcome.map(|()| {
-            self.export.statistics().written(len as u64);
-            Answer::Done
-        });
-        let outcome = outcome.map_err(|error| failed(self.export, request.command(), &VolumeError::Store(error)));
-        self.buffers.give_back(buffer);
-        self.answer_empty(request, outcome);
+        let outcome = match outcome {
+            // Either the write failed, or the flush after a durable write failed. A worker finds out which of the two
+            // failed.
+            Err(error) if durable => {
+                return self.handover.give(request, Payload::FailedDurably(payload, Some(error)));
+            }
+            Ok(()) if durable => self.disk.check_latch(),
+            outcome => outcome,
+        };
+        self.buffers.give_back(payload.into_buffer());
+        self.answer(request, outcome.map(|()| Answer::Done).map_err(Failure::from), None);
     }
 
-    fn write_rest(&mut self, write: WriteUnderWay, buffer: Buffer) {
-        let Some(file) = self.file else { return };
-        let (done, len) = (write.done, buffer.bytes.len());
-        let (place, durable) = (write.place + done as u64, write.durable);
-        self.ring.write(file, buffer, done..len, place, durable, Tag::Write(write));
+    fn write_rest(&mut self, write: WriteInFlight, payload: Ciphertext<Buffer>) {
+        let Some(file) = self.disk.file() else { return };
+        let (done, durable) = (write.done, write.durable);
+        self.ring.write(file, payload, done, durable, Tag::Write(write));
     }
 }

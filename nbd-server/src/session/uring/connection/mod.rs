@@ -1,183 +1,112 @@
-//! One connection: what it has received, what is under way, and what it has to send.
+//! A connection: what it has received, what is in flight, and what it has to send.
 //!
 //! ```text
-//!   receive ──► take_on ──► carry_out ──► answer
+//!   stream ──► take_on ──► carry_out ──► answer ──► outbox
 //! ```
-//! Here is what they share, and the loop that waits for the ring and watches the clock.
+//! Each part of the state is a separate type in its own file: the [`Stream`] from the client, the [`Budget`] of its
+//! requests, the [`Disk`], the requests that workers have ([`Handover`]), the [`Outbox`] of replies, the [`Clock`], and
+//! what is special if the client is the [`Kernel`]. This file has the loop that waits for the ring.
 
 mod answer;
+mod budget;
 mod carry_out;
+mod clock;
+mod disk;
+mod handover;
+mod kernel;
+mod outbox;
 mod receive;
+mod stream;
 mod take_on;
+mod wind_up;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use engine::store::Medium;
-use engine::volume::{Volume, VolumeError, Writing};
+use engine::volume::Writing;
 use rustix::net::AddressFamily;
 
+use budget::Budget;
+use clock::{Clock, Due};
+use disk::Disk;
+use handover::Handover;
+use kernel::Kernel;
+use outbox::{GATHERED, Outbox};
+use stream::{INTAKE, Next, Stream};
+
 use crate::export::Export;
-use crate::proto::{Answer, Command, ExpectPayload, ExpectRequest, ExpectSkipped, Negotiated, Request};
-use crate::session::buffers::{Buffer, Buffers};
+use crate::proto::{Answer, ExpectRequest, Negotiated, Request};
+use crate::session::buffers::Buffers;
+use crate::session::link::LOOK_AGAIN;
+use crate::session::outcome::Failure;
 use crate::session::uring::Options;
-use crate::session::uring::batch::Batch;
-use crate::session::uring::coalescing::Coalescing;
-use crate::session::uring::doorbell::{Done, Doorbell};
-use crate::session::uring::intake::Intake;
+use crate::session::uring::doorbell::Doorbell;
 use crate::session::uring::ring::{Completion, Memory, Ring};
 use crate::session::workers::Workers;
-use crate::session::{DEAF, IDLE, LAST_WORDS, MAX_BYTES_IN_FLIGHT, QUIET, SessionError, Work, failed};
+use crate::session::{IDLE, MAX_BYTES_IN_FLIGHT, SessionError, Work, panicked};
 
-/// Bytes that are received at once where requests are small.
-const INTAKE: usize = 256 * 1024;
-/// A payload longer than this is received straight into a buffer of its own.
-const SMALL_PAYLOAD: usize = 64 * 1024;
-/// Small replies are gathered in buffers of this size.
-const GATHERED: usize = 256 * 1024;
-/// What buffers take beside the requests' own: the intake, and small replies gathered while others are sent.
-const BESIDE: usize = INTAKE + 3 * GATHERED;
-/// So many bytes of replies are sent before more requests are carried out: while the client takes them, the next are
-/// made, and what is sent is still in the CPU's cache.
-const ENOUGH_TO_SEND: usize = 128 * 1024;
-/// Requests with more payload than this, in bytes, keep client and server busy by themselves: none are left to gather.
-const SMALL: usize = 8 * 1024;
-/// What takes longer than this on memory is a worker's work, in bytes.
-const LONG: u64 = 1 << 20;
-/// From this size on, in bytes, a request on memory is worth a second thread's while.
-const SHARED: usize = 256 * 1024;
-/// So many requests on memory are other threads' at once, while this thread is at the next.
-const HELPERS: usize = 2;
-/// The memory of a reply to `NBD_CMD_BLOCK_STATUS`, in bytes, as it is carried out and as it is sent.
-const STATUS: usize = 64 * 1024;
-/// What the ring is doing.
+/// The bytes of the buffers that belong to no request: the intake, and small replies that are collected while other
+/// replies are sent.
+pub(super) const BESIDE: usize = INTAKE + 3 * GATHERED;
+/// If the session cannot get memory that it needs, it waits this long before it tries again.
+const NO_MEMORY: Duration = Duration::from_millis(10);
+
+/// An operation of the ring.
 pub(in crate::session::uring) enum Tag {
     Receive,
     ReceivePayload,
     Send,
     Doorbell,
-    Read(ReadUnderWay),
-    Write(WriteUnderWay),
+    Read(ReadInFlight),
+    Write(WriteInFlight),
     Sync { request: Request },
 }
 
-pub(in crate::session::uring) struct ReadUnderWay {
+pub(in crate::session::uring) struct ReadInFlight {
     request: Request,
-    /// Where in the volume.
+    /// The offset in the volume.
     offset: u64,
-    /// Where on the disk.
-    place: u64,
-    /// How many bytes are read.
+    disk_offset: u64,
+    /// Bytes that were read so far.
     done: usize,
 }
 
-pub(in crate::session::uring) struct WriteUnderWay {
+pub(in crate::session::uring) struct WriteInFlight {
     request: Request,
-    /// Where on the disk.
-    place: u64,
-    /// How many bytes are written.
+    /// Bytes that were written so far.
     done: usize,
-    /// `NBD_CMD_FLAG_FUA`.
+    /// Set for `NBD_CMD_FLAG_FUA`.
     durable: bool,
     writing: Writing,
 }
 
-/// Where the stream stands.
-enum Stream {
-    Header(ExpectRequest),
-    /// A request that waits until there is room for it.
-    Request(Request, ExpectRequest),
-    Payload(ExpectPayload),
-    /// A payload is being received into a buffer of its own.
-    Arriving(Arriving),
-    Skip(ExpectSkipped),
-    /// Nothing more is taken from the client.
-    Ended,
-}
-
-/// A large payload that is partly there.
-struct Arriving {
-    expect: ExpectPayload,
-    /// `None` while the ring receives into it.
-    buffer: Option<Buffer>,
-    filled: usize,
-    /// Where in the volume it goes, if it is encrypted as it arrives, while the client sends on and the CPU's cache has
-    /// it. That needs whole blocks, and is not done where another thread will have the time.
-    offset: Option<u64>,
-    encrypted: usize,
-}
-
-/// Who carries a command out.
-enum Lane {
-    /// This thread, at once.
-    Here,
-    /// The ring.
-    Ring,
-    /// A thread that may block.
-    Worker,
-}
-
-/// After the shutdown: until when the client may go on.
-struct LastWords {
-    quiet: Instant,
-    deaf: Instant,
-    end: Instant,
-}
-
 pub(in crate::session::uring) struct Connection<'a> {
     export: &'a Export,
-    volume: &'a Volume,
-    workers: &'a Workers<Work>,
-    doorbell: &'a Arc<Doorbell>,
+    doorbell: &'a Doorbell,
     socket: BorrowedFd<'a>,
-    /// The disk's file, where the ring can reach it.
-    file: Option<BorrowedFd<'a>>,
-    /// The disk is memory.
-    resident: bool,
-    /// The ring may write as well as read: the page cache does not stand between.
-    direct: bool,
     ring: Ring<'a, Tag>,
-    intake: Intake,
-    stream: Stream,
+    stream: Stream<'a>,
+    budget: Budget,
     buffers: Buffers,
-    outbox: Batch,
-    spare: Batch,
-    header: Vec<u8>,
-    receiving: bool,
-    sending: bool,
-    /// Where the kernel tells what the client has left to read: on unix sockets.
-    coalescing: Option<Coalescing>,
-    /// The client does not wait for the answer to a large write before it sends the next.
-    pipelined: bool,
-    /// Requests on memory that another thread has.
-    shared: usize,
-    /// There are more cores than this thread and its client keep busy. (A write that another thread encrypts lets this one
-    /// receive the next meanwhile, for which the client waits; a read that another thread decrypts only takes the
-    /// client's core.)
+    disk: Disk<'a>,
+    handover: Handover<'a>,
+    outbox: Outbox,
+    clock: Clock,
+    kernel: Kernel,
+    /// Set if there are more cores than this thread and its client keep busy. Without a spare core, another thread that
+    /// decrypts a read only takes the core away from the client. (A write is different: while another thread encrypts
+    /// the write, this thread can receive the next write, which the client waits to send.)
     has_spare_cores: bool,
-    /// The client sends writes that are larger than what is received at once.
-    large_writes: bool,
-    /// Requests whose replies are not sent, and what they hold of the budget in bytes.
-    requests: usize,
-    bytes: usize,
-    /// Requests that workers have.
-    handed: usize,
-    /// A client that neither sends nor takes a byte for so long, while nothing is carried out for it, is cut off.
-    idle: Option<Duration>,
-    /// When the client last did, or was last kept waiting.
-    moved: Instant,
-    last_words: Option<LastWords>,
     outcome: Result<(), SessionError>,
-    /// The socket takes nothing any more.
-    broken: bool,
 }
 
 impl<'a> Connection<'a> {
-    /// Serves the client on the other end of `socket` until either side is done. Blocks.
+    /// Serves the client at the other end of `socket` until either side is done. Blocks.
     pub(in crate::session::uring) fn serve(
-        ring: Ring<'a, Tag>,
+        mut ring: Ring<'a, Tag>,
         socket: &'a OwnedFd,
         export: &'a Export,
         negotiated: Negotiated,
@@ -187,55 +116,48 @@ impl<'a> Connection<'a> {
     ) -> Result<(), SessionError> {
         let _connected = export.statistics().connected();
         rustix::io::ioctl_fionbio(socket, false).map_err(io::Error::from)?;
-        let volume: &Volume = export.volume();
-        let (file, direct, resident) = match volume.store().medium() {
-            Medium::Memory => (None, false, true),
-            Medium::File { file, direct, resident } => (Some(file.as_fd()), direct, resident),
-            Medium::Other => (None, false, false),
-        };
+        let kernel = Kernel::new(options.link);
         let mut buffers = Buffers::new(MAX_BYTES_IN_FLIGHT + BESIDE);
+        let intake = loop {
+            match buffers.take(INTAKE) {
+                // The kernel has already sent requests, and does not send them again.
+                Err(_) if kernel.is_client() && !doorbell.is_abandoned() && !doorbell.is_shutting_down() => {
+                    std::thread::sleep(NO_MEMORY);
+                }
+                taken => break taken?,
+            }
+        };
+        let disk = Disk::new(export.volume());
+        ring.register(socket.as_fd());
+        if disk.is_direct() && options.registered_buffers {
+            ring.register_buffers();
+        }
+        #[cfg(test)]
+        if let Some(link) = kernel.link() {
+            ring.fault = Arc::clone(&link.faults.ring);
+        }
+        ring.listen(doorbell.as_fd(), Tag::Doorbell);
         let mut connection = Self {
             export,
-            volume,
-            workers,
             doorbell,
             socket: socket.as_fd(),
-            file,
-            resident,
-            direct,
             ring,
-            intake: Intake::new(buffers.take(INTAKE)),
-            stream: Stream::Header(ExpectRequest::new(export.info(), &negotiated)),
+            stream: Stream::new(socket.as_fd(), intake, ExpectRequest::new(export.info(), &negotiated)),
+            budget: Budget::default(),
             buffers,
-            outbox: Batch::default(),
-            spare: Batch::default(),
-            header: Vec::new(),
-            receiving: false,
-            sending: false,
-            coalescing: is_unix(socket).then(Coalescing::new),
-            pipelined: false,
-            shared: 0,
+            disk,
+            handover: Handover::new(export, workers, doorbell),
+            outbox: Outbox::new(kernel.is_client(), is_unix(socket)),
+            clock: Clock::new(options.idle),
+            kernel,
             has_spare_cores: std::thread::available_parallelism().is_ok_and(|cores| cores.get() > 2),
-            large_writes: false,
-            requests: 0,
-            bytes: 0,
-            handed: 0,
-            idle: options.idle,
-            moved: Instant::now(),
-            last_words: None,
             outcome: Ok(()),
-            broken: false,
         };
-        connection.ring.register(socket.as_fd());
-        if direct && options.registered_buffers {
-            connection.ring.register_buffers();
-        }
-        connection.ring.listen(doorbell.as_fd(), Tag::Doorbell);
-        if let Err(error) = connection.run() {
-            connection.wait_for_workers();
+        if let Err(error) = catch_unwind(AssertUnwindSafe(|| connection.run())).unwrap_or_else(|_| Err(panicked())) {
+            connection.wind_up(&error);
             return Err(error);
         }
-        // All is answered; the client reads the end of the stream behind the last reply.
+        // Every request is answered. The client reads the end of the stream after the last reply.
         let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Write);
         connection.outcome
     }
@@ -244,19 +166,19 @@ impl<'a> Connection<'a> {
         loop {
             let starved = self.progress();
             if let Some(pause) = self.begin_sending().filter(|_| starved) {
-                // The send alone is over at once; the doorbell, if it rings, ends the pause.
+                // A send completes at once. The doorbell may end the pause early.
                 let begun = Instant::now();
                 self.turn(2, Some(pause))?;
-                self.coalescing.as_mut().into_iter().for_each(|coalescing| coalescing.paused(begun.elapsed()));
+                self.outbox.has_paused(begun.elapsed());
                 self.export.statistics().paused();
-                // What waited for the send goes on.
+                // Requests that waited for the send can now continue.
                 continue;
             }
             self.begin_receiving();
             if self.is_over() {
                 return Ok(());
             }
-            // While the client takes what is being sent, the next replies can be made.
+            // While the client reads what is being sent, the next replies can be made.
             let can_go_on = !starved && !self.has_enough_to_do();
             let limit = if can_go_on { Some(Duration::ZERO) } else { self.limit() };
             let is_idle = !self.turn(1, limit)? && limit == Some(IDLE);
@@ -266,10 +188,11 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Waits until so many operations are over or the time is, takes those that are, and looks at the clock. Whether there were
-    /// any.
+    /// Waits until `operations` operations are complete or `limit` has passed. Then handles all completions and watches
+    /// the clock. Returns whether there were any completions.
     fn turn(&mut self, operations: usize, limit: Option<Duration>) -> Result<bool, SessionError> {
         self.ring.wait_for(operations, limit)?;
+        self.disk.has_waited();
         let mut were_any = false;
         while let Some(completion) = self.ring.next() {
             were_any = true;
@@ -279,154 +202,101 @@ impl<'a> Connection<'a> {
         Ok(were_any)
     }
 
-    /// Whether nothing is under way, and more may come.
-    fn is_at_rest(&self) -> bool {
-        // What the ring has is the doorbell.
-        let is_idle = self.handed == 0 && self.ring.under_way() == 1;
-        is_idle && !matches!(self.stream, Stream::Ended) && self.last_words.is_none()
-    }
-
-    /// Waits for what the workers have, when the ring cannot be waited with any more.
-    fn wait_for_workers(&mut self) {
-        self.doorbell.give_up();
-        while self.handed > 0 {
-            self.handed -= self.doorbell.take().len();
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// Nothing is left to do: the stream has ended, and what was asked is answered or was asked by nobody.
-    fn is_over(&self) -> bool {
-        matches!(self.stream, Stream::Ended) && self.requests == 0 && !self.sending
-    }
-
-    /// How long to wait for the next event.
-    fn limit(&self) -> Option<Duration> {
-        if self.broken {
-            return None;
-        }
-        let until = |moment: Instant| Some(moment.saturating_duration_since(Instant::now()));
-        let idle = self.idle.and_then(|idle| until(self.moved + idle));
-        match &self.last_words {
-            Some(last) if matches!(self.stream, Stream::Ended) => until(last.end),
-            Some(last) => until(last.quiet.min(last.deaf)),
-            None if self.requests == 0 && self.buffers.is_large() => Some(idle.map_or(IDLE, |idle| idle.min(IDLE))),
-            None => idle,
-        }
-    }
-
-    fn watch_the_clock(&mut self) {
-        if self.broken {
-            return;
-        }
-        if self.doorbell.is_abandoned() {
-            return self.give_up(Ok(()));
-        }
-        if let Some(idle) = self.idle {
-            let now = Instant::now();
-            if self.is_carrying_out() {
-                self.moved = now;
-            } else if now.duration_since(self.moved) >= idle {
-                return self.give_up(Err(SessionError::Idle));
-            }
-        }
-        let Some(last) = &self.last_words else { return };
-        let now = Instant::now();
-        if now >= last.end {
-            self.give_up(Err(SessionError::Shutdown));
-        } else if now >= last.deaf || now >= last.quiet {
-            // In mid-message the client is waited for until the end.
-            let is_between = matches!(self.stream, Stream::Header(_)) && self.intake.len() == 0;
-            if is_between || now >= last.deaf && matches!(self.stream, Stream::Header(_)) {
-                self.take_nothing_more();
-            } else if let Some(last) = &mut self.last_words {
-                last.quiet = last.end;
-                last.deaf = last.end;
-            }
-        }
-    }
-
-    /// Whether a disk is at work for the client: beside what is counted here, the ring listens to the doorbell.
-    fn is_carrying_out(&self) -> bool {
-        let for_client = usize::from(self.receiving) + usize::from(self.sending) + 1;
-        self.handed > 0 || self.ring.under_way() > for_client
-    }
-
-    /// The client sent or took something.
-    fn has_moved(&mut self) {
-        if self.idle.is_some() {
-            self.moved = Instant::now();
-        }
-    }
-
-    /// Takes nothing more from the client and sends it nothing more; what is under way on the disk is waited for.
-    fn give_up(&mut self, outcome: Result<(), SessionError>) {
-        if self.outcome.is_ok() {
-            self.outcome = outcome;
-        }
-        self.take_nothing_more();
-        self.broken = true;
-        self.doorbell.give_up();
-        // Ends the ring's receive and send.
-        let _ = rustix::net::shutdown(self.socket, rustix::net::Shutdown::Both);
-        self.drop_outbox();
-    }
-
-    fn end(&mut self, outcome: Result<(), SessionError>) {
-        if self.outcome.is_ok() {
-            self.outcome = outcome;
-        }
-        self.take_nothing_more();
-    }
-
-    fn take_nothing_more(&mut self) {
-        if let Stream::Arriving(arriving) = std::mem::replace(&mut self.stream, Stream::Ended) {
-            // What did not come whole is not written, and nobody waits for the answer.
-            self.requests -= 1;
-            self.bytes -= cost(arriving.expect.command());
-        }
-    }
-
     fn completed(&mut self, completion: Completion<Tag>) {
         let Completion { tag, result, memory } = completion;
         match (tag, memory) {
-            (Tag::Receive, Memory::Buffer(buffer)) => self.received(result, buffer, false),
-            (Tag::ReceivePayload, Memory::Buffer(buffer)) => self.received(result, buffer, true),
+            (Tag::Receive, Memory::Buffer(buffer)) => self.received(result, buffer),
+            (Tag::ReceivePayload, Memory::Incoming(payload)) => self.received_payload(result, payload),
             (Tag::Send, Memory::Batch(batch)) => self.sent(result, batch),
             (Tag::Doorbell, _) => self.doorbell_rang(),
             (Tag::Read(read), Memory::Buffer(buffer)) => self.read_more(read, result, buffer),
-            (Tag::Write(write), Memory::Buffer(buffer)) => self.write_more(write, result, buffer),
+            (Tag::Write(write), Memory::Ciphertext(payload)) => self.write_more(write, result, payload),
             (Tag::Sync { request }, _) => {
-                let outcome = result.map(|_| Answer::Done).map_err(VolumeError::Store);
-                let outcome = outcome.map_err(|error| failed(self.export, request.command(), &error));
-                self.export.statistics().answered();
-                self.answer_empty(request, outcome);
+                let synced = self.disk.record_flush(result.map(drop));
+                self.answer(request, synced.map(|()| Answer::Done).map_err(Failure::from), None);
             }
-            // An operation gives back what it was given.
+            // An operation returns the kind of memory that it was given.
             _ => {}
         }
     }
 
     fn doorbell_rang(&mut self) {
         self.ring.listen(self.doorbell.as_fd(), Tag::Doorbell);
-        for Done { reply, payload, cost } in self.doorbell.take() {
-            self.handed -= 1;
-            self.shared = self.shared.saturating_sub(usize::from(cost >= SHARED));
-            self.answer(&reply, payload, cost);
-        }
-        if self.doorbell.is_shutting_down() && self.last_words.is_none() {
-            let now = Instant::now();
-            self.last_words = Some(LastWords { quiet: now + QUIET, deaf: now + DEAF, end: now + LAST_WORDS });
+        self.queue_finished();
+        if self.doorbell.is_shutting_down() {
+            self.clock.shut_down();
         }
     }
-}
 
-/// What a request takes of the connection's budget, in bytes: its payload's memory, or what its reply may be.
-fn cost(command: &Command) -> usize {
-    match command {
-        Command::BlockStatus { .. } => STATUS,
-        _ if command.payload_len() == 0 => 0,
-        _ => Buffer::capacity(command.payload_len()),
+    /// Returns whether nothing is in flight, but more may come.
+    fn is_at_rest(&self) -> bool {
+        // The ring's only operation is the read of the doorbell.
+        let is_idle = self.handover.is_empty() && self.ring.in_flight() == 1;
+        is_idle && !self.stream.has_ended() && !self.clock.is_shutting_down()
+    }
+
+    /// Returns whether nothing is left to do: the stream has ended, and every request is answered.
+    fn is_over(&self) -> bool {
+        self.stream.has_ended() && self.budget.is_unused() && !self.outbox.is_sending()
+    }
+
+    /// Returns whether a disk is working for the client. Operations on the socket and the read of the doorbell do not
+    /// count.
+    fn is_carrying_out(&self) -> bool {
+        let for_client = usize::from(self.stream.is_receiving()) + usize::from(self.outbox.is_sending()) + 1;
+        !self.handover.is_empty() || self.ring.in_flight() > for_client
+    }
+
+    /// Returns how long to wait for the next event.
+    fn limit(&self) -> Option<Duration> {
+        if self.outbox.is_closed() {
+            return None;
+        }
+        if self.kernel.is_held() {
+            return Some(LOOK_AGAIN);
+        }
+        let limit = self.clock.limit(self.stream.has_ended());
+        if !self.clock.is_shutting_down() && self.budget.is_unused() && self.buffers.is_large() {
+            return Some(limit.map_or(IDLE, |limit| limit.min(IDLE)));
+        }
+        limit
+    }
+
+    fn watch_the_clock(&mut self) {
+        if self.outbox.is_closed() {
+            return;
+        }
+        if self.doorbell.is_abandoned() {
+            return self.give_up(Ok(()));
+        }
+        match self.clock.due(self.is_carrying_out()) {
+            None => {}
+            Some(Due::Idle) => self.give_up(Err(SessionError::Idle)),
+            Some(Due::End) => self.give_up(Err(SessionError::Shutdown)),
+            Some(Due::Quiet) if self.stream.is_between_requests() => self.stream.end(&mut self.budget),
+            Some(Due::Deaf) if self.stream.expects_header() => self.stream.end(&mut self.budget),
+            // In the middle of a message, the session waits for the client until the end.
+            Some(Due::Quiet | Due::Deaf) => self.clock.wait_for_the_end(),
+        }
+    }
+
+    /// Reads nothing more from the client and sends it nothing more. Operations of the disk that are in flight still
+    /// finish.
+    fn give_up(&mut self, outcome: Result<(), SessionError>) {
+        self.end(outcome);
+        self.outbox.close();
+        self.doorbell.give_up();
+        // This ends the ring's receive and send.
+        let _ = rustix::net::shutdown(self.socket, rustix::net::Shutdown::Both);
+        self.drop_outbox();
+    }
+
+    /// Reads nothing more from the client. The first outcome is the session's.
+    fn end(&mut self, outcome: Result<(), SessionError>) {
+        if self.outcome.is_ok() {
+            self.outcome = outcome;
+        }
+        self.stream.end(&mut self.budget);
     }
 }
 
@@ -434,7 +304,7 @@ fn is_unix(socket: &OwnedFd) -> bool {
     rustix::net::getsockname(socket).is_ok_and(|name| name.address_family() == AddressFamily::UNIX)
 }
 
-/// Nothing happened; the operation is to be begun again.
+/// Returns whether the operation did nothing and must be started again.
 fn is_transient(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
 }

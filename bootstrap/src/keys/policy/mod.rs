@@ -1,0 +1,485 @@
+//! The least policies that a volume needs in AWS, computed from its configuration. AWS is not asked.
+//!
+//! [`calls`] is the table of what each command asks AWS for. The policies follow from this table: for the instance's
+//! role, for the user who makes the secret, for the KMS key and for the bucket. A test runs each command with these
+//! policies, and again without each of the actions.
+
+mod cloudformation;
+mod name;
+mod terraform;
+
+use serde_json::{Map, Value, json};
+
+use crate::config::{AwsKeyConfig, Config, KeyConfig, KeyFile, SecretLocation};
+use crate::machine::instance_store::Device;
+use crate::volume::VolumeType;
+use name::{KeyName, KmsKey, in_resource, in_value};
+
+pub use cloudformation::cloudformation;
+pub use terraform::terraform;
+
+/// A command that asks AWS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Job {
+    /// `nbdcrypt up` of a volume that exists.
+    Up,
+    /// `nbdcrypt up` on a blank disk.
+    FirstUp,
+    /// `nbdcrypt provision`.
+    Provision,
+    /// `nbdcrypt provision --replace`.
+    Replace,
+    /// `nbdcrypt key rewrap`, if the old and the new KMS key are the same.
+    Rewrap,
+}
+
+impl Job {
+    /// All commands that ask AWS.
+    pub const ALL: [Self; 5] = [Self::Up, Self::FirstUp, Self::Provision, Self::Replace, Self::Rewrap];
+
+    /// Returns the command as a user types it, with the situation where that matters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Up => "up",
+            Self::FirstUp => "up on a blank disk",
+            Self::Provision => "provision",
+            Self::Replace => "provision --replace",
+            Self::Rewrap => "key rewrap",
+        }
+    }
+}
+
+const GET: &str = "s3:GetObject";
+const PUT: &str = "s3:PutObject";
+const DECRYPT: &str = "kms:Decrypt";
+const ENCRYPT: &str = "kms:Encrypt";
+const NEW_KEY: &str = "kms:GenerateDataKeyWithoutPlaintext";
+
+/// The actions of the KMS key's administrators. AWS's console gives a key's administrators the same actions, and grants
+/// besides, by which they could let themselves decrypt (KMS Developer Guide, "Default key policy", "Allows key
+/// administrators to administer the KMS key").
+const ADMINISTRATION: [&str; 16] = [
+    "kms:CreateAlias",
+    "kms:Describe*",
+    "kms:Enable*",
+    "kms:List*",
+    "kms:Put*",
+    "kms:Update*",
+    "kms:Revoke*",
+    "kms:Disable*",
+    "kms:Get*",
+    "kms:Delete*",
+    "kms:TagResource",
+    "kms:UntagResource",
+    "kms:ScheduleKeyDeletion",
+    "kms:CancelKeyDeletion",
+    "kms:RotateKeyOnDemand",
+    "kms:ImportKeyMaterial",
+];
+
+/// Returns the actions without which the command fails. An empty list means that the command has nothing to do with AWS,
+/// or is refused for this configuration.
+pub fn calls(config: &Config, job: Job) -> &'static [&'static str] {
+    let KeyConfig::Aws(aws) = &config.key else { return &[] };
+    let is_plain = config.volume.kind == VolumeType::Plain;
+    match (job, &aws.object) {
+        (Job::Up | Job::FirstUp, SecretLocation::Object(_)) => &[GET, DECRYPT],
+        (Job::Provision, SecretLocation::Object(_)) if aws.raw_key.is_some() => &[NEW_KEY, PUT],
+        (Job::Provision, SecretLocation::Object(_)) => &[ENCRYPT, PUT],
+        // The new ciphertext is decrypted before it replaces the old one.
+        (Job::Replace, SecretLocation::Object(_)) if aws.raw_key.is_some() => &[NEW_KEY, DECRYPT, PUT],
+        (Job::Replace, SecretLocation::Object(_)) => &[ENCRYPT, DECRYPT, PUT],
+        (Job::Rewrap, SecretLocation::Object(_)) if is_plain => &[],
+        (Job::Rewrap, SecretLocation::Object(_)) => &[GET, DECRYPT, ENCRYPT, PUT],
+        (Job::Up, SecretLocation::Token) => &[DECRYPT],
+        // What was encrypted is decrypted at once, so that no volume is made that cannot be opened.
+        (Job::FirstUp | Job::Rewrap, SecretLocation::Token) => &[ENCRYPT, DECRYPT],
+        (Job::Provision | Job::Replace, SecretLocation::Token) => &[],
+    }
+}
+
+/// Who the policies are for. The user may leave each of these out.
+#[derive(Clone, Debug, Default)]
+pub struct Who {
+    /// The account's number.
+    pub account: Option<String>,
+    /// The name of the instance's role.
+    pub role: Option<String>,
+    /// The name of the role that makes the secret.
+    pub provisioner: Option<String>,
+}
+
+/// The configuration describes no secret in AWS.
+#[derive(Debug, thiserror::Error)]
+#[error("no policy is needed: the configuration takes the secret from {0}, not from AWS")]
+pub struct NotAws(KeyFile);
+
+/// The policies of a volume. Each is a policy document of AWS in JSON.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policies {
+    /// For the instance's role.
+    pub instance: Value,
+    /// For the user who runs `nbdcrypt provision`. `None` if `up` makes the secret.
+    pub provisioner: Option<Value>,
+    /// For the KMS key.
+    pub key: Value,
+    /// For the bucket. `None` if there is no bucket.
+    pub bucket: Option<Value>,
+    /// Advice about the policies. Each text is a paragraph.
+    pub notes: Vec<String>,
+}
+
+/// Returns the policies as AWS takes them. A name that is not known is a placeholder in capital letters.
+///
+/// # Errors
+/// [`NotAws`], if the secret is not in AWS.
+pub fn policies(config: &Config, who: &Who) -> Result<Policies, NotAws> {
+    let aws = aws(config)?;
+    let key = KmsKey::of(aws);
+    let account = who.account.clone().or_else(|| key.account.clone()).unwrap_or_else(|| "ACCOUNT-ID".to_owned());
+    let region = key.region.clone().unwrap_or_else(|| "REGION".to_owned());
+    let end = match &key.name {
+        // A policy cannot name a key by its alias: see the note.
+        KeyName::Alias(_) => "key/*",
+        KeyName::Key(key) => key,
+        KeyName::Any => "key/KEY-ID",
+    };
+    let role = |name: &Option<String>, other: &str| {
+        format!("arn:{}:iam::{account}:role/{}", key.partition, name.as_deref().unwrap_or(other))
+    };
+    let names = Names {
+        partition: key.partition.to_owned(),
+        key: format!("arn:{}:kms:{region}:{account}:{end}", key.partition),
+        alias: match &key.name {
+            KeyName::Alias(alias) => Some(alias.clone()),
+            KeyName::Key(_) | KeyName::Any => None,
+        },
+        role: role(&who.role, "ROLE"),
+        provisioner: role(&who.provisioner, "PROVISIONER"),
+        account,
+        literal: str::to_owned,
+    };
+    let mut policies = names.policies(config, aws);
+    policies.notes.splice(0..0, note_on_key(&key));
+    Ok(policies)
+}
+
+fn aws(config: &Config) -> Result<&AwsKeyConfig, NotAws> {
+    match &config.key {
+        KeyConfig::Aws(aws) => Ok(aws),
+        KeyConfig::File(file) => Err(NotAws(file.clone())),
+    }
+}
+
+/// The names in the policies, written for the output format.
+struct Names {
+    partition: String,
+    account: String,
+    /// The key's ARN, or a pattern that matches it.
+    key: String,
+    /// The alias by which requests name the key, if the ARN does not identify it.
+    alias: Option<String>,
+    /// The ARN of the instance's role.
+    role: String,
+    /// The ARN of the role that makes the secret.
+    provisioner: String,
+    /// Escapes a text, so that the output format finds no variable in it.
+    literal: fn(&str) -> String,
+}
+
+impl Names {
+    /// Returns the policies, with the notes that apply to every output format.
+    fn policies(&self, config: &Config, aws: &AwsKeyConfig) -> Policies {
+        let object = match &aws.object {
+            SecretLocation::Object(object) => Some((
+                format!("arn:{}:s3:::{}", self.partition, self.literally(&in_resource(&object.bucket))),
+                self.literally(&in_resource(&object.key)),
+            )),
+            SecretLocation::Token => None,
+        };
+        let object_arn = object.as_ref().map(|(bucket, key)| format!("{bucket}/{key}"));
+        // A statement for each action that the commands call.
+        let uses = |jobs: &[Job]| {
+            let mut all: Vec<&str> = Vec::new();
+            for action in jobs.iter().flat_map(|job| calls(config, *job)) {
+                if !all.contains(action) {
+                    all.push(action);
+                }
+            }
+            all
+        };
+        let (instance, provisioner) = (uses(&[Job::Up, Job::FirstUp]), uses(&[Job::Provision]));
+        let of_role = |actions: &[&str]| {
+            let statements = actions.iter().map(|action| match (action.starts_with("kms:"), &object_arn) {
+                (false, Some(object)) => json!({
+                    "Sid": sid(action), "Effect": "Allow", "Action": action, "Resource": object
+                }),
+                _ => with_condition(
+                    json!({ "Sid": sid(action), "Effect": "Allow", "Action": action, "Resource": self.key }),
+                    self.condition(aws, true),
+                ),
+            });
+            document(statements.collect())
+        };
+        let of_key = |principal: &str, action: &str| {
+            with_condition(
+                json!({
+                    "Sid": sid(action), "Effect": "Allow", "Principal": { "AWS": principal }, "Action": action,
+                    "Resource": "*"
+                }),
+                self.condition(aws, false),
+            )
+        };
+        let root = format!("arn:{}:iam::{}:root", self.partition, self.account);
+        let mut key = vec![json!({
+            "Sid": "AdministerKey", "Effect": "Allow", "Principal": { "AWS": root }, "Action": ADMINISTRATION,
+            "Resource": "*"
+        })];
+        let is_kms = |action: &&&str| action.starts_with("kms:");
+        key.extend(instance.iter().filter(is_kms).map(|action| of_key(&self.role, action)));
+        key.extend(provisioner.iter().filter(is_kms).map(|action| of_key(&self.provisioner, action)));
+        let bucket = object.as_ref().zip(object_arn.as_ref()).map(|((bucket, _), object)| {
+            let allow = |principal: &str, action: &str| {
+                json!({
+                    "Sid": sid(action), "Effect": "Allow", "Principal": { "AWS": principal }, "Action": action,
+                    "Resource": object
+                })
+            };
+            document(vec![
+                json!({
+                    "Sid": "DenyWithoutTls", "Effect": "Deny", "Principal": "*", "Action": "s3:*",
+                    "Resource": [bucket, format!("{bucket}/*")],
+                    "Condition": { "Bool": { "aws:SecureTransport": "false" } }
+                }),
+                allow(&self.role, GET),
+                allow(&self.provisioner, PUT),
+            ])
+        });
+        Policies {
+            instance: of_role(&instance),
+            provisioner: (!provisioner.is_empty()).then(|| of_role(&provisioner)),
+            key: document(key),
+            bucket,
+            notes: notes(config, aws),
+        }
+    }
+
+    fn literally(&self, text: &str) -> String {
+        (self.literal)(text)
+    }
+
+    /// Returns the condition of a statement about KMS: the encryption context, and the alias if `by_alias` is set.
+    fn condition(&self, aws: &AwsKeyConfig, by_alias: bool) -> Map<String, Value> {
+        let mut equal = Map::new();
+        if let (true, Some(alias)) = (by_alias, &self.alias) {
+            equal.insert("kms:RequestAlias".to_owned(), self.literally(&in_value(alias)).into());
+        }
+        for (name, value) in &aws.encryption_context {
+            equal.insert(format!("kms:EncryptionContext:{name}"), self.literally(&in_value(value)).into());
+        }
+        let mut condition = Map::new();
+        if !equal.is_empty() {
+            condition.insert("StringEquals".to_owned(), equal.into());
+        }
+        if aws.object == SecretLocation::Token {
+            // The UUID of a volume that does not exist yet is not known.
+            let uuid = format!("kms:EncryptionContext:{}", super::token::UUID);
+            condition.insert("Null".to_owned(), json!({ uuid: "false" }));
+        }
+        condition
+    }
+}
+
+fn document(statements: Vec<Value>) -> Value {
+    json!({ "Version": "2012-10-17", "Statement": statements })
+}
+
+fn with_condition(mut statement: Value, condition: Map<String, Value>) -> Value {
+    if !condition.is_empty() {
+        statement["Condition"] = condition.into();
+    }
+    statement
+}
+
+/// Returns the name of the statement that allows an action.
+fn sid(action: &str) -> &'static str {
+    match action {
+        GET => "ReadCiphertext",
+        PUT => "StoreCiphertext",
+        DECRYPT => "UnlockVolume",
+        ENCRYPT => "EncryptSecret",
+        _ => "MakeVolumeKey",
+    }
+}
+
+/// Returns the advice about how the policies name the key. Terraform and CloudFormation look the key up themselves.
+fn note_on_key(key: &KmsKey) -> Option<String> {
+    match &key.name {
+        KeyName::Alias(alias) => Some(format!(
+            "An alias is no key: a statement whose resource is {alias} would allow actions on the alias itself, and \
+             nothing with the key. So the resource is every key of the account and region, and kms:RequestAlias limits \
+             the statement to requests that name {alias}, as those of nbdcrypt do. Anyone who may move the alias \
+             (kms:UpdateAlias) chooses the key. To name one key and no other, write its ARN as `kms-key`. \
+             (kms:ResourceAliases would be for requests that name the key by its id.)"
+        )),
+        KeyName::Key(_) => None,
+        KeyName::Any => Some(
+            "The configuration has no `kms-key`, so any key would do that the role may decrypt with. Write the key's ARN \
+             as `kms-key` under [key], and in these policies in place of KEY-ID."
+                .to_owned(),
+        ),
+    }
+}
+
+/// Returns the advice about the policies.
+fn notes(config: &Config, aws: &AwsKeyConfig) -> Vec<String> {
+    let mut notes = vec![
+        "A KMS key has only one policy. The printed policy replaces all of it. If anyone else uses the key, first add their \
+         statements, which `aws kms get-key-policy --key-id KEY` shows. Otherwise they lose their access."
+            .to_owned(),
+    ];
+    if matches!(aws.object, SecretLocation::Object(_)) {
+        notes.push(
+            "A bucket has only one policy. The printed policy replaces all of it. If anyone else uses the bucket, first add \
+             the statements that `aws s3api get-bucket-policy --bucket BUCKET` shows. Otherwise these statements, also those \
+             that forbid something, are lost."
+                .to_owned(),
+        );
+    }
+    match (&aws.object, &config.volume.device) {
+        (SecretLocation::Token, Device::InstanceStore) => notes.push(
+            "An instance store is blank after each stop, so `up` makes the volume and its secret again, and the role \
+             always needs kms:Encrypt."
+                .to_owned(),
+        ),
+        (SecretLocation::Token, Device::Path(_)) => notes.push(
+            "Only `up` on a blank disk and `key rewrap` need kms:Encrypt (EncryptSecret). On a disk that keeps its data, \
+             remove it from the role and from the key's policy after the first `up`. An instance store is blank after \
+             each stop, so there it must stay."
+                .to_owned(),
+        ),
+        (SecretLocation::Object(_), _) => {
+            if aws.encryption_context.is_empty() {
+                notes.push(
+                    "Without `encryption-context` under [key], these policies cannot tell this secret from the other \
+                     secrets that the same KMS key encrypts. Before `nbdcrypt provision`, write one such as \
+                     `encryption-context = { volume = \"scratch\" }`."
+                        .to_owned(),
+                );
+            }
+            notes.push(
+                "`provision` reads the secret back if it may (kms:Decrypt, s3:GetObject). `provision --replace` needs \
+                 kms:Decrypt, and `key rewrap` needs the four actions that read and write. Whoever runs them needs these \
+                 in a policy of their own and in the key's policy."
+                    .to_owned(),
+            );
+            notes.push(
+                "If the bucket encrypts its objects with a KMS key (SSE-KMS), S3 uses that key for the caller: reading \
+                 then needs kms:Decrypt with it, and writing kms:GenerateDataKey. S3's own encryption (SSE-S3) needs \
+                 nothing."
+                    .to_owned(),
+            );
+        }
+    }
+    notes.push(
+        "The key's policy lets the account's administrators manage the key, but not use it: only the roles that it names \
+         encrypt and decrypt, whatever their IAM policies allow. (An administrator may change this policy. CloudTrail \
+         then shows PutKeyPolicy.) KMS refuses it if a role that it names does not \
+         exist yet."
+            .to_owned(),
+    );
+    notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    pub(super) fn config(volume: &str, key: &str) -> Config {
+        let text = format!("[volume]\ndevices = [\"/dev/vdb\"]\n{volume}\n[key]\nsource = \"aws\"\n{key}\n");
+        Config::parse(&text, Path::new("/etc/nbdcrypt/scratch.toml")).unwrap()
+    }
+
+    const ALIAS: &str = "object = \"s3://my-bucket/a*key\"\nkms-key = \"alias/x\"\nregion = \"eu-central-1\"\n\
+                         encryption-context = { volume = \"scratch\" }";
+    const TOKEN: &str = "object = \"token\"\nkms-key = \"arn:aws:kms:eu-central-1:123456789012:key/1\"";
+
+    #[test]
+    fn an_alias_becomes_a_condition_and_not_a_resource() {
+        let who = Who { account: Some("123456789012".to_owned()), ..Who::default() };
+        let policies = policies(&config("", ALIAS), &who).unwrap();
+        assert_eq!(
+            policies.instance["Statement"],
+            json!([
+                { "Sid": "ReadCiphertext", "Effect": "Allow", "Action": "s3:GetObject",
+                  "Resource": "arn:aws:s3:::my-bucket/a${*}key" },
+                { "Sid": "UnlockVolume", "Effect": "Allow", "Action": "kms:Decrypt",
+                  "Resource": "arn:aws:kms:eu-central-1:123456789012:key/*",
+                  "Condition": { "StringEquals": { "kms:RequestAlias": "alias/x",
+                                                   "kms:EncryptionContext:volume": "scratch" } } },
+            ])
+        );
+        // The key's policy is about one key only.
+        assert_eq!(
+            policies.key["Statement"][1],
+            json!({ "Sid": "UnlockVolume", "Effect": "Allow",
+                    "Principal": { "AWS": "arn:aws:iam::123456789012:role/ROLE" }, "Action": "kms:Decrypt",
+                    "Resource": "*",
+                    "Condition": { "StringEquals": { "kms:EncryptionContext:volume": "scratch" } } })
+        );
+        assert!(policies.notes[0].contains("kms:RequestAlias"), "{:?}", policies.notes);
+        for replaced in ["A KMS key has only one policy", "A bucket has only one policy"] {
+            assert!(policies.notes.iter().any(|note| note.starts_with(replaced)), "{:?}", policies.notes);
+        }
+    }
+
+    #[test]
+    fn a_token_needs_no_bucket_and_the_volume_in_the_context() {
+        let policies = policies(&config("", TOKEN), &Who::default()).unwrap();
+        assert!(policies.bucket.is_none() && policies.provisioner.is_none());
+        assert!(!policies.notes.iter().any(|note| note.contains("bucket")), "{:?}", policies.notes);
+        let statements = policies.instance["Statement"].as_array().unwrap();
+        let actions: Vec<_> = statements.iter().map(|statement| &statement["Action"]).collect();
+        assert_eq!(actions, ["kms:Decrypt", "kms:Encrypt"]);
+        for statement in statements {
+            assert_eq!(statement["Resource"], "arn:aws:kms:eu-central-1:123456789012:key/1");
+            assert_eq!(statement["Condition"], json!({ "Null": { "kms:EncryptionContext:luks-uuid": "false" } }));
+        }
+    }
+
+    #[test]
+    fn kms_makes_the_key_of_a_plain_volume_only_if_it_is_not_hashed() {
+        let calls = |volume: &str, job| calls(&config(volume, ALIAS), job);
+        assert_eq!(calls("type = \"plain\"", Job::Provision), [NEW_KEY, PUT]);
+        assert_eq!(calls("type = \"plain\"\nhash = \"sha256\"", Job::Provision), [ENCRYPT, PUT]);
+        assert!(calls("type = \"plain\"\nhash = \"sha256\"", Job::Rewrap).is_empty());
+    }
+
+    /// Only the named roles may use the key. Its administrators may not.
+    #[test]
+    fn administrators_of_the_key_cannot_decrypt() {
+        for key in [ALIAS, TOKEN] {
+            let policy = policies(&config("", key), &Who::default()).unwrap().key;
+            let root = &policy["Statement"][0];
+            assert!(root["Principal"]["AWS"].as_str().unwrap().ends_with(":root"));
+            for action in root["Action"].as_array().unwrap() {
+                let prefix = action.as_str().unwrap().trim_end_matches('*');
+                assert!(
+                    ![DECRYPT, ENCRYPT, NEW_KEY, "kms:ReEncryptFrom", "kms:CreateGrant"]
+                        .iter()
+                        .any(|use_| use_.starts_with(prefix))
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_key_file_needs_no_policy() {
+        let text = "[volume]\ndevices = [\"/x\"]\n[key]\nsource = \"file\"\npath = \"/etc/x.key\"\n";
+        let config = Config::parse(text, Path::new("/etc/x.toml")).unwrap();
+        let error = policies(&config, &Who::default()).unwrap_err().to_string();
+        assert!(error.contains("/etc/x.key") && error.contains("no policy"), "{error}");
+        assert!(Job::ALL.iter().all(|job| calls(&config, *job).is_empty()));
+    }
+}

@@ -1,0 +1,89 @@
+//! Checks that the configured secret can be obtained, without decrypting it.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use super::{Check, State};
+use crate::config::{AwsKeyConfig, Config, KeyConfig, KeyFile};
+use crate::keys::{self, About, AwsKey, Finding, KmsToken, Outlook, SecretRequest};
+use crate::machine::disk;
+use crate::machine::instance_store::SYSFS;
+use crate::machine::{process, trust};
+use crate::text;
+
+pub(super) fn checks(config: &Config) -> Vec<Check> {
+    match &config.key {
+        KeyConfig::File(KeyFile::Stdin) => vec![Check::warn(
+            "key",
+            "the secret comes from standard input, so somebody must be there at every `up`",
+            "for a boot that nobody attends, use source = \"aws\", or a file",
+        )],
+        KeyConfig::File(KeyFile::Path(path)) => vec![file(path)],
+        KeyConfig::Aws(aws) => of_aws(config, aws),
+    }
+}
+
+/// Checks that the key file can be opened and is not empty. Reads nothing of it.
+fn file(path: &Path) -> Check {
+    let at = text::path(path);
+    let cure = "make it, for example: (umask 077; head -c 32 /dev/urandom > FILE)";
+    if let Err(why) = trust::file_for_root(path) {
+        return Check::fail("key", format!("the key file cannot be used: {why}"), cure);
+    }
+    match File::open(path).and_then(|file| file.metadata()) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && !process::is_root() => {
+            Check::new("key", State::Unknown, format!("only root can read {at}"))
+        }
+        Err(error) => Check::fail("key", format!("{at} cannot be read: {error}"), cure),
+        Ok(metadata) if metadata.is_file() && metadata.len() == 0 => Check::fail("key", format!("{at} is empty"), cure),
+        Ok(_) => Check::ok("key", format!("{at} can be read")),
+    }
+}
+
+fn of_aws(config: &Config, aws: &AwsKeyConfig) -> Vec<Check> {
+    let found = match AwsKey::new(aws.clone()).probe(token(config)) {
+        Ok(findings) => findings,
+        Err(error) => return vec![Check::fail("AWS", error.to_string(), "see docs/aws.md")],
+    };
+    found.into_iter().map(check).collect()
+}
+
+/// Returns the token of the volume, if the secret is in the header and the volume exists.
+fn token(config: &Config) -> Option<KmsToken> {
+    let device = config.volume.device.resolve(Path::new(SYSFS)).ok()?;
+    let header = disk::open_to_look(config.volume.header.as_ref().unwrap_or(&device)).ok()?;
+    match keys::request_for(&config.key, &header).ok()? {
+        SecretRequest::Unwrap { token, .. } => Some(token),
+        SecretRequest::Configured | SecretRequest::New { .. } => None,
+    }
+}
+
+fn check(finding: Finding) -> Check {
+    let Finding { about, outlook, found } = finding;
+    let (name, cure) = match about {
+        About::Credentials => (
+            "credentials",
+            "give the instance a role (an instance profile). In a container, the metadata service must answer one hop away: \
+             aws ec2 modify-instance-metadata-options --http-put-response-hop-limit 2 --instance-id ID",
+        ),
+        About::S3 => (
+            "S3",
+            "give the role s3:GetObject on the object (`nbdcrypt policy CONFIG` prints the policy), and check `object` and the \
+             endpoint under [key]",
+        ),
+        About::Kms => (
+            "KMS",
+            "give the role kms:Decrypt with the key, and kms:Encrypt for a secret in the header of a new volume (`nbdcrypt \
+             policy CONFIG` prints the policy), and check `kms-key` and `encryption-context` under [key]",
+        ),
+        About::Clock => {
+            ("clock of AWS", "set the clock, and have it set at boot: timedatectl set-ntp true, or chronyd")
+        }
+    };
+    match outlook {
+        Outlook::Well => Check::ok(name, found),
+        Outlook::Ill => Check::fail(name, found, cure),
+        Outlook::Unknown => Check::new(name, State::Unknown, found),
+    }
+}

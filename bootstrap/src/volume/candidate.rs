@@ -1,0 +1,281 @@
+//! Finds out whether an unattended `up` would take a disk of this machine, and why.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use engine::signature::Content;
+
+use super::content::{Look, is_luks};
+use crate::machine::block_devices::{self, BlockDevice, Origin};
+use crate::machine::bounded::Pending;
+use crate::machine::disk::{self, DiskError};
+use crate::machine::holders::Holder;
+use crate::machine::root::Root;
+use crate::text;
+
+/// The longest time to examine all disks. A survey of one disk takes about a second, and all disks are examined at the
+/// same time.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A disk of this machine, and whether `up` would take it.
+#[derive(Debug)]
+pub struct Candidate {
+    /// The disk.
+    pub disk: BlockDevice,
+    /// Who uses it.
+    pub users: Vec<Holder>,
+    /// What it holds.
+    pub seen: Result<Seen, Unseen>,
+    /// Whether `up` would take it.
+    pub take: Take,
+    /// The reason, as a sentence without a full stop.
+    pub why: String,
+}
+
+/// What an examination of a disk found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// What the disk holds.
+    pub content: Content,
+    /// Whether the kernel or a program has the disk open exclusively.
+    pub is_claimed: bool,
+}
+
+/// Why a disk could not be examined.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unseen {
+    /// This process lacks the permission.
+    #[error("only root can see what it holds")]
+    NeedsRoot,
+    /// `/dev` has no node for the disk.
+    #[error("it has no node in /dev, as in a container that was not given the disk")]
+    NoNode,
+    /// The disk did not answer in time.
+    #[error("it gave no answer within {} s", LIMIT.as_secs())]
+    NoAnswer,
+    /// Another error. The text says which.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Whether an unattended `up` would take a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Take {
+    /// Yes, with `devices = ["instance-store"]` or if the disk is named.
+    Yes,
+    /// Only if the configuration names this disk.
+    IfNamed,
+    /// No.
+    No,
+    /// Unknown, because the disk could not be examined.
+    Unknown,
+}
+
+/// Examines all disks of a machine at the same time, for at most 20 seconds. `users_of` returns the users of a disk.
+pub fn all(root: &Root, users_of: &dyn Fn(&Path) -> Vec<Holder>) -> Vec<Candidate> {
+    let disks = block_devices::list(root).into_iter().map(|disk| {
+        let users = users_of(&disk.path);
+        let (node, is_used) = (root.path(&disk.path), users.iter().any(Holder::is_lasting));
+        (disk, users, Pending::start(move || look(&node, is_used)))
+    });
+    let disks: Vec<_> = disks.collect();
+    let deadline = Instant::now() + LIMIT;
+    let seen = |pending: std::io::Result<Pending<_>>| match pending {
+        Ok(pending) => pending.wait(deadline).unwrap_or(Err(Unseen::NoAnswer)),
+        Err(error) => Err(Unseen::Failed(error.to_string())),
+    };
+    let instance_stores = disks.iter().filter(|(disk, ..)| disk.origin == Origin::InstanceStore).count();
+    let judged = disks.into_iter().map(|(disk, users, pending)| {
+        let seen = seen(pending);
+        let (take, why) = judge(&disk, &users, &seen, instance_stores);
+        Candidate { disk, users, seen, take, why }
+    });
+    judged.collect()
+}
+
+/// Examines a disk as `up` does. If the disk is in use, examines only its two ends.
+fn look(node: &Path, is_used: bool) -> Result<Seen, Unseen> {
+    let failed = |error: DiskError| match error {
+        DiskError::Missing(_) => Unseen::NoNode,
+        DiskError::Denied { .. } if !rustix::process::geteuid().is_root() => Unseen::NeedsRoot,
+        error => Unseen::Failed(error.to_string()),
+    };
+    let store = disk::open_to_look(node).map_err(failed)?;
+    let how = if is_used { Look::Ends } else { Look::All(&[]) };
+    let content = how.at(&store).map_err(|error| Unseen::Failed(format!("{error:#}")))?;
+    Ok(Seen { content, is_claimed: disk::is_claimed(node) })
+}
+
+/// Returns whether `up` would take the disk, and why. `instance_stores` is the number of the machine's instance-store
+/// disks.
+fn judge(disk: &BlockDevice, users: &[Holder], seen: &Result<Seen, Unseen>, instance_stores: usize) -> (Take, String) {
+    if let Some(user) = users.iter().find(|user| user.is_lasting()) {
+        return (Take::No, format!("it is in use: {user}"));
+    }
+    let Seen { content, is_claimed } = match seen {
+        Ok(seen) => seen,
+        Err(unseen @ Unseen::NoNode) => return (Take::No, unseen.to_string()),
+        Err(unseen) => return (Take::Unknown, unseen.to_string()),
+    };
+    if *is_claimed {
+        let by =
+            users.first().map_or_else(|| "the kernel or a program has it for itself".to_owned(), ToString::to_string);
+        return (Take::No, format!("it is in use: {by}"));
+    }
+    let does = match content {
+        content if is_luks(content) => "`up` opens its volume",
+        Content::Blank | Content::Unfinished if disk.read_only => {
+            return (Take::No, "it is blank, and read-only, so no volume can be made on it".to_owned());
+        }
+        Content::Blank => "it is blank, so `up` makes a volume on it",
+        Content::Unfinished => "`up` makes the volume on it anew, which an earlier run began",
+        content => return (Take::No, format!("it holds {content}, and `up` destroys nothing")),
+    };
+    match (disk.origin, instance_stores) {
+        (Origin::InstanceStore, 1) => (Take::Yes, does.to_owned()),
+        _ => (Take::IfNamed, format!("{does}, if the configuration names it: {}", naming(disk))),
+    }
+}
+
+/// Returns how a configuration should name the disk.
+fn naming(disk: &BlockDevice) -> String {
+    match disk.lasting_name() {
+        Some(name) => format!("devices = [\"{}\"]", text::path(name)),
+        None => format!("devices = [\"{}\"], which may be another disk after a reboot", text::path(&disk.path)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+    use std::os::unix::fs::symlink;
+
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::machine::instance_store::MODEL;
+
+    const SIZE: u64 = 32 << 20;
+
+    /// A fake machine: a folder with its files.
+    struct Machine(TempDir);
+
+    impl Machine {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn file(&self, path: &str, text: &str) {
+            let path = self.0.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+
+        /// Adds a disk whose first bytes are `content`.
+        fn disk(&self, name: &str, model: &str, serial: &str, content: &[u8]) {
+            self.file(&format!("sys/block/{name}/size"), &format!("{}\n", SIZE / 512));
+            self.file(&format!("sys/block/{name}/device/model"), &format!("{model:<40}\n"));
+            self.file(&format!("sys/block/{name}/device/serial"), &format!("{serial:<20}\n"));
+            let by_id = self.0.path().join("dev/disk/by-id");
+            fs::create_dir_all(&by_id).unwrap();
+            symlink(format!("../../{name}"), by_id.join(format!("nvme-{}_{serial}", model.replace(' ', "_")))).unwrap();
+            let mut node = fs::File::create(self.0.path().join("dev").join(name)).unwrap();
+            node.write_all(content).unwrap();
+            node.set_len(SIZE).unwrap();
+        }
+
+        fn all(&self, users_of: &dyn Fn(&Path) -> Vec<Holder>) -> Vec<Candidate> {
+            all(&Root::at(self.0.path()), users_of)
+        }
+    }
+
+    fn nobody(_: &Path) -> Vec<Holder> {
+        Vec::new()
+    }
+
+    fn ext4() -> Vec<u8> {
+        let mut bytes = vec![0; 4096];
+        bytes[1024 + 0x38..][..2].copy_from_slice(&[0x53, 0xef]);
+        bytes
+    }
+
+    #[test]
+    fn an_instance_is_played_with_all_its_disks() {
+        let machine = Machine::new();
+        machine.disk("nvme0n1", "Amazon Elastic Block Store", "vol0aaa", &ext4());
+        machine.disk("nvme1n1", MODEL, "AWS1BBB", &[]);
+        machine.disk("nvme10n1", "Amazon Elastic Block Store", "vol0ccc", &[]);
+        machine.disk("nvme2n1", "Amazon Elastic Block Store", "vol0ddd", &ext4());
+        machine.file("sys/block/loop0/size", "8");
+        machine.file("sys/block/ram0/size", "8");
+        machine.file("sys/block/sr0/size", "8");
+        machine.file("sys/block/sr0/device/model", "DVD");
+        machine.file("sys/block/sda/size", "0");
+        machine.file("sys/block/sda/device/model", "Card Reader");
+        machine.file("sys/block/nvme3c0n1/size", "8");
+        machine.file("sys/block/nvme3c0n1/hidden", "1");
+        machine.file("sys/block/nvme3c0n1/device/model", MODEL);
+        let mount = Holder::Mount { at: "/".into(), seen_by: None };
+        let users_of = |path: &Path| if path.ends_with("nvme0n1") { vec![mount.clone()] } else { Vec::new() };
+        let found = machine.all(&users_of);
+        let rows: Vec<_> = found
+            .iter()
+            .map(|found| (found.disk.path.to_str().unwrap(), found.disk.origin, found.take, found.why.as_str()))
+            .collect();
+        let blank = "it is blank, so `up` makes a volume on it";
+        let by_id = "/dev/disk/by-id/nvme-Amazon_Elastic_Block_Store_vol0ccc";
+        let if_named = format!("{blank}, if the configuration names it: devices = [\"{by_id}\"]");
+        assert_eq!(
+            rows,
+            [
+                ("/dev/nvme0n1", Origin::Ebs, Take::No, "it is in use: it is mounted at /"),
+                ("/dev/nvme1n1", Origin::InstanceStore, Take::Yes, blank),
+                ("/dev/nvme2n1", Origin::Ebs, Take::No, "it holds ext2 filesystem, and `up` destroys nothing"),
+                ("/dev/nvme10n1", Origin::Ebs, Take::IfNamed, if_named.as_str()),
+            ]
+        );
+        let disk = &found[1].disk;
+        assert_eq!((disk.model.as_deref(), disk.serial.as_deref(), disk.size), (Some(MODEL), Some("AWS1BBB"), SIZE));
+        assert_eq!(disk.by_id, [Path::new("/dev/disk/by-id/nvme-Amazon_EC2_NVMe_Instance_Storage_AWS1BBB")]);
+    }
+
+    #[test]
+    fn one_of_several_instance_store_disks_must_be_named() {
+        let machine = Machine::new();
+        machine.disk("nvme1n1", MODEL, "AWS1", &[]);
+        machine.disk("nvme2n1", MODEL, "AWS2", &[]);
+        for (found, serial) in machine.all(&nobody).iter().zip(["AWS1", "AWS2"]) {
+            assert!(found.take == Take::IfNamed && found.why.contains(serial), "{}", found.why);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_seen_is_not_judged() {
+        let machine = Machine::new();
+        machine.disk("nvme1n1", MODEL, "AWS1", &[]);
+        fs::remove_file(machine.0.path().join("dev/nvme1n1")).unwrap();
+        let found = &machine.all(&nobody)[0];
+        assert_eq!((found.take, &found.seen), (Take::No, &Err(Unseen::NoNode)));
+        let disk = &found.disk;
+        let judged = |seen| judge(disk, &[], &seen, 1);
+        assert_eq!(judged(Err(Unseen::NeedsRoot)), (Take::Unknown, "only root can see what it holds".to_owned()));
+        assert_eq!(judged(Err(Unseen::NoAnswer)).0, Take::Unknown);
+        let seen = |content, is_claimed| Ok(Seen { content, is_claimed });
+        let (take, why) = judged(seen(Content::Blank, true));
+        assert!(take == Take::No && why.contains("has it for itself"), "{why}");
+        assert_eq!(judged(seen(Content::Unfinished, false)).0, Take::Yes);
+        let read_only = BlockDevice { read_only: true, ..disk.clone() };
+        assert_eq!(judge(&read_only, &[], &seen(Content::Blank, false), 1).0, Take::No);
+    }
+
+    #[test]
+    fn a_volume_is_opened_where_it_is_named() {
+        let machine = Machine::new();
+        machine.disk("sdb", "Disk", "S 1", b"LUKS\xba\xbe\x00\x01");
+        let found = &machine.all(&nobody)[0];
+        assert_eq!(found.take, Take::IfNamed);
+        assert!(found.why.starts_with("`up` opens its volume, if the configuration names it"), "{}", found.why);
+    }
+}

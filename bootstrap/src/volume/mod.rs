@@ -1,0 +1,9 @@
+//! Volumes before they are open: options of new volumes, plain volumes, and what a disk or an open volume contains.
+
+pub mod candidate;
+pub mod content;
+pub mod new_volume;
+pub mod plain;
+mod volume_type;
+
+pub use volume_type::VolumeType;

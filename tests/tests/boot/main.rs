@@ -1,0 +1,9 @@
+//! `nbdcrypt up` and `down` on this machine's own kernel: FUSE, a loop device, mkfs and mount.
+
+mod crash;
+mod disks;
+mod machine;
+mod plan;
+mod stop;
+mod trust;
+mod up_down;
