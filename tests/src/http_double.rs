@@ -19,6 +19,26 @@ pub struct Request {
     pub headers: Vec<String>,
 }
 
+/// A port of the loopback interface that refuses connections for as long as this value lives. The port stays taken, so that
+/// no other test's server can get it meanwhile.
+pub struct RefusingPort {
+    socket: tokio::net::TcpSocket,
+}
+
+impl RefusingPort {
+    /// Takes a free port. Nothing listens on it.
+    pub fn take() -> Self {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+        Self { socket }
+    }
+
+    /// Returns `http://127.0.0.1:PORT`.
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.socket.local_addr().unwrap())
+    }
+}
+
 /// A server that calls a function to answer each request. It runs until the process ends, and records the requests.
 pub struct HttpDouble {
     address: String,

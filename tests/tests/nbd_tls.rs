@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use harness::nbd::{RawClient, connect, option_bytes, query};
@@ -374,7 +375,7 @@ fn a_silent_tls_handshake_is_disconnected() {
     let begun = Instant::now();
     begin_tls(&mut client.stream);
     assert!(client.is_closed());
-    assert!((Duration::from_millis(800)..Duration::from_secs(10)).contains(&begun.elapsed()));
+    assert!((Duration::from_millis(800)..Duration::from_secs(60)).contains(&begun.elapsed()));
 }
 
 #[test]
@@ -387,13 +388,13 @@ fn a_silent_tls_handshake_does_not_delay_the_shutdown() {
     let begun = Instant::now();
     kill_process(Pid::from_child(&server.child), Signal::TERM).unwrap();
     assert!(server.child.wait().unwrap().success());
-    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(120), "{:?}", begun.elapsed());
 }
 
 #[test]
 fn only_idle_clients_are_disconnected() {
     let folder = Folder::new();
-    let _server = folder.serve(&format!("{UNIX} --idle-timeout 1s"));
+    let _server = folder.serve(&format!("{UNIX} --idle-timeout 3s"));
     let enter = || {
         let mut client = folder.client();
         client.enter("");
@@ -403,18 +404,24 @@ fn only_idle_clients_are_disconnected() {
     // This client stops within a payload.
     halting.send(&harness::nbd::request_bytes(0, NBD_CMD_WRITE, 1, 0, 4096));
     halting.send(&[1; 100]);
-    let begun = Instant::now();
-    while begun.elapsed() < Duration::from_secs(3) {
-        busy.read(0, 512).unwrap();
-        std::thread::sleep(Duration::from_millis(300));
-    }
-    busy.stream.set_nonblocking(true).unwrap();
-    assert!(busy.stream.read(&mut [0]).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock));
-    for client in [&mut idle, &mut halting] {
-        // The server has disconnected this client by now.
-        client.stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-        assert!(client.is_closed());
-    }
+    let are_gone = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // This client reads for as long as the others are connected.
+        scope.spawn(|| {
+            let begun = Instant::now();
+            while !are_gone.load(Ordering::Relaxed) && begun.elapsed() < Duration::from_secs(120) {
+                busy.read(0, 512).unwrap();
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            busy.read(0, 512).unwrap();
+        });
+        let are_closed = [&mut idle, &mut halting].map(|client| {
+            client.stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            client.is_closed()
+        });
+        are_gone.store(true, Ordering::Relaxed);
+        assert_eq!(are_closed, [true, true]);
+    });
 }
 
 #[test]
