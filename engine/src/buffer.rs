@@ -14,9 +14,9 @@ pub const DIRECT_ALIGNMENT: usize = 4096;
 #[repr(C, align(4096))]
 struct Page([u8; DIRECT_ALIGNMENT]);
 
-/// Buffers of at least this many bytes are mapped by the kernel. Such memory is not resident until something is written to it,
-/// so a payload that a client announces but never sends costs nothing. When the buffer is dropped, the memory goes back to the
-/// kernel.
+/// A buffer of at least this many bytes is a memory mapping of its own (mmap(2)). Its pages take no memory until something
+/// is written to them, so a payload that a client announces but never sends costs nothing. When the buffer is dropped, its
+/// memory goes back to the kernel.
 const LARGE: usize = 64 << 10;
 
 /// A zero-filled byte buffer that starts on a 4096-byte boundary.
@@ -30,14 +30,14 @@ enum Memory {
     Mapped(MmapMut),
 }
 
-/// Bytes of address space that are kept free of buffers and mappings. The rest of the program allocates without a
-/// check, and aborts if no address space is left (`RLIMIT_AS`, `ulimit -v`).
+/// The number of bytes of address space that [`has_room`] keeps free for the rest of the program. The rest allocates
+/// without a check, and aborts if no address space is left (`RLIMIT_AS`, `ulimit -v`).
 const RESERVE: usize = 16 << 20;
 
 /// Checks that this process may take `len` bytes more and still has a reserve for the rest of the program.
 ///
 /// # Errors
-/// `OutOfMemory` if it may not. The text names the limits.
+/// `OutOfMemory` if the limits of the process do not allow this. The error's text names these limits.
 pub fn has_room(len: usize) -> io::Result<()> {
     match len.checked_add(RESERVE).map(MmapMut::map_anon) {
         Some(Ok(_)) => Ok(()),
@@ -45,17 +45,18 @@ pub fn has_room(len: usize) -> io::Result<()> {
     }
 }
 
-/// Returns whether the process's address space may be limited. The answer is looked up once. Without a limit, buffers
-/// are allocated without [`has_room`], which maps and unmaps memory: this would cost more than the buffer itself.
+/// Returns whether the process's address space may be limited. The limits are read once and the answer is kept. If it is
+/// `false`, buffers are allocated without a call of [`has_room`], because its mmap(2) and munmap(2) would cost more than
+/// the buffer itself.
 ///
-/// Without such a limit, an allocation fails only if the kernel has no memory at all or the process has `vm.max_map_count`
-/// mappings. mmap(2) itself reports both.
+/// Without such a limit, an allocation fails only if the kernel has no memory at all, or if the process has
+/// `vm.max_map_count` mappings. mmap(2) itself reports both.
 fn space_is_limited() -> bool {
     static LIMITED: OnceLock<bool> = OnceLock::new();
     *LIMITED.get_or_init(|| {
         let is_finite = |resource| getrlimit(resource).current.is_some();
-        // With the value 2, the kernel limits the address space of all processes together. If the file cannot be read,
-        // the value may be 2.
+        // If this file holds 2, the kernel limits the address space of all processes together. If the file cannot be read,
+        // it may hold 2.
         let overcommit = std::fs::read_to_string("/proc/sys/vm/overcommit_memory");
         let is_counted = overcommit.map_or(true, |told| told.trim() == "2");
         is_finite(Resource::As) || is_finite(Resource::Data) || is_counted

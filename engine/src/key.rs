@@ -7,8 +7,8 @@ use zeroize::Zeroizing;
 
 /// The key that encrypts a volume's sectors: the two AES keys of XTS, data key first, tweak key second.
 ///
-/// A key of 64 bytes is for AES-256-XTS, and a key of 32 bytes for AES-128-XTS. (LUKS1 calls it "master key", LUKS2
-/// "volume key".)
+/// A key of 64 bytes is for AES-256-XTS, and a key of 32 bytes for AES-128-XTS. The LUKS1 specification calls the key
+/// "master key", and the LUKS2 specification calls it "volume key".
 pub struct VolumeKey(Zeroizing<Box<[u8]>>);
 
 /// Why bytes are not an XTS key.

@@ -1,13 +1,14 @@
 //! Turns SIGXFSZ into an error of the write that caused it.
 //!
-//! A write beyond the limit on file sizes (`RLIMIT_FSIZE`, `ulimit -f`) fails with `EFBIG`. Before it fails, the kernel also
-//! sends SIGXFSZ, which by default ends the process and with it every other export. With a handler that does nothing, only the
-//! write fails. A handler is better than ignoring the signal, because the programs that this process starts do not inherit it.
+//! A write beyond the limit on file sizes (`RLIMIT_FSIZE`, `ulimit -f`) fails with `EFBIG`. Before it fails, the kernel
+//! also sends SIGXFSZ, which by default ends the process and with it every other export. With a handler that does nothing,
+//! only the write fails. A handler is better than ignoring the signal: the programs that this process starts would inherit
+//! an ignored signal, but they do not inherit a handler.
 
 use std::io;
 
-/// Makes writes beyond the limit on file sizes fail without ending the process. A handler that the program already has
-/// stays.
+/// Makes writes beyond the limit on file sizes fail without ending the process. If the program already has a handler for
+/// SIGXFSZ or ignores this signal, nothing is changed.
 ///
 /// A program that serves a file calls this once, when it starts.
 ///

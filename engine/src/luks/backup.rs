@@ -12,12 +12,12 @@
 //!   key material where the disk has no key material and no header ─ flush ─ header ─ flush ─ other key material
 //! ```
 //!
-//! If it is interrupted before the header is written, every key of the disk still opens. If it is interrupted afterwards, a key
-//! of the backup opens if its key material is already on the disk. The key material is already there if the disk had the same key
-//! material before, or no key material in this place. There are two cases in which, for some time, neither the old nor the new
-//! keys open:
+//! If it is interrupted before the header is written, every key of the disk still opens. If it is interrupted afterwards, a
+//! key of the backup opens if its key material is already on the disk. It is there if the place of this key material on the
+//! disk held the same key material before, or held no key material and no header. There are two cases in which, for some
+//! time, neither the old nor the new keys open:
 //!
-//! - A key of the backup lies in the place of another key on the disk.
+//! - The key material of a key of the backup belongs where the disk holds the key material of another key.
 //! - The backup's header has another format or size than the disk's, which only `force` allows. This lasts while one header is
 //!   written over the other.
 //!
@@ -222,8 +222,8 @@ impl Backup {
     /// # Errors
     /// [`LuksError::TooSmall`] if the disk is too small for the backup, or [`LuksError::Store`].
     pub fn replaced(&self, store: &dyn BlockStore) -> Result<Vec<u8>, LuksError> {
-        // The disk's own header may be longer. Then a backup of the whole header is returned, which also undoes the
-        // restore.
+        // The header on the disk may be longer than the header in the backup. Then all of it is returned, and restoring
+        // these bytes undoes the restore, too.
         let own = dump(store).map_or(0, |header| Facts::of(&header).len.min(MAX_LEN));
         let len = self.facts.len.max(own.min(store.len()));
         if len > store.len() {

@@ -113,7 +113,8 @@ pub enum LuksError {
     /// The passphrase opens no keyslot, and all were tried.
     #[error("no keyslot opens with this passphrase")]
     WrongPassphrase,
-    /// The passphrase opens none of the keyslots that were tried. Another keyslot is tried only if it is named.
+    /// The passphrase opens none of the keyslots that were tried. At least one keyslot was not tried, because it is set to
+    /// be ignored unless the caller names it.
     #[error(
         "no keyslot that was tried opens with this passphrase; keyslot {ignored} is set to be ignored unless it is named"
     )]
@@ -399,7 +400,7 @@ impl LuksError {
         Self::Corrupt { field: printable(&field.into()), found: printable(&found.into()) }
     }
 
-    /// Turns an error into the error that a repair is not possible.
+    /// Turns an error into the error which says that a repair is not possible.
     pub(super) fn beyond_repair(self) -> Self {
         match self {
             Self::Corrupt { field, found } => Self::BeyondRepair { field, found },

@@ -10,9 +10,9 @@
 //! marker for a volume. During this time the caller may use the volume and make its filesystem. So if a volume is found after a
 //! crash, its filesystem is complete.
 //!
-//! If the header is detached, the marker and the magic are on the header's disk. On the data disk, only old signatures
-//! are wiped. After a format was abandoned, the disk that still holds part of the volume carries the marker at its
-//! first byte. With a detached header, this is the data disk.
+//! If the header is detached, the marker and the magic are on the header's disk. On the data disk, only old signatures are
+//! wiped. After a format is abandoned, the marker is at the first byte of the disk that still holds part of the volume.
+//! With a detached header, this is the data disk.
 
 use std::io;
 
@@ -198,7 +198,7 @@ impl PendingFormat {
 
     /// Marks a data disk so that [`is_abandoned`] recognises it. Its first MiB must be zero.
     fn mark_abandoned(&self, data: &dyn BlockStore) -> io::Result<()> {
-        // The header contains random bytes and is about to be erased.
+        // The header contains random bytes, so its digest is a random number. The header itself is about to be erased.
         let random = Sha256::digest(&*self.head.bytes);
         let seed = random.iter().take(8).fold(0, |seed, byte| seed << 8 | u64::from(*byte));
         let rest = HEAD as u64..self.segment.len;

@@ -135,8 +135,9 @@ pub fn calibrate_argon2id(
     Ok(Argon2Cost { time: (work / memory.max(1)).max(MIN_TIME), memory, lanes })
 }
 
-/// Returns the number of iterations that take `target`. `run` says how long a number of iterations takes. The trial is doubled
-/// until it takes long enough to be measured well; the result is scaled from the last trial.
+/// Returns the number of iterations that take `target`. `run` runs a given number of iterations and returns how long they
+/// took. The number is doubled until the time is long enough to be measured well. The result is scaled from this last
+/// trial.
 fn scale_to(target: Duration, run: &mut dyn FnMut(NonZeroU32) -> Duration) -> NonZeroU32 {
     let mut trial = MIN_ITERATIONS;
     loop {

@@ -1,5 +1,5 @@
-//! The first sector, which ends in the same two bytes for FAT, for the DOS partition table, and for a boot loader without
-//! either.
+//! The first sector, which ends in the same two bytes for FAT, for the DOS partition table, and for a boot loader that has
+//! neither.
 
 use std::io;
 

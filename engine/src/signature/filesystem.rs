@@ -1,4 +1,4 @@
-//! Filesystems that their magic number does not identify: it is too short, or several filesystems share it.
+//! Filesystems whose magic number is not enough to identify them: it is too short, or several filesystems share it.
 
 use std::io;
 

@@ -134,7 +134,8 @@ pub(super) fn reads_of_a_disk_without_holes(window: &Range<u64>, how: &Survey<'_
     reads
 }
 
-/// Returns the ranges that a survey reads on every disk of `len` bytes. The ranges that reveal most come first.
+/// Returns the ranges that a survey reads on every disk of `len` bytes. The ranges that most often show what the disk holds
+/// come first.
 fn regions(len: u64, overwritten: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut all = vec![0..HEAD, len.saturating_sub(TAIL)..len];
     let mut budget = OVERWRITTEN;
@@ -281,8 +282,8 @@ fn first_nonzero(disk: &dyn BlockStore, ranges: &[Range<u64>]) -> io::Result<Opt
         }
         Ok(None)
     };
-    // One thread reads the ranges that reveal most, so that the same disk gives the same answer. Several threads share the
-    // rest.
+    // The first ranges most often show what the disk holds. One thread reads them, so that the same disk gives the same
+    // answer. Several threads share the rest.
     let (first, rest) = ranges.split_at(ranges.len().min(WORTH_THREADS));
     if let Some(offset) = read_all(first)? {
         return Ok(Some(offset));

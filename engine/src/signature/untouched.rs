@@ -1,7 +1,7 @@
 //! A mark at the start of a new volume's plaintext. It says that the disk still has the contents that it had before the volume
 //! was made.
 //!
-//! A volume that is made over old data is as good as blank, because nothing can read that data any more. But a survey cannot
+//! A volume that is made over old data counts as blank, because nobody can read that data any more. But a survey cannot
 //! tell old data from ciphertext. Therefore the mark contains a fingerprint of the ranges that a survey reads. While the
 //! fingerprint matches, nothing was written to the volume. This is as certain as a survey of a blank disk. A program that
 //! writes a filesystem or a partition table overwrites the mark.

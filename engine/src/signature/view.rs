@@ -1,4 +1,4 @@
-//! A disk as the probes see it. Its two ends are read at once, and the rest when needed.
+//! A disk as the probes see it. Its two ends are read when the view is made, and the rest when a probe needs it.
 
 use std::io;
 

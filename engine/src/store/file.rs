@@ -71,10 +71,11 @@ pub struct FileStore {
 /// Where a regular file ends. The file can be cut short while it is open. A write beyond its end would then make it
 /// longer again. The hole before that write would read as zeros, which decrypt to noise.
 ///
-/// Nothing prevents this completely, because Linux has no write that keeps a file's size. Therefore the size is checked before
-/// each write. (The io_uring session checks the size once for all requests that arrive together, which costs almost nothing.)
-/// If the file is cut between the check and the write, the next check finds it, unless the write ended exactly at the old end.
-/// A cut that was found is never forgotten: if the file grows again, its old contents are still lost.
+/// Nothing prevents this completely, because Linux has no write that keeps a file's size. Therefore the size is checked
+/// before each write. (The io_uring session checks the size once for all requests that arrive together, which costs almost
+/// nothing.) If the file is cut between the check and the write, the next check notices this, unless the write ended
+/// exactly at the old end. A cut that was found is never forgotten: if the file grows again, its old contents are still
+/// lost.
 struct End {
     /// The smallest size that was seen.
     seen: AtomicU64,

@@ -1,10 +1,10 @@
 //! Remembers that a flush has failed.
 //!
 //! # Why
-//! Linux reports a failed write-back once for each open file (`errseq_t`, fsync(2)). It then marks the pages as clean
-//! and may drop them. The next fsync(2) succeeds although earlier writes are lost. A caller that tries again is
-//! therefore told that its data is durable, although it is not. PostgreSQL found this in 2018 ("fsyncgate"). qemu-nbd
-//! handles it as this module does.
+//! Linux reports a failed write-back once for each open file (`errseq_t`, fsync(2)). It then marks the pages as clean and
+//! may drop them. The next fsync(2) succeeds although earlier writes are lost. A caller that tries again is therefore told
+//! that its data is durable, although the data is lost. PostgreSQL found this in 2018 ("fsyncgate"). qemu-nbd handles it as
+//! this module does.
 //!
 //! So a store keeps the first failure while it is open: every later flush and every write that must be durable fails with
 //! `EIO`, on every connection. Reopening the volume clears the latch, because reads then return what is on the disk.
@@ -21,8 +21,8 @@
 //! - A block device has a volatile cache of its own. If the command that empties this cache fails, the lost data is unknown,
 //!   and no later command reports it.
 //!
-//! A transient failure that lost no data looks the same. The filesystem above stops writing at the first failed flush
-//! anyway.
+//! A transient failure that lost no data looks the same, so it sets the latch, too. This hardly matters, because the
+//! filesystem above stops writing at the first failed flush anyway.
 //!
 //! # Who reports a failure
 //! Because the kernel reports a failure once for each open file, a thread whose fsync(2) gets the report must tell all other
@@ -39,12 +39,13 @@
 //!   are lost write-backs, too: fsync(2) returns them if the space for an earlier write is allocated only at fsync time, as on
 //!   NFS and on a thinly provisioned disk. ext4 returns `EROFS` after it has aborted its journal. Other errors do not say what
 //!   was lost.
-//! - If a failed `RWF_DSYNC` write succeeds without the flag, the flush may have failed. [`FlushLatch::record_durable_write`]
-//!   then sets the latch for these errors: `EIO`, `EROFS`, and the errors that the block layer returns for a failed command
-//!   (`ENODATA`, `EREMOTEIO`, `EILSEQ`, `ETIMEDOUT`, `ENOLINK`, `EBADE`, `ENXIO`, `ENODEV`). Only three errors do not set the
-//!   latch: `ENOSPC`, `EDQUOT` and `EFBIG` (the limits of write(2) on the disk's space, the user's quota and the file's size).
-//!   They concern this write only. A flush cannot have returned them: io_uring sends such writes only if writes bypass the page
-//!   cache. So no earlier write-back can fail.
+//! - If a failed `RWF_DSYNC` write succeeds without the flag, the flush may have failed.
+//!   [`FlushLatch::record_durable_write`] then sets the latch for these errors: `EIO`, `EROFS`, and the errors that the
+//!   block layer returns for a failed command (`ENODATA`, `EREMOTEIO`, `EILSEQ`, `ETIMEDOUT`, `ENOLINK`, `EBADE`, `ENXIO`,
+//!   `ENODEV`). Only three errors do not set the latch: `ENOSPC`, `EDQUOT` and `EFBIG` (the limits of write(2) on the
+//!   disk's space, the user's quota and the file's size). These three errors concern only this write. The flush cannot have
+//!   returned them: the session sends such a write only if writes bypass the page cache, so there is no earlier write-back
+//!   that can fail.
 
 use std::io;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};

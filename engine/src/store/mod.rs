@@ -1,4 +1,5 @@
-//! Where ciphertext is stored. This is the only input and output of the engine. It is blocking, and every call gives an offset.
+//! Where ciphertext is stored. This is the only input and output of the engine. Calls block, and every read or write takes
+//! an offset.
 
 mod faulty;
 mod file;
@@ -26,11 +27,10 @@ pub enum Medium<'a> {
     File {
         /// The file.
         file: &'a std::fs::File,
-        /// The file is open for direct I/O, which bypasses the page cache.
+        /// The file is open for direct I/O, which does not bypass the page cache on every filesystem.
         direct: bool,
         /// The disk has the data when a write returns, because the write bypasses the page cache. This is never set without
-        /// `direct`.
-        /// Only then may a caller sync the file itself.
+        /// `direct`. A caller may sync the file itself only if this is set.
         writes_through: bool,
         /// The filesystem lies in memory (tmpfs). Calls return at once.
         resident: bool,
@@ -51,8 +51,8 @@ pub struct Allocation {
     pub is_hole: bool,
 }
 
-/// A disk, or anything that behaves like one. Many threads may call it at once. The store does not define what
-/// overlapping calls see of each other. A caller that needs an order must keep it.
+/// A disk, or anything that behaves like one. Many threads may call it at once. The store does not define what overlapping
+/// calls see of each other. A caller that needs an order must enforce it.
 pub trait BlockStore: Send + Sync {
     /// Returns the size in bytes, which never changes.
     fn len(&self) -> u64;
@@ -73,7 +73,7 @@ pub trait BlockStore: Send + Sync {
     /// file, with its locks. Returns `None` if the store has no page cache. The original store must not be used afterwards.
     ///
     /// # Errors
-    /// The error of the system if direct I/O cannot be turned off.
+    /// The error of fcntl(2) or dup(2) if direct I/O cannot be turned off.
     fn buffered(&self) -> io::Result<Option<Arc<dyn BlockStore>>> {
         Ok(None)
     }
@@ -100,14 +100,14 @@ pub trait BlockStore: Send + Sync {
     /// The error of the disk if the write fails. The contents of the range are then unspecified.
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()>;
 
-    /// Checks whether the disk is still as long as it was, if this can change: a file can be cut short. Reads and
-    /// writes beyond the new end then fail, even after the file grows again.
+    /// Checks whether the store has become shorter since it was opened. This can happen to a file, which another program
+    /// can cut short. Reads and writes beyond the new end then fail, even after the file grows again.
     ///
     /// [`BlockStore::write_at`] calls this itself. A caller of [`BlockStore::show`] and [`BlockStore::fill`], or one that
     /// writes the file of a [`Medium::File`], must call this first, and then [`BlockStore::check_within`].
     fn check_end(&self) {}
 
-    /// Checks that the range lies on the disk, as far as the store knows.
+    /// Checks that the range lies before the smallest end that [`BlockStore::check_end`] has seen.
     ///
     /// # Errors
     /// An error that clients see as `EIO`, if the disk was cut short before the end of the range.
@@ -121,9 +121,8 @@ pub trait BlockStore: Send + Sync {
         false
     }
 
-    /// Passes the bytes of the range to `each` piece by piece, in place. `each` also gets the offset of the piece within the
-    /// range.
-    /// Pieces end at multiples of 1 MiB of the disk, and at the end of the range.
+    /// Passes the bytes of the range to `each` piece by piece, in place. `each` also gets the offset of the piece within
+    /// the range. Pieces end at multiples of 1 MiB of the disk, and at the end of the range.
     ///
     /// Returns `false` if the range could not be shown completely. The caller must then read it with [`BlockStore::read_at`];
     /// `each` may already have seen parts of it.
@@ -148,7 +147,8 @@ pub trait BlockStore: Send + Sync {
     /// store is a file or a block device, every later flush fails, too, until the store is reopened: see [`FlushLatch`].
     fn flush(&self) -> io::Result<()>;
 
-    /// Gives the space of the range back. The range then reads as zeros or as before, and stays writable.
+    /// Discards the range, so that the disk may reuse its space. The range then reads as zeros or as before, and stays
+    /// writable.
     ///
     /// # Errors
     /// `Unsupported` if the disk cannot discard, otherwise the error of the disk.
@@ -160,20 +160,21 @@ pub trait BlockStore: Send + Sync {
         true
     }
 
-    /// Returns whether the disk has allocated the bytes from `offset` on, which must be before the end. If the disk cannot
-    /// tell, everything counts as allocated.
+    /// Returns whether the disk has allocated the bytes that start at `offset`, and where this range ends. `offset` must be
+    /// less than the size. If the disk cannot tell, everything counts as allocated.
     ///
     /// # Errors
-    /// The error of the disk if it fails.
+    /// The error of lseek(2), if the store is a file and the system call fails.
     fn allocation(&self, offset: u64) -> io::Result<Allocation> {
         let _ = offset;
         Ok(Allocation { end: self.len(), is_hole: false })
     }
 
-    /// Tells the store that the range will be read soon. Only a cache uses this.
+    /// Tells the store that the range will be read soon, so that the page cache can read it in advance. A store without a
+    /// cache ignores this.
     ///
     /// # Errors
-    /// The error of the system if it refuses.
+    /// The error of posix_fadvise(2).
     fn will_read(&self, offset: u64, len: u64) -> io::Result<()> {
         let _ = (offset, len);
         Ok(())

@@ -134,7 +134,7 @@ impl Volume {
     /// empty or reaches past the end of the volume.
     ///
     /// # Errors
-    /// The buffer, see above.
+    /// The unchanged buffer, in the cases above.
     pub fn encrypt<B: AsMut<[u8]>>(&self, offset: u64, buffer: B) -> Result<Ciphertext<B>, B> {
         Ok(self.finish_encryption(self.begin_encryption(offset, buffer)?))
     }
@@ -175,8 +175,8 @@ impl Volume {
         self.is_encrypted() && self.store.is_mapped()
     }
 
-    /// Protects the write of the ciphertext, which the caller is about to begin. Returns `None` if a read-modify-write is at work
-    /// there or waits for its turn. The caller then uses [`Volume::write_encrypted`], which waits.
+    /// Protects the write of the ciphertext, which the caller is about to begin. Returns `None` if a read-modify-write of
+    /// these blocks is running or waiting. The caller then uses [`Volume::write_encrypted`], which waits.
     ///
     /// The caller must have called [`Volume::check_end`] after it received the request.
     ///

@@ -261,8 +261,8 @@ impl Volume {
         self.store.check_end();
     }
 
-    /// Calls [`Volume::check_end`] if the disk is mapped memory. Any other store checks its end itself before a write, and a
-    /// read that reaches the end of a file reports it.
+    /// Calls [`Volume::check_end`] if the disk is mapped memory. Any other store checks its end itself: before each write,
+    /// and after a read that reached the end of the file.
     fn check_end_if_mapped(&self) {
         if self.store.is_mapped() {
             self.store.check_end();
@@ -432,7 +432,8 @@ impl Volume {
         })
     }
 
-    /// Returns how many bytes are read or written with one call: all of them, unless the disk is memory, where calls are cheap.
+    /// Returns the maximum number of bytes that one call reads or writes. There is no maximum, unless the disk is memory,
+    /// where calls are cheap.
     fn chunk(&self) -> usize {
         match self.store.medium() {
             Medium::Memory | Medium::File { resident: true, .. } => CACHED_CHUNK,

@@ -56,7 +56,8 @@ impl RegionLock {
     /// Keeps every read-modify-write out of the bytes from `start` up to `end` while the guard lives. Waits if necessary.
     pub(super) fn share(self: &Arc<Self>, start: u64, end: u64) -> Shared {
         let wanted = wanted(start, end);
-        // In the order of the locks, not of the regions, so that two long writes never deadlock.
+        // The locks are taken in ascending order of their numbers, not in the order of the regions. So two long writes
+        // never deadlock.
         for lock in bits(wanted) {
             let lock = self.lock(lock);
             let mut holders = lock.holders();

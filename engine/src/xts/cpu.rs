@@ -1,4 +1,4 @@
-//! The ways to compute AES-XTS, and which of them this CPU has.
+//! The ways to compute AES-XTS, and which of them this CPU supports.
 
 use std::fmt;
 use std::str::FromStr;

@@ -160,10 +160,11 @@ impl Locked {
     /// Tries the passphrase on the keyslots, in their order.
     ///
     /// # Errors
-    /// [`LuksError::WrongPassphrase`] if it opens no keyslot. [`LuksError::DamagedKeyslot`],
-    /// [`LuksError::UnreadableKeyslot`], [`LuksError::UndecidedKeyslot`], [`LuksError::NoIterations`],
-    /// [`LuksError::Corrupt`], [`LuksError::TooManyIterations`] or [`LuksError::TooMuchWork`] if it opens no keyslot and not all could be tried.
-    /// [`LuksError::NoKeyslot`] if none is in use.
+    /// - [`LuksError::WrongPassphrase`] if it opens no keyslot.
+    /// - [`LuksError::DamagedKeyslot`], [`LuksError::UnreadableKeyslot`], [`LuksError::UndecidedKeyslot`],
+    ///   [`LuksError::NoIterations`], [`LuksError::Corrupt`], [`LuksError::TooManyIterations`] or
+    ///   [`LuksError::TooMuchWork`] if it opens no keyslot and not all could be tried.
+    /// - [`LuksError::NoKeyslot`] if none is in use.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         let mut refusal = LuksError::NoKeyslot;
         for (keyslot, slot) in self.header.keyslots.iter().enumerate() {
@@ -174,7 +175,7 @@ impl Locked {
                 return Err(LuksError::TooMuchWork { keyslot });
             }
             match self.unlock_keyslot(store, keyslot, passphrase) {
-                // An error that kept a keyslot from being tried is reported rather than a wrong passphrase.
+                // If one keyslot could not be tried, that error is returned instead of `WrongPassphrase`.
                 Err(error @ LuksError::WrongPassphrase) => {
                     if let LuksError::NoKeyslot = refusal {
                         refusal = error;

@@ -171,7 +171,7 @@ impl Copies {
             _ => return None,
         };
         let reason = match error {
-            // The advice in these texts does not apply, because the other copy is whole.
+            // The texts of these errors are about the whole header. Here only one copy is broken.
             LuksError::Corrupt { field, found } => format!("{field} is {found}"),
             LuksError::NotLuks => "there is no LUKS header in its place".to_owned(),
             error => error.to_string(),

@@ -17,9 +17,11 @@ const UNIT: u64 = 4096;
 pub struct Layout {
     /// The size of one copy of the header with its JSON: a power of two from 16 KiB to 4 MiB. There are two copies.
     pub metadata_size: u64,
-    /// The size of all key material, at most 128 MiB. `None` means all of the space before the data, or in the first 16 MiB.
+    /// The size of all key material, at most 128 MiB. `None` means all of the space between the headers and the data, or up
+    /// to 16 MiB if `data_offset` is not set.
     pub keyslots_size: Option<u64>,
-    /// The offset of the data on its disk. `None` means 16 MiB or the end of the key material, or 0 if the header is detached.
+    /// The offset of the data on its disk. `None` means the first MiB after the key material, which is usually at 16 MiB.
+    /// If the header is detached, `None` means 0.
     pub data_offset: Option<u64>,
 }
 

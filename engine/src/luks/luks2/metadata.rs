@@ -488,7 +488,7 @@ fn objects<T>(
     unnamed.first().map_or(Ok(objects), |(field, _)| Err(field.corrupt("a name that is not a number")))
 }
 
-/// Reads the objects of a section. Puts those without a usual number into `unnamed`.
+/// Reads the objects of a section. An object whose name is not a number in its usual form goes into `unnamed`.
 fn objects_named<'a, T>(
     root: &Field<'a>,
     name: &str,
@@ -587,8 +587,8 @@ impl Faults {
         self.0.get_or_insert_with(|| field.fault(found));
     }
 
-    /// Reads a 32-bit number. A whole number that does not fit is a fault of this object. Anything else makes the whole header
-    /// invalid, because cryptsetup never writes it.
+    /// Reads a 32-bit number. A whole number that does not fit is a fault of this object. A value that is not a whole
+    /// number makes the whole header invalid, because cryptsetup never writes such a value.
     fn integer(&mut self, field: &Field<'_>) -> Result<u32, LuksError> {
         let text = field.whole_number()?;
         Ok(field.integer().unwrap_or_else(|_| {
@@ -769,8 +769,9 @@ impl DataSegment {
     }
 }
 
-/// Returns the text as JSON. Also says which content was replaced because it is not JSON although cryptsetup (json-c) reads
-/// it: `NaN` and `Infinity` become `null`, and bytes that are not UTF-8 become U+FFFD.
+/// Returns the text as valid JSON. cryptsetup's parser (json-c) also reads some text that JSON does not allow. This
+/// function replaces it: `NaN` and `Infinity` become `null`, and bytes that are not UTF-8 become U+FFFD. The second value
+/// names what was replaced, if anything was.
 fn as_json(text: &[u8]) -> (Cow<'_, str>, Option<&'static str>) {
     const WORDS: [&[u8]; 3] = [b"NaN", b"-Infinity", b"Infinity"];
     let mut bytes = Vec::new();

@@ -132,8 +132,8 @@ impl Unusable {
     }
 }
 
-/// Reads the header's copies and returns the newer valid copy. The header may name any cipher; this is enough to show
-/// it.
+/// Reads both copies of the header and returns the newer valid copy. This is enough to show the header, so its ciphers may
+/// be any, including ones that nbdcrypt does not support.
 ///
 /// # Errors
 /// [`LuksError`] if there is no header, or if both copies are corrupt.
@@ -259,7 +259,7 @@ impl Locked {
                 },
                 Err(unusable) => unusable.error(),
             };
-            // An error that kept a keyslot from being tried is reported rather than a wrong passphrase.
+            // If one keyslot could not be tried, that error is returned instead of `WrongPassphrase`.
             if matches!(refusal, LuksError::AllIgnored { .. } | LuksError::WrongPassphrase) {
                 refusal = refused;
             }
@@ -427,8 +427,8 @@ impl Opening {
         })
     }
 
-    /// Returns the key that the passphrase finds in the keyslot; a wrong passphrase finds noise. Also returns the first sector
-    /// of the disk that does not look like key material.
+    /// Returns the key that results from decrypting the keyslot with the passphrase. With a wrong passphrase, this is
+    /// noise. Also returns the first sector of the disk that does not look like key material.
     fn candidate(
         &self,
         keyslot: usize,

@@ -12,8 +12,11 @@ use crate::store::BlockStore;
 /// number. An existing token is replaced only with `replace`.
 ///
 /// # Errors
-/// [`LuksError::Token`] if `json` is not a token or refers to a keyslot that does not exist, [`LuksError::TokenExists`]
-/// if the number is taken, [`LuksError::MetadataFull`] if the token is too large; the tokens are then unchanged. Otherwise the error of the disk or of `random`.
+/// - [`LuksError::Token`] if `json` is not a token or refers to a keyslot that does not exist.
+/// - [`LuksError::TokenExists`] if the number is taken.
+/// - [`LuksError::MetadataFull`] if the token is too large.
+///
+/// In these cases the tokens are unchanged. Otherwise the error of the disk or of `random`.
 pub fn import_token(
     store: &dyn BlockStore,
     json: &[u8],

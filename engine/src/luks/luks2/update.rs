@@ -1,4 +1,5 @@
-//! Updates a LUKS2 header: writes it with the next sequence number over the first copy, flushes, then writes the second copy.
+//! Updates a LUKS2 header. The new header gets the next sequence number. It is written over the first copy, flushed,
+//! written over the second copy, and flushed again.
 //!
 //! If this is interrupted at any point, one copy is whole and holds the old or the new header. This requires that both
 //! copies are whole and equal at the start, so [`Update::open`] first copies the newer whole copy over the other copy.
@@ -114,7 +115,8 @@ pub struct BrokenCopy {
 /// data is lost.
 pub fn broken(store: &dyn BlockStore) -> Option<BrokenCopy> {
     let broken = Copies::read(store).broken()?;
-    // A secondary copy may be the remains of a volume over which something else was made, such as a LUKS1 volume.
+    // The secondary copy may be left over from an old volume whose first header was overwritten, for example by a LUKS1
+    // volume.
     let is_used = broken.copy == HeaderCopy::Secondary || matches!(dump(store), Ok(Dump::Luks2(_)));
     is_used.then_some(broken)
 }

@@ -2,9 +2,9 @@
 //!
 //! A mapped file can lose pages while it is read: it is cut short, or the filesystem has no room for a page. The kernel
 //! then sends SIGBUS, which ends the process and with it every other export. For addresses of a [`Watch`], the handler
-//! therefore puts a page of zeros where the page is missing, and marks the watch. Code that has used the memory then
-//! checks the mark. If the watch is marked, the code discards what it read. Any other bus error, and a signal that a
-//! process sends, goes to the previous handler, which ends the process.
+//! therefore puts a page of zeros where the page is missing, and marks the watch. Code that has used the memory then checks
+//! the mark. If the watch is marked, the code discards what it read. Any other bus error goes to the previous handler,
+//! which ends the process. A SIGBUS that a process sends acts as it does without a handler.
 
 use std::io;
 use std::ops::Range;
@@ -128,8 +128,8 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, cont
     let action = unsafe { &*before };
     if code <= 0 {
         // A process sent the signal (kill(2)), so nothing is wrong in this process. Rust's handler would restore the
-        // default action permanently, and so remove this handler. So this does what the signal does to a process
-        // without a handler.
+        // default action permanently, and so remove this handler. So this function lets the signal do what it does to a
+        // process without a handler.
         if action.sa_sigaction == libc::SIG_IGN {
             return;
         }

@@ -1,4 +1,4 @@
-//! Mapped bytes, as values that only the cipher can use up.
+//! Mapped bytes, as values that only the cipher can consume.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -54,8 +54,8 @@ pub struct MappedBytes<'m> {
     memory: PhantomData<&'m Mapping>,
 }
 
-/// Room for ciphertext in memory that other processes may read and change at any time. It can only be filled by the cipher,
-/// once. As with [`MappedBytes`], it cannot be looked at:
+/// Room for ciphertext in memory that other processes may read and change at any time. Only the cipher can fill it, once.
+/// As with [`MappedBytes`], no code can read it:
 ///
 /// ```compile_fail,E0608
 /// # use engine::store::MappedBytesMut;
@@ -90,7 +90,7 @@ impl<'m> MappedBytes<'m> {
     /// Decrypts whole sectors, of which the first lies at `first`.
     ///
     /// # Panics
-    /// Panics if `plaintext` has another length, or if that is not a whole number of sectors.
+    /// Panics if `plaintext` does not have the length of these bytes, or if this length is not a whole number of sectors.
     pub fn decrypt_to(self, cipher: &Xts, sector_size: SectorSize, first: Lba512, plaintext: &mut [u8]) {
         assert_eq!(plaintext.len(), self.len, "the plaintext has another length than the ciphertext");
         // SAFETY: `self.len` bytes can be read at `start` (`new`) and written to `plaintext`. The two do not overlap, because
@@ -131,7 +131,7 @@ impl<'m> MappedBytesMut<'m> {
     /// Encrypts whole sectors, of which the first lies at `first`.
     ///
     /// # Panics
-    /// Panics if `plaintext` has another length, or if that is not a whole number of sectors.
+    /// Panics if `plaintext` does not have the length of these bytes, or if this length is not a whole number of sectors.
     pub fn encrypt_from(self, cipher: &Xts, sector_size: SectorSize, first: Lba512, plaintext: &[u8]) {
         assert_eq!(plaintext.len(), self.len, "the plaintext has another length than the ciphertext");
         // SAFETY: `self.len` bytes can be read from `plaintext` and written at `start` (`new`). The two do not overlap, because
@@ -148,8 +148,9 @@ impl<'m> MappedBytesMut<'m> {
     }
 }
 
-/// Prefetches the first page of the bytes that the cipher is about to process, all of its cache lines at once. They arrive
-/// while the first tweak is encrypted and no longer wait for each other. The cipher itself prefetches the bytes after them.
+/// Prefetches the first page of the bytes that the cipher is about to process, all of its cache lines at once. The lines
+/// arrive at the same time, while the first tweak is encrypted, instead of one after the other. The cipher itself
+/// prefetches the bytes after them.
 fn prefetch(start: *const u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
     for line in (0..len.min(PAGE)).step_by(64) {

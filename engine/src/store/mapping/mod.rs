@@ -6,7 +6,7 @@
 //! before it is used, and a region with holes is read and written with system calls.
 //!
 //! This module contains `unsafe` code. It hands out mapped memory as [`MappedBytes`] and [`MappedBytesMut`], which only the
-//! cipher can use up, and never as a slice.
+//! cipher can consume, and never as a slice.
 //!
 //! # Other writers
 //! The locks of the regions keep the threads of this process apart. But another process may write to the file at the
@@ -39,7 +39,8 @@ const REGION: usize = 1 << 20;
 const PAGE: usize = 4096;
 /// A region with holes is checked again after this many bytes were written to it.
 const WORTH_A_LOOK: usize = 256 << 10;
-/// Regions that are prepared before the first request: 2 GiB, which takes about 0.3 s. The others are prepared on first use.
+/// The number of regions that are prepared before the first request. Together they have 2 GiB, and preparing them takes
+/// about 0.3 s. Each of the other regions is prepared when it is first used.
 const AT_ONCE: usize = 2048;
 
 /// The bytes of a file, in the memory of this process.
@@ -111,8 +112,8 @@ impl Mapping {
             else {
                 return false;
             };
-            // SAFETY: the range lies within the mapping (`over`). A thread of this process that writes to it has the region's
-            // lock exclusively, and this thread holds the lock until `each` has used up the bytes.
+            // SAFETY: the range lies within the mapping (`over`). A thread of this process that writes to it has the
+            // region's lock exclusively, and this thread holds the lock until `each` has consumed the bytes.
             each(at, unsafe { MappedBytes::new(self, range) });
             true
         })
@@ -154,7 +155,7 @@ impl Mapping {
         }
     }
 
-    /// Notes that space was given back in the range.
+    /// Notes that a discard made a hole in the range.
     pub(super) fn punched(&self, offset: u64, len: u64) {
         // The counter changes first. Otherwise a thread that checked for holes before this hole was made could later
         // mark the region as whole.
@@ -213,25 +214,26 @@ impl Mapping {
             return;
         }
         let start = index * REGION;
-        // This enters the pages as if they were read. The kernel then enters sixteen pages at a time, and on tmpfs they
-        // are writable.
+        // This enters the pages into the page table as if they were read. The kernel does this for sixteen pages at a time,
+        // and on tmpfs the entries are writable.
         let advice = Advice::LinuxPopulateRead;
         // Linux before 5.14 lacks this call. If the file has lost a page meanwhile, this is noticed when the page is
-        // accessed. SAFETY: the range lies within the mapping, and its contents do not change.
+        // accessed.
+        // SAFETY: the range lies within the mapping, and its contents do not change.
         let _ =
             unsafe { rustix::mm::madvise(self.base.as_ptr().add(start).cast(), REGION.min(self.len - start), advice) };
         *region = Region::Ready;
     }
 
-    /// Finds out whether the region has a hole, and how many regions after it have none. The kernel looks for a hole page by
-    /// page from the given offset on, and should not do so again for each region.
+    /// Finds out whether the region has a hole, and how many regions after it have none. The kernel searches for a hole
+    /// page by page from the given offset on. One search therefore sets the state of all regions up to the first hole.
     fn look(&self, file: &File, index: usize) {
         let before = self.punched.load(Ordering::SeqCst);
         let start = index * REGION;
         let hole = match rustix::fs::seek(file, SeekFrom::Hole(start as u64)) {
             Ok(hole) => usize::try_from(hole).unwrap_or(usize::MAX),
             Err(Errno::NXIO) => start,
-            // A filesystem in memory that knows no holes (ramfs) has none that a read could allocate.
+            // ramfs does not support this call. Its files have no hole that a read could allocate.
             Err(_) => self.len,
         };
         for (index, region) in self.regions.iter().enumerate().skip(index) {

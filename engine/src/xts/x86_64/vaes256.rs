@@ -1,10 +1,10 @@
 //! AES on 256-bit registers of two blocks each, without AVX-512, for Zen 3 and Alder Lake.
 //!
-//! Ten or eleven registers of data, a third of a [`Double`], go through the rounds together. Eight would be just enough to keep
-//! the AES units busy, and then every other instruction would cost time. No register of the sixteen is left for masks, so masks
-//! lie in memory. The masks of the next double are computed between the rounds, by moves of whole bytes, additions and shifts.
-//! A carry-less multiplication would be shorter. But Zen splits it into four operations and stops decoding for them, and one of
-//! the four takes the place of an AES operation.
+//! Ten or eleven registers of data, a third of a [`Double`], go through the rounds together. Eight would be just enough to
+//! keep the AES units busy. But then every other instruction would cost additional time. No register of the sixteen is left
+//! for masks, so masks lie in memory. The masks of the next double are computed between the rounds, by moves of whole
+//! bytes, additions and shifts. A carry-less multiplication would be shorter. But Zen splits it into four operations and
+//! stops decoding for them, and one of the four takes the place of an AES operation.
 
 use core::arch::x86_64::{
     __m256i, _mm256_add_epi64, _mm256_aesdec_epi128, _mm256_aesdeclast_epi128, _mm256_aesenc_epi128,

@@ -1,5 +1,5 @@
-//! Tests that a call leaves no round keys, tweaks or masks on the stack. The tests hold for a release build and for the
-//! calls that they make. A build with debug assertions may leave such data on the stack, which does not matter.
+//! Tests that a call leaves no round keys, tweaks or masks on the stack. They prove this only for a release build, and only
+//! for the calls that they make. A build with debug assertions may leave such data on the stack, which does not matter.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
