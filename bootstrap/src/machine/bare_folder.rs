@@ -1,4 +1,4 @@
-//! Protects the folder below a mount: while nothing is mounted on it, nothing can be written into it.
+//! Protects an empty folder that serves as a mountpoint: while nothing is mounted on it, nothing can be written into it.
 //!
 //! A program that writes to the mountpoint of a volume that is not up would put its files on the root disk, in plaintext.
 //! They would be hidden as soon as the volume is up. So the empty folder is made immutable (chattr(1), `+i`). This holds
@@ -141,7 +141,8 @@ mod tests {
         assert_eq!(content(folder.path()).unwrap(), Some((vec!["a".into(), "b".into(), "c".into()], 4)));
     }
 
-    /// Without the capability for the flag, the folder gets mode 000, which does not hold for root.
+    /// If this process may not set the flag, the folder gets mode 000, which does not keep out root. The test then checks
+    /// only the mode.
     #[test]
     fn a_protected_folder_takes_no_file_until_it_is_unprotected() {
         let folder = tempfile::tempdir().unwrap();

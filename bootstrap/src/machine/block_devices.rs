@@ -53,8 +53,9 @@ impl BlockDevice {
     }
 }
 
-/// Returns the disks in order. Disks are devices with hardware behind them, arrays (`md`) and mappings (`dm`). Leaves
-/// out loop devices, memory, network block devices and drives without a medium.
+/// Returns the disks by name, with `nvme2n1` before `nvme10n1`. Disks are devices with hardware behind them, arrays (`md`)
+/// and mappings (`dm`). Leaves out loop devices, RAM disks, network block devices, optical and floppy drives, and drives
+/// without a medium.
 pub fn list(root: &Root) -> Vec<BlockDevice> {
     let names = root.names("/sys/block");
     names

@@ -12,7 +12,7 @@ impl<T: Send + 'static> Pending<T> {
     /// Starts the work.
     ///
     /// # Errors
-    /// The operating system's error, if it refuses the thread.
+    /// The operating system's error, if the thread cannot be started.
     pub fn start(work: impl FnOnce() -> T + Send + 'static) -> io::Result<Self> {
         let (sender, result) = channel();
         // Sending fails if the caller no longer waits.

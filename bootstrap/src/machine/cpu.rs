@@ -1,13 +1,13 @@
-//! The CPU's name, and which of its paths the cipher uses: the widest path that the CPU has, unless `NBDCRYPT_CPU`
-//! names another.
+//! The CPU's name, and the CPU path of the cipher. A CPU path is an implementation of the cipher for certain instructions.
+//! The widest path that the CPU supports is used, unless `NBDCRYPT_CPU` names another.
 
 use anyhow::{Context, Result};
 use engine::xts::CpuPath;
 
-/// The environment variable that names a path: `vaes512`, `vaes256`, `aesni` or `portable`.
+/// The environment variable that names a CPU path: `vaes512`, `vaes256`, `aesni` or `portable`.
 pub const VARIABLE: &str = "NBDCRYPT_CPU";
 
-/// Returns the path to use. Each call reads the environment.
+/// Returns the CPU path to use. Each call reads the environment.
 ///
 /// # Errors
 /// If the variable does not name a path, or names one that this CPU lacks.

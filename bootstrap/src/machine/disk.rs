@@ -15,8 +15,8 @@ use crate::machine::new_file::{self, NewFileError};
 use crate::machine::{holders, mounts};
 
 /// How long to wait for a disk that is in use. The files of a killed process stay open until the kernel has removed the
-/// process, so a restart right after `kill -9` finds the disk in use. In addition, udev briefly locks a block device after
-/// every change to it.
+/// process. A restart right after `kill -9` therefore finds the disk in use. In addition, udev briefly locks a block device
+/// after every change to it.
 const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 /// The pause between two attempts to take a lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
@@ -117,7 +117,8 @@ fn denied_hint(is_device: bool) -> &'static str {
 /// # Errors
 /// [`DiskError`], as from [`open`].
 pub fn open_as_allowed(path: &Path, caching: Caching) -> Result<FileStore, DiskError> {
-    // An older nbdcrypt made such a file if the disk was missing.
+    // If the disk was missing, an older nbdcrypt made a file of that name, in a folder such as /dev, whose files are lost at
+    // a reboot.
     if path.is_file() && matches!(new_file::check_folder(path), Err(NewFileError::NotStorage { .. })) {
         tracing::warn!(
             "{} is a file in memory, not a disk: it was made because the disk was missing. Its content is lost at the next \
@@ -135,9 +136,9 @@ pub fn open_as_allowed(path: &Path, caching: Caching) -> Result<FileStore, DiskE
     }
 }
 
-/// Opens `path`. For writing, makes this process the only user of the disk: a block device is opened exclusively, a
-/// file is locked. If another process uses the disk, waits up to three seconds. A lasting use, such as a mounted
-/// filesystem, is an error at once.
+/// Opens `path`. For writing, makes this process the only user of the disk: a block device is opened exclusively, a file is
+/// locked. If another process uses the disk, waits up to three seconds. If the disk is mounted or another device is built on
+/// it, fails at once, because waiting would not help.
 ///
 /// # Errors
 /// [`DiskError`], if `path` is missing, not a disk, in use, or may not be opened.
@@ -244,18 +245,19 @@ fn in_time(patience: Duration, mut attempt: impl FnMut() -> io::Result<()>) -> i
     }
 }
 
-/// While this value lives, cryptsetup does not change the header. (cryptsetup takes no lock to change LUKS1 headers.)
+/// While this value lives, cryptsetup does not change a LUKS2 header. (To change a LUKS1 header, cryptsetup takes no lock.)
 pub struct HeaderLock(File);
 
 impl Drop for HeaderLock {
     fn drop(&mut self) {
-        // For a file, this is a duplicate of the disk's own descriptor, which stays open and would keep the lock.
+        // For a file, `self.0` is a duplicate of the disk's own descriptor. That descriptor stays open and would keep the
+        // lock.
         let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
     }
 }
 
-/// Opens `path` to change its header, as [`open`] does, and takes the lock that cryptsetup takes to change one. The lock is
-/// flock(2) on the file itself or, for a block device, on `/run/cryptsetup/L_MAJOR:MINOR`.
+/// Opens `path` with [`open`], and takes the lock that cryptsetup takes before it changes a header. The lock is flock(2) on
+/// the file itself or, for a block device, on `/run/cryptsetup/L_MAJOR:MINOR`.
 ///
 /// # Errors
 /// [`DiskError`], as from [`open`] and [`lock_header`].
@@ -268,13 +270,14 @@ pub fn open_header(path: &Path) -> Result<(FileStore, HeaderLock), DiskError> {
 /// Takes the lock of [`open_header`] on a disk that [`open`] opened. `path` is only for messages.
 ///
 /// # Errors
-/// [`DiskError::InUse`] if cryptsetup holds the lock for five seconds; [`DiskError::NoLock`] if the lock cannot be taken.
+/// [`DiskError::InUse`] if cryptsetup still holds the lock after five seconds; [`DiskError::NoLock`] if the lock cannot be
+/// taken.
 pub fn lock_header(path: &Path, disk: &File) -> Result<HeaderLock, DiskError> {
     lock_as(path, disk, FlockOperation::NonBlockingLockExclusive)
 }
 
-/// Opens `path` to read its header and key material, under the lock that cryptsetup takes to read one. The lock is
-/// needed since no checksum covers the key material. This works while the volume is up.
+/// Opens `path` to read its header and key material, and takes the lock that cryptsetup takes to read a header. The lock is
+/// needed because no checksum covers the key material. This works while the volume is up.
 ///
 /// # Errors
 /// [`DiskError`], if `path` cannot be opened or the lock cannot be taken.
@@ -284,7 +287,7 @@ pub fn open_header_to_read(path: &Path) -> Result<(FileStore, HeaderLock), DiskE
     Ok((store, lock))
 }
 
-/// Opens `path` to look at its header, without a lock, so that this works while its volume is up.
+/// Opens `path` to look at its header. Takes no lock, so this works while the volume is up.
 ///
 /// # Errors
 /// [`DiskError`], if `path` is not a disk or cannot be opened.
@@ -297,7 +300,7 @@ pub fn open_to_look(path: &Path) -> Result<FileStore, DiskError> {
     FileStore::open(path, Access::ReadOnly, Caching::PageCache).map_err(|error| translate(path, error))
 }
 
-/// Returns whether the kernel or a program has the block device open exclusively, as for a mounted filesystem. This
+/// Returns whether the kernel or a program has the block device open exclusively, for example because it is mounted. This
 /// opens the device for a moment.
 pub fn is_claimed(path: &Path) -> bool {
     let is_device = std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device());
@@ -359,11 +362,12 @@ fn lock_by_name(path: &Path, operation: FlockOperation) -> io::Result<File> {
     }
 }
 
-/// Checks that the disk has no lasting user: a mounted filesystem or another device on it or on one of its partitions, or a
-/// loop device. This opens nothing, and does not notice locks of other processes.
+/// Checks that nothing uses the disk permanently. For a block device, that is a mounted filesystem or another device on the
+/// disk or on one of its partitions. For a file, it is a loop device. This opens nothing, and does not notice locks of other
+/// processes.
 ///
 /// # Errors
-/// [`DiskError::InUse`], or [`DiskError::Missing`] and others if the disk cannot be examined.
+/// [`DiskError::InUse`], or another [`DiskError`], such as [`DiskError::Missing`], if the disk cannot be examined.
 pub fn refuse_if_used(path: &Path) -> Result<(), DiskError> {
     let metadata = std::fs::metadata(path).map_err(|error| translate(path, error))?;
     let by = match metadata.file_type().is_block_device() {
@@ -376,7 +380,8 @@ pub fn refuse_if_used(path: &Path) -> Result<(), DiskError> {
 /// Checks that the system allows writes to the disk. This opens nothing.
 ///
 /// # Errors
-/// [`DiskError::ReadOnly`] or [`DiskError::Denied`]; [`DiskError::Missing`] and others if the disk cannot be examined.
+/// [`DiskError::ReadOnly`] or [`DiskError::Denied`], or another [`DiskError`], such as [`DiskError::Missing`], if the disk
+/// cannot be examined.
 pub fn refuse_if_read_only(path: &Path) -> Result<(), DiskError> {
     let metadata = std::fs::metadata(path).map_err(|error| translate(path, error))?;
     if metadata.file_type().is_block_device() && is_read_only(metadata.rdev()) {
@@ -425,8 +430,9 @@ fn translate(path: &Path, error: io::Error) -> DiskError {
     }
 }
 
-/// Returns the backing file of the loop device with this sysfs directory, by its path at the time when it was attached. Returns
-/// `None` if the device has none, or is not a loop device.
+/// Returns the path of the backing file of the loop device whose sysfs directory is `sys_block`. It is the path that the
+/// file had when the loop device was attached. Returns `None` if the loop device has no backing file, or if the device is
+/// not a loop device.
 pub fn backing_file(sys_block: &Path) -> Option<PathBuf> {
     let path = std::fs::read(sys_block.join("loop/backing_file")).ok()?;
     Some(PathBuf::from(OsStr::from_bytes(path.strip_suffix(b"\n").unwrap_or(&path))))
@@ -440,7 +446,8 @@ fn loop_device_on(path: &Path) -> Option<String> {
     })
 }
 
-/// Returns the lasting user that has the block device with this number open exclusively, as far as the kernel shows it.
+/// Returns a text that says which mount or device uses the block device with this number, or one of its partitions. Returns
+/// `None` if the kernel shows neither.
 fn lasting_user_of(device: u64) -> Option<String> {
     let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
     let partitions = std::fs::read_dir(format!("/sys/dev/block/{number}")).into_iter().flatten().filter_map(Result::ok);
@@ -487,7 +494,7 @@ mod tests {
         let disk = missing("/dev/nbdcrypt-no-such-disk");
         assert!(disk.contains("`lsblk`") && !disk.contains("size"), "{disk}");
         assert!(missing("/nbdcrypt-no-such-file").contains("size"));
-        // No file may be made if a disk is meant.
+        // A path in /dev means a disk, so no file may be made there.
         assert!(matches!(make_file(Path::new("/dev/nbdcrypt-no-such-disk"), 4096), Err(DiskError::New(_))));
     }
 

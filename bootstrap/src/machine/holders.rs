@@ -28,7 +28,8 @@ pub enum Holder {
         /// The process's name as the kernel keeps it, at most 15 characters.
         name: String,
     },
-    /// A process uses a file of a filesystem on the device that is no longer mounted anywhere, as after `umount -l`.
+    /// A process uses a file of a filesystem on the device, but the filesystem is no longer mounted anywhere, as after
+    /// `umount -l`.
     LazilyUnmounted {
         /// The process id.
         pid: u32,
@@ -44,8 +45,8 @@ pub enum Holder {
 }
 
 impl Holder {
-    /// Returns whether the use lasts until somebody ends it. The use by a process may end in a moment: udev and
-    /// `losetup` open a device only briefly.
+    /// Returns whether the use lasts until somebody ends it. A process that has the device open may close it in a moment:
+    /// udev and `losetup` open a device only briefly.
     pub fn is_lasting(&self) -> bool {
         !matches!(self, Self::Process { .. })
     }
@@ -89,8 +90,8 @@ pub fn holders_of(device: &Path) -> Vec<Holder> {
     holders
 }
 
-/// Describes a process that has the file or block device open, and says what to do about it. Returns `None` if this process sees
-/// none.
+/// Describes a process that has the file or block device open, and says what to do about it. Returns `None` if this process
+/// does not see such a process.
 pub fn opener_of(path: &Path) -> Option<String> {
     let path = path.canonicalize().ok()?;
     let found = processes(&Nodes::of(&path)).into_iter().find_map(|holder| match holder {
@@ -220,13 +221,13 @@ fn processes(nodes: &Nodes) -> Vec<Holder> {
     holders
 }
 
-/// Returns a file on one of the devices `numbers` that a process uses although the file's mount is gone from the process's
-/// mount table. The process has the file open, works in it or runs from it.
+/// Returns a file that a process uses although the file's mount is gone from the process's mount table. The process has the
+/// file open, or the file is its working directory, root or program. Only files on the devices with these `numbers` count.
 ///
-/// This does not ask the filesystem about the file, because the filesystem may hang or be served by this process: it reads
-/// only the attributes that the kernel has cached (`AT_STATX_DONT_SYNC`). It does not look for memory mappings of closed
-/// files, because reading a process's mappings could wait for the process. It does not find files on btrfs, which have
-/// other device numbers.
+/// This does not ask the filesystem about the file, because the filesystem may hang or be served by this process. This
+/// function reads only the attributes that the kernel has cached (`AT_STATX_DONT_SYNC`). It does not look for memory
+/// mappings of closed files, because reading a process's mappings could wait for the process. It does not find files on
+/// btrfs, which have other device numbers.
 fn used_though_unmounted(process: &Path, numbers: &[String]) -> Option<PathBuf> {
     let table = mounts::of_process(process).ok()?;
     let mounts: HashSet<u64> = table.iter().map(|mount| mount.id).collect();

@@ -56,9 +56,9 @@ impl Source {
     }
 }
 
-/// Returns the memory of the machine or, if that is less, what its control groups allow. If neither can be read,
-/// returns 1 GiB. This guess is low: a user with more memory can raise the limit, but a guess that is too high could
-/// get the program killed.
+/// Returns the memory of the machine, or the limit of this process's control groups if that is lower. If neither can be
+/// read, returns 1 GiB. This guess is low on purpose: a user with more memory can raise the limit, but with a guess that is
+/// too high, the kernel could kill the program.
 pub fn limit() -> Limit {
     let meminfo = installed_kib();
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -78,8 +78,8 @@ pub fn limit_kib() -> u64 {
     limit().kib
 }
 
-/// Returns the maximum memory in KiB that Argon2 may use in a new keyslot: half of the limit, as in cryptsetup. The machine that
-/// made the volume can then open it while it does other work.
+/// Returns the maximum memory in KiB that Argon2 may use in a new keyslot: half of [`limit`], as in cryptsetup. The same
+/// machine can then open the volume while other programs use the rest of the memory.
 pub fn argon2_ceiling_kib() -> u32 {
     u32::try_from(limit_kib() / 2).unwrap_or(u32::MAX)
 }
@@ -90,7 +90,7 @@ fn total_kib(meminfo: &str) -> Option<u64> {
     line.trim().strip_suffix(" kB")?.trim().parse().ok()
 }
 
-/// Returns the least limit of this process's groups and of all groups above them (kernel:
+/// Returns the lowest limit of this process's groups and of all groups above them (kernel:
 /// Documentation/admin-guide/cgroup-v2.rst, `memory.max`; cgroup-v1/memory.rst, `memory.limit_in_bytes`).
 fn group_limit(groups: &str, root: &Path) -> Option<Limit> {
     let limits = groups.lines().flat_map(|line| {
@@ -103,7 +103,7 @@ fn group_limit(groups: &str, root: &Path) -> Option<Limit> {
         };
         let group = root.join(path.trim_start_matches('/'));
         // In a container, the process's own group may be mounted as the root. Its path is then valid only outside the
-        // container.
+        // container, so folders that do not exist are skipped.
         let read = |folder: &Path| {
             let file = folder.join(file);
             let bytes = fs::read_to_string(&file).ok()?.trim().parse::<u64>().ok()?;

@@ -49,8 +49,8 @@ pub fn driver(root: &Root, module: &str) -> Driver {
     }
 }
 
-/// Returns how to make a driver's device node, if the kernel has the driver but `/dev` lacks the node, as in many
-/// containers.
+/// Returns how to make a driver's device node, if the kernel has the driver but `/dev` lacks the node. This is the case in
+/// many containers.
 pub(crate) fn missing_node(sys: &Path, node: &Path) -> Option<String> {
     let number = std::fs::read_to_string(sys.join(node.file_name()?).join("dev")).ok()?;
     let (major, minor) = number.trim().split_once(':')?;

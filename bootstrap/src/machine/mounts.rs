@@ -40,8 +40,7 @@ pub fn of_process(process: &Path) -> io::Result<Vec<Mount>> {
     Ok(parse(&std::fs::read(process.join("mountinfo"))?))
 }
 
-/// Returns whether anything is mounted at `folder`, even if its server is dead. This does not access the mounted
-/// filesystem.
+/// Returns whether anything is mounted at `folder`. This does not access the mounted filesystem, whose server may be dead.
 pub fn is_mounted(folder: &Path) -> bool {
     list().unwrap_or_default().iter().any(|mount| mount.mountpoint == folder)
 }
@@ -51,13 +50,13 @@ pub fn is_mounted(folder: &Path) -> bool {
 /// # Errors
 /// The operating system's error, if /proc cannot be read.
 pub fn on(mountpoint: &Path) -> io::Result<Option<Mount>> {
-    // mountinfo contains paths without symbolic links. A path that cannot be resolved is either not mounted, or a dead
-    // mount whose path is resolved already.
+    // mountinfo contains paths without symbolic links. If a path cannot be resolved, either nothing is mounted there, or the
+    // server of the mounted filesystem is dead. In the second case, the caller has resolved the path before.
     let real = mountpoint.canonicalize().unwrap_or_else(|_| mountpoint.to_owned());
     Ok(list()?.into_iter().rev().find(|mount| mount.mountpoint == real))
 }
 
-/// What is mounted at a mountpoint, compared with the device that should be.
+/// What is mounted at a mountpoint, compared with the device that should be mounted there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum At {
     /// The device is mounted.
@@ -87,8 +86,8 @@ pub fn at(device: &Path, mountpoint: &Path) -> io::Result<At> {
     })
 }
 
-/// Returns whether this process finds a filesystem of `device` at `mountpoint`: it is mounted exactly there, and no
-/// mount on a folder above hides it. This accesses the folder, so a process that serves the device must not call it.
+/// Returns whether this process finds a filesystem of `device` at `mountpoint`: the filesystem is mounted exactly there, and
+/// no mount on a folder above hides it. This accesses the folder, so a process that serves the device must not call it.
 pub fn leads_to(mountpoint: &Path, device: &Path) -> bool {
     use rustix::fs::{AtFlags, CWD, StatxFlags};
     if !at(device, mountpoint).is_ok_and(|at| at == At::Mounted) {
@@ -103,7 +102,7 @@ pub fn leads_to(mountpoint: &Path, device: &Path) -> bool {
     on(mountpoint).is_ok_and(|mount| mount.is_some_and(|mount| mount.id == seen.stx_mnt_id))
 }
 
-/// Returns the number of a block device in mountinfo's form.
+/// Returns the number of a block device in the form `major:minor`, as in mountinfo.
 fn number_of(device: &Path) -> Option<String> {
     use std::os::unix::fs::MetadataExt;
     let number = std::fs::metadata(device).ok()?.rdev();

@@ -1,9 +1,9 @@
 //! Makes new files for disks, headers and backups. A file appears complete or not at all, never replaces another file, and
 //! is made only on a filesystem that stores files.
 //!
-//! A file is filled and flushed before it gets its name. It gets the name by a link that replaces nothing. If the
-//! filesystem supports files without a name (`O_TMPFILE`), a process that is killed midway leaves nothing behind. On other
-//! filesystems it may leave a file called `.NAME.nbdcrypt-new-PID-N`, which nothing reads and which can be deleted.
+//! A file is filled and flushed before it gets its name. It gets the name by a link, which never replaces another file. If
+//! the filesystem supports files without a name (`O_TMPFILE`), a process that is killed midway leaves nothing behind. On
+//! other filesystems it may leave a file called `.NAME.nbdcrypt-new-PID-N`, which nothing reads and which can be deleted.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -175,7 +175,7 @@ impl Folder {
         let fd = match rustix::fs::open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
             Ok(fd) => fd,
             Err(Errno::NOENT) => {
-                // For example a link to a disk in /dev/disk/by-id, on a machine without that folder.
+                // An example is the name of a disk in /dev/disk/by-id, on a machine without that folder.
                 let above = folder.ancestors().find_map(|folder| folder.canonicalize().ok());
                 if let Some(above) = above
                     && let Some(what) = kernels_own(&above)
@@ -199,7 +199,7 @@ impl Folder {
     }
 }
 
-/// Describes the folder at this resolved path, if it is for device nodes or belongs to one of the kernel's own
+/// Describes the folder at this resolved path, if the folder is for device nodes or lies on one of the kernel's own
 /// filesystems.
 ///
 /// Below /dev, /proc and /sys, files can be stored only on another filesystem that is mounted there, such as /dev/shm.
@@ -281,7 +281,7 @@ impl<'f> Unnamed<'f> {
             // Dropping this value removes the temporary name.
             Ok(()) => return Ok(()),
             Err(Errno::EXIST) => return Err(Errno::EXIST),
-            // The filesystem has no hard links; vfat is one.
+            // The filesystem has no hard links. An example is vfat.
             Err(_) => {}
         }
         match rustix::fs::renameat_with(self.folder, temporary, self.folder, name, RenameFlags::NOREPLACE) {

@@ -1,7 +1,7 @@
 //! A file that holds the process ID of a running server.
 //!
-//! The server locks the file for as long as it runs. So the next server knows whether an old file is still in use, even if
-//! another process has got the same process ID meanwhile.
+//! The server keeps the file locked while it runs. The lock tells the next server whether an old file is still in use, even
+//! if another process has the same process ID by then.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -40,7 +40,7 @@ pub struct PidFile {
 }
 
 impl PidFile {
-    /// Checks that a pid file can be written at `path`, as far as an existing file shows it. Changes nothing.
+    /// Checks that nothing at `path` prevents a pid file there. Changes nothing.
     ///
     /// # Errors
     /// The same as for [`write`](Self::write).
@@ -51,8 +51,8 @@ impl PidFile {
     /// Writes the process ID to `path`. Replaces the file of a server that has ended.
     ///
     /// # Errors
-    /// [`PidFileError`], if `path` holds anything else (a symbolic link is not followed), or belongs to a server that runs,
-    /// or cannot be written.
+    /// [`PidFileError`], if something other than a pid file is at `path` (a symbolic link is not followed), or the pid file
+    /// belongs to a running server, or the file cannot be written.
     pub fn write(path: &Path) -> Result<Self, PidFileError> {
         let failed = |source| PidFileError::Io { path: path.to_owned(), source };
         let file = match open_old(path)? {
@@ -148,7 +148,7 @@ mod tests {
             assert!(matches!(PidFile::write(&path), Err(PidFileError::NoPidFile(_))), "{content}");
             assert_eq!(std::fs::read_to_string(&path).unwrap(), content);
         }
-        // The target would be a pid file.
+        // The target of the link looks like a pid file, but links are not followed.
         let (link, target) = (folder.path().join("link"), folder.path().join("target"));
         std::fs::write(&target, "1\n").unwrap();
         std::os::unix::fs::symlink(&target, &link).unwrap();

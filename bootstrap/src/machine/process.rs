@@ -1,5 +1,5 @@
-//! Settings of this process: nobody can read its memory, its open files stay its own, and it can serve a filesystem while
-//! memory is short.
+//! Settings of this process: other processes cannot read its memory, its caller's descriptors are closed or kept from its
+//! children, and it can serve a filesystem while memory is short.
 
 use std::os::fd::{IntoRawFd, RawFd};
 use std::time::Duration;
@@ -67,10 +67,10 @@ pub fn close_inherited(keep: &[RawFd]) {
     }
 }
 
-/// Makes sure that programs that this process starts do not inherit the descriptors of this process's caller.
-/// Exceptions are standard input, output and error, `keep`, and the descriptors that a service manager passed on
-/// (sd_listen_fds(3)). In this process the descriptors stay open, under other numbers, because the caller may rely on
-/// that: a lock of `flock` is held until this process ends.
+/// Makes sure that programs that this process starts do not inherit the descriptors of this process's caller. Exceptions are
+/// standard input, output and error, `keep`, and the descriptors that a service manager passed on (sd_listen_fds(3)). In
+/// this process the descriptors stay open, under other numbers, because the caller may rely on them. For example, a lock of
+/// flock(1) is then held until this process ends.
 ///
 /// Call this at the start of the program, while it has opened no file itself.
 pub fn keep_from_children(keep: &[RawFd]) {
@@ -101,7 +101,7 @@ pub fn keep_from_children(keep: &[RawFd]) {
 fn inherited() -> Vec<RawFd> {
     let Ok(entries) = std::fs::read_dir("/proc/self/fd") else { return Vec::new() };
     let numbers = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    // Collect them first: the descriptor of this folder is among them, and is closed when the iterator is dropped.
+    // First collect all numbers. The descriptor of this folder is among them, and is closed when the iterator is dropped.
     let numbers: Vec<RawFd> = numbers.filter(|number| *number > 2).collect();
     numbers.into_iter().filter(|number| std::fs::symlink_metadata(format!("/proc/self/fd/{number}")).is_ok()).collect()
 }
@@ -136,7 +136,7 @@ const FILES: u64 = 64;
 const FILES_A_CONNECTION: u64 = 3;
 
 /// Raises the number of files that this process may have open to its hard limit, which is often above the default. Logs a
-/// warning if that is too few for this many connections.
+/// warning if even that is too few for `connections` connections.
 pub fn allow_open_files(connections: u64) {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, ..limit };
@@ -214,13 +214,13 @@ pub fn notify_service_manager(message: &str) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whether a service manager waits for this process to report that it is ready (sd_notify(3)).
+/// Returns whether a service manager waits for this process to report that it is ready (sd_notify(3)).
 pub fn has_service_manager() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some()
 }
 
-/// Returns how long this process may send no sign of life to the service manager, if it watches this process
-/// (sd_watchdog_enabled(3)).
+/// Returns the longest time that may pass between two signs of life from this process to the service manager. Returns `None`
+/// if the service manager does not watch this process (sd_watchdog_enabled(3)).
 pub fn watchdog_limit() -> Option<Duration> {
     let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
     let is_meant = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));

@@ -25,7 +25,7 @@ pub const QUICK: Duration = Duration::from_secs(30);
 pub const WHOLE_FILESYSTEM: Duration = Duration::from_secs(15 * 60);
 /// How long to wait for the rest of a program's output after it has ended.
 const LAST_OUTPUT: Duration = Duration::from_secs(2);
-/// The exit status of a keeper if the program does not exist. Shells use the same.
+/// The exit status of a keeper (see [`run_long`]) if the program that it runs does not exist. Shells use the same number.
 pub const NO_SUCH_PROGRAM: u8 = 127;
 
 /// Why a program did not do its work.
@@ -89,8 +89,8 @@ pub fn is_installed(root: &Root, program: &str) -> bool {
     SEARCH_PATH.split(':').any(|folder| root.has(Path::new(folder).join(program)))
 }
 
-/// Prepares to run one of the system's programs. Every child of this process except nbdcrypt itself is started through
-/// here.
+/// Prepares to run one of the system's programs. Every program that this process starts is prepared here, except for
+/// nbdcrypt itself.
 ///
 /// The child gets no standard input and none of this process's environment. The environment may contain credentials
 /// (`AWS_*`) and settings that change the behaviour of mkfs and mount (`MKE2FS_CONFIG`, `LIBMOUNT_*`). The child's
@@ -195,7 +195,7 @@ fn end(child: &mut Child) -> bool {
             std::thread::sleep(GLANCE);
         }
     }
-    // If the kernel has not released the child yet, nobody waits for it.
+    // If the kernel has not released the child yet, do not wait any longer.
     !matches!(child.try_wait(), Ok(None))
 }
 

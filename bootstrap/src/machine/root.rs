@@ -19,7 +19,7 @@ impl Root {
         Self(folder.into())
     }
 
-    /// Returns the path on this machine of the file whose absolute path on that machine is `path`.
+    /// Returns where the file `path` of the described machine lies on this machine. `path` is absolute.
     pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
         let path = path.as_ref();
         self.0.join(path.strip_prefix("/").unwrap_or(path))

@@ -1,8 +1,8 @@
 //! A unix socket in the filesystem. Only one server at a time can make it, and only that server removes it.
 //!
-//! A server that died leaves its socket behind, and the next server replaces it. After the check of the old socket and
-//! before its removal, another server could replace the socket, and its live socket would be removed. So a server takes
-//! a lock for both steps, and again when it removes its own socket at the end. The lock is a file `SOCKET.lock` next to
+//! A server that died leaves its socket behind, and the next server replaces it. Between the check of the old socket and its
+//! removal, a third server could put its own socket there. That live socket would then be removed. So a server takes a lock
+//! for both steps. It takes the lock again at its end, to remove its own socket. The lock is a file `SOCKET.lock` next to
 //! the socket. It exists only while a server holds the lock.
 
 use std::fs::{File, OpenOptions, TryLockError};
@@ -54,7 +54,7 @@ pub struct SocketFile {
     identity: Identity,
 }
 
-/// Identifies a file. The time of birth is a part of the identity, because filesystems reuse inode numbers.
+/// Identifies a file. The creation time is a part of the identity, because filesystems reuse inode numbers.
 #[derive(Debug, PartialEq, Eq)]
 struct Identity {
     device: u64,
@@ -136,7 +136,7 @@ impl SocketFile {
         if group.is_some() {
             rustix::fs::chownat(&file, "", None, group, AtFlags::EMPTY_PATH)?;
         }
-        // chmod(2) takes no descriptor of `O_PATH`, but its name.
+        // fchmod(2) refuses a descriptor opened with `O_PATH`. chmod(2) accepts the descriptor's name in /proc.
         let name = format!("/proc/self/fd/{}", file.as_raw_fd());
         Ok(rustix::fs::chmod(name, rustix::fs::Mode::from_raw_mode(mode))?)
     }
@@ -171,7 +171,7 @@ impl Lock {
                 OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).custom_flags(flags).open(&path);
             let file = file.map_err(failed)?;
             match file.try_lock() {
-                // The lock counts only while its file is at the path: the previous owner may have removed it.
+                // The lock is valid only if the locked file is still at the path. Its previous owner may have removed it.
                 Ok(()) if is_at(&file, &path).map_err(failed)? => return Ok(Self { path, _file: file }),
                 Ok(()) => continue,
                 Err(TryLockError::WouldBlock) if start.elapsed() < PATIENCE => {

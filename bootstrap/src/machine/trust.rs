@@ -72,8 +72,8 @@ enum Role {
 /// - On a read-only mount, such as a ConfigMap's folder in Kubernetes, the mode does not matter, unless others can
 ///   reach the same file through a writable mount of this mount namespace. Writable mounts of other namespaces are not
 ///   seen. The owner matters on every mount.
-/// - In a user namespace without the system's root, the files of that root show the overflow number (65534). Folders and links
-///   with that number are trusted. Files are not, because they may belong to any other user outside.
+/// - If a user namespace does not contain the system's root, files of that root appear to belong to the overflow user
+///   (65534). Folders and links of that user are trusted. Files are not, because they may belong to any other user outside.
 /// - For a device only the owner matters: users who may write to the device do not decide what is read from it.
 ///
 /// # Errors
@@ -216,23 +216,25 @@ fn is_closed_to_others(path: &Path) -> bool {
     })
 }
 
-/// Reads the system's files on users. A file that cannot be read makes no user trusted.
+/// Reads what the kernel says about the users of this user namespace. If `uid_map` cannot be read, the overflow user is not
+/// trusted.
 mod users {
     use std::fs::read_to_string;
 
-    /// Returns the number that a user namespace shows for users that it does not have.
+    /// Returns the number of the overflow user. A user namespace shows it for users that the namespace does not contain.
     pub(super) fn overflow() -> u32 {
         let text = read_to_string("/proc/sys/kernel/overflowuid").ok();
         text.and_then(|text| text.trim().parse().ok()).unwrap_or(65534)
     }
 
-    /// Returns whether this process's user namespace has neither the overflow number nor the root of its parent namespace.
+    /// Returns whether this process's user namespace contains neither the root of its parent namespace nor a real user with
+    /// the overflow number.
     pub(super) fn leave_out_root() -> bool {
         read_to_string("/proc/self/uid_map").is_ok_and(|map| lacks_root(&map, overflow()))
     }
 
-    /// Does the same check on the text of a uid_map, whose lines have the first number inside, the first number outside and a
-    /// count (user_namespaces(7)).
+    /// Does the check of [`leave_out_root`] on the text of a uid_map. Each line holds the first number inside, the first
+    /// number outside and a count (user_namespaces(7)).
     pub(super) fn lacks_root(map: &str, overflow: u32) -> bool {
         let mut ranges = map.lines().map(|line| {
             let mut numbers = line.split_whitespace().map(|number| number.parse::<u64>());

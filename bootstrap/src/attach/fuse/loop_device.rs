@@ -17,7 +17,7 @@ use crate::machine::programs::{self, ProgramError};
 
 const LOOP_CONTROL: &str = "/dev/loop-control";
 
-/// The longest time to wait until a device that is not in use is gone.
+/// The longest time to wait for an unused device to disappear.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A loop device of this process. Dropping this value detaches the device. If the device is in use, the kernel detaches it at the
@@ -238,8 +238,8 @@ fn clear(device: &Path) -> Result<(), DetachError> {
     }
 }
 
-/// Returns whether a loop device's backing file is `file`. If the file's mount is gone, lazily or together with its mount
-/// namespace, the kernel shows the path as if the file were in the root directory.
+/// Returns whether a loop device's backing file is `file`. If the file's mount is gone, because it was unmounted lazily or
+/// its mount namespace has ended, the kernel shows the path as if the file were in the root directory.
 pub(super) fn shows(device: &Path, file: &Path) -> bool {
     backing_file(&sys_block(device)).is_some_and(|shown| {
         let orphan = Path::new("/").join(file.file_name().unwrap_or_default());

@@ -43,7 +43,8 @@ pub(super) struct FuseMount {
 impl FuseMount {
     pub(super) fn new(volume: Arc<Volume>, read_only: bool, dir: &Path, identifier: &str) -> Result<Self, AttachError> {
         let refused = |source: io::Error| AttachError::FuseMount { dir: dir.to_owned(), source };
-        // This comes before any access to the directory: with a dead mount, an access fails with "not connected".
+        // Check this before any access to the directory. If the server of a mount there is dead, an access fails with "not
+        // connected".
         if is_mounted(dir) {
             return Err(AttachError::MountDirInUse { dir: dir.to_owned() });
         }
@@ -139,8 +140,8 @@ impl Drop for FuseMount {
         if !self.mounted || rustix::mount::unmount(&self.dir, UnmountFlags::NOFOLLOW).is_ok() {
             return self.finish();
         }
-        // This hides the mount at once, and the kernel removes it after its last user. Until then the threads still
-        // serve it, so waiting for the threads could take forever.
+        // A lazy unmount hides the mount at once, and the kernel removes the mount when its last user is gone. Until then
+        // the threads still serve the mount, so waiting for the threads could take forever.
         let _ = rustix::mount::unmount(&self.dir, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH);
         let _ = std::fs::remove_dir(&self.dir);
     }

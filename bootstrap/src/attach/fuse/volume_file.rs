@@ -231,7 +231,7 @@ impl Filesystem for VolumeFile {
             return reply.error(Errno::EROFS);
         }
         self.open_files.open();
-        // The loop device above has a page cache already.
+        // The loop device on this file has a page cache already.
         reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES);
     }
 
@@ -286,7 +286,7 @@ impl Filesystem for VolumeFile {
     ) {
         let Ok(written) = u32::try_from(data.len()) else { return reply.error(Errno::EINVAL) };
         BLOCK.with_borrow_mut(|block| {
-            // One copy: the data is encrypted in place, and aligned for direct I/O.
+            // The data is copied once. The copy is aligned for direct I/O and is encrypted in place.
             block.resize(data.len());
             block.copy_from_slice(data);
             match self.write_at(offset, block) {
@@ -459,7 +459,7 @@ mod tests {
             }
             file.write_at(4096, &mut [0; 512]).unwrap_err();
             file.sync().unwrap_err();
-            // An error of the kernel's request, not of the disk.
+            // This is an error of the kernel's request, not of the disk, so it is not logged.
             file.read_at(LEN as u64, &mut [0; 512]).unwrap_err();
         });
         let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();

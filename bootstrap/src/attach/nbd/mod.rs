@@ -29,7 +29,7 @@ use crate::machine::modules::load_module;
 use netlink::{Connect, LONGEST_REQUEST_TIMEOUT, Netlink};
 use sessions::Sessions;
 
-/// The longest time to wait until a device is ready, and until a device that is not in use is gone.
+/// The longest time to wait for a device to become ready, or for an unused device to disappear.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The pause between two checks of `/sys`. There may be no udev that reports changes.
@@ -38,9 +38,9 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// The maximum number of connections. More connections are of no use on any machine.
 const MAX_CONNECTIONS: usize = 64;
 
-/// How long a request waits for a fresh socket if the kernel has no connection left, before it fails. A live server provides a
-/// fresh socket within milliseconds, unless the server is stopped (SIGSTOP). After a server was killed, `down` and `up` do not
-/// wait for this time, because they disconnect the device first.
+/// If the kernel has no connection left, a request waits this long for a fresh socket, and then fails. A live server
+/// provides a fresh socket within milliseconds, unless the server is stopped (SIGSTOP). After a server was killed, `down`
+/// and `up` do not wait for this time, because they disconnect the device first.
 const DEAD_CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A volume that is attached by the kernel's NBD client. Dropping it disconnects the device, even if it is in use.
@@ -215,8 +215,8 @@ pub(super) fn detach_stale(remains: &Remains) -> Result<(), DetachError> {
     indexes.into_iter().try_for_each(|index| wait_until_gone(index, &remains.identifier))
 }
 
-/// Does what [`detach_stale`] does, but does not wait until the device is gone: its last user may keep it. Returns the device's
-/// index.
+/// Does what [`detach_stale`] does, but does not wait until the device is gone: its last user may keep it open. Returns the
+/// device's index.
 pub(super) fn disconnect_stale(remains: &Remains) -> Result<Option<u32>, DetachError> {
     let index = index_of(&remains.device).filter(|index| is_ours(*index, &remains.identifier));
     index.map(|index| disconnect(index).map(|()| index)).transpose()
@@ -252,9 +252,9 @@ fn wait_until_gone(index: u32, identifier: &str) -> Result<(), DetachError> {
     Err(DetachError::Held { holders: holders_of(&device), device })
 }
 
-/// Returns whether the device is connected with this identifier. If the kernel shows no identifier (before 5.14, or if the
-/// device was connected by ioctl, as by qemu-nbd), the device counts as ours if the thread that connected it belongs to this
-/// process, or is gone.
+/// Returns whether the device is connected with this identifier. Kernels before 5.14 show no identifier, and neither does a
+/// device that was connected by ioctl (qemu-nbd does that). Such a device counts as ours if the thread that connected it
+/// belongs to this process, or if that thread no longer exists.
 fn is_ours(index: u32, identifier: &str) -> bool {
     let sys = sys_block(&path_of(index));
     let Some(pid) = read(&sys.join("pid")) else { return false };

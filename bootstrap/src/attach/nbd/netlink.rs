@@ -41,7 +41,7 @@ type Message = Genlmsghdr<u8, u16>;
 /// The longest request timeout that the kernel accepts, in seconds: 24.8 days.
 ///
 /// The driver multiplies the timeout by its clock rate (`HZ`, at most 1000) and keeps the product in an `unsigned int`. This
-/// value is the largest whose product is positive as an `int` as well.
+/// value is the largest whose product also fits a signed `int`.
 pub(super) const LONGEST_REQUEST_TIMEOUT: u64 = (i32::MAX / 1000) as u64;
 
 /// The parameters for connecting a device.

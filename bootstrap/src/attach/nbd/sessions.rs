@@ -37,8 +37,8 @@ use crate::attach::error::AttachError;
 use crate::attach::signal::{Ended, EndedSender};
 use crate::attach::{Method, Remains, swap_warning};
 
-/// The pause between two attempts to hand over a socket: the kernel notices a lost connection shortly after this side has noticed
-/// it.
+/// The first and the longest pause between two attempts to hand over a socket. The first attempts may come too early,
+/// because the kernel notices a lost connection shortly after this side has noticed it.
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
