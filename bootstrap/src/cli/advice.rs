@@ -1,5 +1,5 @@
-//! What to do about an error. The errors of the crates below say only what was found, because they do not know which command is
-//! in use and which options it has.
+//! What to do about an error. The errors themselves say only what was found, because the code that returns them does not
+//! know which command is in use and which options it has.
 
 use std::error::Error;
 
@@ -31,8 +31,8 @@ pub(super) fn about(error: &anyhow::Error, settings: Settings) -> Option<String>
     })
 }
 
-/// Returns the error of the core. An error that shows the text of another one as its own leaves that error out of its chain of
-/// causes, so it is looked for inside.
+/// Returns the engine's error, if `cause` is one or wraps one. A transparent error shows the text of the error inside it as
+/// its own, and leaves that error out of the chain of causes. So this function looks inside transparent errors.
 fn luks_error<'e>(cause: &'e (dyn Error + 'static)) -> Option<&'e LuksError> {
     match (cause.downcast_ref(), cause.downcast_ref()) {
         (Some(NoTokenSecret::Luks(error)), _) => Some(error),
@@ -41,7 +41,7 @@ fn luks_error<'e>(cause: &'e (dyn Error + 'static)) -> Option<&'e LuksError> {
     }
 }
 
-/// Returns what to do about an error of the core: the rest of a sentence, without a full stop at its end.
+/// Returns what to do about an error of the engine: the rest of a sentence, without a full stop at its end.
 fn about_luks(error: &LuksError, settings: Settings) -> Option<String> {
     let has_key_slot = settings == Settings::Options { key_slot: true };
     let priority =
@@ -130,7 +130,7 @@ fn about_luks(error: &LuksError, settings: Settings) -> Option<String> {
             "finish the reencryption with `cryptsetup reencrypt --resume-only` first, or use --force to restore the backup \
              anyway"
         }
-        // Listed one by one, so that a new error has to be decided about.
+        // These are listed one by one, so that the compiler asks for a decision about each new error.
         LuksError::NotLuks
         | LuksError::Overwritten
         | LuksError::Version(_)
@@ -185,7 +185,7 @@ mod tests {
     use super::*;
     use crate::machine::memory;
 
-    /// The errors that any command which opens a volume can meet.
+    /// The errors that can occur in every command that opens a volume.
     fn of_opening() -> Vec<anyhow::Error> {
         let expensive =
             |field: &str| LuksError::TooExpensive { field: format!("keyslots.0.kdf.{field}"), found: 9, limit: 8 };
@@ -212,7 +212,7 @@ mod tests {
         errors.into_iter().map(anyhow::Error::from).chain([memory.into()]).collect()
     }
 
-    /// The errors that `key add` and `header repair` can meet besides.
+    /// More errors, which can occur in commands that change a header, such as `key add` and `header repair`.
     fn of_changing() -> Vec<anyhow::Error> {
         let refused = || RefusedCopy {
             copy: HeaderCopy::Primary,
@@ -232,7 +232,7 @@ mod tests {
         errors.into_iter().map(anyhow::Error::from).collect()
     }
 
-    /// The errors that only commands with `--force` can meet.
+    /// The errors that can occur only in commands with `--force`.
     fn of_restoring() -> Vec<anyhow::Error> {
         let (backup, disk) = ("a".to_owned(), "b".to_owned());
         let errors = [
@@ -264,8 +264,8 @@ mod tests {
         found.get_arguments().any(|argument| argument.get_long() == option.strip_prefix("--"))
     }
 
-    /// Checks advice for a command: each whole command in it can be typed, and each option outside of these is one that the
-    /// command in use has.
+    /// Checks advice for a command. Each complete nbdcrypt command in the advice must parse. Each option elsewhere in the
+    /// advice must be an option of the command in use.
     fn check(command: &str, advice: &str) {
         for (index, part) in advice.split('`').enumerate() {
             if part.starts_with("nbdcrypt ") && index % 2 == 1 {
@@ -324,7 +324,8 @@ mod tests {
         assert!(about(&many(), Settings::Options { key_slot: false }).unwrap().contains("--max-kdf-iterations"));
     }
 
-    /// Such an error shows the text of the inner one as its own, and leaves it out of the chain of causes.
+    /// A transparent error shows the text of the error inside it as its own, and leaves that error out of the chain of
+    /// causes.
     #[test]
     fn advice_is_found_inside_transparent_errors() {
         let inner = || LuksError::WrongPassphrase;

@@ -1,10 +1,10 @@
 //! Two processes for one `up`. The user starts the front process, which waits. The server runs in the background, does the
-//! work and stays.
+//! work and keeps running.
 //!
-//! The server reports its progress over a pipe, which is its standard output: a line for each step, then a line which says
-//! that the volume is up. If the pipe ends before that line, the start has failed, and the server has printed the reason on
-//! standard error, which both processes share. If the server was killed and could not print anything, the front process says
-//! so.
+//! The server reports its progress over a pipe, which is its standard output. It sends a line for each step, and then a line
+//! that says that the volume is up. If the pipe ends before that line, the start has failed. The server has then printed the
+//! reason on standard error, which both processes share. If the server was killed and could not print anything, the front
+//! process says so.
 //!
 //! The front process passes on SIGINT, SIGTERM and SIGHUP, and waits until the server has undone everything. If the front
 //! process is killed, the server sees the end of the pipe and undoes everything as well (`boot::Waiting::Front`).
@@ -46,11 +46,12 @@ enum Event {
 /// start fails and the server has printed the reason, this process ends with the server's exit code.
 ///
 /// # Errors
-/// Fails if the server could not be started, if it was killed, or if a signal came too late to call the start off.
+/// Fails if the server could not be started, if it was killed, or if a signal came too late to cancel the start.
 pub(super) fn up(name: &str, config: &Path, base: &Path, verbose: u8) -> Result<()> {
     let program = std::env::current_exe().context("this program's own file")?;
     let (events, happened) = channel();
-    // This comes before the start, so that no signal can end this process and leave the server.
+    // Signals are caught before the server is started. Otherwise a signal could end this process while the server keeps
+    // running.
     let _signals = watch_signals(&events)?;
     let mut behind = Command::new(program)
         .arg("--run-dir")
@@ -108,7 +109,7 @@ pub(super) fn up(name: &str, config: &Path, base: &Path, verbose: u8) -> Result<
     }
 }
 
-/// Shows a line of progress. Returns what the server is doing from then on, or `None` if the line does not say so.
+/// Shows a line of progress. Returns what the server is doing after this line, or `None` if the line does not say that.
 fn follow(line: &str) -> Option<String> {
     if let Some(step) = line.strip_prefix(DONE) {
         show(Progress::Done(step));
@@ -126,7 +127,7 @@ fn follow(line: &str) -> Option<String> {
         show(Progress::CleaningUp);
         return Some("it was cleaning up after a server that died".to_owned());
     }
-    // Another `up` was faster, and this line reports the result.
+    // Another `nbdcrypt up` has brought the volume up first. The line says so, and is shown as it is.
     let _ = super::tell(format_args!("{line}\n"));
     None
 }

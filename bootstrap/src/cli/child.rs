@@ -23,8 +23,8 @@ pub(super) struct Args {
 pub(super) fn run(args: Args) -> Result<()> {
     let own_group = rustix::process::getpgrp() == rustix::process::getpid();
     ensure!(own_group, "`nbdcrypt child` is for nbdcrypt itself, and needs a process group of its own");
-    // The program gets the server's SIGTERM, too. This process ends after the program, so that the server knows when the
-    // program has ended.
+    // The server's SIGTERM goes to the program as well. Catch it here, so that this process ends only after the program. The
+    // server then knows when the program has ended.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let _inside = runtime.enter();
     let _signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?];

@@ -1,5 +1,5 @@
-//! Options of `cryptsetup luksFormat` whose usual values are what nbdcrypt always does. These values are accepted
-//! silently, so that a familiar command works. For any other value, the error names the option.
+//! Options of `cryptsetup luksFormat` that nbdcrypt does not need, because it always does what their usual values ask for.
+//! Those values are accepted silently, so that a familiar command works. For any other value, the error names the option.
 
 /// These options are hidden, since they change nothing.
 #[derive(Debug, clap::Args)]

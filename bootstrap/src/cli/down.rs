@@ -91,8 +91,8 @@ fn clean_up(name: &str, dir: &RunDir) -> Result<()> {
     tell(format_args!("{name} is down: its server (process {pid}) had died, and what it left was cleaned up{log}\n"))
 }
 
-/// Has systemd stop the mount unit, and with it the units that require it. systemd stops them by itself only if the service
-/// is stopped on request. Does not wait, because systemd waits for this process.
+/// Tells systemd to stop the mount unit, and with it the units that require the mount unit. Without this call, systemd stops
+/// them only if the service is stopped on request. Does not wait for systemd, because systemd waits for this process.
 fn stop_units_that_need(mountpoint: &Path) {
     let unit = units::unit_of_path(mountpoint, "mount");
     let args = ["stop", "--no-block", "--", &unit].map(AsRef::as_ref);

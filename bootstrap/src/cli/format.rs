@@ -30,8 +30,8 @@ use crate::{config, text};
 pub(super) struct Args {
     /// A block device or a regular file.
     device: PathBuf,
-    /// A file with the passphrase, which is all of the file's bytes; `-` is standard input. Without this option, nbdcrypt
-    /// asks for it twice.
+    /// A file that contains the passphrase. All bytes of the file count, even a newline at the end; `-` is standard input.
+    /// Without this option, nbdcrypt asks for the passphrase twice.
     #[arg(short = 'd', long, value_name = "FILE")]
     key_file: Option<PathBuf>,
     /// The format of the volume.
@@ -95,8 +95,8 @@ pub(super) fn run(args: Args) -> Result<()> {
     }
 }
 
-/// The files of the new volume. The lock is held while a file is made or removed, and while the header is written that
-/// completes the volume.
+/// The files of the new volume. The lock is held while a file is made or removed, and while the header that completes the
+/// volume is written.
 #[derive(Clone, Default)]
 struct Made(Arc<Mutex<Files>>);
 
@@ -114,7 +114,7 @@ impl Made {
     }
 
     fn make(&self, path: &Path, size: u64) -> Result<()> {
-        // Without the lock, a signal could come before the new file is listed.
+        // Without the lock, a signal could come after the file was made and before it is listed.
         let mut made = self.lock();
         disk::make_file(path, size)?;
         made.paths.push(path.to_owned());
@@ -183,7 +183,7 @@ fn format(args: &Args, made: &Made) -> Result<String> {
         refuse_luks2_only(args)?;
     }
     args.header.refuse_same(path)?;
-    // The disks are checked before anybody types a passphrase. Files are made after that.
+    // The disks are checked before anybody types a passphrase. Files are made after the passphrase was read.
     let key_len = args.key_size / 8;
     let overwritten = overwritten(args, key_len);
     let look = |path: &Path| -> Result<FileStore> {
@@ -208,7 +208,7 @@ fn format(args: &Args, made: &Made) -> Result<String> {
     };
     let header = args.header.header.as_deref().filter(|header| header.exists()).map(look).transpose()?;
     let passphrase = passphrase::new(args.key_file.as_deref(), path, "--key-file")?;
-    // This comes after the question for the passphrase, which handles signals itself.
+    // This comes after the prompt for the passphrase, because the prompt handles signals itself.
     made.remove_on_signal()?;
     let data = match (data, args.size) {
         (Some(data), _) => data,
@@ -238,7 +238,7 @@ fn format(args: &Args, made: &Made) -> Result<String> {
     };
     let name = || header.as_ref().map_or(path, |(path, _)| path).display().to_string();
     let options = options(args, data.len())?;
-    // Formatting overwrites old headers on both disks.
+    // Formatting overwrites old headers on both disks, so both are locked.
     let _lock = disk::lock_header(path, data.file())?;
     let _header_lock = header.as_ref().map(|(path, disk)| disk::lock_header(path, disk.file())).transpose()?;
     refuse_unless_free(Look::Ends)?;
@@ -258,7 +258,7 @@ fn format(args: &Args, made: &Made) -> Result<String> {
 }
 
 /// Makes the volume, and returns the length of its data area. With `--wipe`, the volume may be made over old data. A mark in
-/// it then tells that this data does not belong to the volume.
+/// the volume then says that the old data does not belong to it.
 fn make_volume(
     options: &FormatOptions,
     disks: Disks<'_>,
@@ -280,8 +280,8 @@ fn make_volume(
     Ok(len)
 }
 
-/// Returns whether `path` is a regular file of this size that is blank or holds an unfinished volume. Checks only its ends,
-/// unless it is to be wiped; otherwise all of it is checked later.
+/// Returns whether `path` is a regular file of this size that is blank or holds an unfinished volume. With `wipe`, checks
+/// the whole file. Without `wipe`, checks only the file's ends, because the whole file is checked later.
 fn is_blank_of(path: &Path, size: u64, wipe: bool) -> bool {
     let look = if wipe { Look::All(&[]) } else { Look::Ends };
     std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.len() == size)
@@ -303,7 +303,7 @@ fn options(args: &Args, data_len: u64) -> Result<FormatOptions> {
             data_offset,
         }));
     }
-    // This comes before the key derivation is measured, which takes time.
+    // This comes before the key derivation is measured, because measuring takes time.
     let sector_size = new_volume::sector_size(args.sector_size, data_len)
         .with_context(|| format!("--sector-size does not fit {}", args.device.display()))?;
     Ok(FormatOptions::Luks2(Box::new(luks2::Options {

@@ -72,7 +72,8 @@ pub(super) fn look(name: &str, dir: &RunDir) -> Result<Option<Status>> {
             Ok(_) => bail!(
                 "the server of {name} gave an answer that does not fit the question; is it another version of nbdcrypt?"
             ),
-            // The server lives but does not answer, although a busy server answers at once. It was stopped, as by SIGSTOP.
+            // The server lives but does not answer. Even a busy server answers at once, so this one was stopped, for example
+            // by SIGSTOP.
             Err(error) if is_timeout(&error) => {}
             // The server has just started, or has just ended.
             Err(_) if start.elapsed() < PATIENCE => {

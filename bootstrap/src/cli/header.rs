@@ -54,9 +54,9 @@ enum Command {
         device: PathBuf,
         /// A file made by `header backup` or `cryptsetup luksHeaderBackup`.
         file: PathBuf,
-        /// Restore even if DEVICE looks like a saved header or FILE like a disk, if the disk's header is gone, if it
-        /// differs from the header in FILE in volume key, UUID, format or size, if the two cannot be compared, or if a
-        /// reencryption is not finished. Data that was encrypted with another key is then unreadable.
+        /// Restore even if a check fails: DEVICE looks like a saved header, or FILE like a disk; the disk's header is gone,
+        /// cannot be compared with the header in FILE, or has another volume key, UUID, format or size; or a reencryption is
+        /// not finished. Data that was encrypted with another key is then unreadable.
         #[arg(long)]
         force: bool,
     },
@@ -82,7 +82,7 @@ struct Set {
     #[arg(long, group = "what")]
     subsystem: Option<String>,
     /// The flags with which dm-crypt activates the volume, such as allow-discards, separated by commas. They replace the
-    /// flags that are set. `--flags ""` removes all of them.
+    /// flags that are set now. `--flags ""` removes all of them.
     #[arg(long, group = "what", value_name = "FLAGS")]
     flags: Option<String>,
 }

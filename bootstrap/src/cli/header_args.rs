@@ -1,4 +1,4 @@
-//! Options that say where a volume's header is, and for the work that the header may ask for.
+//! Options that say where a volume's header is, and options that limit the work that the header may ask for.
 
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ impl VolumeArgs {
         self.header.header.as_ref().unwrap_or(&self.device)
     }
 
-    /// Returns the name of that disk or file, for messages.
+    /// Returns the name of the disk or file that holds the header, for messages.
     pub(super) fn name(&self) -> String {
         text::path(self.path())
     }
@@ -65,8 +65,8 @@ pub(super) struct LimitArgs {
     /// The most PBKDF2 iterations that a keyslot may ask for. [default: 100 million]
     #[arg(help_heading = HEADING, long, value_name = "N")]
     max_kdf_iterations: Option<NonZeroU32>,
-    /// The most Argon2 passes that a keyslot may ask for, with the most memory. With less memory, it may ask for as many
-    /// more passes as take the same time. [default: 100]
+    /// The most Argon2 passes that a keyslot may ask for, if it uses the most memory. A keyslot that uses less memory may
+    /// ask for more passes in proportion. [default: 100]
     #[arg(help_heading = HEADING, long, value_name = "N")]
     max_kdf_passes: Option<NonZeroU32>,
 }

@@ -11,7 +11,7 @@ use crate::text;
 /// without checking it.
 const NEVER_SUGGESTED: [&str; 7] = ["format", "down", "provision", "remove", "restore", "change", "rewrap"];
 
-/// Returns clap's `error` about `arguments`, which may also be its help, together with advice.
+/// Adds advice to clap's `error` about `arguments`. `error` may also be a help text, which clap returns as an error, too.
 pub(super) fn explained(error: clap::Error, arguments: &[String]) -> clap::Error {
     let mut all = Cli::command();
     all.build();

@@ -149,7 +149,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Returns clap's error about `arguments` with characters that a terminal would obey shown by their number. clap quotes
+/// Returns clap's error about `arguments`. Characters that a terminal would obey are shown by their number. clap quotes
 /// arguments unchanged, so this function makes clap parse escaped arguments.
 fn with_escaped_arguments(error: &clap::Error, arguments: &[String]) -> String {
     let arguments: Vec<_> = arguments.iter().map(|argument| engine::text::printable(argument)).collect();
@@ -249,8 +249,8 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<Unread>().is_some_and(|unread| unread.0.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// Standard error for the log. Each event is one line, whatever names and labels it contains, and a terminal obeys none of
-/// its characters. The numbers of the system's errors are left out.
+/// Standard error for the log. Each event is one line, whatever names and labels it contains. Characters that a terminal
+/// would obey are shown by their number. The numbers of the system's errors are left out.
 #[derive(Clone, Copy)]
 struct SafeStderr {
     /// Whether the text contains escape sequences for colours.
@@ -294,7 +294,7 @@ fn log_to_stderr(verbose: u8) {
         2 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    // Only our own crates are logged, at every level. The AWS SDK's warnings quote answers that it cannot parse, and these
+    // At every level, only our own crates are logged. The AWS SDK's warnings quote answers that it cannot parse, and these
     // contain credentials.
     let told = Targets::new()
         .with_default(LevelFilter::OFF)
@@ -304,7 +304,7 @@ fn log_to_stderr(verbose: u8) {
     let with_colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let to_stderr = tracing_subscriber::fmt::layer()
         .with_writer(move || SafeStderr { with_colours })
-        // These would be printed with `eprintln!`, which panics if writing to standard error fails.
+        // Internal errors would be printed with `eprintln!`, which panics if writing to standard error fails.
         .log_internal_errors(false)
         .with_ansi(with_colours)
         .with_target(false)
@@ -371,7 +371,7 @@ mod tests {
         assert_eq!(shown, " WARN disk\\u{202e}\\u{a}: Operation not permitted\n");
     }
 
-    /// Each heading covers only the options that it names.
+    /// Each heading in a command's help covers only the options that are listed for it here.
     #[test]
     fn a_heading_covers_no_unrelated_option() {
         let headings = [

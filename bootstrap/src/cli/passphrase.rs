@@ -14,7 +14,7 @@ pub(super) fn key_file(path: &Path) -> KeyFile {
     if path == Path::new("-") { KeyFile::Stdin } else { KeyFile::Path(path.to_owned()) }
 }
 
-/// Reads the passphrase of `of` from `file`, or asks for it.
+/// Reads a passphrase from `file`, or asks the user for it. `of` is the disk or file with the volume. The question names it.
 ///
 /// # Errors
 /// Fails if the file cannot be read, or if there is no terminal to ask at.

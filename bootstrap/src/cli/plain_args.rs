@@ -9,7 +9,8 @@ use engine::sector::{Lba512, SectorSize};
 use super::format::{key_size, sector_size};
 use crate::volume::plain::{PlainCipher, PlainVolume};
 
-/// This heading is given for each option. A heading for all that follows would also cover options of `serve`.
+/// Each option names this heading itself. clap's `next_help_heading` would also apply to the options of `serve` that come
+/// after these.
 const HEADING: &str = "Options for --type plain, as in cryptsetup";
 
 #[derive(Debug, clap::Args)]
@@ -23,7 +24,8 @@ pub(super) struct PlainArgs {
     /// Where the data begins, in sectors of 512 bytes. [default: 0]
     #[arg(help_heading = HEADING, short = 'o', long, value_name = "SECTORS")]
     offset: Option<u64>,
-    /// The IV of the first sector, in units of 512 bytes: a multiple of the sector size. [default: 0]
+    /// The IV of the first sector, counted in units of 512 bytes. The number of bytes must be a multiple of the sector size.
+    /// [default: 0]
     #[arg(help_heading = HEADING, short = 'p', long, value_name = "SECTORS")]
     skip: Option<u64>,
     /// The length of the data, in sectors of 512 bytes. [default: to the end of the disk]
@@ -34,14 +36,14 @@ pub(super) struct PlainArgs {
     #[arg(help_heading = HEADING, short = 'l', long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1..))]
     keyfile_size: Option<u32>,
     /// The hash that makes the key from a passphrase, which is typed or comes with `--key-file -`. `plain` uses the
-    /// passphrase's bytes, filled up with zeros. Without this option, those bytes are the key itself. As with cryptsetup,
-    /// the bytes of a key file are always the key, unless --hash-key-file is given.
+    /// passphrase's bytes, filled up with zeros. Without this option, the bytes of the passphrase are the key itself. As
+    /// with cryptsetup, the bytes of a key file are always the key, unless --hash-key-file is given.
     #[arg(help_heading = HEADING, long, value_name = "HASH", value_parser = hash)]
     hash: Option<PassphraseHash>,
     /// With --hash: also hash the bytes of a key file.
     #[arg(help_heading = HEADING, long, requires = "hash")]
     hash_key_file: bool,
-    /// Count the IV in sectors of the sector size, instead of 512 bytes.
+    /// Count the IV in sectors of `--sector-size` bytes, instead of in units of 512 bytes.
     #[arg(help_heading = HEADING, long)]
     iv_large_sectors: bool,
     /// The cipher: aes-xts-plain64, or aes-xts-plain on a volume of at most 2 TiB. [default: aes-xts-plain64]

@@ -72,7 +72,7 @@ fn nothing_to_do(status: &Status) -> Row {
     Row { step: "up", outlook: "done already", does: format!("{} is up{device}{at}", status.name), obstacle: None }
 }
 
-/// The server of an attached volume mounts its filesystem again.
+/// Returns the plan for a volume that is attached but not mounted: its server mounts the filesystem again.
 fn mount_again(status: &Status) -> Row {
     let at = status.configured_mountpoint.as_ref().map(text::path).unwrap_or_default();
     let outlook = if status.doing.is_some() { "not possible" } else { "to do" };

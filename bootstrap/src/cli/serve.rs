@@ -39,9 +39,9 @@ pub(super) struct Args {
     /// The disks or files that hold the ciphertext. Each becomes an export.
     #[arg(required = true, value_name = "DEVICE")]
     devices: Vec<PathBuf>,
-    /// A file with the passphrase (with `--type plain`, the volume key), which is all of the file's bytes; `-` is standard
-    /// input. Give it once for all DEVICEs, or once for each, in their order. Without this option, nbdcrypt asks for one
-    /// passphrase that opens every DEVICE.
+    /// A file that contains the passphrase or, with `--type plain`, the volume key. All bytes of the file count, even a
+    /// newline at the end; `-` is standard input. Give this option once for all DEVICEs, or once for each, in their order.
+    /// Without this option, nbdcrypt asks for one passphrase that opens every DEVICE.
     #[arg(short = 'd', long = "key-file", value_name = "FILE")]
     key_files: Vec<PathBuf>,
     /// Try the passphrase only on this keyslot, even if the keyslot is set to be ignored.
@@ -84,15 +84,16 @@ pub(super) struct Args {
     /// Refuse writes.
     #[arg(long)]
     read_only: bool,
-    /// The most connections that are served at the same time. More clients wait until a connection ends.
+    /// The maximum number of connections that are served at the same time. More clients wait until a connection ends.
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
     max_connections: u16,
     /// How long a client may take to connect, set up TLS and choose an export, such as 10s or 2m. A client that takes longer
     /// is disconnected.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
     handshake_timeout: Duration,
-    /// Disconnect a client that sends and receives nothing for this long, such as 90s, 2m or 1h, while none of its requests
-    /// is in progress. Do not use this for a client that has a filesystem on the export. [default: no limit]
+    /// Disconnect a client that sends and receives nothing for this time, such as 90s, 2m or 1h. While a request of the
+    /// client is in progress, it is not disconnected. Do not use this for a client that has a filesystem on the export.
+    /// [default: no limit]
     #[arg(long, value_name = "TIME", value_parser = duration)]
     idle_timeout: Option<Duration>,
     /// Whether clients use TLS.
@@ -105,8 +106,8 @@ pub(super) struct Args {
     /// Serve only clients that have a certificate from an authority in ca-cert.pem.
     #[arg(help_heading = "TLS", long)]
     tls_verify_peer: bool,
-    /// Give no space back to the disk: TRIM is refused, and zeros are written out. Holes show anyone who reads the disk
-    /// which parts of it are in use.
+    /// Never discard blocks of the disk: refuse TRIM, and write zeros instead of making holes. Holes show anyone who reads
+    /// the disk which parts of it are in use.
     #[arg(long)]
     no_discard: bool,
     /// Let the kernel cache the ciphertext. Without this option, `O_DIRECT` is used if the filesystem allows it.
@@ -148,7 +149,7 @@ enum Session {
     Auto,
     /// io_uring. The server does not start without it.
     IoUring,
-    /// Threads that block.
+    /// tokio: sockets are polled, and threads wait for the disk.
     Tokio,
 }
 
@@ -175,7 +176,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         session: args.session.into(),
         ..Settings::default()
     };
-    // This comes before anybody types a passphrase.
+    // These paths are checked before anybody types a passphrase.
     if let Some(path) = &args.socket {
         listen::refuse_obstacle(path)?;
     }
@@ -261,7 +262,7 @@ fn tls(args: &Args) -> Result<Tls> {
 fn exports(args: &Args, names: &[String]) -> Result<Exports> {
     // All disks are checked before anybody types a passphrase for one of them.
     let found = args.devices.iter().map(|device| look(args, device)).collect::<Result<Vec<_>>>()?;
-    // A key for all disks is read only once, since it may come from standard input.
+    // A key that is for all disks is read once, because it may come from standard input.
     let only = match args.key_files.as_slice() {
         [] => Some(passphrase::existing(None, &args.devices[0])?),
         [file] => Some(passphrase::existing(Some(file), &args.devices[0])?),
@@ -302,8 +303,9 @@ struct Found<'a> {
 
 enum FoundKind<'a> {
     Luks {
-        /// The disk of the header, if the header is detached, and its path.
+        /// The disk with the detached header, if there is one.
         header: Option<Box<FileStore>>,
+        /// The path of the disk that holds the header, detached or not.
         header_path: &'a Path,
         locked: LockedVolume,
     },
@@ -400,13 +402,14 @@ fn open(args: &Args, found: Found<'_>, key_file: Option<&Path>, passphrase: &Pas
 }
 
 async fn listen_and_serve(args: &Args, names: &[String], listening: Option<Listening>, server: &Server) -> Result<()> {
-    // This comes before the address is printed, since its reader may end this process at once.
+    // The signal handlers are installed before the address is printed. A script that waits for the address may send SIGTERM
+    // at once.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (listener, addresses, _socket) = bind(args, names, listening)?;
     let _pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
     let mut stdout = std::io::stdout();
-    // All lines are written with one call, since a reader may close the pipe after the first one.
+    // All lines are written with one call, because a reader may close the pipe after the first line.
     let lines: String = addresses.iter().map(|address| format!("{address}\n")).collect();
     stdout.write_all(lines.as_bytes())?;
     stdout.flush()?;

@@ -47,7 +47,7 @@ fn generate(config_path: &Path, to: &Path, written: &mut HashMap<PathBuf, PathBu
     let files = units::of(&config, config_path).context(
         "the file's name cannot be the name of a service: use 1 to 64 characters of A-Z a-z 0-9 . _ - before `.toml`",
     )?;
-    // Only a mount unit can be another volume's, too. Its name is its mountpoint.
+    // Only a mount unit can belong to two volumes, because its name comes from the mountpoint.
     if let Some((unit, first)) = files.iter().find_map(|file| written.get_key_value(&file.path)) {
         bail!(
             "{} and {} have the same mountpoint, and systemd can have only one {}: change `mountpoint` in one of them, or \

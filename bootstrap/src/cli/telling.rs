@@ -35,7 +35,7 @@ pub fn chain(error: &anyhow::Error) -> String {
     }
 }
 
-/// Returns what [`chain`] returns, and then what to do, for the command whose settings come from `settings`.
+/// Returns what [`chain`] returns, followed by advice. `settings` says where the command in use gets its settings from.
 pub(super) fn with_advice(error: &anyhow::Error, settings: Settings) -> String {
     let found = chain(error);
     match advice::about(error, settings) {
@@ -75,8 +75,8 @@ fn unsaid<'s>(text: &str, said: &'s str) -> &'s str {
     rest
 }
 
-/// Returns the text with characters that a terminal would obey shown by their number. Newlines and tabs stay only if the
-/// text has several lines.
+/// Returns the text. Characters that a terminal would obey are shown by their number. Newlines and tabs stay only if
+/// `has_lines` is set.
 fn shown(text: &str, has_lines: bool) -> String {
     match has_lines {
         true => lines(text),

@@ -17,7 +17,7 @@ use crate::service::control::{self, Answer, Question};
 use crate::service::run_dir::RunDir;
 use crate::service::status::{Condition, Status};
 
-/// How long the server may take to mount the filesystem again. It ends mount after [`WHOLE_FILESYSTEM`].
+/// How long the server may take to mount the filesystem again. The server ends `mount` after [`WHOLE_FILESYSTEM`].
 const COMPLETION: Duration = Duration::from_secs(WHOLE_FILESYSTEM.as_secs() + 60);
 
 #[derive(Debug, clap::Args)]
@@ -61,7 +61,7 @@ pub(super) fn run(args: Args, base: &Path, verbose: u8) -> Result<()> {
         if let Some(claim) = dir.claim()? {
             break claim;
         }
-        // Another `up` was faster. By now it may have succeeded or failed, so look again.
+        // Another `nbdcrypt up` has claimed the volume first. By now it may have succeeded or failed, so look again.
         if let Some(text) = serve_already(&config, &asked, &dir, is_service)? {
             return tell(format_args!("{text}\n"));
         }
@@ -88,8 +88,9 @@ fn descriptor_of_key(config: &Config) -> Option<RawFd> {
     folders.iter().find_map(|folder| path.strip_prefix(folder).ok())?.to_str()?.parse().ok()
 }
 
-/// Returns the text to print if a server has the volume already, or `None` if `up` is to start one. If the filesystem was
-/// unmounted, the server mounts it again. A service cannot be active for a server that is not its own, so `up` fails there.
+/// Returns the text to print if a server has the volume already, or `None` if `up` must start one. If the filesystem was
+/// unmounted, the server mounts it again. If `up` runs as a service, it fails if a server has the volume: a service cannot
+/// be active for a server that it did not start.
 fn serve_already(config: &Config, asked: &Asked, dir: &RunDir, is_service: bool) -> Result<Option<String>> {
     let name = config.name.as_str();
     let Some(status) = found::look(name, dir)? else { return Ok(None) };

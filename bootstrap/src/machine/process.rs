@@ -131,8 +131,9 @@ pub fn prepare_to_serve_a_filesystem() {
     }
 }
 
-/// The open files that a server needs: this many, and for each connection a socket, a ring and an event.
+/// The number of open files that a server needs without any connection.
 const FILES: u64 = 64;
+/// The number of open files that each connection needs in addition: a socket, a ring and an event.
 const FILES_A_CONNECTION: u64 = 3;
 
 /// Raises the number of files that this process may have open to its hard limit, which is often above the default. Logs a

@@ -16,7 +16,8 @@ pub(super) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
-    /// Measure AES-256-XTS on every path of this CPU, next to the limit of its AES units and to memcpy.
+    /// Measure AES-256-XTS with each set of instructions that this CPU supports, next to the limit of its AES units and to
+    /// memcpy.
     #[command(after_help = examples::BENCH)]
     Xts(xts::Args),
     /// Measure this server through a unix socket, encrypted and plaintext, in memory or on a disk.

@@ -1,7 +1,8 @@
-//! `nbdcrypt bench xts`: measures AES-256-XTS on every path that this machine's CPU has.
+//! `nbdcrypt bench xts`: measures AES-256-XTS on every CPU path that this machine supports. A CPU path is an implementation
+//! of the cipher for certain instructions.
 //!
-//! Each row is measured in short turns: AES rounds on registers, memcpy, encryption, decryption, and then again. So a
-//! disturbance affects all four alike. Figures are medians, in 10⁹ bytes a second.
+//! Each row is measured in short turns: AES rounds on registers (the limit), memcpy, encryption, decryption, and then again.
+//! So a disturbance affects all four alike. Figures are medians, in 10⁹ bytes a second.
 
 use std::fmt::Write;
 use std::hint::black_box;
@@ -36,7 +37,7 @@ const BUFFERS: [usize; 4] = [4 << 10, 64 << 10, 1 << 20, 64 << 20];
 const TYPICAL: usize = 64 << 10;
 /// The approximate minimum length of one turn. It is long enough that the clock's noise does not matter.
 const TURN: Duration = Duration::from_micros(500);
-/// The fewest turns for a median, if turns take longer than the budget allows.
+/// The minimum number of rounds for a median, even if they take longer than the budget.
 const FEWEST_ROUNDS: usize = 5;
 
 pub(super) fn run(args: Args) -> Result<()> {
@@ -100,7 +101,7 @@ struct Machine {
     version: &'static str,
 }
 
-/// One figure in GB/s (10⁹ bytes a second), of `threads` threads together.
+/// One figure in GB/s (10⁹ bytes a second), for `threads` threads together.
 #[derive(Serialize)]
 struct Row {
     path: &'static str,
@@ -153,7 +154,7 @@ fn measure(case: &Case) -> Rates {
         let workers: Vec<_> = (0..case.threads).map(|_| scope.spawn(|| turns(case, &barrier))).collect();
         workers.into_iter().map(|worker| worker.join().unwrap_or_default()).collect()
     });
-    // The rounds that all threads have done.
+    // The number of rounds that every thread has finished.
     let rounds = series.iter().map(Vec::len).min().unwrap_or(0);
     let median = |turn: usize| {
         statistics::median((0..rounds).map(|round| series.iter().map(|thread| thread[round][turn]).sum()))

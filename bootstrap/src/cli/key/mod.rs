@@ -36,7 +36,7 @@ enum Command {
     /// List the keyslots that hold a key.
     #[command(after_help = examples::KEY_LIST)]
     List(List),
-    /// Add a key to a volume, which one of its keys must open.
+    /// Add a key to a volume. One of its present keys must open it.
     #[command(after_help = examples::KEY_ADD)]
     Add(Add),
     /// Replace a key by another one. The old key opens the volume until the new one does.
@@ -52,8 +52,8 @@ enum Command {
     /// Show which keyslot a passphrase opens. Nothing is changed, and the volume may be up.
     #[command(after_help = examples::KEY_TEST)]
     Test(Test),
-    /// Prove that what a configuration names opens its volume: get the secret, from S3 and KMS for example, and open a
-    /// keyslot with it. Nothing is changed, attached or mounted, and the volume may be up.
+    /// Prove that the secret that a configuration names opens its volume: get the secret, for example from S3 and KMS, and
+    /// open a keyslot with it. Nothing is changed, attached or mounted, and the volume may be up.
     #[command(after_help = examples::KEY_VERIFY)]
     Verify(verify::Args),
     /// Set when a keyslot of a LUKS2 volume is tried: only if it is named, in the order of keyslot numbers, or before all others.
@@ -337,7 +337,7 @@ fn add(args: &Add) -> Result<usize> {
     Ok(volume.add_key(&disk, &limits, &unlocked.key, &new, args.key_slot, &mut random::fill)?)
 }
 
-/// Fails if there is no keyslot for a new key. This comes before anybody types a passphrase for it.
+/// Fails if there is no keyslot for a new key. This is checked before anybody types the new passphrase.
 fn refuse_unless_room(volume: &LockedVolume, wanted: Option<usize>) -> Result<()> {
     let most = match volume {
         LockedVolume::Luks1(_) => 8,
@@ -430,9 +430,9 @@ fn remove(args: &Remove) -> Result<usize> {
     Ok(slot)
 }
 
-/// Checks that a passphrase from the user opens a keyslot other than `slot`, as `cryptsetup luksKillSlot` does. This proves that
-/// a key remains. A keyslot that is set to be ignored counts, since it opens when its number is given. An unbound keyslot does
-/// not count.
+/// Checks that a passphrase from the user opens a keyslot other than `slot`, as `cryptsetup luksKillSlot` does. This proves
+/// that a key remains. A keyslot that is set to be ignored counts, because it opens if its number is given. An unbound
+/// keyslot does not count.
 fn prove_another_key(
     args: &Remove,
     slot: usize,
@@ -583,7 +583,7 @@ fn set_priority(args: &SetPriority) -> Result<()> {
 fn kdf(args: &KdfArgs, volume: &LockedVolume) -> Result<KdfOptions> {
     match volume {
         LockedVolume::Luks2(_) => args.options(Pbkdf::Argon2id),
-        // Uses the volume's own hash and ignores `--hash`, since LUKS1 has one hash for all.
+        // Uses the volume's own hash and ignores `--hash`, because LUKS1 has one hash for all keyslots.
         LockedVolume::Luks1(volume) => {
             let hash = volume.hash();
             Ok(KdfOptions::Pbkdf2 { hash, iterations: args.pbkdf2_iterations(hash)? })

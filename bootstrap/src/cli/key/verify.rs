@@ -1,4 +1,4 @@
-//! `nbdcrypt key verify`: proves that what a configuration names opens its volume.
+//! `nbdcrypt key verify`: proves that the secret that a configuration names opens its volume.
 
 use std::path::{Path, PathBuf};
 
