@@ -269,7 +269,8 @@ impl Server {
         tokio::select! {
             biased;
             ended = self.handshake_in_time(stream, shutdown) => ended,
-            // After the shutdown, the client neither finished its message, nor took the reply, nor completed TLS.
+            // The client did not finish in time after the shutdown: its message, the reply to it or the TLS handshake is
+            // incomplete.
             () = session::too_late(stop) => Err(SessionError::Shutdown),
         }
     }

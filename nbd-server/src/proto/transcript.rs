@@ -35,7 +35,7 @@ pub fn example_exports() -> [ExportInfo; 2] {
     [export("disk", false), export("fixed", true)]
 }
 
-/// The result of playing a client's bytes to a server.
+/// The result of sending a client's bytes to a server.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Transcript {
     /// The bytes that the server took from the client. The server does not take an incomplete message at the end, or
@@ -88,8 +88,7 @@ enum State {
 }
 
 impl Transcript {
-    /// Plays the client's bytes to a server of these exports. The bytes arrive in the given pieces. Every write, trim and so on
-    /// succeeds.
+    /// Sends the client's bytes, in the given pieces, to a server with these exports. Every write, trim and so on succeeds.
     pub fn of<'a>(exports: &[ExportInfo], pieces: impl IntoIterator<Item = &'a [u8]>) -> Self {
         Self::with_tls(TlsPolicy::Off, exports, pieces)
     }
@@ -382,7 +381,8 @@ mod tests {
             assert!(found.contains(why), "command {command}, byte {byte}: {found}");
         }
 
-        // One extent was asked for and two are sent: the flag is set in the request after the server has answered it.
+        // The client asked for one extent, but two were sent. To make this mistake, the test sets the flag in the recorded
+        // request after the server has answered the request.
         let bytes = [STRUCTURED_HANDSHAKE, &request(false, 0, status)].concat();
         let mut transcript = Transcript::of(&example_exports(), [bytes.as_slice()]);
         let flags = STRUCTURED_HANDSHAKE.len() + 5;

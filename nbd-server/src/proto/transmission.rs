@@ -98,8 +98,8 @@ impl ExpectRequest {
     /// Takes the next [`ExpectRequest::header_len`] bytes of the stream.
     ///
     /// # Errors
-    /// [`TransmissionError`] if they are not the header of a request, or its payload is too long. Answer all requests
-    /// in flight, then close the connection.
+    /// [`TransmissionError`] if they are not the header of a request, or if its payload is too long. The session must then
+    /// answer all requests in flight and close the connection.
     pub fn handle(self, header: &[u8]) -> Result<Received, TransmissionError> {
         let header = Header::parse(self.headers, header)?;
         if header.kind == NBD_CMD_DISC {

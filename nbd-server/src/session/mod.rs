@@ -1,5 +1,5 @@
-//! Sessions move bytes between a socket, the protocol and a volume. This file has what all of them share: the limits of a
-//! connection's memory and of its time, and the jobs of the workers.
+//! Sessions move bytes between a socket, the protocol and a volume. This file has what all sessions share: the limits on
+//! the memory and the time of a connection, and the jobs of the workers.
 
 mod buffers;
 pub mod link;

@@ -170,8 +170,8 @@ impl Task {
 
 /// A request that a worker has.
 ///
-/// Dropping the job queues the reply, and the request then no longer counts as the worker's. So every request is
-/// answered. If the worker has panicked, the reply is an I/O error.
+/// When the job is dropped, its reply is put into the outbox, and the worker no longer owns the request. So every request
+/// is answered. If the worker has panicked, the reply is an I/O error.
 pub(crate) struct Job(Option<Task>);
 
 impl Job {
@@ -466,7 +466,7 @@ mod tests {
         ) {
             let volume = Volume::plaintext(Arc::new(MemoryStore::zeroed(256 * 1024)), SectorSize::B512).unwrap();
             let exports = Exports::new([Export::new("", Arc::new(volume))]).unwrap();
-            // With one worker, requests are carried out in their order.
+            // Two threads carry out requests: this worker, and the session itself while it receives small requests.
             let workers = Workers::start(1).unwrap();
             let mut model = vec![0; 256 * 1024];
             let mut bytes = GOOD_HANDSHAKE.to_vec();
@@ -497,8 +497,8 @@ mod tests {
             prop_assert!(replies.chunks(16).all(|reply| reply[4..8] == [0; 4]));
             cookies.sort_unstable();
             prop_assert_eq!(cookies, expected);
-            // Writes of one connection may overtake each other. So each byte holds data of some write that covers it,
-            // not necessarily the last one.
+            // So a write may overtake an earlier write of the same connection. Each byte then holds the data of one of the
+            // writes that cover it, not necessarily of the last one.
             let mut disk = vec![0; model.len()];
             exports.all()[0].volume().read(0, &mut disk).unwrap();
             prop_assert!(disk.iter().zip(&model).all(|(disk, model)| (*disk == 0) == (*model == 0)));

@@ -181,7 +181,7 @@ impl Connection {
                 self.budget.acquire_many(cost).await.ok()
             }
         };
-        // Dropping the reservation gives the permits back.
+        // The reservation gives the permits back when it is dropped. So the permits themselves are forgotten here.
         permit.into_iter().for_each(|permit| permit.forget());
         self.reserve(len)
     }

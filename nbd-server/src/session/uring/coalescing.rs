@@ -36,7 +36,7 @@ const OVERSLEPT: Duration = Duration::from_micros(200);
 /// After this many overslept pauses in a row, the session does without pauses for long. (On older kernels, each pause
 /// may last until the scheduler's next tick.)
 const TOO_OFTEN: u32 = 16;
-/// In that case, the first and the largest number of answers without a pause. The number doubles each time.
+/// The first time, this many answers then come without a pause. The number doubles each time, up to `MOST_DISTRUST`.
 const FIRST_DISTRUST: u32 = 1 << 15;
 const MOST_DISTRUST: u32 = 1 << 30;
 
@@ -46,7 +46,7 @@ pub(super) struct Coalescing {
     /// Answers in this window, and how many of them were late: the client waited for them.
     answers: u32,
     late: u32,
-    /// Answers that are still to come without a pause.
+    /// How many of the next answers come without a pause.
     without: u32,
     /// How many answers will come without a pause the next time.
     next_without: u32,
@@ -77,9 +77,9 @@ impl Coalescing {
         self.found = None;
     }
 
-    /// Returns how long to let requests gather once all of them are answered, or `None` for no pause. Called when
-    /// replies are about to be sent. `is_busy` returns whether the client has earlier replies left to read. If an
-    /// answer is sent in several parts, the first part decides.
+    /// Returns how long to let new requests gather after the current ones are answered, or `None` for no pause. Called when
+    /// replies are about to be sent. `is_busy` returns whether the client has earlier replies left to read. If an answer is
+    /// sent in several parts, the first part decides.
     pub(super) fn answering(&mut self, is_busy: impl FnOnce() -> bool) -> Option<Duration> {
         if let Some(found) = self.found {
             return found;

@@ -28,7 +28,7 @@ impl Intake {
         self.end
     }
 
-    /// Returns the next `len` bytes and removes them. They must be there.
+    /// Returns the next `len` bytes and removes them. At least `len` bytes must have been received.
     pub(super) fn take(&mut self, len: usize) -> &mut [u8] {
         let start = self.start;
         self.start += len;

@@ -291,7 +291,8 @@ impl<'a> Connection<'a> {
         self.drop_outbox();
     }
 
-    /// Reads nothing more from the client. The first outcome is the session's.
+    /// Reads nothing more from the client. If this is called more than once, the first outcome is the outcome of the
+    /// session.
     fn end(&mut self, outcome: Result<(), SessionError>) {
         if self.outcome.is_ok() {
             self.outcome = outcome;
