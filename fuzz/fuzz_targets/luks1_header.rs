@@ -1,5 +1,5 @@
-//! Reads arbitrary bytes as a LUKS1 header. The header is refused or parsed. A parsed header is displayed, tried with a
-//! passphrase, and encodes to a header that parses to the same. A repaired header needs no second repair.
+//! Reads arbitrary bytes as a LUKS1 header. The header is refused or parsed. A parsed header is displayed and tried with a
+//! passphrase. If it is encoded and parsed again, the result is the same header. A repaired header needs no second repair.
 #![no_main]
 
 use engine::key::Passphrase;

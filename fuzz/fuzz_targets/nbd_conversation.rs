@@ -1,5 +1,5 @@
-//! Plays arbitrary bytes to the server as everything that a client sends. The answers do not depend on how the bytes are
-//! split, and each request has one reply.
+//! Sends arbitrary bytes to the server, as all that a client sends. The answers do not depend on how the bytes are split,
+//! and each request has one reply.
 #![no_main]
 
 use nbd_server::proto::transcript::{Transcript, example_exports};

@@ -1,5 +1,5 @@
-//! Plays arbitrary bytes to the server after a valid handshake for each form of headers. The answers do not depend on how the
-//! bytes are split, no request reaches past the end, and each request has one reply as the document requires.
+//! Sends arbitrary bytes to the server after a valid handshake, once for each form of headers. The answers do not depend on
+//! how the bytes are split, no request reaches past the end, and each request has one reply as the document requires.
 #![no_main]
 
 use nbd_server::proto::transcript::{HANDSHAKES, Transcript, example_exports};

@@ -89,8 +89,8 @@ impl ServerProcess {
         cpu_seconds(&self.child.id().to_string())
     }
 
-    /// Returns the peak resident memory in bytes, without the pages of a mapped disk in memory. Those pages exist
-    /// without the server, too, and once mapped they stay mapped.
+    /// Returns the peak resident memory in bytes, without the mapped pages of a disk that is in memory. Those pages exist
+    /// without the server, too, and they stay mapped after their first use.
     pub(super) fn peak_rss(&self) -> Result<u64> {
         let path = format!("/proc/{}/status", self.child.id());
         let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}: the server has ended"))?;

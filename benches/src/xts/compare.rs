@@ -90,14 +90,16 @@ fn agree(contestants: &mut [Box<dyn Contestant>]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The contestants and limits in the order of the series: this project's paths, then the peers, then the limits.
+/// The names of the series of [`Rounds`], by index: first this project's CPU paths, then the other libraries. The speed
+/// limits of the AES units follow, one for each of this project's hardware paths.
 struct Field {
     names: Vec<String>,
     limits: Vec<CpuPath>,
 }
 
 impl Field {
-    /// Returns the index of the limit's series for contestant `who`, if `who` is one of this project's hardware paths.
+    /// Returns the index of the speed limit that belongs to contestant `who`. Returns `None` if `who` is not one of this
+    /// project's hardware paths.
     fn limit_of(&self, who: usize) -> Option<usize> {
         (who < self.limits.len()).then_some(self.names.len() + who)
     }
@@ -121,8 +123,8 @@ impl Field {
         }
     }
 
-    /// Writes the table of bars, which are this project's own targets. Each figure is the worse of encryption and
-    /// decryption.
+    /// Returns the table that compares the measured ratios with this project's own targets ("bars"). Each figure is the
+    /// worse of encryption and decryption.
     fn bars(&self, results: &[(Case, Rounds)]) -> String {
         let mut out = String::from(
             "### Bars\n\n| | sector | buffer | bar | measured | ceiling | |\n|---|--:|--:|--:|--:|--:|---|\n",
@@ -136,7 +138,8 @@ impl Field {
                     .fold(f64::INFINITY, f64::min)
             };
             let worst = worst_of(of);
-            // The highest possible ratio: of a cipher at the limit of this project's widest registers.
+            // The highest ratio that is possible on this CPU: the ratio of the speed limit of this project's widest
+            // registers.
             let ceiling = self.limit_of(0).map(worst_of).filter(|_| to.iter().all(|to| *to < self.names.len()));
             let verdict = match ceiling {
                 _ if worst >= bar => "met",

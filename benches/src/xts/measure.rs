@@ -15,8 +15,8 @@ use super::{Contestant, Op};
 /// The approximate length of one turn.
 const TURN: Duration = Duration::from_micros(400);
 
-/// Bytes that each call of the limit's loop computes, whatever the buffer's size. At this size, the cost of the call
-/// itself is negligible.
+/// The number of bytes for which one call of [`CpuPath::aes256_rounds`] computes the rounds. It does not depend on the size
+/// of the buffer. At this size, the cost of the call itself is negligible.
 const LIMIT_BYTES: usize = 64 << 10;
 
 /// What to measure.
