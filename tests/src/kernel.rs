@@ -87,9 +87,9 @@ impl Kernel {
         self
     }
 
-    /// Makes systemd the guest's first process. The script is a service of it, and runs after `basic.target`. No other service
-    /// runs but the journal. When the script has ended, the file `off` in [`Kernel::dir`] is sourced if there is one. Otherwise
-    /// the machine is switched off by `systemctl poweroff`.
+    /// Makes systemd the guest's first process. The script runs as a service, after `basic.target`. The journal is the only
+    /// other service that runs. When the script has ended, the file `off` in [`Kernel::dir`] is sourced if there is one.
+    /// Otherwise `systemctl poweroff` switches the machine off.
     #[must_use]
     pub fn with_systemd(mut self) -> Self {
         self.init = "systemd";

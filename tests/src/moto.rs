@@ -14,7 +14,7 @@ pub const REGION: &str = "eu-central-1";
 /// moto's account.
 pub const ACCOUNT: &str = "123456789012";
 
-/// A running server. It ends when this value is dropped or the test process ends, however that ends.
+/// A running server. It ends when this value is dropped, or when the test process ends for any reason.
 pub struct Moto {
     server: Child,
     address: String,
@@ -140,8 +140,8 @@ impl Moto {
         self.request("POST", "/", service, form, body.as_bytes())
     }
 
-    /// Makes a bucket. The AWS CLI could do this too, and what the next functions do, but it takes a second, which is a
-    /// hundred times as long.
+    /// Makes a bucket. This function and the next ones send their requests themselves, because the AWS CLI takes a second
+    /// for each request, which is a hundred times as long.
     pub fn make_bucket(&self, bucket: &str) {
         let body = format!(
             "<CreateBucketConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\">\

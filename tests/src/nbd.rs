@@ -30,7 +30,7 @@ macro_rules! on_both_sessions {
     };
 }
 
-/// The longest that a client waits for an answer. Then the test fails.
+/// The longest time that a client waits for an answer. After that, the test fails.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A server on a unix socket in a directory of its own. Dropping it stops the server.

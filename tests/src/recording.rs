@@ -7,7 +7,7 @@ use engine::store::{BlockStore, MemoryStore};
 
 use crate::luks::noise;
 
-/// The bytes that a disk writes completely or not at all.
+/// The number of bytes that a disk writes completely or not at all.
 pub const SECTOR: usize = 512;
 
 /// How many random subsets of the unflushed sectors are tried at each flush.
@@ -33,12 +33,12 @@ pub struct CutDisk {
     read: Mutex<Vec<bool>>,
 }
 
-/// How many power cuts were simulated, and how many of them `see` examined.
+/// How many power cuts were simulated, and for how many of them the test's callback ran.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cuts {
-    /// The moments at which the power was cut.
+    /// The number of moments at which the power was cut.
     pub moments: usize,
-    /// The moments at which a sector that `see` had read last time was different, so that `see` ran again.
+    /// How often the callback ran. After a write, it runs only if a sector that it had read in its last run has changed.
     pub looked_at: usize,
 }
 
@@ -61,9 +61,10 @@ impl RecordingStore {
 
     /// Shows `see` what the disk can hold after a power cut, for a cut at every sector of every write.
     ///
-    /// Flushed data is always there. Any part of the data written since the last flush may be there. `see` is shown the
-    /// sectors as they arrive, in their order, and random subsets of them before each flush. The findings of `see` must
-    /// depend only on what it reads. So if no sector that it read last time has changed, `see` is not called again.
+    /// Flushed data is always there. Any part of the data written since the last flush may be there. `see` is called after
+    /// each written sector, in the order of the writes. Before each flush, it is also called with random subsets of the
+    /// sectors that are not flushed. The findings of `see` must depend only on what it reads. So if a written sector
+    /// changes no sector that `see` read last time, `see` is not called again.
     pub fn cut_everywhere(&self, see: &mut dyn FnMut(&CutDisk)) -> Cuts {
         cut(&[self], &mut |disks| see(&disks[0]))
     }

@@ -149,7 +149,7 @@ fn planted_breaches_are_found() {
     found("bootstrap/src/machine/disk.rs", "struct S(Vec<crate::volume::plain::P>);", &floors, "volume::plain::P");
     found("bootstrap/src/machine/disk.rs", "fn f() { info!(\"{}\", crate::cli::x()) }", &floors, "cli::x");
     found("engine/src/key.rs", "#[serde(with = crate::text::x)]\nstruct S;", ENGINE, "text::x");
-    // The crate's root hides which module is meant.
+    // `use crate::*` does not say which module is meant.
     found("engine/src/key.rs", "use crate::*;", ENGINE, "");
     // A module without a rule.
     let without = planted("engine/src/raid/mod.rs", "", ENGINE);

@@ -431,7 +431,7 @@ fn credentials_that_aws_refuses_are_fetched_again() {
         let client = instance(&metadata);
         let output = unlock(&client, &config(&client, &services, "retry-for = \"60s\""));
         assert_eq!(output.stdout, b"sesame", "{code}: {}", told(&output));
-        // The same if only KMS refuses, because S3 caches the credentials that it knows.
+        // The same must hold if S3 still accepts the old credentials, because it caches them, and only KMS refuses them.
         let kms = HttpDouble::start(move |request| {
             let is_new = request.signed_by().is_some_and(|(key, _)| key == "asiasecond");
             match is_new {
@@ -511,7 +511,7 @@ fn an_answer_that_cannot_be_parsed_is_never_printed() {
                 run(&client, &["-vvv"], "");
             });
             scope.spawn(move || {
-                // STS answers in XML and KMS in JSON. Here each answers in a form that is neither.
+                // STS answers in XML and KMS in JSON. Here the answers of both are neither valid XML nor valid JSON.
                 let sts = HttpDouble::start(move |_| ok(&format!("<AssumeRoleResponse><{body}>{body}")));
                 let mut client = Client::new();
                 client.set("AWS_ENDPOINT_URL_STS", &sts.endpoint());

@@ -1,5 +1,5 @@
-//! `nbdcrypt doctor` on the machine of the test, with moto's S3 and KMS. Machines that lack something are played beside
-//! `service::doctor::machine`.
+//! `nbdcrypt doctor` on the machine of the test, with moto's S3 and KMS. Unit tests in `service::doctor::machine` simulate
+//! machines that lack something.
 
 use std::net::TcpListener;
 use std::process::Output;
@@ -99,7 +99,7 @@ fn s3_and_kms_are_asked_without_unlocking_anything() {
     moto.make_bucket("secrets");
     let client = moto.client();
     configure(&client, OBJECT);
-    // Neither object nor key.
+    // Neither the object nor the key exists yet.
     let (code, checks) = doctor(&client);
     assert_eq!(code, Some(1));
     is(&checks, "credentials", "ok", &["the environment"]);
@@ -156,7 +156,7 @@ fn a_dry_run_that_would_succeed_is_well() {
 
 #[test]
 fn a_service_that_gives_no_answer_is_not_waited_for() {
-    // The kernel accepts connections for it, and nobody reads them.
+    // The kernel accepts connections to this port, but no program reads from them or answers.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut client = Client::new();
     client.set("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE");

@@ -12,7 +12,7 @@ use harness::nbdcrypt::told;
 #[track_caller]
 fn make(built: &Path, arguments: &[&str]) {
     let mut make = Command::new("make");
-    // Not the variables of a `make test` that runs these tests.
+    // If `make test` runs these tests, its own variables must not reach this `make`.
     make.env_remove("MAKEFLAGS").env_remove("MFLAGS").env_remove("MAKELEVEL").env("CARGO_TARGET_DIR", built);
     let output = make.arg("--silent").arg("-C").arg(top()).args(arguments).output().expect("make can be started");
     assert!(output.status.success(), "{arguments:?}: {}", told(&output));
@@ -69,7 +69,7 @@ fn uninstall_removes_exactly_what_install_made() {
             assert!(root.path().join(folder).join(path).exists(), "{path} is missing: {installed:#?}");
         }
         assert!(installed.iter().any(|path| path.ends_with("/etc/nbdcrypt/nbdcrypt.toml.example")), "{installed:#?}");
-        // A second time changes nothing, and is forgotten nowhere.
+        // A second installation changes nothing, and one removal still removes everything.
         make(built.path(), &with("install"));
         assert_eq!(below(root.path()), installed);
         make(built.path(), &with("uninstall"));

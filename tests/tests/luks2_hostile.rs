@@ -549,13 +549,13 @@ proptest! {
     }
 }
 
-/// Such a header opens, but is not changed. A change that is refused only at its end could already have destroyed key
-/// material.
+/// A header that is nested too deeply opens, but is not changed. A change that is refused only at its end could already
+/// have destroyed key material.
 #[test]
 fn a_header_nested_too_deeply_to_write_is_not_changed() {
     let nested = (0..28).fold(json!({}), |inner, _| json!([inner]));
     let store = MemoryStore::from(with("/tokens/0", json!({ "type": "x", "keyslots": [], "v": nested })));
-    // Both copies hold it.
+    // The repair writes the header to both copies.
     luks::repair(&store, &mut harness::luks::noise(1)).unwrap();
     let before = store.snapshot();
     assert_eq!(open(before.clone()).unwrap().keyslot, 0);

@@ -260,7 +260,7 @@ fn an_absurdly_long_header_is_not_read_into_memory() {
     assert!(luks::dump(disk.as_ref()).is_ok());
     let error = Backup::read(disk.as_ref()).err().unwrap().to_string();
     assert!(error.contains("key-material-offset is up to byte 2199"), "{error}");
-    // Nor is such a header saved before another header replaces it.
+    // If a backup replaces such a header, the part of the disk that is saved first has a bounded length, too.
     luks1[208 + 7 * 48 + 40..][..4].copy_from_slice(&3592u32.to_be_bytes());
     let backup = Backup::read(&MemoryStore::from(luks1)).unwrap();
     assert!(backup.replaced(disk.as_ref()).unwrap().len() <= 136 << 20);

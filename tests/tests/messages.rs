@@ -460,7 +460,7 @@ fn plan_checks_what_is_at_the_mountpoint() {
     assert!(said.contains("mnt is not a folder, so nothing can be mounted there"), "{said}");
 }
 
-/// What `up` would only meet after it has made things.
+/// `plan` reports problems that `up` would meet only after it has made files.
 #[test]
 fn plan_checks_the_key_file_and_mkfs() {
     let bench = workbench();

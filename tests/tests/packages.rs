@@ -90,7 +90,8 @@ impl Root {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// Returns the paths of all files and folders, without what package managers remember and what is not on disk.
+    /// Returns the paths of all files and folders on the root filesystem, without the databases, logs and caches of package
+    /// managers, and without /tmp and /root.
     fn files(&self) -> BTreeSet<String> {
         let list = self.run(
             "find / -xdev \\( -path /var/lib/dpkg -o -path /var/lib/rpm -o -path /var/lib/apt -o -path /var/log \
@@ -316,7 +317,7 @@ fn make_install_and_uninstall_leave_nothing() {
             let unit = format!("grep -rq '^ExecStart=@\\?/{folder}/bin/nbdcrypt ' \"$1/{folder}/lib/systemd/system\"");
             bash(&unit, &[dir.path()]);
         }
-        // Twice is as good as once.
+        // A second installation changes nothing, and one removal still removes everything.
         make("install");
         make("uninstall");
         assert_eq!(bash("find \"$1\" | sort", &[dir.path()]), before);

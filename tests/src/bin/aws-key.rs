@@ -1,6 +1,6 @@
 //! The key sources and `provision` in a process of their own, because credentials, region and endpoints come from the
-//! process's environment. `aws-key passphrase CONFIG` writes the secret's bytes to standard output. Only tests may want
-//! this.
+//! process's environment. `aws-key passphrase CONFIG` writes the secret's bytes to standard output. This program is for
+//! tests only.
 
 use std::error::Error;
 use std::io::Write;

@@ -243,7 +243,8 @@ pub(super) fn processes() -> Vec<(i32, String)> {
         .collect()
 }
 
-/// Returns the processes of the slow mkfs that use a device. Soon after, other processes may use the same device.
+/// Returns the processes of the slow mkfs that use a device. Other processes are left out, because another test may soon
+/// use the same device.
 pub(super) fn mkfs_on(device: &str) -> Vec<String> {
     let lines = fs::read_dir("/proc").unwrap().filter_map(|entry| fs::read(entry.ok()?.path().join("cmdline")).ok());
     let lines = lines.map(|line| String::from_utf8_lossy(&line).replace('\0', " "));

@@ -1,4 +1,4 @@
-//! Stopping a server, and calling a start off.
+//! Stopping a server, and cancelling a start.
 
 use std::fs::{self, File};
 use std::io::Write;

@@ -135,8 +135,8 @@ journalctl -u "$unit" | grep "cannot be reached" > /dev/null
     kernel.expect(&prepared(script));
 }
 
-/// A server that is killed, or hangs, is started again, and what the dead one left does not get in the way. Units that need the
-/// mount are stopped.
+/// A server that was killed or that hangs is started again, and the remains of the old server do not prevent this. Units
+/// that need the mount are stopped.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux, systemd and mkfs.ext4: run `make test`")]
 fn systemd_replaces_a_dead_server() {
@@ -172,7 +172,7 @@ nothing_is_left
     kernel.expect(&prepared(script));
 }
 
-/// A volume that was brought up by hand stays as it is, although its service is not active, and although a start of the service
+/// If a volume was brought up by hand, it stays up, although its service is not active and although starting the service
 /// fails.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux, systemd and mkfs.ext4: run `make test`")]
@@ -237,8 +237,8 @@ nothing_is_left
     println!("{}", output.lines().last().unwrap_or_default());
 }
 
-/// Reboots the machine while somebody is in the mount who ignores SIGTERM. Whether systemd stops the service in order or is
-/// forced to skip that, the filesystem is unmounted in order.
+/// Reboots the machine while a process in the mounted filesystem ignores SIGTERM. The filesystem is unmounted cleanly, both
+/// if systemd stops the service in order and if systemd is forced to skip that.
 #[test]
 #[cfg_attr(
     not(feature = "interop"),
@@ -286,7 +286,7 @@ fn systemd_analyze_accepts_the_units() {
     fs::write(configs.join("broken.toml"), "[volume]\n").unwrap();
     let output =
         Command::new(binary()).arg("systemd-generator").arg(&made).arg("--configs").arg(&configs).output().unwrap();
-    // The broken one is reported, and the other gets its units.
+    // The broken configuration is reported, and the other one gets its units.
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("broken.toml"), "{said}");
     let unit = fs::read_to_string(units().join("nbdcrypt@.service")).unwrap();
@@ -301,12 +301,12 @@ fn systemd_analyze_accepts_the_units() {
     );
     let about_ours = |line: &&str| ["nbdcrypt", escaped.trim()].iter().any(|ours| line.contains(ours));
     assert_eq!(said.lines().find(about_ours), None, "systemd-analyze verify: {said}");
-    // The exposure is 0 to 100 here. The unit has a reason for each option that is missing.
+    // This threshold has a scale from 0 to 100. The unit gives a reason for each option that it lacks.
     shell(&format!("SYSTEMD_UNIT_PATH=$PWD: systemd-analyze security --offline=true --threshold=58 ./{unit}"), &made);
 }
 
-/// The unit's filter allows every system call of a volume's life, and of the programs that the server starts. The tests'
-/// kernel has no such filters, so this looks at what the calls are.
+/// The unit's filter allows every system call that `up`, `down`, the server and the programs that it starts make. The
+/// tests' kernel has no such filters, so this test records the calls with strace and compares them with the filter's list.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE, systemd, strace and mkfs.ext4: run `make test`")]
 fn the_filter_of_the_unit_allows_every_system_call() {

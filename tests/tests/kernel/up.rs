@@ -160,8 +160,8 @@ echo all refused
     assert!(output.ends_with("all refused\n"), "{output}");
 }
 
-/// After the unmount, the filesystem may still be mounted elsewhere. The waiting server writes out its data at once, not only
-/// when the server ends.
+/// After the unmount, the filesystem may still be mounted elsewhere. The waiting server makes the kernel write out the
+/// filesystem's data at once, not only when the server ends.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux and mkfs.ext4: run `make test`")]
 fn a_server_that_waits_to_stop_writes_out_mounts_elsewhere() {
