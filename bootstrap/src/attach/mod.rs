@@ -183,8 +183,8 @@ impl Attachment {
     }
 }
 
-/// What an attachment leaves behind if its server is killed. With [`Method::Auto`] and no device, the server may have been
-/// killed while it was attaching.
+/// What an attachment leaves behind if its server is killed. A value with [`Method::Auto`] and an empty device was stored
+/// before the server attached anything. The server may then have been killed while it was attaching.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Remains {

@@ -30,7 +30,8 @@ use crate::service::system;
 /// The default folder for the folders of all volumes.
 pub const DEFAULT_BASE: &str = "/run/nbdcrypt";
 
-/// How long to wait for a process that only checks whether the folder is claimed. Such a process holds the lock for less time.
+/// How long to wait for a process that only checks whether the folder is claimed. Such a process holds the lock for a
+/// shorter time than this.
 const A_MOMENT: Duration = Duration::from_millis(200);
 
 /// A volume's folder.

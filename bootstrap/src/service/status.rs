@@ -306,7 +306,7 @@ impl fmt::Display for Status {
 mod tests {
     use super::*;
 
-    /// An immutable folder takes no file, so a warning of unencrypted files would be false.
+    /// Nothing can be written into an immutable folder, so a warning about unencrypted files would be wrong.
     #[test]
     fn a_volume_that_is_not_mounted_says_who_can_write_below() {
         let folder = tempfile::tempdir().unwrap();

@@ -30,7 +30,7 @@ pub fn machine() -> Result<Machine> {
     Ok(Machine { cpu: cpu::path()?, memory_kib: memory::limit_kib() })
 }
 
-/// The real system for `plan` and `doctor`, which only ask the steps. It fetches no secret.
+/// The real system for `plan` and `doctor`, which only ask the steps what they would do. Fetches no secret.
 pub struct Looking {
     keys: RealKeys<'static>,
     disks: RealDisks,
@@ -63,7 +63,8 @@ impl Looking {
         })
     }
 
-    /// Counts what is mounted from the device `gone` of a dead server as unmounted, since `up` first cleans that up.
+    /// Makes everything that is mounted from `gone` count as unmounted. `gone` is the device of a dead server, which `up`
+    /// cleans up first.
     #[must_use]
     pub fn once_gone(mut self, gone: Option<PathBuf>) -> Self {
         self.filesystems.gone = gone;
@@ -81,7 +82,7 @@ fn no_secret(_: SecretRequest) -> Result<Secret> {
     bail!("internal error: a look fetches no secret")
 }
 
-/// A look does no work that takes long.
+/// The observer for [`Looking`], which does no work that takes long.
 struct NoWork;
 
 impl LongWork for NoWork {
@@ -315,8 +316,8 @@ impl Filesystems for RealFilesystems<'_> {
             args.extend(["-o".as_ref(), options.as_ref() as &std::ffi::OsStr]);
         }
         args.extend([device.as_os_str(), filesystem.mountpoint.as_os_str()]);
-        // A long journal or a quota check of xfs begins anew each time that mount is ended, so a time limit could keep the
-        // filesystem from ever being mounted.
+        // If mount is ended, the next attempt replays a long journal, or checks the quotas of xfs, from the beginning. So a
+        // time limit could keep the filesystem from ever being mounted.
         let limit = if self.watch.can_be_called_off() { Duration::MAX } else { WHOLE_FILESYSTEM };
         let mut every_minute = EveryMinute::from(Instant::now());
         let mounted = programs::run_while("mount", &args, limit, &mut || {
@@ -364,7 +365,7 @@ impl Filesystems for RealFilesystems<'_> {
             if !holders.is_empty() {
                 return Err(FilesystemInUse { mountpoint: mountpoint.to_owned(), holders }.into());
             }
-            // The process that used the filesystem has just left it, such as a program that looks at every new mount.
+            // The process that used the filesystem, such as a program that looks at every new mount, has just left it.
             if busy_since.get_or_insert_with(Instant::now).elapsed() > A_MOMENT {
                 return Err(error.into());
             }
@@ -436,7 +437,7 @@ fn see_to_folder(path: &Path, protect: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Counts the minutes of work that takes long.
+/// Counts the minutes that some work has taken so far.
 struct EveryMinute {
     start: Instant,
     reported: u64,
@@ -457,7 +458,7 @@ impl EveryMinute {
     }
 }
 
-/// How long to retry a filesystem that is in use, although no process that uses it can be found.
+/// How long to retry umount if the filesystem is in use, although no process that uses it can be found.
 const A_MOMENT: Duration = Duration::from_secs(1);
 
 /// Returns whether this mkfs accepts `-q`. The mkfs programs that do not accept it print little anyway.
@@ -485,7 +486,7 @@ fn refuse_files(path: &Path) -> Result<()> {
 /// Fails if something could not be removed, and says why.
 pub fn clean_up(mountpoint: Option<&Path>, remains: Option<&Remains>) -> Result<()> {
     let mut holders = Vec::new();
-    // This comes first, since `umount` would wait for the dead server.
+    // Fail the waiting requests first. Otherwise `umount` would wait for the dead server.
     if let Some(Err(error)) = remains.map(attach::fail_requests_of_stale) {
         tracing::debug!("{error}");
     }
@@ -494,9 +495,9 @@ pub fn clean_up(mountpoint: Option<&Path>, remains: Option<&Remains>) -> Result<
         let is_mounted =
             || Ok::<_, io::Error>(mounts::on(mountpoint)?.is_some_and(|mount| mount.source == remains.device));
         while is_mounted()? {
-            // The server is gone, so nothing can be written any more. Processes that still use the dead filesystem keep
-            // it until they leave it.
-            // A `umount` that took too long may have taken the mount out of the table, and so may the process that was faster.
+            // The server is gone, so nothing can be written any more. Processes that still use the dead filesystem keep it
+            // until they leave it. Even if `umount` failed, the mount may be gone from the table: `umount` took too long, or
+            // another process unmounted it first.
             if programs::run("umount", &[mountpoint.as_os_str()], QUICK).is_err() && is_mounted()? {
                 holders = mounts::holders(mountpoint);
                 let lazily = programs::run("umount", &["-l".as_ref(), mountpoint.as_os_str()], QUICK);

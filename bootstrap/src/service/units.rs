@@ -81,10 +81,10 @@ fn drop_in(config: &Config, path: &Path, mount: Option<&str>) -> String {
 }
 
 fn mount_unit(service: &str, config: &Path, mountpoint: &Path) -> String {
-    // The default dependencies would order the mount before `local-fs.target`, but the service starts after that
-    // target. systemd never mounts this itself. If it tried, mount(8) would fail because it does not know the type, and
-    // would mount nothing. With `BindsTo=`, systemd would unmount a volume that was brought up by hand at once, because
-    // its service is not active.
+    // The default dependencies would order the mount before `local-fs.target`, but the service starts after that target.
+    // systemd never mounts this itself. If it tried, mount(8) would fail because it does not know the type, and would mount
+    // nothing. With `BindsTo=`, systemd would at once unmount a volume that was brought up by hand, because its service is
+    // not active.
     format!(
         "{HEAD}[Unit]\n\
          SourcePath={}\n\

@@ -30,7 +30,8 @@ pub(super) fn why_not_makeable(said: &str, sector_size: u64) -> Option<String> {
     })
 }
 
-/// Returns the smallest unit that the filesystem reads, for the filesystems in which it may be less than 4096 bytes.
+/// Returns the filesystem's type and the smallest unit that it reads, in bytes. Knows only the filesystems in which this
+/// unit may be less than 4096 bytes.
 fn smallest_block(plaintext: &dyn ReadAt) -> io::Result<Option<(&'static str, u64)>> {
     const LEN: usize = 2048;
     if plaintext.size() < LEN as u64 {

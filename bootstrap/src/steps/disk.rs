@@ -1,5 +1,5 @@
-//! The step `disk`: opens the disk of the ciphertext, and the disk of a detached header, for this process only. Makes a missing
-//! disk if it is to be a file.
+//! The step `disk`: opens the disk of the ciphertext, and the disk of a detached header, for this process only. Makes a
+//! missing disk as a file, if the configuration gives its size.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

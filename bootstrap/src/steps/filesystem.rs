@@ -29,7 +29,7 @@ impl Step for MakeFilesystem {
         let kind = &self.wanted.kind;
         match volume::foresee(boot) {
             Ok(Foreseen::New) => format!("make a filesystem of type {kind} in the new volume"),
-            // Only the secret shows what the volume holds.
+            // What the volume holds can be seen only with the secret.
             _ => format!("make a filesystem of type {kind} if the volume turns out to be blank"),
         }
     }

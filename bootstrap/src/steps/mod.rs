@@ -8,8 +8,8 @@
 //!  missing       locked                                              volume
 //! ```
 //! `up` runs the steps in this order. If one fails, `up` undoes those that ran, the last one first. `down` undoes them in
-//! the same reverse order, for a volume that is to be used again. A step reaches the system only through [`Outside`], so
-//! tests see every call and can let any of them fail.
+//! the same reverse order, but keeps what was made on the disk. A step reaches the system only through [`Outside`], so tests
+//! see every call and can let any of them fail.
 
 mod block_size;
 mod device;
@@ -55,7 +55,7 @@ pub trait Step {
     fn describe(&self, boot: &Boot<'_>) -> String;
 
     /// Returns whether the step is done already, as far as can be seen without changing anything. Returns `None` if this
-    /// depends on a step before.
+    /// depends on an earlier step.
     ///
     /// # Errors
     /// Fails if something prevents the step or the check.
@@ -207,7 +207,7 @@ impl<'o> Boot<'o> {
     /// this text explains why the filesystem is empty.
     pub fn news(&self) -> Option<String> {
         let (name, disk) = (&self.config.name, self.disk_path.display());
-        // A plain volume has no header. It is new if its disk is.
+        // A plain volume has no header. It is new if its disk is new.
         if self.header_committed || self.disk_made {
             let header = self.config.volume.header.as_ref();
             let header = header.map(|header| format!(", with its header in {}", header.display())).unwrap_or_default();
@@ -310,8 +310,8 @@ pub fn complete(steps: &mut [Box<dyn Step>], boot: &mut Boot<'_>) -> Result<bool
     Ok(did)
 }
 
-/// Undoes the steps of a volume that is up, the last one first. `after` is called after each step. It cannot fail, so
-/// nothing in it can keep the volume from going down.
+/// Undoes the steps of a volume that is up, the last one first. `after` is called after each step. `after` cannot fail, so
+/// it cannot keep the volume from going down.
 ///
 /// # Errors
 /// Fails if a step could not be undone. The steps undone until then stay undone, and `down` may be called again.

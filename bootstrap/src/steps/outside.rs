@@ -1,4 +1,5 @@
-//! The system as the steps see it: four small traits, and the machine. `service::system` implements them for real, and tests implement fakes.
+//! The system as the steps see it: four small traits, and the machine. `service::system` implements the traits for the real
+//! system, and tests implement fakes.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,7 +34,7 @@ pub struct Outside<'o> {
 /// What the steps need to know about the machine.
 #[derive(Clone, Copy, Debug)]
 pub struct Machine {
-    /// The path of the cipher on the CPU.
+    /// The CPU path that the cipher uses.
     pub cpu: CpuPath,
     /// The memory in KiB that this process may use.
     pub memory_kib: u64,
@@ -44,10 +45,10 @@ pub trait Keys {
     /// Describes the source of the secret, for display.
     fn describe(&self) -> String;
 
-    /// Checks what can be checked of the source without getting the secret.
+    /// Checks the source, as far as this is possible without getting the secret.
     ///
     /// # Errors
-    /// Fails if the secret could not be got, and says why.
+    /// Fails if the secret could not be fetched, and says why.
     fn check(&self) -> Result<()>;
 
     /// Gets the volume's secret.
@@ -107,7 +108,7 @@ pub trait Disks {
     /// Fails if the disk cannot be opened, or if another process uses it.
     fn look(&self, path: &Path) -> Result<Arc<dyn BlockStore>>;
 
-    /// Checks that the disk has no lasting user, such as a mounted filesystem. Opens nothing.
+    /// Checks that nothing uses the disk permanently, such as a mounted filesystem. Opens nothing.
     ///
     /// # Errors
     /// Fails if the disk has such a user, and names it.
@@ -168,7 +169,7 @@ pub trait Attached {
 pub enum Folder {
     /// It does not exist.
     Missing,
-    /// It is empty. `true` if it takes no files while nothing is mounted on it.
+    /// It is empty. `true` if it is protected from writes while nothing is mounted on it.
     Empty(bool),
     /// It is not empty, so it is left as it is.
     Full,
@@ -196,9 +197,9 @@ pub trait Filesystems {
     /// Fails if the folder cannot be made, because a file is in its place or in the place of a folder above it.
     fn look_at_folder(&self, path: &Path) -> Result<Folder>;
 
-    /// Prepares the folder below a mount, before anything is mounted on it. If the folder is empty, keeps writers out of it
-    /// (`protect`) or lets them in again. If it is not empty, warns that its content will be hidden. Logs what it could not
-    /// do.
+    /// Prepares the folder at the mountpoint, before anything is mounted on it. If the folder is empty, keeps writers out of
+    /// it (`protect`) or lets them in again. If it is not empty, warns that its content will be hidden. Logs what it could
+    /// not do.
     fn see_to_folder(&self, path: &Path, protect: bool);
 
     /// Removes a folder if it is empty, whether it is protected or not.
@@ -207,7 +208,7 @@ pub trait Filesystems {
     /// Fails if the folder cannot be removed.
     fn remove_folder(&self, path: &Path) -> Result<()>;
 
-    /// Checks that the program is there which makes filesystems of the type `kind`.
+    /// Checks that the program that makes filesystems of the type `kind` is installed.
     ///
     /// # Errors
     /// Fails if it is not installed, and names its package.

@@ -28,7 +28,7 @@ const DISK: &str = "/disk";
 const HEADER: &str = "/header";
 const DISK_LEN: usize = 20 << 20;
 
-/// A system in memory. It records each call, and fails one of them if told to.
+/// A system in memory. It records each call, and lets one call fail if a test asks for that.
 #[derive(Default)]
 struct World {
     calls: Vec<String>,
@@ -39,7 +39,7 @@ struct World {
     folders: BTreeSet<PathBuf>,
     attached: Option<Arc<Volume>>,
     mounted: BTreeSet<PathBuf>,
-    /// The folders below a mount, and whether writers are kept out of them.
+    /// The folders that serve as mountpoints, and whether each is protected from writes while nothing is mounted on it.
     protected: BTreeMap<PathBuf, bool>,
     busy: bool,
     /// What another process writes to a disk before this process takes its lock.
@@ -51,7 +51,7 @@ struct World {
 
 struct Meanwhile {
     path: &'static str,
-    /// How many times this process has taken the lock when the other process writes.
+    /// How often this process takes the lock undisturbed. When it takes the lock once more, the other process writes.
     locks: usize,
     bytes: Vec<u8>,
 }
@@ -67,7 +67,7 @@ impl Fake {
         Self(Rc::new(RefCell::new(world)))
     }
 
-    /// Makes a machine on which the disk is to be a file that does not exist yet.
+    /// Makes a machine without the disk. `up` then has to make the disk as a file.
     fn without_disk() -> Self {
         let fake = Self::new();
         fake.0.borrow_mut().disks.clear();
@@ -327,7 +327,7 @@ impl Filesystems for Fake {
     }
 
     fn make_filesystem(&self, _device: &Path, filesystem: &FilesystemConfig) -> Result<()> {
-        // mkfs writes far from the start before it can fail.
+        // mkfs may fail after it has already written to offsets far from 0.
         let volume = Arc::clone(self.0.borrow().attached.as_ref().unwrap());
         volume.write(3 << 20, &mut [0x17; 4096])?;
         self.call("mkfs")?;
@@ -378,7 +378,7 @@ fn detached() -> Config {
     config
 }
 
-/// Runs the steps of `up`, and passes the rest to `then`.
+/// Runs the steps of `up`, and then calls `then` with the steps and the boot.
 fn up_and(fake: &Fake, then: impl FnOnce(&mut [Box<dyn Step>], &mut Boot<'_>)) -> Result<()> {
     up_as(&config(), fake, then)
 }
@@ -457,8 +457,8 @@ fn a_volume_that_another_process_makes_meanwhile_is_kept() {
         let theirs = Fake::without_disk();
         up_as(&config, &theirs, |_, _| ()).unwrap();
         let theirs = at(&theirs).snapshot();
-        // The other process comes while this one is calibrated, while its filesystem is made, and before the begun volume is
-        // abandoned.
+        // The other process writes while this process calibrates the key derivation, while it makes the filesystem, or
+        // before it abandons the unfinished volume.
         for (locks, failing, refusal) in [
             (0, None, "another process has made a volume on it meanwhile"),
             (1, None, "the mark of the unfinished volume is gone"),
@@ -487,7 +487,7 @@ fn a_made_file_that_another_process_writes_to_stays() {
         let error = format!("{:#}", up_as(&config, &fake, |_, _| panic!("it went on")).unwrap_err());
         assert!(error.contains("not blank") && error.contains("/disk, which was made, is not removed"), "{error}");
         assert_eq!(&fake.disk().snapshot()[..7], b"a diary");
-        // The other process's lock keeps the file, too.
+        // If another process holds the lock, the file is not removed either.
         let fake = Fake::without_disk();
         fake.0.borrow_mut().fail_at = Some("lock header");
         let error = format!("{:#}", up_as(&config, &fake, |_, _| panic!("it went on")).unwrap_err());
@@ -525,7 +525,7 @@ fn whatever_fails_nothing_is_left() {
             assert!(format!("{error:#}").contains(&what), "{error:#}");
             assert_eq!(fake.leftovers(), (false, vec![], vec![]), "after a fault at {what}");
             match what.as_str() {
-                // The volume is complete by then, and stays.
+                // By then the volume is complete, so it is kept.
                 "mount" => assert!(crate::volume::content::is_luks(&fake.content())),
                 _ if makes_disk => assert!(fake.0.borrow().disks.is_empty(), "after a fault at {what}"),
                 _ => assert_eq!(fake.content(), Content::Blank, "after a fault at {what}"),
@@ -759,7 +759,7 @@ fn what_is_new_is_told_and_what_was_there_is_not() {
     assert_eq!(news(&plain, &fake), None);
 }
 
-/// A plan tells facts: what there is, and so what `up` would do.
+/// A plan says what exists, and what `up` would therefore do.
 #[test]
 fn a_plan_says_what_up_would_do() {
     let plan = |config: &Config, fake: &Fake| -> Vec<(&'static str, String, String)> {
@@ -791,7 +791,7 @@ fn a_plan_says_what_up_would_do() {
     fake.0.borrow_mut().fail_at = None;
     assert!(fake.0.borrow().disks.is_empty() && fake.0.borrow().folders.is_empty(), "a plan changes nothing");
     up_and_down(&fake).unwrap();
-    // What makes filesystems may be missing where none is made.
+    // mkfs may be missing if no filesystem has to be made.
     fake.0.borrow_mut().fail_at = Some("check mkfs");
     let again = plan(&config(), &fake);
     assert_eq!(find(&again, "mountpoint"), "Some(true): the folder /mnt is there, and nobody can write into it");

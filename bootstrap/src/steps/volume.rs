@@ -37,7 +37,7 @@ impl Step for Unlock {
         match foresee(boot) {
             Ok(Foreseen::New) => format!("make a new {kind} volume on {}", boot.disk_path.display()),
             Ok(Foreseen::There(found)) => format!("unlock the {found} volume"),
-            // The obstacle says why it is not known.
+            // The plan shows the error as the step's obstacle.
             Err(_) => format!("unlock the LUKS volume, or make a new {kind} volume if the disk is blank"),
         }
     }
@@ -68,7 +68,8 @@ impl Step for Unlock {
     }
 }
 
-/// Returns what `up` would find, and checks that nothing stands against it. Changes nothing. The result is found once and kept.
+/// Returns what `up` would find on the disks, and checks that nothing there prevents `up`. Changes nothing. The first result
+/// is kept for later calls.
 ///
 /// # Errors
 /// Fails if the volume could be neither opened nor made, and says why.
@@ -121,7 +122,7 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
     }))
 }
 
-/// Returns whether there is a LUKS volume. `false` means that this check found nothing against making a new one.
+/// Returns whether there is a LUKS volume. `false` means that this check found nothing that forbids making a new volume.
 ///
 /// # Errors
 /// Fails if the disk holds anything else, and says what.
@@ -146,7 +147,7 @@ pub(super) fn is_volume(boot: &Boot<'_>, disks: &Disks<'_>, look: Look<'_>) -> R
     }
 }
 
-/// Makes the disk on which a volume was begun blank again, unless another process uses it or has changed it.
+/// Undoes the beginning of a new volume: makes its disk blank again, unless another process uses or has changed the disk.
 fn abandon(boot: &Boot<'_>, pending: PendingFormat) -> Result<()> {
     let result = boot.lock_headers().and_then(|_locks| Ok(pending.abandon(boot.disks()?)?));
     result.with_context(|| format!("{} could not be made blank again", boot.header_path().display()))
@@ -250,12 +251,12 @@ fn check_sector_size(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<()> {
 fn check_room(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<()> {
     let volume = &boot.config.volume;
     let sector_size = new_volume::sector_size(volume.sector_size, disks.data().len())?;
-    // Only the sizes matter here. The strength of the key derivation takes time to measure, so the cheapest is used.
+    // Only the sizes matter here. It would take time to calibrate the key derivation, so the cheapest one is used.
     let options = new_volume::options(volume.kind, sector_size, Strength::Random, Uuid::nil())?;
     options.check_room(*disks, VolumeKey::AES_256).with_context(|| boot.disk_path.display().to_string())
 }
 
-/// A file of this many bytes that is yet to be made.
+/// Stands for a file of this many bytes that does not exist yet. All its bytes read as zeros.
 struct ToBeMade(u64);
 
 impl BlockStore for ToBeMade {
@@ -296,8 +297,8 @@ fn open(boot: &mut Boot<'_>, cipher: Xts, facts: Facts) -> Result<()> {
     Ok(())
 }
 
-/// Returns the disk. Direct I/O is turned off if the data does not lie on the blocks that direct I/O needs, as with LUKS1
-/// volumes of old cryptsetup versions.
+/// Returns the disk. Direct I/O needs whole blocks, so it is turned off if the data does not begin and end at a block
+/// boundary. This is the case with LUKS1 volumes of old cryptsetup versions.
 fn placed(disk: Arc<dyn BlockStore>, segment: &Segment) -> std::io::Result<Arc<dyn BlockStore>> {
     if (segment.offset | segment.len).is_multiple_of(disk.alignment() as u64) {
         return Ok(disk);

@@ -13,8 +13,7 @@ use crate::machine::holders::Holder;
 use crate::machine::root::Root;
 use crate::text;
 
-/// The longest time to examine all disks. A survey of one disk takes about a second, and all disks are examined at the
-/// same time.
+/// The longest time to examine all disks. One disk takes about a second, and all disks are examined at the same time.
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// A disk of this machine, and whether `up` would take it.

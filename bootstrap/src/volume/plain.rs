@@ -106,10 +106,10 @@ impl PlainVolume {
         self.hash.is_some() && is_key_file && !self.hash_key_file
     }
 
-    /// Returns the cipher with its IV, on this path of the CPU.
+    /// Returns the cipher with its kind of IV, for this CPU path.
     ///
     /// # Errors
-    /// [`UnavailableCpuPath`], if this CPU lacks the path.
+    /// [`UnavailableCpuPath`], if this CPU does not support the path.
     pub fn cipher(&self, key: &VolumeKey, path: CpuPath) -> Result<Xts, UnavailableCpuPath> {
         let cipher = Xts::with_path(key, path)?;
         Ok(if self.iv_large_sectors { cipher.with_large_sectors() } else { cipher })

@@ -9,8 +9,8 @@ use crate::machine::process;
 const EXTENSION: Duration = Duration::from_secs(30);
 /// The pause between two messages.
 const EVERY: Duration = Duration::from_secs(5);
-/// How long the server asks systemd to extend its time limits (`TimeoutStartSec=` and `TimeoutStopSec=`). After that
-/// the limits apply, so that a shutdown of the machine ends.
+/// For this long, the server keeps asking systemd to extend its time limits (`TimeoutStartSec=` and `TimeoutStopSec=`).
+/// After that the limits apply, so that a shutdown of the machine ends.
 pub(super) const OVERTIME: Duration = Duration::from_secs(15 * 60);
 
 /// Reports that the volume goes down.
@@ -65,9 +65,9 @@ impl Watchdog {
 /// The message that is a sign of life.
 const ALIVE: &str = "WATCHDOG=1";
 
-/// Replaces the main thread while that thread waits for programs, for as long as this value lives: asks the service
-/// manager for more time, and sends signs of life. A separate thread does this, since mkfs, mount, or umount may take
-/// long. umount writes out everything that the kernel still holds.
+/// Stands in for the main thread while that thread waits for a program. As long as this value lives, a separate thread asks
+/// the service manager for more time and sends signs of life. mkfs, mount and umount may take long: umount writes out
+/// everything that the kernel still holds.
 #[derive(Debug)]
 pub(super) struct Overtime {
     /// Dropped when no more time is needed.

@@ -1,16 +1,15 @@
 //! The server process of a volume that is up. It runs the steps of `up`, serves until it is told to stop, and undoes the
 //! steps.
 //!
-//! The main thread owns the steps. Anything else that happens (a signal, a question over the control socket, the end of
-//! the device) reaches the main thread as an event. Only `board` is read by another thread, so that `status` is
-//! answered at once.
+//! The main thread owns the steps. Anything else that happens (a signal, a question over the control socket, the end of the
+//! device) reaches the main thread as an event. Another thread reads only `board`, and answers `status` from it at once.
 //!
 //! # Bounds
-//! A start is called off by a signal, by `nbdcrypt down`, and by the end of the front process. This also works while
-//! mkfs or mount runs, and while the server waits for the secret. mount, umount, sync and blockdev have a limit of 15
-//! minutes each. A stop by `nbdcrypt down` is tried once. A stop by SIGTERM is tried until it succeeds (`stopping`).
-//! For 15 minutes, and for `retry-for` more on a start, the server keeps asking systemd to extend the timeout. After
-//! that, systemd's `TimeoutStartSec=` and `TimeoutStopSec=` apply.
+//! A start is called off by a signal, by `nbdcrypt down`, and by the end of the front process. This also works while mkfs or
+//! mount runs, and while the server waits for the secret. mount, umount, sync and blockdev have a limit of 15 minutes each.
+//! A stop by `nbdcrypt down` is tried once. A stop by SIGTERM is tried until it succeeds (`stopping`). The server keeps
+//! asking systemd to extend the timeout for 15 minutes, and for `retry-for` longer at a start. After that, systemd's
+//! `TimeoutStartSec=` and `TimeoutStopSec=` apply.
 
 mod board;
 mod calling_off;

@@ -129,7 +129,7 @@ impl Server<'_> {
     fn take_down(&self, boot: &mut Boot<'_>, steps: &mut [Box<dyn Step>]) -> Result<()> {
         let result = steps::down(steps, boot, &mut |_, boot| self.note(boot));
         if result.is_err() {
-            // This also records the step that failed.
+            // A step that failed may have changed something, too.
             self.note(boot);
         }
         result

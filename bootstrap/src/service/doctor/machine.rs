@@ -36,7 +36,7 @@ impl Facts {
 
 /// A time before this program was written: 2026-01-01.
 const PAST: Duration = Duration::from_secs(1_767_225_600);
-/// With less memory, the key derivation of a volume made elsewhere may not fit.
+/// With less memory than this (in KiB), the key derivation of a volume that was made on another machine may not fit.
 const LITTLE_MEMORY: u64 = 256 << 10;
 
 /// Returns what the machine lacks. `run_dir` is the folder of running volumes.
@@ -97,7 +97,7 @@ impl Process {
             let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
             line.unwrap_or_default().trim()
         };
-        // The real and the effective user (proc_pid_status(5)).
+        // The line begins with the real and the effective user (proc_pid_status(5)).
         let is_root = field("Uid").split_whitespace().nth(1) == Some("0");
         let set = if is_root { field("CapEff") } else { field("CapBnd") };
         let limits = root.text("/proc/self/limits").unwrap_or_default();
