@@ -73,7 +73,8 @@ fn no_room(len: usize) -> io::Error {
 }
 
 impl AlignedBuffer {
-    /// Returns a buffer of `len` zero bytes for short use.
+    /// Returns a buffer of `len` zero bytes. The memory of a small buffer comes from the C library, which may keep it after
+    /// the buffer is dropped.
     ///
     /// # Errors
     /// `OutOfMemory` if the process may not take the memory. The text names the limits.

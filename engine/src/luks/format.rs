@@ -35,7 +35,8 @@ const SECTOR: usize = 512;
 /// Bytes at the start of the disk that are written either all at once or as sector 0 only. LUKS keeps key material only
 /// after them.
 const HEAD: usize = 4096;
-/// Bytes at the start of the data and at the end of the disk that are zeroed to wipe old signatures.
+/// The number of bytes that are zeroed to wipe old signatures, once at the start of the data and once at the end of the
+/// disk.
 const WIPED: u64 = 1 << 20;
 /// The offset of the secondary header of a LUKS2 volume with the largest metadata size.
 const FARTHEST_LUKS2_HEADER: u64 = 4 << 20;
@@ -59,8 +60,8 @@ pub(super) struct HeaderImage {
 /// - If power is lost at any write before the commit ends, the disk carries the marker (see [`is_unfinished`]), or a complete
 ///   volume if the commit had written sector 0.
 /// - Dropping this value leaves the marker in place, so the disk can be formatted again.
-/// - If the marker is missing, someone else has written to the disk. Then neither commit nor abandon writes anything. To rule
-///   out a change between this check and the last write, the caller must hold a lock that others respect.
+/// - If the marker is missing, another program has written to the disk. Then neither commit nor abandon writes anything. To
+///   rule out a change between this check and the last write, the caller must hold a lock that others respect.
 #[derive(Debug)]
 #[must_use = "a format that is neither committed nor abandoned stays unfinished"]
 pub struct PendingFormat {
@@ -165,7 +166,7 @@ impl PendingFormat {
         Ok(self.segment)
     }
 
-    /// Makes the disk blank again, except for data that would take more than seconds to erase. `disks` must be the
+    /// Makes the disk blank again, except for data whose erasure would take longer than a few seconds. `disks` must be the
     /// disks on which the format was begun.
     ///
     /// If the disk still holds something that the caller wrote, the marker stays on the disk, so that it can be

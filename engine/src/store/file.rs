@@ -26,8 +26,8 @@ const RESIDENT: [rustix::fs::FsWord; 2] = [0x0102_1994, 0x8584_58f6];
 /// `OVERLAYFS_SUPER_MAGIC`, because an overlay may lie on XFS (linux/magic.h).
 const SHARING: [rustix::fs::FsWord; 2] = [0x5846_5342, 0x794c_7630];
 
-/// The maximum number of bytes that one announced read brings into the page cache. Reading further ahead would displace other
-/// pages from the cache.
+/// The maximum number of bytes that one call of `will_read` brings into the page cache. Reading further ahead would
+/// displace other pages from the cache.
 const READ_AHEAD: u64 = 64 << 20;
 
 /// The largest size of the bounce buffer. It is used for data whose address direct I/O does not accept.

@@ -139,8 +139,9 @@ impl Volume {
         Ok(self.finish_encryption(self.begin_encryption(offset, buffer)?))
     }
 
-    /// Does what [`Volume::encrypt`] does, step by step: calls of [`Volume::encrypt_arrived`] follow while the buffer fills, and
-    /// then [`Volume::finish_encryption`], all on this volume.
+    /// Begins to do in several steps what [`Volume::encrypt`] does at once. The caller then calls
+    /// [`Volume::encrypt_arrived`] while the buffer fills, and [`Volume::finish_encryption`] at the end, all on this
+    /// volume.
     ///
     /// # Errors
     /// As [`Volume::encrypt`].

@@ -38,7 +38,7 @@ pub struct Locked {
     key_len: usize,
     digest_iterations: NonZeroU32,
     segment: Segment,
-    /// Why a keyslot is never tried.
+    /// For each keyslot, the reason why it is never tried, if there is one.
     faults: [Option<SlotFault>; KEYSLOTS],
     /// The first keyslot that is tried only if it is named, because the keyslots before it cost too much.
     beyond_budget: Option<usize>,

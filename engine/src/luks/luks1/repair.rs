@@ -66,7 +66,7 @@ pub enum Fix {
         /// The old state.
         from: u32,
     },
-    /// A keyslot that is not in use was disabled and its salt and iterations were cleared.
+    /// A keyslot holds no key. Its state was set to disabled, and its salt and iterations were cleared.
     Cleared {
         /// The keyslot, from 0.
         keyslot: usize,

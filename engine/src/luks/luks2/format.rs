@@ -70,7 +70,8 @@ pub fn default_sector_size(disk_len: u64) -> SectorSize {
     if fits(SectorSize::B4096, disk_len) { SectorSize::B4096 } else { SectorSize::B512 }
 }
 
-/// Checks that the data on a disk of `disk_len` bytes is a whole number of sectors. cryptsetup opens no other volume.
+/// Checks that the data on a disk of `disk_len` bytes is a whole number of sectors. cryptsetup refuses a volume whose data
+/// ends within a sector.
 ///
 /// # Errors
 /// [`LuksError::Impossible`] if it is not.

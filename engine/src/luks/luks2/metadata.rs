@@ -700,8 +700,8 @@ fn digest(field: &Field<'_>) -> Result<Digest, LuksError> {
     })
 }
 
-/// Returns the numbers in the same order, without repetitions. Otherwise a keyslot that a digest lists a thousand times would
-/// be tried a thousand times.
+/// Returns the numbers in the same order, without repetitions. With repetitions, a keyslot that a digest lists a thousand
+/// times would be tried a thousand times.
 fn once(numbers: Vec<u32>) -> Vec<u32> {
     let mut seen = BTreeSet::new();
     numbers.into_iter().filter(|number| seen.insert(*number)).collect()

@@ -238,8 +238,8 @@ impl Locked {
         Ok(Self { segment, key_len, digest, keyslots, ignored, unbound, header })
     }
 
-    /// Tries the passphrase on the keyslots: first on the preferred keyslots, then on the other keyslots, each in ascending
-    /// order.
+    /// Tries the passphrase on the keyslots: first on the preferred keyslots, then on the other keyslots. Both groups are
+    /// tried in ascending order.
     ///
     /// # Errors
     /// - [`LuksError::WrongPassphrase`] or [`LuksError::WrongPassphraseBesideIgnored`] if the passphrase opens no keyslot.

@@ -16,7 +16,8 @@ use crate::luks::{Dump, Limits, LuksError, Random, dump};
 use crate::signature::{self, Kind};
 use crate::store::{BlockStore, write_unaligned};
 
-/// The maximum nesting of objects and lists: cryptsetup reads 32 levels (json-c's `JSON_TOKENER_DEFAULT_DEPTH`).
+/// The maximum nesting of objects and lists in a header that is changed. This is safely below the 32 levels that cryptsetup
+/// reads (json-c's `JSON_TOKENER_DEFAULT_DEPTH`).
 const MAX_DEPTH: usize = 30;
 
 /// The number of updates that must still be possible before the sequence number overflows to 0, which counts as older.

@@ -185,7 +185,7 @@ impl Mapping {
         !self.watch.has_faulted()
     }
 
-    /// Returns the region's lock, held, if the region has no hole.
+    /// Locks the region and returns the guard. Returns `None` if the region has a hole.
     fn whole<'s, G: std::ops::Deref<Target = Region>>(
         &'s self,
         file: &File,
