@@ -48,8 +48,8 @@ impl Export {
         self
     }
 
-    /// Makes the export never give space back to the disk. `NBD_CMD_TRIM` is then not offered, and zeroes are written
-    /// instead of holes. A hole tells anyone who sees the disk which parts of the volume are unused.
+    /// Turns discards off: the export never gives space back to the disk. `NBD_CMD_TRIM` is then not offered, and zeroes
+    /// are written instead of holes. A hole tells anyone who sees the disk which parts of the volume are unused.
     #[must_use]
     pub fn without_discard(mut self) -> Self {
         self.info.discards = false;

@@ -37,8 +37,8 @@ struct State<J> {
     /// How many threads may still take a long job.
     free_for_long: usize,
     idle: usize,
-    /// Set while a woken thread is on its way. That thread wakes the next one if there is more to do. Often the jobs
-    /// are done before a second thread would arrive.
+    /// Set from the moment at which a thread is woken until it runs. That thread wakes the next one if there is more to do.
+    /// Often the jobs are done before a second thread would arrive.
     waking: bool,
     stopping: bool,
 }
@@ -125,7 +125,7 @@ impl<J: Job> Shared<J> {
         }
     }
 
-    /// Wakes a thread if there is a job for it and no other thread is on its way.
+    /// Wakes a thread if there is a job for it and no other woken thread has yet to run.
     fn wake_one(&self, mut state: MutexGuard<'_, State<J>>) {
         let wake = state.has_work() && state.idle > 0 && !state.waking;
         state.waking |= wake;
