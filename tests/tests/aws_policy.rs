@@ -112,8 +112,8 @@ impl Account {
         let _ = fs::remove_file(self.path("disk"));
     }
 
-    /// Makes a secret if `provision` makes it, and brings a new volume up. This must work with these policies, and must
-    /// fail without any one of their statements.
+    /// Makes a secret, if this configuration's secret is made by `provision`, and brings a new volume up. This must work
+    /// with these policies, and must fail without any one of their statements.
     #[track_caller]
     fn are_exact(&self, policies: &[(&str, Value)]) {
         let jobs: [(&Client, &[&str]); 2] =
@@ -173,7 +173,7 @@ impl Account {
             ("kms-key", of("kms-key")),
             ("bucket", of("bucket")),
         ]);
-        // Both together, as they are meant to be used.
+        // All policies together, as they are meant to be used.
         self.start_over();
         let all = ["instance-role", "provisioner", "kms-key", "bucket"].map(|name| (name, of(name)));
         self.apply(&all);
