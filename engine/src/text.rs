@@ -29,8 +29,8 @@ pub fn human(count: u64) -> String {
 }
 
 /// Returns `text` with every unseen character ([`is_unseen`]) replaced by its number, as in `\u{202e}`. Unseen characters
-/// are those that a terminal obeys or that change how the text after them is read: control characters (such as newline, tab
-/// and ESC), line separators, and the invisible characters that set the direction of writing or join letters.
+/// are those that a terminal obeys, or that change how the text after them is read. They are control characters (such as
+/// newline, tab and ESC), line separators, and the invisible characters that set the direction of writing or join letters.
 pub fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for letter in text.chars() {

@@ -73,9 +73,9 @@ pub struct FileStore {
 ///
 /// Nothing prevents this completely, because Linux has no write that keeps a file's size. Therefore the size is checked
 /// before each write. (The io_uring session checks the size once for all requests that arrive together, which costs almost
-/// nothing.) If the file is cut between the check and the write, the next check notices this, unless the write ended
-/// exactly at the old end. A cut that was found is never forgotten: if the file grows again, its old contents are still
-/// lost.
+/// nothing.) If the file is cut between the check and the write, the next check usually notices this. The exception is a
+/// write that ended exactly at the old end, because the file then has its old size again. A cut that was found is never
+/// forgotten: if the file grows again, its old contents are still lost.
 struct End {
     /// The smallest size that was seen.
     seen: AtomicU64,

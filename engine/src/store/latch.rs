@@ -25,20 +25,21 @@
 //! filesystem above stops writing at the first failed flush anyway.
 //!
 //! # Who reports a failure
-//! Because the kernel reports a failure once for each open file, a thread whose fsync(2) gets the report must tell all other
-//! threads whose fsync(2) runs at the same time. [`FlushLatch::flush`] ensures this: one flush runs at a time, and callers that
-//! arrive meanwhile share the next flush. A session that submits fsync through io_uring calls [`FlushLatch::check`] first and
-//! passes the outcome to [`FlushLatch::record`]. The session may submit fsync only if writes bypass the page cache
-//! ([`Medium::File::writes_through`](super::Medium)), because a failed flush is then reported to each caller that it concerns.
+//! The kernel reports a failure only once for each open file. If several threads call fsync(2) at the same time, the thread
+//! that gets the report must tell all others. [`FlushLatch::flush`] ensures this: one flush runs at a time, and callers
+//! that arrive meanwhile share the next flush. A session that submits fsync through io_uring calls [`FlushLatch::check`]
+//! first and passes the outcome to [`FlushLatch::record`]. The session may submit fsync only if writes bypass the page
+//! cache ([`Medium::File::writes_through`](super::Medium)), because a failed flush is then reported to each caller that it
+//! concerns.
 //!
 //! A failed write without `RWF_DSYNC` does not set the latch: its error tells the caller all that was lost. If a write with
 //! `RWF_DSYNC` fails, either the write or its flush may have failed, so the caller writes and flushes again in two steps.
 //!
 //! # Which errors
-//! - A failed flush always sets the latch. `EIO` is a lost write-back or a failed command to the disk. `ENOSPC` and `EDQUOT`
-//!   are lost write-backs, too: fsync(2) returns them if the space for an earlier write is allocated only at fsync time, as on
-//!   NFS and on a thinly provisioned disk. ext4 returns `EROFS` after it has aborted its journal. Other errors do not say what
-//!   was lost.
+//! - A failed flush always sets the latch. `EIO` is a lost write-back or a failed command to the disk. `ENOSPC` and
+//!   `EDQUOT` are lost write-backs, too. fsync(2) returns them where the space for an earlier write is allocated only at
+//!   fsync time: on NFS and on a thinly provisioned disk. ext4 returns `EROFS` after it has aborted its journal. Other
+//!   errors do not say what was lost.
 //! - If a failed `RWF_DSYNC` write succeeds without the flag, the flush may have failed.
 //!   [`FlushLatch::record_durable_write`] then sets the latch for these errors: `EIO`, `EROFS`, and the errors that the
 //!   block layer returns for a failed command (`ENODATA`, `EREMOTEIO`, `EILSEQ`, `ETIMEDOUT`, `ENOLINK`, `EBADE`, `ENXIO`,

@@ -9,10 +9,9 @@ pub(super) const BLOCK: usize = 16;
 
 /// A run of whole sectors. Each sector is one data unit. The input and the output are the same buffer or two different ones.
 ///
-/// Every function that passes a run on is inlined, up to the function that is compiled for an instruction set.
-/// Otherwise the run would be a value in memory, written in small parts and read in larger parts, and each call would
-/// wait until the stores of the call before it are done. On Zen 5 this costs a request of one sector a tenth of its
-/// time.
+/// Every function that passes a run on is inlined, up to the function that is compiled for an instruction set. Otherwise
+/// the run would be a value in memory, written in small parts and read in larger parts. Each call would then wait until the
+/// stores of the previous call are done. On Zen 5 this costs a request of one sector a tenth of its time.
 pub(super) struct Run<'i, 'o> {
     pub(super) sector_size: SectorSize,
     /// The number of the first data unit.
@@ -40,8 +39,8 @@ impl<'i, 'o> Run<'i, 'o> {
     /// Returns the same run with its units numbered one by one instead of by the 512-byte units that they span.
     ///
     /// # Panics
-    /// Panics if the first unit does not begin on a multiple of the sector size, or if the run goes past the last
-    /// number. dm-crypt would continue such a run with unit 0, whose sector number does not follow the last one.
+    /// Panics if the first unit does not begin on a multiple of the sector size, or if the run goes past the last number.
+    /// After the last number, dm-crypt would continue with unit 0, whose sector number does not follow the last one.
     #[inline(always)]
     pub(super) fn numbered_by_sectors(mut self) -> Self {
         let (low, step) = (self.first.low, self.step);
@@ -58,7 +57,7 @@ impl<'i, 'o> Run<'i, 'o> {
 /// leaves them zero; test vectors set them.
 ///
 /// A number is two words, so that it is passed in registers. In memory, it would be written in two halves and read as a
-/// whole, and every call would wait until all stores of the call before it are done.
+/// whole. Every call would then wait until all stores of the previous call are done.
 #[derive(Clone, Copy)]
 pub(super) struct UnitNumber {
     pub(super) low: u64,

@@ -2,9 +2,8 @@
 //!
 //! There is only one header, and it has no checksum. So a field can be repaired only if its correct value is known. The
 //! values of keyslots that are not in use are known, because keyslots lie at the same offsets in every volume. A partition
-//! table that was written over the header ends within keyslot 6, so it damages the last keyslots before the others, and
-//! these are often not in use. Keyslots in use stay unchanged. Their part of the header also stays unchanged, even while
-//! the header is written.
+//! table that was written over the header ends within keyslot 6. So it damages keyslots that are often not in use. Keyslots
+//! in use stay unchanged. Their part of the header also stays unchanged, even while the header is written.
 
 use std::fmt;
 

@@ -7,9 +7,9 @@
 //!   remove   key material overwritten ─ header
 //! ```
 //!
-//! If an update is interrupted at any point, the volume opens either with the keys from before the update or with the keys from
-//! after the update. As in cryptsetup, key material is overwritten before it disappears from the header. So no interruption
-//! leaves key material on the disk that the header no longer names.
+//! If an update is interrupted at any point, the volume opens either with the old keys or with the new keys. As in
+//! cryptsetup, key material is overwritten before it disappears from the header. So no interruption leaves key material on
+//! the disk that the header no longer names.
 
 use serde_json::{Value, json};
 use zeroize::Zeroizing;

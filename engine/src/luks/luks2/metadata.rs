@@ -383,8 +383,8 @@ impl Metadata {
         Ok(())
     }
 
-    /// Checks that segments are numbered from 0 without a gap, with backups last; that the segments in use do not overlap; and
-    /// that each encrypted segment has a digest.
+    /// Checks that segments are numbered from 0 without a gap, and that backups come last. Also checks that the segments in
+    /// use do not overlap, and that each encrypted segment has a digest.
     fn check_segments(&self, root: &Field<'_>) -> Result<(), LuksError> {
         let all = root.get("segments");
         if self.segments.is_empty() {

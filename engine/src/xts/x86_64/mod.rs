@@ -1,9 +1,9 @@
 //! The paths for x86-64, one for each width of the registers that the AES instructions work on.
 //!
-//! This module contains `unsafe` code. Rust requires `unsafe` in two places: where ordinary code calls a function that is
-//! compiled for an instruction set, and where a vector is loaded from memory or stored to it. A caller of such a function must
-//! show a value ([`AesNi`], [`Vaes256`], [`Vaes512`]) that only a run-time check of the CPU creates. The functions that are
-//! compiled for an instruction set are themselves safe `#[target_feature]` functions.
+//! This module contains `unsafe` code. Rust requires `unsafe` where ordinary code calls a function that is compiled for an
+//! instruction set, and where a vector is loaded from memory or stored to it. A caller of a function that is compiled for
+//! an instruction set must show a value ([`AesNi`], [`Vaes256`], [`Vaes512`]) that only a run-time check of the CPU
+//! creates. The functions that are compiled for an instruction set are themselves safe `#[target_feature]` functions.
 //!
 //! All paths work on [`Piece`]s, the 512 bytes of the smallest sector, and use the same round keys.
 #![allow(unsafe_code, reason = "intrinsics; the module documentation names the invariants")]

@@ -372,9 +372,9 @@ fn start(group: usize, tweak: __m256i) -> __m256i {
     _mm256_xor_si256(_mm256_xor_si256(shifted, across), around)
 }
 
-/// The byte shuffle that gathers the topmost bytes of a tweak, in four runs of one to four bytes. The product of a run with the
-/// polynomial is seven bits longer than the run, so the runs lie far enough apart that their products do not overlap: three
-/// bytes at 0 to 2, two at 4 and 5, four at 8 to 11, one at 13.
+/// The byte shuffle that gathers the topmost bytes of a tweak, in four runs of one to four bytes. The product of a run with
+/// the polynomial is seven bits longer than the run, so the runs lie far enough apart that their products do not overlap.
+/// Three bytes lie at 0 to 2, two at 4 and 5, four at 8 to 11, and one at 13.
 const TOPS: u128 = u128::from_le_bytes([13, 14, 15, ZERO, 14, 15, ZERO, ZERO, 12, 13, 14, 15, ZERO, 15, ZERO, ZERO]);
 
 /// The byte shuffles that move each of the four products of [`TOPS`] to the lowest bytes.

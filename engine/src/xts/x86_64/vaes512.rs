@@ -72,9 +72,9 @@ const TWEAKS: usize = 8;
 #[repr(C, align(64))]
 struct Tweaks([[u128; TWEAKS]; 2]);
 
-/// Bytes from the current piece to the piece that is prefetched into the cache. This is three pages, because the CPU's
-/// own prefetching stops at the end of a page. With prefetching, data in the third-level cache is encrypted 1.15 times
-/// as fast (Zen 5, with 1 MiB of data, of which the second level keeps a part; see benches/README.md).
+/// Bytes from the current piece to the piece that is prefetched into the cache. This is three pages, because the CPU's own
+/// prefetching stops at the end of a page. With prefetching, data in the third-level cache is encrypted 1.15 times as fast.
+/// This was measured on Zen 5 with 1 MiB of data, of which the second-level cache keeps a part (see benches/README.md).
 const FETCH_AHEAD: usize = 3 * 4096;
 
 /// The masks of the blocks of one piece, `T · α^j`.
@@ -294,9 +294,9 @@ fn times_alpha_32(tweak: __m512i) -> __m512i {
     _mm512_xor_si512(_mm512_bslli_epi128::<4>(tweak), around)
 }
 
-/// The byte shuffle that gathers the topmost one, two and three bytes of a tweak. The product of such a run with [`POLYNOMIAL`]
-/// is seven bits longer than the run, so the runs lie far enough apart that their products do not overlap: three bytes at 0 to
-/// 2, two at 4 and 5, one at 7.
+/// The byte shuffle that gathers the topmost one, two and three bytes of a tweak. The product of such a run with
+/// [`POLYNOMIAL`] is seven bits longer than the run, so the runs lie far enough apart that their products do not overlap.
+/// Three bytes lie at 0 to 2, two at 4 and 5, and one at 7.
 const TOPS: u128 =
     u128::from_le_bytes([13, 14, 15, ZERO, 14, 15, ZERO, 15, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO]);
 
