@@ -1,8 +1,8 @@
 //! Decides which failures of a disk are logged.
 //!
-//! A failing disk fails every request. The first failure of each kind is reported at once. A further report is made
-//! when the number of failures has grown tenfold, and for the first failure that comes a minute or more after the last
-//! report. Each further report contains the count.
+//! A failing disk fails every request. The first failure of each kind is reported at once. Later failures are reported in
+//! two cases: when the number of failures has grown tenfold since the last report, and when the last report was made a
+//! minute or more ago. Each further report contains the count.
 
 use std::collections::HashMap;
 use std::io;

@@ -24,10 +24,10 @@ use crate::session::{SessionError, Work, tokio as session, uring};
 use crate::shutdown::Shutdown;
 use crate::tls::Tls;
 
-/// The send buffer of a unix socket in bytes: kernel memory for what was sent and is not received yet. Linux doubles
-/// the value (socket(7)). With the usual 104 KiB, sender and receiver take turns; with half a megabyte they run side by
-/// side. More is hardly faster with one connection, and slower with several, because what was sent leaves the CPU's
-/// cache before it is received ("Send buffers" in benches/README.md).
+/// The send buffer of a unix socket in bytes: kernel memory for what was sent and is not received yet. Linux doubles the
+/// value (socket(7)). With the usual 104 KiB, sender and receiver take turns; with half a megabyte they run side by side. A
+/// larger buffer is hardly faster with one connection. With several connections it is slower, because the data leaves the
+/// CPU's cache before it is received ("Send buffers" in benches/README.md).
 const UNIX_SOCKET_BUFFER: usize = 512 << 10;
 /// How long to wait after a failed accept. Accepting fails for lack of file descriptors or memory, and other
 /// connections or programs must release some first.
@@ -116,9 +116,9 @@ impl Default for Settings {
 ///
 /// # Memory
 /// A connection holds at most [`MAX_BYTES_IN_FLIGHT`](crate::session::MAX_BYTES_IN_FLIGHT) bytes in buffers, including
-/// buffers that are kept for reuse, and about one megabyte of other memory. A worker takes two megabytes more for a
-/// request that does not cover whole blocks. In addition, the kernel holds what is in the socket: on a unix socket at
-/// most 1 MiB that the server has sent, and as much as the client's own buffer allows the client to send.
+/// buffers that are kept for reuse, and about one megabyte of other memory. A worker takes two megabytes more for a request
+/// that does not cover whole blocks. In addition, the kernel holds the data that is in the socket. On a unix socket, this
+/// is at most 1 MiB that the server has sent, and as much from the client as the client's own send buffer allows.
 #[derive(Clone)]
 pub struct Server {
     exports: Exports,

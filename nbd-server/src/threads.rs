@@ -1,8 +1,8 @@
 //! Starting threads that the system may refuse.
 //!
-//! If the system refuses a thread, the standard library returns an error. But if the thread gets its stack and then
-//! lacks the little memory that it needs next, the standard library aborts the process. tokio panics if the system
-//! refuses a thread. So these functions check first.
+//! If the system refuses a thread, the standard library returns an error. But if the thread gets its stack and then a small
+//! allocation fails, the standard library aborts the process. tokio panics if the system refuses a thread. So these
+//! functions check first.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};

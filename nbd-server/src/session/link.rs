@@ -42,11 +42,11 @@
 //! answers all requests in the ledger with an I/O error, as kept replies. The kernel receives these replies on the next
 //! socket within about a second. A filesystem treats such an error as an error of the disk.
 //!
-//! The link does not carry out these requests a second time, because the progress of each request is unknown. The data
-//! of writes is lost with the session, or is in memory that a failed ring may still use. If a request is answered with
-//! an error, the kernel assumes nothing about the request's blocks. They may contain old or new data. The fence still
-//! holds: a link is drained only when its session and all workers of the connection have ended ([`Link::drain`]), so a
-//! request that was answered with an error is no longer in flight.
+//! The link does not carry out these requests a second time, because the progress of each request is unknown. The data of
+//! writes is lost with the session, or is in memory that a failed ring may still use. If a request is answered with an
+//! error, the kernel assumes nothing about the request's blocks. They may contain old or new data. The fence still holds,
+//! because a link is drained only when its session and all workers of the connection have ended ([`Link::drain`]). By then,
+//! a request that was answered with an error is no longer in flight.
 //!
 //! There is one exception. Nobody can wait for writes that a failed ring has submitted but can no longer report. If
 //! there are such writes, every later flush of the store fails. So if such a late write replaces newer data, that data
