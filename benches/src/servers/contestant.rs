@@ -94,8 +94,8 @@ impl Contestant {
             Self::Nbdcrypt | Self::NbdcryptPlaintext | Self::Yardstick | Self::Null => None,
             Self::NbdkitLuks | Self::NbdkitPlaintext => lacks("nbdkit"),
             Self::QemuNbdLuks => lacks("qemu-nbd"),
-            // The crypt target itself leaves no sign that could be checked: the kernel shows nothing of a built-in
-            // target, and loads a module only when it is needed.
+            // Whether the kernel has the crypt target cannot be checked. The kernel shows nothing about a built-in target,
+            // and it loads the module only when the target is used.
             Self::DmCrypt => {
                 no_device("/sys/class/misc/device-mapper", "dm_crypt", "device-mapper").or_else(|| lacks("cryptsetup"))
             }

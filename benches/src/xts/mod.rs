@@ -31,8 +31,8 @@ impl Op {
     }
 }
 
-/// An implementation of AES-256-XTS as a block device needs it: it works in place on a run of sectors, each sector has
-/// its own tweak, and the key is set up beforehand.
+/// An implementation of AES-256-XTS as a block device needs it. It works in place on a run of sectors, and each sector has
+/// its own tweak. The key is set up beforehand.
 pub trait Contestant {
     /// Returns the contestant's name for tables.
     fn name(&self) -> String;
