@@ -1,5 +1,5 @@
-//! `nbdcrypt policy` is exact: with the policies that it prints, every command works, and without any part of them, a
-//! command fails. moto checks the requests of roles against the printed policies.
+//! `nbdcrypt policy` prints exact policies: with them, every command works. If any part of them is missing, a command
+//! fails. moto checks the requests of roles against the printed policies.
 
 use std::fs;
 use std::path::PathBuf;
@@ -89,8 +89,8 @@ impl Account {
         self.moto.enforce_policies(true);
     }
 
-    /// Runs a command of the table in `nbdcrypt policy --json`: once without each of its actions, which must fail, and
-    /// then with exactly these actions, which must succeed.
+    /// Runs a command that is listed in `nbdcrypt policy --json` with its actions. The command must fail without any one of
+    /// these actions, and succeed with exactly these actions.
     #[track_caller]
     fn needs_exactly(&self, job: &str, arguments: &[&str]) {
         let calls = self.printed()["calls"][job].clone();
@@ -151,8 +151,8 @@ impl Account {
         self.succeeds(&self.machine, &["down", "scratch.toml"]);
     }
 
-    /// Checks the policies of the roles with a key whose policy leaves everything to IAM, and then the policies of the
-    /// key and of the bucket for roles without policies of their own.
+    /// First checks the policies of the roles. The key's policy then leaves everything to IAM. After that, checks the
+    /// policies of the key and of the bucket. The roles then have no policies of their own.
     #[track_caller]
     fn each_printed_policy_is_exact(&self) {
         let printed = self.printed()["policies"].clone();

@@ -1,5 +1,6 @@
-//! The CloudFormation template and the Terraform module in packaging/aws, and what `nbdcrypt policy` prints in their formats.
-//! cfn-lint and a parser of HCL check them. moto makes the stack, and a volume comes up with what the stack contains.
+//! The CloudFormation template and the Terraform module in packaging/aws, and the output of `nbdcrypt policy` in these
+//! formats. cfn-lint and a parser of HCL check all of them. moto makes the stack, and a volume comes up with what the stack
+//! contains.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! Tests holes with the programs that ask for them and make them: in plaintext and encrypted exports, on tmpfs and in a
-//! file on a disk, with both kinds of session.
+//! Tests holes with the programs that make them and ask for them. The exports are plaintext and encrypted, on tmpfs and in
+//! a file on a disk, with both kinds of session.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};

@@ -34,8 +34,9 @@ impl Folder {
         folder
     }
 
-    /// Makes the folder with certificates: `pki/` holds a server's and a client's certificate of one authority, `other/`
-    /// the same of another authority, and `bare/` a client's directory with only the authority's certificate.
+    /// Makes the folder with certificates. `pki/` holds the certificates of a server and a client, signed by one authority.
+    /// `other/` holds the same for another authority. `bare/` is a client's directory with only the first authority's
+    /// certificate.
     fn with_certificates() -> Self {
         let folder = Self::new();
         for pki in ["pki", "other"] {
