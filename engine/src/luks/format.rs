@@ -32,8 +32,8 @@ const EXPLANATION: &[u8] = b"Formatting this disk was begun and never finished. 
 
 /// [`LBA_UNIT`] as an index.
 const SECTOR: usize = 512;
-/// Bytes at the start of the disk that are written either all at once or as sector 0 only. LUKS keeps key material only
-/// after them.
+/// The number of bytes at the start of the disk that are written together. Later, only sector 0 of them is written once
+/// more. LUKS keeps key material only after these bytes.
 const HEAD: usize = 4096;
 /// The number of bytes that are zeroed to wipe old signatures, once at the start of the data and once at the end of the
 /// disk.
@@ -95,8 +95,9 @@ pub fn abandon_unfinished(store: &dyn BlockStore) -> io::Result<()> {
     blank(store, ABANDONED)
 }
 
-/// Returns whether a disk holds only the remains of an abandoned volume with a detached header. Such a disk carries the marker
-/// and a fingerprint which proves that nothing was written to the disk since (see [`Untouched`]).
+/// Returns whether a disk holds only the remains of an abandoned volume with a detached header. Such a disk carries the
+/// marker, and a fingerprint which proves that nothing was written to the disk after the format was abandoned (see
+/// [`Untouched`]).
 ///
 /// # Errors
 /// The I/O error of the disk.
@@ -118,8 +119,8 @@ fn has_marker(store: &dyn BlockStore) -> io::Result<bool> {
     Ok(is_unfinished(&first))
 }
 
-/// Returns an error if the marker is missing. Between the phases, anyone may write to the disk. If someone else has
-/// made a volume there, it must be neither overwritten nor blanked.
+/// Returns an error if the marker is missing. Between the phases, anyone may write to the disk. If another program has made
+/// a volume there, it must be neither overwritten nor blanked.
 fn require_marker(store: &dyn BlockStore) -> Result<(), LuksError> {
     if has_marker(store)? { Ok(()) } else { Err(LuksError::Overwritten) }
 }

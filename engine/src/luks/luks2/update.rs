@@ -96,9 +96,9 @@ impl std::fmt::Display for RefusedCopy {
     }
 }
 
-/// Returns a copy of the header on `store` that nbdcrypt refuses but another program would use, or `None` if there is
-/// no such copy. nbdcrypt then opens the volume with an older header. It may lack keys that were added later, and may
-/// contain keys that were removed later.
+/// Returns a copy of the header on `store` that nbdcrypt refuses, but that another program would use. Returns `None` if
+/// there is no such copy. If there is one, nbdcrypt opens the volume with an older header. The older header may lack keys
+/// that were added later, and may contain keys that were removed later.
 pub fn overlooked(store: &dyn BlockStore) -> Option<RefusedCopy> {
     Copies::read(store).refused().filter(RefusedCopy::would_be_used)
 }
