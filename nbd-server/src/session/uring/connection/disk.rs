@@ -8,7 +8,7 @@ use engine::volume::Volume;
 
 use crate::proto::Command;
 
-/// In memory, a worker carries out a discard or a write of zeros that is longer than this many bytes.
+/// If the disk is in memory, a worker carries out a discard or a write of zeros that is longer than this many bytes.
 const LONG: u64 = 1 << 20;
 
 pub(super) struct Disk<'a> {

@@ -10,7 +10,7 @@ use crate::session::uring::doorbell::{Doorbell, Finished};
 use crate::session::uring::task::{Payload, Task};
 use crate::session::workers::Workers;
 
-/// In memory, a request of at least this many bytes is worth a second thread.
+/// If the disk is in memory, a request of at least this many bytes is worth a second thread.
 pub(super) const SHARED: usize = 256 * 1024;
 /// The maximum number of requests to a disk in memory that other threads carry out at once, while this thread carries
 /// out the next request.
@@ -39,7 +39,7 @@ impl<'a> Handover<'a> {
         self.workers.submit([Work::Uring(task)]);
     }
 
-    /// Returns whether a second thread should carry out a request in memory with a payload of `len` bytes.
+    /// Returns whether a second thread should carry out a request to a disk in memory with a payload of `len` bytes.
     pub(super) fn can_share(&self, len: usize) -> bool {
         len >= SHARED && self.shared < HELPERS
     }
