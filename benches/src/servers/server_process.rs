@@ -1,4 +1,5 @@
-//! A server as a child process. It is started, awaited, asked for its resource use, and stopped in any case.
+//! A server as a child process. This module starts it, waits until it is ready, reads its resource use, and always stops
+//! it.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
