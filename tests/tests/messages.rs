@@ -170,8 +170,8 @@ fn the_printed_address_works_from_any_folder() {
     }
 }
 
-/// If a key file would open the volume only with a changed end, such as without its newline, nbdcrypt refuses it and
-/// says so.
+/// If a key file differs from the passphrase only at its end, for example by a newline, nbdcrypt refuses it and names the
+/// difference.
 #[test]
 fn a_key_file_that_differs_at_its_end_is_explained() {
     let bench = workbench();

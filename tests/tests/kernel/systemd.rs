@@ -116,7 +116,7 @@ test "$(cat /mnt/scratch/last)" = last
     kernel.expect(&prepared(script));
 }
 
-/// A start waits as long as `retry-for` says, and longer than systemd's limit.
+/// A start waits as long as `retry-for` says, even if this is longer than systemd's limit.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux, systemd and mkfs.ext4: run `make test`")]
 fn systemd_waits_for_kms_longer_than_its_limit() {
