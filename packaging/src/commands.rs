@@ -5,11 +5,11 @@ use clap::{Arg, Command};
 use clap_mangen::Man;
 use roff::{Roff, bold, roman};
 
-/// What the pages belong to, as it stands at their foot.
+/// The name and version of the program. They stand at the foot of each page.
 pub(crate) const VERSION: &str = concat!("nbdcrypt ", env!("CARGO_PKG_VERSION"));
 
-/// Returns `command` without its hidden commands and options. clap has no way to take a command out of a description,
-/// and the completions of clap_complete contain what is hidden.
+/// Returns `command` without its hidden commands and options. clap cannot remove a command from a description, and the
+/// completions of clap_complete contain hidden commands.
 ///
 /// clap wants names that live as long as the program, so they are leaked. This program ends soon.
 pub(crate) fn shown(command: &Command) -> Command {
@@ -50,7 +50,8 @@ pub(crate) fn shown(command: &Command) -> Command {
 pub(crate) fn pages(program: &Command) -> Result<Vec<(String, Vec<u8>)>> {
     fn add(command: &Command, above: Option<&str>, all: &mut Vec<(String, Vec<u8>)>) -> Result<()> {
         let name = name(command);
-        // nbdcrypt-bench(1) is the page of the program of that name, which names the pages below this command.
+        // nbdcrypt-bench(1) is the page of the program `nbdcrypt-bench`. It also names the pages of the commands below
+        // `nbdcrypt bench`.
         if name != "nbdcrypt-bench" {
             all.push((format!("{name}.1"), page(command, above)?));
         }
@@ -80,7 +81,7 @@ pub(crate) fn bench_page(program: &Command) -> Result<Vec<u8>> {
         roff.to_writer(&mut page)?;
         let mut options = Vec::new();
         Man::new(command.clone()).render_options_section(&mut options)?;
-        // The preamble and the heading, which this section has already.
+        // Leave out the preamble and the heading, which this section has already.
         let options = String::from_utf8(options)?;
         page.extend(options.split_once(".SH OPTIONS\n").map_or("", |(_, options)| options).as_bytes());
     }
@@ -106,7 +107,7 @@ fn name(command: &Command) -> &str {
     command.get_display_name().unwrap_or_else(|| command.get_name())
 }
 
-/// Returns a page from its title to its description.
+/// Returns the beginning of a page, from its title to its description.
 fn start(command: &Command) -> Result<Vec<u8>> {
     // The page has no date, so that the same source gives the same page. roff leaves out empty arguments.
     let title = name(command).to_uppercase();
@@ -118,7 +119,7 @@ fn start(command: &Command) -> Result<Vec<u8>> {
     Ok(page)
 }
 
-/// Adds to a page what stands at its end. `others` are the pages of commands to see also.
+/// Adds the last sections of a page. `others` are the pages to name under SEE ALSO.
 fn finish(page: &mut Vec<u8>, command: &Command, others: &[&str]) -> Result<()> {
     let mut roff = Roff::new();
     if let Some(examples) = command.get_after_help() {

@@ -1,5 +1,5 @@
-//! nbdcrypt.toml(5), made from the example of the configuration. The example shows every key, and a test of `config` holds
-//! it to that. So the page knows every key, too.
+//! nbdcrypt.toml(5), made from the example of the configuration. A test of `config` checks that the example shows every key.
+//! So this page shows every key, too.
 
 use anyhow::{Context, Result};
 use roff::{Roff, bold, roman};
@@ -8,7 +8,8 @@ use crate::commands::VERSION;
 
 const EXAMPLE: &str = include_str!("../../bootstrap/nbdcrypt.example.toml");
 
-/// Returns the lines below the text about the file as a whole, which the page says in its own words.
+/// Returns the lines of the example without its first paragraph. That paragraph is about the whole file, and the page says
+/// the same in its own words.
 fn keys() -> impl Iterator<Item = &'static str> {
     EXAMPLE.lines().skip_while(|line| line.starts_with('#'))
 }
@@ -30,10 +31,10 @@ enum Line<'a> {
     },
 }
 
-/// What the value of a key in the example is.
+/// Whether a value in the example is the default.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Value {
-    /// `#key = value`: it counts if the key is not set.
+    /// `#key = value`: the value that applies if the key is not set.
     Default,
     /// `key = value`, or `#! key = value`.
     Example,

@@ -41,7 +41,7 @@ pub struct Sample {
     pub peak_rss_mib: Option<f64>,
 }
 
-/// What the server used in that time.
+/// What the server used during one measurement.
 #[derive(Debug, Clone, Copy)]
 pub struct Cost {
     /// CPU seconds. `None` if the kernel is the server.

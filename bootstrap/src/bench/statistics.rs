@@ -8,8 +8,8 @@ pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Divides the two series round by round and returns the median of these ratios. A disturbance affects both series of a
-/// round, so this is steadier than the ratio of two medians. Returns `NaN` if either series is empty.
+/// Divides the two series round by round and returns the median of these ratios. A disturbance in one round affects both
+/// series alike, so this result is steadier than the ratio of the two medians. Returns `NaN` if either series is empty.
 pub fn median_ratio(of: &[f64], to: &[f64]) -> f64 {
     median(of.iter().zip(to).map(|(of, to)| of / to))
 }

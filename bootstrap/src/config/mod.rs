@@ -38,8 +38,8 @@ pub struct Config {
     pub volume: VolumeConfig,
     /// `[key]`.
     pub key: KeyConfig,
-    /// `random` under `[key]`: whether the secret can be guessed. This decides how expensive the key derivation of a new
-    /// keyslot is.
+    /// Whether the secret can be guessed. `random = true` under `[key]` says that it cannot. This decides how expensive the
+    /// key derivation of a new keyslot is.
     pub strength: Strength,
     /// `[attach]`.
     pub attach: AttachConfig,
@@ -58,7 +58,8 @@ impl Config {
         if path.extension().is_none_or(|extension| extension != "toml") {
             return Err(ConfigError::NotToml { path: path.to_owned() });
         }
-        // The file is checked and read by its resolved path, so that no symbolic link can change between the two.
+        // The file is checked and read by its resolved path, so that no symbolic link can change between the check and the
+        // read.
         let read = |source| ConfigError::Read { path: path.to_owned(), source };
         let real = match trust::file_for_root(path) {
             Err(Distrust::Io { source, .. }) => return Err(read(source)),
@@ -137,8 +138,8 @@ pub struct LimitsConfig {
     pub kdf_memory: Option<u32>,
     /// The maximum number of iterations of PBKDF2.
     pub kdf_iterations: Option<NonZeroU32>,
-    /// The maximum number of passes of Argon2 over the maximum memory. With less memory, more passes are allowed: as many as take
-    /// the same time.
+    /// The maximum number of passes of Argon2 over the maximum memory. A keyslot that uses less memory may use more passes
+    /// in proportion: half of the memory allows twice as many passes.
     pub kdf_passes: Option<NonZeroU32>,
 }
 
@@ -192,7 +193,7 @@ pub struct AwsKeyConfig {
     pub encryption_context: BTreeMap<String, String>,
     /// Overrides `AWS_REGION`, the profile's region and the instance's.
     pub region: Option<String>,
-    /// Overrides the region in which S3 says the bucket is.
+    /// Overrides the bucket's region that S3 reports.
     pub s3_region: Option<String>,
     /// Overrides the region in the KMS key's ARN.
     pub kms_region: Option<String>,
@@ -202,7 +203,7 @@ pub struct AwsKeyConfig {
     pub s3_endpoint_url: Option<String>,
     /// Overrides `AWS_ENDPOINT_URL_KMS` and the like.
     pub kms_endpoint_url: Option<String>,
-    /// The time from the first attempt after which no new attempt is made.
+    /// How long to retry, counted from the first attempt. No new attempt starts after this time.
     pub retry_for: Duration,
 }
 
@@ -228,10 +229,10 @@ pub struct AttachConfig {
 impl AttachConfig {
     /// The default of `connections`: enough to keep a few cores busy.
     pub const DEFAULT_CONNECTIONS: u8 = 4;
-    /// Each connection has its own thread and may hold a queue of 128 requests in locked memory. With more than 16 connections,
-    /// a machine runs out of threads or locked memory before it gains throughput.
+    /// The maximum of `connections`. Each connection has its own thread and may hold a queue of 128 requests in locked
+    /// memory. With more than 16 connections, a machine runs out of threads or locked memory before it gains throughput.
     pub const MAX_CONNECTIONS: u8 = 16;
-    /// The kernel's driver miscounts longer times.
+    /// The maximum of `request-timeout`. The kernel's driver miscounts longer times.
     pub const LONGEST_REQUEST_TIMEOUT: Duration = Duration::from_secs(24 * 24 * 3600);
 }
 
@@ -242,7 +243,7 @@ pub struct FilesystemConfig {
     pub kind: String,
     /// The mountpoint, an absolute path. It is made if it is missing.
     pub mountpoint: PathBuf,
-    /// Mount options, as after `mount -o`, one in each element.
+    /// Mount options as for `mount -o`, one per element.
     pub options: Vec<String>,
     /// Arguments for mkfs. They come before the device.
     pub mkfs_options: Vec<String>,
@@ -551,7 +552,7 @@ mod tests {
         assert!(Config::load(&missing).unwrap_err().to_string().contains("none.toml: No such file"));
     }
 
-    /// Only root refuses such a file. Other users decide what their own programs do.
+    /// nbdcrypt refuses such a file only if it runs as root. Other users may trust the files that they like.
     #[test]
     fn a_file_that_others_may_change_is_refused_for_root() {
         use std::os::unix::fs::PermissionsExt;

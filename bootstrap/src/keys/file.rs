@@ -113,7 +113,7 @@ impl KeySource for FileKey {
 
     fn check(&self) -> Result<(), KeyError> {
         let failed = |source| FileKeyError::Io { file: self.file.clone(), source };
-        // What comes over a pipe could be read only once.
+        // The data of a pipe can be read only once, so it is not checked.
         let found = match &self.file {
             KeyFile::Stdin => return Ok(()),
             KeyFile::Path(path) if path.metadata().is_ok_and(|found| !found.is_file() && !found.is_dir()) => {

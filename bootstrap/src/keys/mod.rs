@@ -39,7 +39,7 @@ pub trait KeySource: Send + Sync {
     /// Checks what can be checked without getting the secret. Blocks for a minute at most.
     ///
     /// # Errors
-    /// [`KeyError`], if the secret could not be got.
+    /// [`KeyError`], if the secret could not be obtained.
     fn check(&self) -> Result<(), KeyError>;
 
     /// Gets the secret.
@@ -72,7 +72,7 @@ pub enum KeyError {
 /// Which secret of a volume is requested.
 #[derive(Clone, Debug)]
 pub enum SecretRequest {
-    /// The one that the configuration names.
+    /// The secret that the configuration names.
     Configured,
     /// The secret in the header's token.
     Unwrap {

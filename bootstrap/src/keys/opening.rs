@@ -175,7 +175,7 @@ fn too_little_memory(error: &LuksError) -> Option<TooLittleMemory> {
     let LuksError::TooExpensive { field, found, limit } = error else { return None };
     let keyslot = field.strip_prefix("keyslots.")?.strip_suffix(".kdf.memory")?;
     let memory = memory::limit();
-    // Otherwise the user set the limit.
+    // If the two limits differ, the user has set the exceeded one.
     let is_of_machine = u64::from(*limit) == memory.kib.min(u64::from(u32::MAX));
     is_of_machine.then(|| TooLittleMemory { keyslot: keyslot.to_owned(), needed_kib: *found, limit: memory })
 }

@@ -109,7 +109,7 @@ impl<'t> Silent<'t> {
         // Without ISIG, no signal can end the process while the terminal does not echo. Without ICANON, the process sees
         // Ctrl-C at once, and the kernel buffers no line.
         silent.local_modes -= LocalModes::ECHO | LocalModes::ISIG | LocalModes::ICANON;
-        // Input that was typed before the question was echoed, so it is discarded.
+        // The terminal has echoed what was typed before the question, so that input is discarded.
         termios::tcsetattr(terminal, OptionalActions::Flush, &silent)?;
         Ok(Self { terminal, before })
     }

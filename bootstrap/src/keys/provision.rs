@@ -6,7 +6,8 @@ use zeroize::Zeroizing;
 use crate::config::{AwsKeyConfig, Config, KeyConfig, KeyFile, SecretLocation};
 use crate::keys::{AwsKey, AwsKeyError};
 
-/// The random bytes in a secret: as many as in an AES-256 key, so that it needs no expensive key derivation.
+/// The number of random bytes in a secret: as many as in an AES-256 key, so that the secret needs no expensive key
+/// derivation.
 const SECRET_BYTES: usize = 32;
 
 /// The result of [`provision`].
@@ -82,7 +83,7 @@ pub fn provision(config: &Config, replace: bool) -> Result<Provisioned, Provisio
 pub fn new_secret() -> Result<Passphrase, getrandom::Error> {
     let mut random = Zeroizing::new([0; SECRET_BYTES]);
     getrandom::fill(&mut *random)?;
-    // The full capacity from the start: a vector that grows leaves copies behind.
+    // The vector has its full capacity from the start. A vector that grows leaves copies behind.
     let mut text = Vec::with_capacity(2 * SECRET_BYTES);
     for byte in random.iter() {
         text.extend([hex_digit(byte >> 4), hex_digit(byte & 15)]);

@@ -91,8 +91,8 @@ impl KmsToken {
         })
     }
 
-    /// Returns this token as it replaces the token `old`: with the keyslots of `old`, and with every other member of
-    /// `old` that this token lacks.
+    /// Returns the JSON that replaces the token `old`: this token, with the keyslots of `old`, and with the members of `old`
+    /// that this token does not have.
     pub fn in_place_of(&self, old: &Value) -> Value {
         let mut json = old.clone();
         let Value::Object(ours) = self.to_json() else { return json };

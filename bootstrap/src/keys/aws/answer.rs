@@ -18,7 +18,7 @@ pub(super) struct Answer {
     /// The error's code, or the HTTP status if there is none, as in S3's responses to HEAD.
     pub(super) code: String,
     pub(super) message: String,
-    /// The region in which S3 says the bucket is.
+    /// The bucket's region, if S3 reports it.
     pub(super) bucket_region: Option<String>,
 }
 
@@ -33,12 +33,12 @@ where
 {
     let strange = |response: &HttpResponse| match is_cut(error, response) {
         true => Err(cut(service, endpoint.clone())),
-        // This is not the protocol but a page from a proxy or another program. It is not quoted, since it may contain
-        // anything.
+        // The response does not follow the service's protocol. It is a page from a proxy or another program. It is not
+        // quoted, because it may contain anything.
         false => Ok(with_response(None, Some(&format!("the answer is not in the format of {service}")), response)),
     };
     match error {
-        // The SDK also reports a successful response that it cannot parse this way.
+        // The SDK also returns this error for a successful response that it cannot parse.
         SdkError::ServiceError(success) if success.raw().status().is_success() => strange(success.raw()),
         SdkError::ServiceError(refusal) => {
             Ok(with_response(refusal.err().code(), refusal.err().message(), refusal.raw()))
@@ -50,7 +50,7 @@ where
         }
         _ if is_untrusted(error) => {
             let detail = causes(error);
-            // If the clock is before the certificate's period or years after it, NTP will soon correct it.
+            // If the clock is before the certificate's period or years after it, NTP will soon correct the clock.
             let passes = ["NotValidYet", "not valid yet", "Expired", "expired"].iter().any(|why| detail.contains(why));
             Err(AwsError::Untrusted { service, endpoint, detail, passes })
         }
@@ -75,8 +75,8 @@ fn is_cut(error: &(dyn Error + 'static), response: &HttpResponse) -> bool {
     }
 }
 
-/// Returns what to do about an error response, with the reason for each (S3 API Reference, "Error responses"; KMS API
-/// Reference, "Common Errors" and the errors of Encrypt and Decrypt; STS API Reference, "Common Errors").
+/// Returns what to do about an error response. The comments below give the reasons (S3 API Reference, "Error responses"; KMS
+/// API Reference, "Common Errors" and the errors of Encrypt and Decrypt; STS API Reference, "Common Errors").
 pub(super) fn course(answer: &Answer, credentials: Kind) -> Course {
     match answer.code.as_str() {
         // Too many requests at once, for example while a fleet boots.
@@ -119,7 +119,7 @@ pub(super) fn course(answer: &Answer, credentials: Kind) -> Course {
             Kind::Renewable => Course::Renew,
             Kind::Fixed | Kind::LongTerm => Course::Briefly,
         },
-        // New credentials of a role are not known everywhere at once. An unknown key of a user is wrong.
+        // New credentials of a role are not known everywhere at once. If a user's key is unknown, it is wrong.
         "InvalidClientTokenId"
         | "InvalidClientTokenIdException"
         | "UnrecognizedClientException"

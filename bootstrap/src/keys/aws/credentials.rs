@@ -202,8 +202,8 @@ enum Absence {
 }
 
 impl Absence {
-    /// Returns whether waiting may help. A role that was attached seconds ago is not in the metadata yet, and the metadata
-    /// service may become reachable a little later than this program starts.
+    /// Returns whether waiting may help. A role that was attached seconds ago is not in the metadata yet. The metadata
+    /// service may also become reachable a little later than this program starts.
     fn may_pass(self, is_instance: bool) -> bool {
         match self {
             Self::Off => false,

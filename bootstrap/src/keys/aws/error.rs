@@ -256,7 +256,7 @@ pub(super) enum AwsError {
         /// AWS's message.
         message: String,
     },
-    /// The ciphertext was encrypted with a different key from the key that `kms-key` names.
+    /// The ciphertext was encrypted under another KMS key than `kms-key` names.
     #[error("{object} was encrypted under another key than {key}; check `kms-key` and `object` under [key]")]
     OtherKey {
         /// Where the ciphertext is stored.

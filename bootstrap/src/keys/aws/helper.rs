@@ -249,7 +249,7 @@ fn read_frame(from: &mut impl Read) -> io::Result<Zeroizing<Vec<u8>>> {
     if len > MAX_FRAME {
         return Err(invalid("it is too long"));
     }
-    // The full size from the start: a vector that grows leaves copies behind.
+    // The vector has its full size from the start. A vector that grows leaves copies behind.
     let mut bytes = Zeroizing::new(vec![0; len as usize]);
     from.read_exact(&mut bytes)?;
     Ok(bytes)

@@ -54,7 +54,8 @@ pub(super) async fn may_decrypt(
         .set_encryption_context(context(config))
         .dry_run(true);
     let send = async || request.clone().send().await;
-    // A server that does not support dry runs decrypts. The plaintext is not used, and disappears with this process.
+    // A server without support for dry runs decrypts the ciphertext. The plaintext is not used, and disappears with this
+    // process.
     would_succeed(ask(session, patience, config, "kms:Decrypt", send, |_| Some(())).await)
 }
 
@@ -117,7 +118,7 @@ pub(super) async fn new_key(
     .await
 }
 
-/// Sends a request to KMS, again and again for as long as that may help, and returns what `read` finds in the answer. `read`
+/// Sends a request to KMS, and repeats the request as long as that may help. Returns what `read` finds in the answer. `read`
 /// returns `None` for an answer that is not complete.
 async fn ask<O, E, T>(
     session: &Session,

@@ -146,7 +146,7 @@ impl KeySource for AwsKey {
     }
 
     fn check(&self) -> Result<(), KeyError> {
-        // One attempt: nobody waits for a plan as for a boot.
+        // Only one attempt is made. A user who asks for a plan should not have to wait as long as at a boot.
         let config = AwsKeyConfig { retry_for: Duration::ZERO, ..self.config.clone() };
         Ok(made(&config, Task::FindCredentials, None).map(drop)?)
     }

@@ -14,7 +14,7 @@ use aws_types::os_shim_internal::{Env, Fs};
 use super::answer::causes;
 use super::error::AwsError;
 
-/// The two files: the variable that overrides its path, and its default path below the home folder.
+/// The two configuration files. For each: the variable that overrides its path, and its default path below the home folder.
 const FILES: [(&str, &str); 2] =
     [("AWS_CONFIG_FILE", ".aws/config"), ("AWS_SHARED_CREDENTIALS_FILE", ".aws/credentials")];
 

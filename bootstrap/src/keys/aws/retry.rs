@@ -41,7 +41,7 @@ pub(super) struct Patience {
 }
 
 impl Patience {
-    /// Starts the time now.
+    /// Allows retries for `retry_for`, counted from now.
     pub(super) fn from_now(retry_for: Duration) -> Self {
         Self { started: Instant::now(), retry_for, briefly: BRIEFLY }
     }
@@ -91,9 +91,9 @@ impl Backoff {
         Self { pause: FIRST_PAUSE, attempts: 0 }
     }
 
-    /// Returns the pause after an attempt that ended `elapsed` after the start of the first one, or `None` if there is
-    /// no further attempt. No attempt starts later than `until`, counted from the same start. `random` chooses a length
-    /// between half the pause and all of it, so that machines that boot at the same time do not ask at the same time.
+    /// Returns the pause before the next attempt, or `None` if no time is left for one. `elapsed` is the time since the
+    /// start of the first attempt. No attempt starts later than `until`, counted from the same start. `random` chooses a
+    /// length between half the pause and the full pause. So machines that boot at the same time do not ask at the same time.
     fn next(&mut self, elapsed: Duration, until: Duration, random: u32) -> Option<Duration> {
         self.attempts = self.attempts.saturating_add(1);
         let left = until.checked_sub(elapsed).filter(|left| !left.is_zero())?;
@@ -121,8 +121,8 @@ mod tests {
         AwsError::NoRegion { transient: false }
     }
 
-    /// Makes attempts with a limit of `patience_ms`. The one numbered `succeed_at` succeeds. Returns the number of
-    /// attempts and the result.
+    /// Makes attempts with a limit of `patience_ms`. Attempt number `succeed_at` succeeds. Returns the number of attempts
+    /// and the result.
     fn run(patience_ms: u64, succeed_at: u32, error: fn() -> AwsError) -> (u32, Result<(), AwsError>) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         let mut made = 0;

@@ -17,7 +17,7 @@ pub(super) async fn get(session: &Session, patience: Patience, object: &S3Object
         let sent = s3.get_object().bucket(&object.bucket).key(&object.key).send().await;
         let found = sent.map_err(|error| failure(&error, session, object, "s3:GetObject"))?;
         let too_large = || AwsError::TooLarge { object: object.clone() };
-        // The announced length is too large, so reading does not even start.
+        // If the announced length is too large, nothing is read.
         if found.content_length().and_then(|len| usize::try_from(len).ok()).is_some_and(|len| len > MAX_CIPHERTEXT) {
             return Err(too_large());
         }

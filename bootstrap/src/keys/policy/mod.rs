@@ -55,9 +55,9 @@ const DECRYPT: &str = "kms:Decrypt";
 const ENCRYPT: &str = "kms:Encrypt";
 const NEW_KEY: &str = "kms:GenerateDataKeyWithoutPlaintext";
 
-/// The actions of the KMS key's administrators. AWS's console gives a key's administrators the same actions, and grants
-/// besides, by which they could let themselves decrypt (KMS Developer Guide, "Default key policy", "Allows key
-/// administrators to administer the KMS key").
+/// The actions of the KMS key's administrators. AWS's console gives a key's administrators the same actions. It also lets
+/// them make grants, with which they could allow themselves to decrypt (KMS Developer Guide, "Default key policy", "Allows
+/// key administrators to administer the KMS key").
 const ADMINISTRATION: [&str; 16] = [
     "kms:CreateAlias",
     "kms:Describe*",
@@ -139,7 +139,7 @@ pub fn policies(config: &Config, who: &Who) -> Result<Policies, NotAws> {
     let account = who.account.clone().or_else(|| key.account.clone()).unwrap_or_else(|| "ACCOUNT-ID".to_owned());
     let region = key.region.clone().unwrap_or_else(|| "REGION".to_owned());
     let end = match &key.name {
-        // A policy cannot name a key by its alias: see the note.
+        // A policy cannot name a key by its alias (see `note_on_key`).
         KeyName::Alias(_) => "key/*",
         KeyName::Key(key) => key,
         KeyName::Any => "key/KEY-ID",
@@ -177,7 +177,7 @@ struct Names {
     account: String,
     /// The key's ARN, or a pattern that matches it.
     key: String,
-    /// The alias by which requests name the key, if the ARN does not identify it.
+    /// The alias by which requests name the key, if `key` is only a pattern.
     alias: Option<String>,
     /// The ARN of the instance's role.
     role: String,
