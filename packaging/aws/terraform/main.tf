@@ -1,5 +1,5 @@
-# Everything in AWS for encrypted instance stores with nbdcrypt: a KMS key, a bucket for the secret's ciphertext, a role, and a
-# launch template. After it is applied, `nbdcrypt provision` makes the secret, once. See docs/aws.md.
+# Everything in AWS for encrypted instance stores with nbdcrypt: a KMS key, a bucket for the secret's ciphertext, a role, and
+# a launch template. After `terraform apply`, `nbdcrypt provision` makes the secret, once. See docs/aws.md.
 
 terraform {
   required_version = ">= 1.3"
@@ -109,7 +109,8 @@ resource "aws_kms_key" "volume" {
   }
 }
 
-# For people. The configuration names the key by its ARN, so that nobody who may move the alias chooses the key.
+# The alias is for people. The configuration names the key by its ARN. Otherwise anyone who may move the alias could choose
+# the key.
 resource "aws_kms_alias" "volume" {
   name          = "alias/nbdcrypt-${var.name}"
   target_key_id = aws_kms_key.volume.key_id
@@ -124,7 +125,8 @@ resource "aws_s3_bucket" "secret" {
   }
 }
 
-# Versions are kept: if the object is ever replaced or deleted, the old ciphertext, and so the old volumes, come back.
+# Versions are kept. If the object is ever replaced or deleted, the old ciphertext can be restored, and opens the old volumes
+# again.
 resource "aws_s3_bucket_versioning" "secret" {
   bucket = aws_s3_bucket.secret.id
   versioning_configuration {
@@ -228,7 +230,7 @@ resource "aws_iam_role_policy" "provisioner" {
 }
 
 locals {
-  # The part `[key]` of the configuration. The key's ARN says in which region KMS is asked.
+  # The section `[key]` of the configuration. The key's ARN says in which region KMS is asked.
   key = <<-END
     source = "aws"
     object = "s3://${aws_s3_bucket.secret.id}/${var.name}"
