@@ -36,7 +36,7 @@ pub fn in_uri(text: impl AsRef<[u8]>) -> String {
     encoded
 }
 
-/// Returns the candidate that `word` was probably meant to be, if one differs from it by few letters.
+/// Returns the candidate that is most similar to the mistyped `word`, if only a few letters differ.
 pub fn nearest<'c>(word: &str, candidates: impl IntoIterator<Item = &'c str>) -> Option<&'c str> {
     let most = if word.chars().count() < 5 { 1 } else { 2 };
     let distances = candidates.into_iter().map(|candidate| (distance(word, candidate), candidate));

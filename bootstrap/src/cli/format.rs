@@ -123,7 +123,7 @@ impl Made {
 
     /// Makes SIGINT, SIGTERM and SIGHUP remove the files and end this process, until the volume is whole.
     fn remove_on_signal(&self) -> Result<()> {
-        // This must be read before the signal has a handler. Under nohup, SIGHUP is ignored.
+        // Under nohup, SIGHUP is ignored. This can be seen only before the signal has a handler.
         let obeys_hangup = !process::is_hangup_ignored();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let entered = runtime.enter();

@@ -24,7 +24,7 @@ pub fn is_wrong_passphrase(error: &LuksError) -> bool {
 pub enum Then {
     /// It stays as it is.
     Stays,
-    /// It is changed. Before that, a broken copy is written anew.
+    /// It is changed. Before that, a broken copy is rewritten.
     Changes,
 }
 
@@ -63,9 +63,9 @@ pub fn key_file_of(key: &KeyConfig) -> Option<&KeyFile> {
     }
 }
 
-/// Adds what else is known about an error: that a keyslot would open if the key file had another line end, or which memory
-/// limit of this machine is too low. `opens` tries another passphrase in the same way. It is called at most twice, and
-/// only for a wrong passphrase from a file.
+/// Adds what else is known about an error. Perhaps a keyslot would open if the key file had another line end, or a memory
+/// limit of this machine is too low. `opens` tries another passphrase in the same way. It is called at most twice, and only
+/// for a wrong passphrase from a file.
 pub fn explained(
     error: LuksError,
     file: Option<&KeyFile>,
@@ -175,7 +175,7 @@ fn too_little_memory(error: &LuksError) -> Option<TooLittleMemory> {
     let LuksError::TooExpensive { field, found, limit } = error else { return None };
     let keyslot = field.strip_prefix("keyslots.")?.strip_suffix(".kdf.memory")?;
     let memory = memory::limit();
-    // If the two limits differ, the user has set the exceeded one.
+    // If the two limits differ, the user has set the limit that was exceeded.
     let is_of_machine = u64::from(*limit) == memory.kib.min(u64::from(u32::MAX));
     is_of_machine.then(|| TooLittleMemory { keyslot: keyslot.to_owned(), needed_kib: *found, limit: memory })
 }

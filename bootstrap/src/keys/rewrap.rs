@@ -20,8 +20,8 @@ pub struct Rewrapped {
     pub location: Location,
     /// The ARN of the KMS key that encrypts the secret.
     pub key_arn: String,
-    /// Whether the object was read back. Otherwise the error, for example because the user has no permission to read
-    /// it.
+    /// Whether the object was read back. If not, this holds the error: for example, the user has no permission to read the
+    /// object.
     pub read_back: Result<(), AwsKeyError>,
 }
 

@@ -25,7 +25,7 @@ pub struct Way {
 pub enum Opens {
     /// This keyslot.
     Keyslot(usize),
-    /// The secret is a possible key of the plain volume. Nothing on the disk tells whether it is the right one.
+    /// The secret is a possible key of the plain volume. Nothing on the disk shows whether it is the right key.
     Plain,
 }
 
@@ -47,7 +47,7 @@ pub fn ways(config: &Config, disks: Disks<'_>, memory_kib: u64) -> Vec<Way> {
     requests.into_iter().map(|(source, request)| Way { source, opens: opens(request) }).collect()
 }
 
-/// Returns one request for each token of the type `aws-kms` in the header, and a description of the token.
+/// Returns a description and a request for each token of the type `aws-kms` in the header.
 fn of_tokens(disks: Disks<'_>) -> Result<Vec<(String, Result<SecretRequest>)>> {
     refuse_blank(disks, "the volume's secret is made together with it")?;
     let Dump::Luks2(header) = luks::dump(disks.header())? else { return Err(NoTokenSecret::Missing.into()) };

@@ -1,9 +1,9 @@
 //! Protects an empty folder that serves as a mountpoint: while nothing is mounted on it, nothing can be written into it.
 //!
 //! A program that writes to the mountpoint of a volume that is not up would put its files on the root disk, in plaintext.
-//! They would be hidden as soon as the volume is up. So the empty folder is made immutable (chattr(1), `+i`). This holds
-//! for root as well and survives a reboot, and the folder can still be mounted on. If the filesystem does not support the
-//! flag, the folder gets mode 000, which keeps out everyone except root.
+//! They would be hidden as soon as the volume is up. So the empty folder is made immutable (chattr(1), `+i`). The flag stops
+//! root as well, and survives a reboot. A filesystem can still be mounted on the folder. If the filesystem does not support
+//! the flag, the folder gets mode 000, which keeps out everyone except root.
 
 use std::ffi::OsString;
 use std::fs::{File, Permissions};

@@ -29,7 +29,7 @@ pub struct BlockDevice {
     pub path: PathBuf,
     /// The kind of disk.
     pub origin: Origin,
-    /// The model, as the disk names it.
+    /// The model that the disk reports.
     pub model: Option<String>,
     /// The serial number.
     pub serial: Option<String>,

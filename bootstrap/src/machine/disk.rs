@@ -115,7 +115,7 @@ fn denied_hint(is_device: bool) -> &'static str {
 /// and logs a warning. A volume on a read-only store is read-only itself.
 ///
 /// # Errors
-/// [`DiskError`], as from [`open`].
+/// [`DiskError`], for the same reasons as [`open`].
 pub fn open_as_allowed(path: &Path, caching: Caching) -> Result<FileStore, DiskError> {
     // If the disk was missing, an older nbdcrypt made a file of that name, in a folder such as /dev, whose files are lost at
     // a reboot.
@@ -260,7 +260,7 @@ impl Drop for HeaderLock {
 /// the file itself or, for a block device, on `/run/cryptsetup/L_MAJOR:MINOR`.
 ///
 /// # Errors
-/// [`DiskError`], as from [`open`] and [`lock_header`].
+/// [`DiskError`], for the same reasons as [`open`] and [`lock_header`].
 pub fn open_header(path: &Path) -> Result<(FileStore, HeaderLock), DiskError> {
     let store = open(path, Access::ReadWrite, Caching::PageCache)?;
     let lock = lock_header(path, store.file())?;

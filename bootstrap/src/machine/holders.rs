@@ -224,10 +224,10 @@ fn processes(nodes: &Nodes) -> Vec<Holder> {
 /// Returns a file that a process uses although the file's mount is gone from the process's mount table. The process has the
 /// file open, or the file is its working directory, root or program. Only files on the devices with these `numbers` count.
 ///
-/// This does not ask the filesystem about the file, because the filesystem may hang or be served by this process. This
-/// function reads only the attributes that the kernel has cached (`AT_STATX_DONT_SYNC`). It does not look for memory
-/// mappings of closed files, because reading a process's mappings could wait for the process. It does not find files on
-/// btrfs, which have other device numbers.
+/// This function does not ask the filesystem about the file, because the filesystem may hang or be served by this process.
+/// It reads only the attributes that the kernel has cached (`AT_STATX_DONT_SYNC`). It does not look for memory mappings of
+/// closed files, because reading a process's mappings could wait for the process. It does not find files on btrfs, which
+/// have other device numbers.
 fn used_though_unmounted(process: &Path, numbers: &[String]) -> Option<PathBuf> {
     let table = mounts::of_process(process).ok()?;
     let mounts: HashSet<u64> = table.iter().map(|mount| mount.id).collect();

@@ -23,7 +23,7 @@ pub enum Source {
     Machine,
     /// A control group of this process.
     Group {
-        /// The group's path, as `/proc/self/cgroup` has it.
+        /// The group's path, in the form of `/proc/self/cgroup`.
         group: String,
         /// The file that holds the limit.
         file: PathBuf,
@@ -57,8 +57,8 @@ impl Source {
 }
 
 /// Returns the memory of the machine, or the limit of this process's control groups if that is lower. If neither can be
-/// read, returns 1 GiB. This guess is low on purpose: a user with more memory can raise the limit, but with a guess that is
-/// too high, the kernel could kill the program.
+/// read, returns 1 GiB. This guess is low on purpose. A user with more memory can raise the limit. With a guess that is too
+/// high, the kernel could kill the program.
 pub fn limit() -> Limit {
     let meminfo = installed_kib();
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();

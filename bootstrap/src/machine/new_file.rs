@@ -202,8 +202,8 @@ impl Folder {
 /// Describes the folder at this resolved path, if the folder is for device nodes or lies on one of the kernel's own
 /// filesystems.
 ///
-/// Below /dev, /proc and /sys, files can be stored only on another filesystem that is mounted there, such as /dev/shm.
-/// This holds whatever /dev itself is: in a container it is often a tmpfs or a plain folder of the image.
+/// Below /dev, /proc and /sys, files can be stored only on another filesystem that is mounted there, such as /dev/shm. This
+/// holds even if /dev itself could store files: in a container it is often a tmpfs or a plain folder of the image.
 fn kernels_own(real: &Path) -> Option<String> {
     let mounts = mounts::list().unwrap_or_default();
     // Of several mounts at one path, the last one is on top.

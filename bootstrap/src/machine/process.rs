@@ -1,5 +1,5 @@
-//! Settings of this process: other processes cannot read its memory, its caller's descriptors are closed or kept from its
-//! children, and it can serve a filesystem while memory is short.
+//! Settings of this process. Other processes cannot read its memory. Its caller's descriptors are closed, or at least not
+//! passed on to its children. It can serve a filesystem while memory is short.
 
 use std::os::fd::{IntoRawFd, RawFd};
 use std::time::Duration;

@@ -131,8 +131,8 @@ pub fn run_while(
 /// Runs a program that may take long, in its own process group, and calls `may_go_on` at least every 20 ms. If that returns
 /// `false`, the group gets SIGTERM and, five seconds later, SIGKILL.
 ///
-/// `keeper` is a program that is started as `keeper child PROGRAM ARGS`. It runs PROGRAM and kills the whole group when
-/// its standard input ends, which happens whenever this process ends, for whatever reason. `nbdcrypt` is such a keeper
+/// `keeper` is a program that is started as `keeper child PROGRAM ARGS`. It runs PROGRAM, and kills the whole group when its
+/// standard input ends. That happens as soon as this process ends, even if it is killed. `nbdcrypt` is such a keeper
 /// (`cli/child.rs`). Without a keeper, the program survives if this process is killed.
 ///
 /// # Errors

@@ -54,8 +54,7 @@ pub enum Distrust {
 enum Role {
     /// The file itself.
     File,
-    /// A folder above the file. It belongs to its owner for a reason, for example as a home folder, so it should not be
-    /// changed.
+    /// A folder above the file. It may be another user's home folder, so the advice must not be to change its owner or mode.
     AboveFile,
     /// A folder of this program.
     OwnFolder,
@@ -63,9 +62,9 @@ enum Role {
     AboveFolder,
 }
 
-/// Follows all symbolic links in `path` and returns the resolved path, if no other user can change the file, replace
-/// it, or redirect a link. The file, each link and each folder above them must belong to root or to this process's
-/// user, and nobody else may be allowed to write to them. These rules follow from what an attacker could do:
+/// Follows all symbolic links in `path` and returns the resolved path, if no other user can change the file, replace it, or
+/// redirect a link. The file, each link and each folder above them must belong to root or to this process's user. Nobody
+/// else may be allowed to write to them. These rules follow from what an attacker could do:
 ///
 /// - In a folder with the sticky bit, such as /tmp or /nix/store, others may write, because they cannot replace files that
 ///   they do not own.
@@ -120,9 +119,9 @@ fn canonical(path: &Path) -> Result<PathBuf, Distrust> {
     path.canonicalize().map_err(|source| Distrust::Io { path: path.to_owned(), source })
 }
 
-/// Checks a folder, which may be missing. It and the folders above it, as far as they exist, must belong to root or to
-/// this process's user, and nobody else may be allowed to write to them. The last `last` parts of the path must be folders
-/// and not symbolic links, and for them, the sticky bit does not allow others to write.
+/// Checks a folder, which may be missing. The folder and the folders above it, if they exist, must belong to root or to this
+/// process's user. Nobody else may be allowed to write to them. The last `last` parts of the path must be folders and not
+/// symbolic links, and for them, the sticky bit does not allow others to write.
 ///
 /// # Errors
 /// [`Distrust`], if another user can change or replace something on the way, or one of the last parts is not a folder.

@@ -97,7 +97,7 @@ impl fmt::Display for Wanted {
     }
 }
 
-/// Returns the path without symbolic links, as far as it exists.
+/// Resolves all symbolic links in the path. If the path does not exist, resolves only the links in its parent.
 fn real(path: &Path) -> PathBuf {
     path.canonicalize().unwrap_or_else(|_| real_parent(path))
 }
@@ -122,7 +122,7 @@ pub struct Begun {
 }
 
 impl State {
-    /// Returns the status of the volume, as far as the record contains it.
+    /// Returns the part of the volume's status that the record contains.
     pub fn status(&self, name: &str, condition: Condition) -> Status {
         Status {
             name: name.to_owned(),
@@ -166,8 +166,8 @@ pub enum Log {
     Remove,
 }
 
-/// The server's claim on a volume's folder. Only one process can hold it, and the kernel releases it however the process
-/// ends.
+/// The server's claim on a volume's folder. Only one process can hold it, and the kernel releases it when the process ends,
+/// even if it is killed.
 #[derive(Debug)]
 pub struct Claim {
     dir: RunDir,
@@ -201,7 +201,7 @@ impl RunDir {
     }
 
     /// Fails if others could change what is in the folder, or replace the folder. This process trusts what it reads there,
-    /// and unmounts and detaches accordingly.
+    /// and unmounts and detaches what it finds named there.
     fn refuse_unsafe(&self) -> io::Result<()> {
         // Neither the base nor the volume's own folder may be a symbolic link.
         refuse_unsafe(&self.path, 2)

@@ -25,7 +25,7 @@ use crate::volume::new_volume::{self, Strength};
 /// Returns what the steps need to know about this machine.
 ///
 /// # Errors
-/// Those of [`cpu::path`].
+/// The errors of [`cpu::path`].
 pub fn machine() -> Result<Machine> {
     Ok(Machine { cpu: cpu::path()?, memory_kib: memory::limit_kib() })
 }
@@ -43,7 +43,7 @@ impl Looking {
     /// Prepares to ask the steps of this configuration.
     ///
     /// # Errors
-    /// Those of [`machine`].
+    /// The errors of [`machine`].
     pub fn new(config: &Config) -> Result<Self> {
         let options = attach::Options {
             method: attach::Method::Auto,

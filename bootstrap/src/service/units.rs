@@ -2,11 +2,11 @@
 //! for every volume.
 //!
 //! A generator (systemd.generator(7)) writes two files for each configuration:
-//! - **A mount unit**, which requires the service. systemd finds the mount by its mountpoint, so
-//!   `RequiresMountsFor=/mnt/scratch` in another unit starts the volume and waits for it, and the other unit fails if
-//!   the volume fails. Without a mount unit, systemd orders units only after mounts that already exist.
-//! - **A drop-in** for the service, with everything that must exist from before the server starts until after it stops:
-//!   the filesystems of the files that the configuration names, the disk, and the network.
+//! - **A mount unit**, which requires the service. systemd finds the mount by its mountpoint. So
+//!   `RequiresMountsFor=/mnt/scratch` in another unit starts the volume and waits for it. If the volume fails, the other
+//!   unit fails, too. Without a mount unit, systemd orders units only after mounts that already exist.
+//! - **A drop-in** for the service. It names what must exist before the server starts, and until the server has stopped: the
+//!   filesystems of the files that the configuration names, the disk, and the network.
 //!
 //! The server mounts the filesystem before it reports that it is ready. So systemd finds that the filesystem is already
 //! mounted, and does nothing. The same is true of a volume that was brought up by hand, whose
@@ -28,9 +28,9 @@ pub struct UnitFile {
     pub text: String,
 }
 
-/// Returns the files for the volume of `config`, which was read from `path`. Returns `None` if the file's name cannot
-/// be the name of an instance of the service: the service uses the name without escapes, and some characters are not
-/// allowed in a unit's name.
+/// Returns the files for the volume of `config`, which was read from `path`. Returns `None` if the file's name cannot be the
+/// name of an instance of the service. The service uses the name without escapes, and a unit's name cannot contain every
+/// character.
 pub fn of(config: &Config, path: &Path) -> Option<Vec<UnitFile>> {
     let instance = VolumeName::new(path.file_stem()?.to_str()?)?;
     let service = format!("nbdcrypt@{instance}.service");

@@ -7,9 +7,9 @@
 //!  made if       and               or begun            missing       for a new
 //!  missing       locked                                              volume
 //! ```
-//! `up` runs the steps in this order. If one fails, `up` undoes those that ran, the last one first. `down` undoes them in
-//! the same reverse order, but keeps what was made on the disk. A step reaches the system only through [`Outside`], so tests
-//! see every call and can let any of them fail.
+//! `up` runs the steps in this order. If a step fails, `up` undoes the steps that ran, the last one first. `down` undoes
+//! them in the same reverse order, but keeps what was made on the disk. A step reaches the system only through [`Outside`],
+//! so tests see every call and can let any of them fail.
 
 mod block_size;
 mod device;
@@ -64,7 +64,7 @@ pub trait Step {
     /// Does the step.
     ///
     /// # Errors
-    /// Fails if the step cannot be done. It then leaves nothing behind that it made.
+    /// Fails if the step cannot be done. Nothing that the step made is then left behind.
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()>;
 
     /// Does again what somebody else has undone since [`Step::run`]. Returns `false` if there was nothing to do.

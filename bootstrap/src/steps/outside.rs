@@ -173,7 +173,7 @@ pub enum Folder {
     Empty(bool),
     /// It is not empty, so it is left as it is.
     Full,
-    /// This process may not look into it, or what a dead server left covers it.
+    /// This process may not look into it, or the mount of a dead server covers it.
     Unseen,
 }
 

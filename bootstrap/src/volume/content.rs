@@ -22,7 +22,7 @@ pub enum Look<'a> {
 }
 
 impl Look<'_> {
-    /// Returns what the disk contains, as far as this look shows.
+    /// Returns what this examination finds on the disk.
     ///
     /// # Errors
     /// The error of the disk or of the operating system's source of randomness.
@@ -120,7 +120,7 @@ pub fn refuse_unless_free(path: &Path, disk: &dyn BlockStore, look: Look<'_>) ->
     }
 }
 
-/// Checks that a file that was made for a new volume is still empty. Otherwise another program must have written to it.
+/// Checks that a file that was made for a new volume is still empty. If it is not, another program must have written to it.
 ///
 /// # Errors
 /// If the file contains anything. The text names it.
@@ -171,8 +171,8 @@ pub fn refusal(path: &Path, disk: &dyn BlockStore, content: &Content) -> anyhow:
     )
 }
 
-/// Returns whether the disk is too small for a volume and for a header. Then it is probably another file, such as a key
-/// file that was given by mistake, and the error must not say how to empty it.
+/// Returns whether the disk is too small for a volume and for a header. If it is, it is probably another file, such as a key
+/// file that was given by mistake. The error must then not say how to empty it.
 fn is_too_small(disk: &dyn BlockStore) -> bool {
     const LEAST: u64 = 64 << 10;
     disk.len() < LEAST

@@ -238,8 +238,8 @@ fn clear(device: &Path) -> Result<(), DetachError> {
     }
 }
 
-/// Returns whether a loop device's backing file is `file`. If the file's mount is gone, because it was unmounted lazily or
-/// its mount namespace has ended, the kernel shows the path as if the file were in the root directory.
+/// Returns whether a loop device's backing file is `file`. The file's mount may be gone: it was unmounted lazily, or its
+/// mount namespace has ended. The kernel then shows the path as if the file were in the root directory.
 pub(super) fn shows(device: &Path, file: &Path) -> bool {
     backing_file(&sys_block(device)).is_some_and(|shown| {
         let orphan = Path::new("/").join(file.file_name().unwrap_or_default());

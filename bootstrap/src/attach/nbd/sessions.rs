@@ -161,7 +161,8 @@ struct End {
 
 impl Drop for End {
     fn drop(&mut self) {
-        // This comes first, so that everyone who gets the signal also sees that the sessions are over.
+        // The flag is set before the signal is sent, so that everyone who gets the signal also sees that the sessions are
+        // over.
         self.over.store(true, Ordering::SeqCst);
         self.sender.send(match std::thread::panicking() {
             true => Ended::ServerFailed("a thread that serves it panicked".to_owned()),

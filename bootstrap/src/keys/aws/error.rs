@@ -25,7 +25,7 @@ pub(super) enum AwsError {
         "no AWS region is configured: write `region = \"...\"` under [key], set AWS_REGION, or give the profile a region"
     )]
     NoRegion {
-        /// Whether the instance's metadata service may still name one later.
+        /// Whether the instance's metadata service may still name a region later.
         transient: bool,
     },
     /// No source has credentials.
@@ -36,7 +36,7 @@ pub(super) enum AwsError {
     NoCredentials {
         /// The result of each source.
         tried: String,
-        /// Whether the instance's metadata service may still provide some later.
+        /// Whether the instance's metadata service may still provide credentials later.
         transient: bool,
     },
     /// A source of credentials is configured and failed: an expired SSO session, a role that cannot be assumed, a missing

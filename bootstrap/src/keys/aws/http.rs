@@ -19,9 +19,9 @@ use rustls::pki_types::pem::PemObject;
 use super::error::AwsError;
 use super::profile::ChosenProfile;
 
-/// The addresses of the services of the instance and of the container (EC2 User Guide, "Access instance metadata"; ECS
-/// Developer Guide, "Task IAM role"; EKS User Guide, "EKS Pod Identity"). They answer only this machine, so a proxy cannot
-/// reach them, and a proxy must not see their answers.
+/// The addresses of the services that give credentials to an instance or a container (EC2 User Guide, "Access instance
+/// metadata"; ECS Developer Guide, "Task IAM role"; EKS User Guide, "EKS Pod Identity"). They answer only this machine, so a
+/// proxy cannot reach them, and a proxy must not see their answers.
 const LOCAL_SERVICES: [&str; 5] =
     ["169.254.169.254", "[fd00:ec2::254]", "169.254.170.2", "169.254.170.23", "[fd00:ec2::23]"];
 

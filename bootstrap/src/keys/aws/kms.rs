@@ -86,7 +86,7 @@ pub(super) async fn encrypt(
     config: &AwsKeyConfig,
     secret: &[u8],
 ) -> Result<(Vec<u8>, String), AwsError> {
-    // The request is made anew for each attempt, so that no copy of the secret is kept between attempts.
+    // The request is made again for each attempt, so that no copy of the secret is kept between attempts.
     let send = async || {
         let request = session.kms.encrypt().plaintext(Blob::new(secret));
         request.set_key_id(config.kms_key.clone()).set_encryption_context(context(config)).send().await

@@ -1,8 +1,8 @@
 //! Decides when to retry a stop while somebody still uses the volume.
 //!
 //! A filesystem that is in use cannot be unmounted. If the server gave up, the writes that the kernel still holds would be
-//! lost. So the server tries again until nobody uses the filesystem. Nothing here waits: [`Stopping`] is told of each
-//! attempt, and returns how long to wait before the next one and whether the reason is new.
+//! lost. So the server tries again until nobody uses the filesystem. Nothing here waits. The caller reports each attempt to
+//! [`Stopping`], which returns how long to wait before the next attempt, and whether the reason is new.
 
 use std::time::{Duration, Instant};
 
