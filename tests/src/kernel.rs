@@ -168,6 +168,8 @@ impl Guest {
             .arg(format!("NBDCRYPT_INIT={}", kernel.init))
             // The arguments after this are for the guest's first program. The kernel removes the quotes.
             .args(["--", "-c", &format!("\"{start}\"")])
+            // Without this library, the guest does not run on CPUs with AMX.
+            .env("LD_PRELOAD", env!("NBDCRYPT_XSTATE"))
             // The guest's memory is an unnamed file in this directory.
             .env("TMPDIR", memory_dir())
             .stdin(Stdio::null())
