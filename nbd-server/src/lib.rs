@@ -51,7 +51,7 @@ pub mod threads;
 pub mod tls;
 
 pub use export::{Export, Exports, ExportsError};
-pub use server::{Listener, PlainSocket, Server, SessionKind, Settings};
+pub use server::{Listener, Listeners, PlainSocket, Server, SessionKind, Settings};
 pub use session::SessionError;
 pub use session::link::{Fence, Link};
 pub use shutdown::{Shutdown, Trigger, shutdown};

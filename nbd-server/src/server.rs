@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustix::net::sockopt;
@@ -128,12 +128,13 @@ pub struct Server {
     by_uring: bool,
 }
 
-/// Where connections come from.
+/// A socket on which clients connect.
+#[derive(Debug)]
 pub enum Listener {
     /// A unix socket.
     Unix(UnixListener),
-    /// A TCP port, on one or more addresses.
-    Tcp(Vec<TcpListener>),
+    /// A TCP port on one address.
+    Tcp(TcpListener),
 }
 
 impl From<UnixListener> for Listener {
@@ -144,47 +145,68 @@ impl From<UnixListener> for Listener {
 
 impl From<TcpListener> for Listener {
     fn from(listener: TcpListener) -> Self {
-        Self::Tcp(vec![listener])
-    }
-}
-
-impl From<Vec<TcpListener>> for Listener {
-    fn from(listeners: Vec<TcpListener>) -> Self {
-        Self::Tcp(listeners)
+        Self::Tcp(listener)
     }
 }
 
 impl Listener {
-    async fn accept(&self) -> io::Result<Accepted> {
+    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<Accepted>> {
         match self {
-            Self::Unix(listener) => {
-                let (stream, _) = listener.accept().await?;
-                enlarge_send_buffer(&stream);
-                Ok(Accepted::Unix(stream))
-            }
-            Self::Tcp(listeners) => {
-                let (stream, peer) = accept_any(listeners).await?;
-                tracing::debug!(%peer, "a client connected");
-                stream.set_nodelay(true)?;
-                keep_alive(&stream);
-                Ok(Accepted::Tcp(stream))
-            }
+            Self::Unix(listener) => listener.poll_accept(context).map_ok(|(stream, _)| Accepted::Unix(stream)),
+            Self::Tcp(listener) => listener.poll_accept(context).map_ok(|(stream, peer)| Accepted::Tcp(stream, peer)),
         }
     }
 }
 
-/// Accepts the next connection of any of the listeners.
-async fn accept_any(listeners: &[TcpListener]) -> io::Result<(TcpStream, SocketAddr)> {
-    std::future::poll_fn(|context| {
-        let ready = listeners.iter().map(|listener| listener.poll_accept(context)).find(Poll::is_ready);
-        ready.unwrap_or(Poll::Pending)
-    })
-    .await
+/// Where connections come from: one or more sockets, which may be of different kinds.
+#[derive(Debug)]
+pub struct Listeners {
+    all: Vec<Listener>,
+    /// The listener that is asked first. It changes with each connection, so that no listener keeps the others waiting.
+    first: usize,
+}
+
+impl<L: Into<Listener>> From<L> for Listeners {
+    fn from(listener: L) -> Self {
+        Self::from(vec![listener.into()])
+    }
+}
+
+impl From<Vec<Listener>> for Listeners {
+    fn from(all: Vec<Listener>) -> Self {
+        Self { all, first: 0 }
+    }
+}
+
+impl Listeners {
+    /// Accepts the next connection of any of the listeners.
+    async fn accept(&mut self) -> io::Result<Accepted> {
+        let accepted = std::future::poll_fn(|context| {
+            let (before, after) = self.all.split_at(self.first);
+            for (place, listener) in (self.first..).zip(after).chain((0..).zip(before)) {
+                if let Poll::Ready(accepted) = listener.poll_accept(context) {
+                    self.first = (place + 1) % self.all.len();
+                    return Poll::Ready(accepted);
+                }
+            }
+            Poll::Pending
+        })
+        .await?;
+        match &accepted {
+            Accepted::Unix(stream) => enlarge_send_buffer(stream),
+            Accepted::Tcp(stream, peer) => {
+                tracing::debug!(%peer, "a client connected");
+                stream.set_nodelay(true)?;
+                keep_alive(stream);
+            }
+        }
+        Ok(accepted)
+    }
 }
 
 enum Accepted {
     Unix(UnixStream),
-    Tcp(TcpStream),
+    Tcp(TcpStream, SocketAddr),
 }
 
 /// A client that has chosen an export, and the stream for its requests: the socket itself, or TLS in it.
@@ -218,13 +240,13 @@ impl Server {
         &self.exports
     }
 
-    /// Serves the listener's connections until the shutdown. After that, it accepts no connections, carries out and
+    /// Serves the listeners' connections until the shutdown. After that, it accepts no connections, carries out and
     /// answers the requests in flight, answers later requests with `NBD_ESHUTDOWN`, and flushes every volume.
     ///
     /// # Errors
     /// The error of a volume whose last flush failed.
-    pub async fn run(&self, listener: impl Into<Listener>, mut shutdown: Shutdown) -> io::Result<()> {
-        let listener = listener.into();
+    pub async fn run(&self, listeners: impl Into<Listeners>, mut shutdown: Shutdown) -> io::Result<()> {
+        let mut listeners = listeners.into();
         let slots = Arc::new(Semaphore::new(self.settings.max_connections));
         let mut connections = JoinSet::new();
         let mut failing = false;
@@ -235,7 +257,7 @@ impl Server {
                 () = shutdown.requested() => break,
             };
             let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
+                accepted = listeners.accept() => accepted,
                 () = shutdown.requested() => break,
             };
             match accepted {
@@ -253,7 +275,7 @@ impl Server {
             }
             while connections.try_join_next().is_some() {}
         }
-        drop(listener);
+        drop(listeners);
         // Each connection now ends within seconds, unless a disk delays it.
         while connections.join_next().await.is_some() {}
         self.flush().await
@@ -425,7 +447,7 @@ impl Server {
     async fn serve_logged<P: Send>(self, accepted: Accepted, shutdown: Shutdown, slot: P) {
         let served = match accepted {
             Accepted::Unix(socket) => self.serve_socket(socket, shutdown).await,
-            Accepted::Tcp(socket) => self.serve_socket(socket, shutdown).await,
+            Accepted::Tcp(socket, _) => self.serve_socket(socket, shutdown).await,
         };
         match served {
             Ok(()) => tracing::debug!("a client left"),

@@ -11,10 +11,10 @@ use std::time::Duration;
 use engine::sector::SectorSize;
 use engine::store::{Access, BusErrorsCaught, Caching, FaultyStore, FileStore, MemoryStore, Operation};
 use engine::volume::Volume;
-use harness::nbd::{RawClient, TestServer, encrypted, request_bytes};
+use harness::nbd::{RawClient, TestServer, connect, encrypted, request_bytes};
 use nbd_server::proto::ErrorCode;
 use nbd_server::proto::wire::*;
-use nbd_server::{Export, Exports, Server, SessionKind, Settings};
+use nbd_server::{Export, Exports, Listener, Server, SessionKind, Settings};
 
 const SIZE: usize = 8 << 20;
 
@@ -352,6 +352,39 @@ fn tcp_clients_are_served(session: SessionKind) {
     runtime.block_on(running).unwrap().unwrap();
 }
 
+/// Clients of one socket that wait to be accepted do not keep out the clients of another socket.
+fn several_sockets_are_served_in_turn(session: SessionKind) {
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let paths = ["a", "b"].map(|name| folder.path().join(name));
+    let (listeners, mut of_unix, mut of_tcp) = {
+        let _inside = runtime.enter();
+        let [a, b] = [&paths[0], &paths[1]].map(|path| tokio::net::UnixListener::bind(path).unwrap());
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let of_unix = [0, 0, 0, 1].map(|socket: usize| RawClient::new(connect(&paths[socket])));
+        let client = TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        tcp.set_nonblocking(true).unwrap();
+        let tcp = tokio::net::TcpListener::from_std(tcp).unwrap();
+        (vec![Listener::from(a), b.into(), tcp.into()], Vec::from(of_unix), RawClient::new(client))
+    };
+    let exports = Exports::new([Export::new("", Arc::new(volume()))]).unwrap();
+    let settings = Settings { workers: 2, session, max_connections: 1, ..Settings::default() };
+    let server = Server::new(exports, settings).unwrap();
+    let (trigger, shutdown) = nbd_server::shutdown();
+    let running = runtime.spawn(async move { server.run(listeners, shutdown).await });
+    let (mut of_b, mut of_a) = (of_unix.pop().unwrap(), of_unix.remove(0));
+    of_a.enter("");
+    drop(of_a);
+    of_b.enter("");
+    drop(of_b);
+    of_tcp.enter("");
+    drop(of_tcp);
+    of_unix[0].enter("");
+    trigger.stop();
+    runtime.block_on(running).unwrap().unwrap();
+}
+
 fn a_socketpair_is_served_without_a_handshake(session: SessionKind) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let export = Export::new("", Arc::new(volume()));
@@ -660,6 +693,7 @@ harness::on_both_sessions! {
     a_shutdown_flushes_and_refuses_new_clients,
     a_shutdown_does_not_wait_for_an_unfinished_payload,
     tcp_clients_are_served,
+    several_sockets_are_served_in_turn,
     a_socketpair_is_served_without_a_handshake,
     requests_are_collected_while_replies_are_unread,
     a_space_filling_write_waits_only_for_earlier_replies,

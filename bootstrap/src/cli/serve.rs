@@ -16,7 +16,7 @@ use engine::luks::{self, Disks, LockedVolume};
 use engine::store::{Access, BlockStore, BusErrorsCaught, Caching, FileStore};
 use engine::volume::Volume;
 use nbd_server::tls::{Clients, Credentials};
-use nbd_server::{Export, Exports, ExportsError, Listener, Server, SessionKind, Settings, Tls, shutdown};
+use nbd_server::{Export, Exports, ExportsError, Listener, Listeners, Server, SessionKind, Settings, Tls, shutdown};
 use rustix::fs::Gid;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -439,7 +439,7 @@ fn bind(
     args: &Args,
     names: &[String],
     listening: Option<Listening>,
-) -> Result<(Listener, Vec<String>, Option<SocketFile>)> {
+) -> Result<(Listeners, Vec<String>, Option<SocketFile>)> {
     let scheme = if args.tls == TlsChoice::Off { "nbd" } else { "nbds" };
     let names = names.iter().map(text::in_uri);
     if let Some(path) = &args.socket {
@@ -463,6 +463,7 @@ fn bind(
     for address in addresses.into_iter().filter(|address| !address.ip().to_canonical().is_loopback()) {
         warn_of_strangers(args, address);
     }
+    let listeners: Vec<Listener> = listeners.into_iter().map(Listener::from).collect();
     Ok((listeners.into(), names.map(|name| format!("{scheme}://{authority}/{name}")).collect(), None))
 }
 
