@@ -74,6 +74,9 @@ Examples:
   nbdcrypt serve --key-file key --listen :10809 --tls require --tls-verify-peer \\
       --tls-certificates /etc/pki/nbdcrypt disk.luks       # to other machines
   nbdcrypt serve --type plain --key-file raw --socket /run/disk.sock /dev/nvme1n1
+  nbdcrypt serve --key-file key disk.luks --run 'nbdcopy $uri disk.img'
+  nbdcrypt serve --key-file key --socket /run/disk.sock --print-uri --exit-with-parent disk.luks
+  nbdcopy -- [ nbdcrypt serve --key-file key disk.luks ] disk.img # socket activation
 The address that it prints is what clients take: nbdinfo 'nbd+unix:///?socket=/run/disk.sock'";
 
 pub(super) const DUMP: &str = "\

@@ -18,7 +18,6 @@ mod header;
 mod header_args;
 mod kdf_args;
 mod key;
-mod listen;
 mod mistyped;
 mod passphrase;
 mod plain_args;
@@ -37,7 +36,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
 use engine::text::is_unseen;
 
 use self::advice::Settings;
@@ -164,9 +164,13 @@ fn run(cli: Cli) -> ExitCode {
     log_to_stderr(cli.verbose);
     let settings = cli.command.settings();
     match process::respect_limits().map_err(anyhow::Error::from).and_then(|()| dispatch(cli)) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         // The reader of the pipe has ended, as in `nbdcrypt dump disk | head`.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if error.is::<clap::Error>() => {
+            let _ = write!(std::io::stderr(), "{error}");
+            ExitCode::from(2)
+        }
         Err(error) => {
             // `eprintln!` would panic if standard error is closed or its disk is full.
             let _ = writeln!(std::io::stderr(), "nbdcrypt: {}", telling::with_advice(&error, settings));
@@ -175,10 +179,10 @@ fn run(cli: Cli) -> ExitCode {
     }
 }
 
-fn dispatch(cli: Cli) -> Result<()> {
+fn dispatch(cli: Cli) -> Result<ExitCode> {
     // A server in the background changes its working directory.
     let base = &std::path::absolute(&cli.run_dir)?;
-    match cli.command {
+    let done = match cli.command {
         Command::Demo(args) => demo::run(args),
         Command::Provision(args) => provision::run(args),
         Command::Up(args) => up::run(args, base, cli.verbose),
@@ -189,7 +193,7 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Devices(args) => devices::run(&args),
         Command::Doctor(args) => doctor::run(&args, base),
         Command::Format(args) => format::run(args),
-        Command::Serve(args) => serve::run(args),
+        Command::Serve(args) => return serve::run(args),
         Command::Dump(args) => dump::run(args),
         Command::Key(args) => key::run(args),
         Command::Token(args) => token::run(args),
@@ -198,7 +202,17 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Child(args) => child::run(args),
         Command::SystemdGenerator(args) => systemd_generator::run(args),
         Command::AskAws => ask_aws::run(),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+/// Returns an error about the arguments of a command that only the command itself could find. The program ends with the exit
+/// code for wrong usage.
+fn wrong_usage(command: &str, kind: ErrorKind, text: &str) -> anyhow::Error {
+    let mut all = Cli::command();
+    all.build();
+    let command = all.find_subcommand_mut(command).expect("the caller is one of the commands");
+    command.error(kind, text).into()
 }
 
 /// Prints `text` on standard output. Characters that a terminal would obey are shown by their number. Unlike `println!`,

@@ -2,6 +2,7 @@
 //!
 //! Nothing here knows about configurations, keys or LUKS volumes.
 
+pub mod activation;
 pub mod bare_folder;
 pub mod block_devices;
 pub mod bounded;
@@ -15,6 +16,7 @@ pub mod mounts;
 pub mod new_file;
 pub mod packages;
 pub mod pid_file;
+pub mod private_folder;
 pub mod process;
 pub mod programs;
 pub mod random;

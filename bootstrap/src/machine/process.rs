@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::mm::MlockAllFlags;
-use rustix::process::{DumpableBehavior, PidfdFlags, PidfdGetfdFlags, Resource, Rlimit};
+use rustix::process::{DumpableBehavior, PidfdFlags, PidfdGetfdFlags, Resource, Rlimit, Signal};
 
 /// Keeps key material out of core dumps, out of the reach of other processes (ptrace, /proc/PID/mem) and out of swap.
 ///
@@ -137,8 +137,8 @@ const FILES: u64 = 64;
 const FILES_A_CONNECTION: u64 = 3;
 
 /// Raises the number of files that this process may have open to its hard limit, which is often above the default. Logs a
-/// warning if even that is too few for `connections` connections.
-pub fn allow_open_files(connections: u64) {
+/// warning if even that is too few for `connections` connections. Returns the former limit, for [`with_open_files`].
+pub fn allow_open_files(connections: u64) -> Rlimit {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, ..limit };
     if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
@@ -149,6 +149,40 @@ pub fn allow_open_files(connections: u64) {
         tracing::warn!(
             "{connections} connections may need {needed} open files, and {most} are allowed: see `ulimit -Hn`"
         );
+    }
+    limit
+}
+
+/// Calls `start`, which starts a program, under the limit of open files that [`allow_open_files`] returned. Programs that use
+/// select(2) fail with descriptors above 1023, so they must not inherit a higher limit.
+pub fn with_open_files<T>(limit: Rlimit, start: impl FnOnce() -> T) -> T {
+    let raised = rustix::process::getrlimit(Resource::Nofile);
+    let set = |limit| {
+        if let Err(error) = rustix::process::setrlimit(Resource::Nofile, limit) {
+            tracing::debug!("the number of open files stays as it is: {error}");
+        }
+    };
+    set(limit);
+    let started = start();
+    set(raised);
+    started
+}
+
+/// Makes the kernel send SIGTERM to this process when its parent ends, more exactly the thread that started this process
+/// (`PR_SET_PDEATHSIG`, see prctl(2)).
+///
+/// Call this at the start of the program, in its main thread: the setting belongs to the calling thread, and a parent that
+/// ended earlier is not noticed.
+///
+/// # Errors
+/// The kernel's error, or `NotFound` if the parent ended during the call.
+pub fn end_with_parent() -> std::io::Result<()> {
+    let parent = rustix::process::getppid();
+    rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
+    // A parent that ended before the call above sends no signal.
+    match rustix::process::getppid() == parent {
+        true => Ok(()),
+        false => Err(std::io::Error::new(std::io::ErrorKind::NotFound, "the parent process has ended already")),
     }
 }
 

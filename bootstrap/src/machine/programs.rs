@@ -90,7 +90,7 @@ pub fn is_installed(root: &Root, program: &str) -> bool {
 }
 
 /// Prepares to run one of the system's programs. Every program that this process starts is prepared here, except for
-/// nbdcrypt itself.
+/// nbdcrypt itself and the user's own [`shell`].
 ///
 /// The child gets no standard input and none of this process's environment. The environment may contain credentials
 /// (`AWS_*`) and settings that change the behaviour of mkfs and mount (`MKE2FS_CONFIG`, `LIBMOUNT_*`). The child's
@@ -99,6 +99,25 @@ pub fn command(program: &str) -> Command {
     let mut command = Command::new(program);
     command.env_clear().env("PATH", SEARCH_PATH).env("LANG", "C.UTF-8").env("HOME", "/").stdin(Stdio::null());
     command
+}
+
+/// Prepares to run a shell command of the user. It gets this process's environment, standard input, output and error. Left out
+/// is what a service manager told only this process.
+pub fn shell(script: &OsStr) -> Command {
+    let mut shell = Command::new("/bin/sh");
+    shell.arg("-c").arg(script);
+    for variable in [
+        "LISTEN_FDS",
+        "LISTEN_PID",
+        "LISTEN_PIDFDID",
+        "LISTEN_FDNAMES",
+        "NOTIFY_SOCKET",
+        "WATCHDOG_PID",
+        "WATCHDOG_USEC",
+    ] {
+        shell.env_remove(variable);
+    }
+    shell
 }
 
 /// Runs a program as prepared by [`command`], and returns its output. If it takes longer than `limit`, it is ended.

@@ -67,10 +67,10 @@ impl fmt::Display for ListenAddress {
 pub(super) struct Listening {
     /// One socket for each address.
     pub(super) listeners: Vec<TcpListener>,
-    /// The addresses of the sockets.
-    pub(super) addresses: Vec<SocketAddr>,
     /// Host and port for a URI. The host is the name that the user typed, if it was a name.
     pub(super) authority: String,
+    /// The port of all sockets.
+    pub(super) port: u16,
 }
 
 impl ListenAddress {
@@ -114,14 +114,14 @@ impl ListenAddress {
             (None, None) => bail!("could not listen on {self}: the name has no address"),
             (Some(first), _) => {
                 let authority = authority(self.host.as_deref(), first.port());
-                Ok(Listening { listeners, addresses, authority })
+                Ok(Listening { listeners, authority, port: first.port() })
             }
         }
     }
 }
 
 /// Returns host and port as a URI has them (RFC 3986). An IPv6 address is in brackets, and its zone follows `%25` (RFC 6874).
-fn authority(host: Option<&str>, port: u16) -> String {
+pub(super) fn authority(host: Option<&str>, port: u16) -> String {
     match host {
         None => format!("localhost:{port}"),
         Some(host) if host.contains(':') => format!("[{}]:{port}", host.replace('%', "%25")),
@@ -277,18 +277,22 @@ mod tests {
         runtime.block_on(text.parse::<ListenAddress>().unwrap().listen())
     }
 
+    fn addresses(found: &Listening) -> Vec<SocketAddr> {
+        found.listeners.iter().map(|listener| listener.local_addr().unwrap()).collect()
+    }
+
     #[test]
     fn all_addresses_of_a_name_get_the_same_port() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let _inside = runtime.enter();
         let found = listen("localhost:0").unwrap();
-        let port = found.addresses[0].port();
-        assert!(found.addresses.iter().all(|address| address.port() == port && address.ip().is_loopback()));
-        assert!(found.addresses.iter().any(SocketAddr::is_ipv4), "{:?}", found.addresses);
+        let (port, all) = (found.port, addresses(&found));
+        assert!(all.iter().all(|address| address.port() == port && address.ip().is_loopback()));
+        assert!(all.iter().any(SocketAddr::is_ipv4), "{all:?}");
         assert_eq!(found.authority, format!("localhost:{port}"));
         let taken = listen(&format!("127.0.0.1:{port}")).err().unwrap().to_string();
         assert!(taken.contains("another program listens there"), "{taken}");
-        assert!(listen(":0").unwrap().addresses.iter().any(|address| address.ip().is_unspecified()));
+        assert!(addresses(&listen(":0").unwrap()).iter().any(|address| address.ip().is_unspecified()));
         let foreign = listen("192.0.2.1:10809").err().unwrap().to_string();
         assert!(foreign.contains("not an address of this machine"), "{foreign}");
     }

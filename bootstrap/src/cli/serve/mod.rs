@@ -1,9 +1,14 @@
 //! `nbdcrypt serve`: serves volumes to NBD clients.
 
+mod captive;
+mod listen;
+mod place;
+
+use std::ffi::{OsStr, OsString};
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -16,25 +21,26 @@ use engine::luks::{self, Disks, LockedVolume};
 use engine::store::{Access, BlockStore, BusErrorsCaught, Caching, FileStore};
 use engine::volume::Volume;
 use nbd_server::tls::{Clients, Credentials};
-use nbd_server::{Export, Exports, ExportsError, Listener, Listeners, Server, SessionKind, Settings, Tls, shutdown};
+use nbd_server::{Export, Exports, ExportsError, Server, SessionKind, Settings, Tls, shutdown};
 use rustix::fs::Gid;
-use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
+use rustix::process::Rlimit;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use self::captive::Captive;
+use self::listen::ListenAddress;
+use self::place::{Endpoint, Open, Place};
 use super::header_args::{HeaderArgs, LimitArgs};
-use super::listen::{ListenAddress, Listening, why_no_socket};
+use super::passphrase;
 use super::plain_args::PlainArgs;
-use super::{listen, passphrase};
 use crate::config::parse_duration;
 use crate::keys::opening::{self, Then};
 use crate::machine::pid_file::PidFile;
-use crate::machine::socket_file::{self, Permissions, SocketError, SocketFile};
-use crate::machine::{cpu, disk, process};
+use crate::machine::{activation, cpu, disk, process};
 use crate::service::status::Requests;
 use crate::text;
 
 #[derive(Debug, clap::Args)]
-#[command(group = clap::ArgGroup::new("where").required(true))]
+#[command(group = clap::ArgGroup::new("where"))]
 pub(super) struct Args {
     /// The disks or files that hold the ciphertext. Each becomes an export.
     #[arg(required = true, value_name = "DEVICE")]
@@ -56,15 +62,27 @@ pub(super) struct Args {
     socket: Option<PathBuf>,
     /// The mode of the unix socket, in octal, as for chmod(1). Users who may write to the socket may connect to it, and
     /// read and write the volume.
-    #[arg(long, value_name = "MODE", default_value = "0600", conflicts_with = "listen", value_parser = mode)]
+    #[arg(long, value_name = "MODE", default_value = "0600", conflicts_with = "listen", requires = "socket", value_parser = mode)]
     socket_mode: u32,
     /// The group of the unix socket: a name or a number. Its members may connect with `--socket-mode 0660`.
-    #[arg(long, value_name = "GROUP", conflicts_with = "listen", value_parser = group)]
+    #[arg(long, value_name = "GROUP", conflicts_with = "listen", requires = "socket", value_parser = group)]
     socket_group: Option<Gid>,
     /// Listen on a TCP port, such as 127.0.0.1:10809 or localhost:10809; `:10809` is every address of this machine. Anyone
     /// who can reach the port may read and write the volume, unless `--tls require --tls-verify-peer` is given.
     #[arg(long, value_name = "ADDR", group = "where")]
     listen: Option<ListenAddress>,
+    /// Run a shell command that uses the export, end the server when the command ends, and exit with its exit code. The
+    /// command finds the export's NBD URI in `$uri` and `$nbd`, and the path of the socket in `$unixsocket`. Without `--socket`
+    /// and `--listen`, only the command's own user can connect, to a socket in a temporary folder.
+    #[arg(long, value_name = "COMMAND")]
+    run: Option<OsString>,
+    /// Print the NBD URI of each export on standard output, one a line, as soon as clients can connect. This is the default
+    /// with `--socket` and `--listen`; with `--run` and with sockets from a service manager, nothing is printed without it.
+    #[arg(long)]
+    print_uri: bool,
+    /// End as on SIGTERM when the process that started this one ends, even if it is killed.
+    #[arg(long)]
+    exit_with_parent: bool,
     /// Write the process ID to this file as soon as clients can connect, and remove the file at the end.
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
@@ -163,10 +181,15 @@ impl From<Session> for SessionKind {
     }
 }
 
-pub(super) fn run(args: Args) -> Result<()> {
+pub(super) fn run(args: Args) -> Result<ExitCode> {
+    if args.exit_with_parent {
+        process::end_with_parent().context("--exit-with-parent")?;
+    }
+    // This comes before any thread is started, since it changes the environment.
+    let activated = activation::take()?;
     process::protect_secrets();
     let names = names(&args)?;
-    process::allow_open_files(args.max_connections.into());
+    let open_files = process::allow_open_files(args.max_connections.into());
     let settings = Settings {
         max_connections: args.max_connections.into(),
         handshake_timeout: args.handshake_timeout,
@@ -176,24 +199,18 @@ pub(super) fn run(args: Args) -> Result<()> {
         session: args.session.into(),
         ..Settings::default()
     };
-    // These paths are checked before anybody types a passphrase.
-    if let Some(path) = &args.socket {
-        listen::refuse_obstacle(path)?;
-    }
+    // This path is checked before anybody types a passphrase.
     if let Some(path) = &args.pid_file {
         PidFile::refuse_obstacle(path)?;
     }
     let runtime = process::runtime().context("the server's threads could not be started")?;
-    let listening = match &args.listen {
-        Some(address) => Some(runtime.block_on(address.listen())?),
-        None => None,
-    };
+    let place = runtime.block_on(Place::choose(&args, activated))?;
     let exports = exports(&args, &names)?;
     let server = Server::new(exports, settings).context(match args.session {
         Session::IoUring => "the server could not be started with `--session io-uring`",
         _ => "the server could not be started",
     })?;
-    runtime.block_on(listen_and_serve(&args, &names, listening, &server))
+    runtime.block_on(listen_and_serve(&args, &names, place, &server, open_files))
 }
 
 /// Returns the export name of each device.
@@ -401,29 +418,90 @@ fn open(args: &Args, found: Found<'_>, key_file: Option<&Path>, passphrase: &Pas
     Volume::with_cipher(store, segment, plain.cipher(&key, cpu::path()?)?).with_context(|| text::path(path))
 }
 
-async fn listen_and_serve(args: &Args, names: &[String], listening: Option<Listening>, server: &Server) -> Result<()> {
+/// The signals that end the server.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    /// `None` if the user wants the server to outlive the terminal, as under nohup(1).
+    hangup: Option<Signal>,
+}
+
+/// A signal that ends the server.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    Terminate,
+    Interrupt,
+    Hangup,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        let hangup = if process::is_hangup_ignored() { None } else { Some(signal(SignalKind::hangup())?) };
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())?, hangup })
+    }
+
+    async fn next(&mut self) -> Ending {
+        let hangup = async {
+            match &mut self.hangup {
+                Some(hangup) => hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = self.terminate.recv() => Ending::Terminate,
+            _ = self.interrupt.recv() => Ending::Interrupt,
+            _ = hangup => Ending::Hangup,
+        }
+    }
+}
+
+async fn listen_and_serve(
+    args: &Args,
+    names: &[String],
+    place: Place,
+    server: &Server,
+    open_files: Rlimit,
+) -> Result<ExitCode> {
     // The signal handlers are installed before the address is printed. A script that waits for the address may send SIGTERM
     // at once.
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let (listener, addresses, _socket) = bind(args, names, listening)?;
+    let mut signals = Signals::new()?;
+    // Whoever made the socket knows the address, and the standard output may belong to the data of a client such as nbdcopy.
+    let tells_addresses = args.print_uri || (args.run.is_none() && !matches!(place, Place::Activated(_)));
+    let Open { listeners, endpoints, files: _files } = place.open(args)?;
     let _pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
-    let mut stdout = std::io::stdout();
-    // All lines are written with one call, because a reader may close the pipe after the first line.
-    let lines: String = addresses.iter().map(|address| format!("{address}\n")).collect();
-    stdout.write_all(lines.as_bytes())?;
-    stdout.flush()?;
-    if stdout.is_terminal() {
-        let devices: Vec<String> = args.devices.iter().map(text::path).collect();
-        eprintln!("serving {} until Ctrl-C", devices.join(", "));
+    if tells_addresses {
+        tell_addresses(args, names, &endpoints)?;
     }
+    notify("READY=1\nSTATUS=serving");
     let (trigger, stop) = shutdown();
-    tokio::pin! { let serving = server.run(listener, stop); }
-    tokio::select! {
-        result = &mut serving => return Ok(result?),
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    tokio::pin! { let serving = server.run(listeners, stop); }
+    let mut captive = match &args.run {
+        Some(script) => Some(captive(args, names, script, &endpoints, open_files)?),
+        None => None,
+    };
+    let ended = loop {
+        tokio::select! {
+            result = &mut serving => {
+                captive.iter().for_each(|captive| captive.pass_on(rustix::process::Signal::TERM));
+                result?;
+                bail!("the server ended, although nobody ended it");
+            }
+            ended = async {
+                match &mut captive {
+                    Some(captive) => captive.ended().await,
+                    None => std::future::pending().await,
+                }
+            } => break ended,
+            ending = signals.next() => match (&captive, ending) {
+                (None, _) => break Ok(ExitCode::SUCCESS),
+                // The terminal sends SIGINT to the command, too, and the command may go on.
+                (Some(_), Ending::Interrupt) => {}
+                (Some(captive), Ending::Terminate) => captive.pass_on(rustix::process::Signal::TERM),
+                (Some(captive), Ending::Hangup) => captive.pass_on(rustix::process::Signal::HUP),
+            },
+        }
+    };
+    notify("STOPPING=1");
     trigger.stop();
     serving.await?;
     for export in server.exports().all() {
@@ -431,40 +509,42 @@ async fn listen_and_serve(args: &Args, names: &[String], listening: Option<Liste
         let (name, clients) = (&export.info().name, counters.connections_total);
         tracing::info!("export {name:?}: {clients} clients; requests: {}", Requests::from(counters));
     }
+    ended
+}
+
+/// Starts the command of `--run`. It learns the address of the first export.
+fn captive(
+    args: &Args,
+    names: &[String],
+    script: &OsStr,
+    endpoints: &[Endpoint],
+    open_files: Rlimit,
+) -> Result<Captive> {
+    let first = endpoints.first().zip(names.first());
+    let with_uri = first.and_then(|(endpoint, name)| Some((endpoint, name, endpoint.uri(args.tls, name)?)));
+    let (endpoint, name, uri) = with_uri.context("the export has no address for the command of --run")?;
+    Captive::start(script, &uri, endpoint, name, open_files)
+}
+
+/// Prints the address of each export on each socket as an NBD URI.
+fn tell_addresses(args: &Args, names: &[String], endpoints: &[Endpoint]) -> Result<()> {
+    let mut stdout = std::io::stdout();
+    let uris = endpoints.iter().flat_map(|endpoint| names.iter().filter_map(|name| endpoint.uri(args.tls, name)));
+    // All lines are written with one call, because a reader may close the pipe after the first line.
+    let lines: String = uris.map(|uri| format!("{uri}\n")).collect();
+    stdout.write_all(lines.as_bytes())?;
+    stdout.flush()?;
+    if stdout.is_terminal() && args.run.is_none() {
+        let devices: Vec<String> = args.devices.iter().map(text::path).collect();
+        eprintln!("serving {} until Ctrl-C", devices.join(", "));
+    }
     Ok(())
 }
 
-/// Returns the listener, and each export's address as an NBD URI (the NBD project's uri.md).
-fn bind(
-    args: &Args,
-    names: &[String],
-    listening: Option<Listening>,
-) -> Result<(Listeners, Vec<String>, Option<SocketFile>)> {
-    let scheme = if args.tls == TlsChoice::Off { "nbd" } else { "nbds" };
-    let names = names.iter().map(text::in_uri);
-    if let Some(path) = &args.socket {
-        let permissions = Permissions { mode: args.socket_mode, group: args.socket_group };
-        let (listener, file) = socket_file::bind(path, permissions).map_err(|error| {
-            let source = match error {
-                SocketError::NoSocket(_) => std::io::ErrorKind::AddrInUse.into(),
-                SocketError::Io { source, .. } => source,
-                other => return other.into(),
-            };
-            anyhow!("could not listen on {}: {}", path.display(), why_no_socket(path, &source))
-        })?;
-        listener.set_nonblocking(true)?;
-        let listener = UnixListener::from_std(listener)?;
-        // The path is absolute, since a client may have another working directory.
-        let at = text::in_uri(std::path::absolute(path)?.as_os_str().as_bytes());
-        let addresses = names.map(|name| format!("{scheme}+unix:///{name}?socket={at}")).collect();
-        return Ok((listener.into(), addresses, Some(file)));
+fn notify(message: &str) {
+    if let Err(error) = process::notify_service_manager(message) {
+        tracing::debug!("the service manager could not be notified: {error}");
     }
-    let Some(Listening { listeners, addresses, authority }) = listening else { bail!("neither --socket nor --listen") };
-    for address in addresses.into_iter().filter(|address| !address.ip().to_canonical().is_loopback()) {
-        warn_of_strangers(args, address);
-    }
-    let listeners: Vec<Listener> = listeners.into_iter().map(Listener::from).collect();
-    Ok((listeners.into(), names.map(|name| format!("{scheme}://{authority}/{name}")).collect(), None))
 }
 
 /// Warns if other machines can reach the port, and says what they may do with the volume.
