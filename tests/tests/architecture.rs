@@ -26,7 +26,7 @@ const NBD_SERVER: &[Rule] = &[
     ("failures", &[]),
     ("proto", &[]),
     ("server", &["export", "proto", "session", "shutdown", "tls"]),
-    ("session", &["export", "proto", "shutdown", "threads"]),
+    ("session", &["export", "proto", "shutdown", "statistics", "threads"]),
     ("shutdown", &[]),
     ("statistics", &[]),
     ("threads", &[]),

@@ -14,6 +14,8 @@ use engine::volume::Volume;
 use harness::nbd::{RawClient, TestServer, connect, encrypted, request_bytes};
 use nbd_server::proto::ErrorCode;
 use nbd_server::proto::wire::*;
+use nbd_server::statistics::Blame;
+use nbd_server::statistics::latency::Class;
 use nbd_server::{Export, Exports, Listener, Server, SessionKind, Settings};
 
 const SIZE: usize = 8 << 20;
@@ -77,7 +79,12 @@ fn a_disk_error_becomes_eio_and_keeps_the_connection(session: SessionKind) {
     assert_eq!(client.flush(), io);
     broken.store(false, Ordering::SeqCst);
     assert_eq!(client.read(0, 8192), Ok(vec![5; 8192]));
-    assert_eq!(server.server().exports().all()[0].statistics().snapshot().errors, 5);
+    let statistics = server.server().exports().all()[0].statistics();
+    assert_eq!(statistics.snapshot().errors, 5);
+    let failed: Vec<_> = statistics.failed().iter().map(|failed| (failed.operation.name(), failed.count)).collect();
+    assert_eq!(failed, [("read", 1), ("write", 1), ("flush", 1), ("discard", 1), ("write-zeroes", 1)]);
+    assert!(statistics.failed().iter().all(|failed| (failed.error, failed.blame) == ("EIO", Blame::Disk)));
+    assert!(statistics.last_failure_of_disk().is_some());
 }
 
 fn a_panic_becomes_eio_and_keeps_the_connection(session: SessionKind) {
@@ -106,7 +113,10 @@ fn two_hundred_clients_are_served_at_once(session: SessionKind) {
         let expected = vec![u8::try_from(number).unwrap(); 1000];
         assert_eq!(client.read(number as u64 * 1000, 1000), Ok(expected));
     }
-    let statistics = server.server().exports().all()[0].statistics().snapshot();
+    let counters = server.server().exports().all()[0].statistics();
+    let measured = [Class::Read, Class::Write, Class::Flush].map(|class| counters.latency().times(class).requests());
+    assert_eq!(measured, [200, 200, 0]);
+    let statistics = counters.snapshot();
     assert_eq!((statistics.connections, statistics.connections_total), (200, 200));
     assert_eq!((statistics.requests, statistics.bytes_read, statistics.bytes_written), (400, 200_000, 200_000));
 }

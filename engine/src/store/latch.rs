@@ -97,6 +97,11 @@ impl FlushLatch {
         }
     }
 
+    /// Returns the error of the first flush that failed, if one has failed.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
+    }
+
     /// Takes the outcome of a flush, remembers a failure, and returns what the caller may report. Logs the first failure.
     ///
     /// # Errors

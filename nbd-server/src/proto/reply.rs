@@ -30,6 +30,20 @@ impl ErrorCode {
         self as u32
     }
 
+    /// Returns the name of the number in errno(3), such as `EIO`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Perm => "EPERM",
+            Self::Io => "EIO",
+            Self::NoMem => "ENOMEM",
+            Self::Inval => "EINVAL",
+            Self::NoSpc => "ENOSPC",
+            Self::Overflow => "EOVERFLOW",
+            Self::NotSup => "ENOTSUP",
+            Self::Shutdown => "ESHUTDOWN",
+        }
+    }
+
     /// Returns the message for people about a request that failed when it was carried out.
     fn message(self) -> &'static str {
         match self {

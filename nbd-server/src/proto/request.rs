@@ -89,6 +89,7 @@ impl Command {
 pub struct Request {
     pub(super) asked: Asked,
     pub(super) command: Command,
+    pub(super) mark: u64,
 }
 
 impl Request {
@@ -96,12 +97,22 @@ impl Request {
     #[cfg(test)]
     pub(crate) fn simple(cookie: u64, command: Command) -> Self {
         let offset = command.range().map_or(0, |range| range.offset);
-        Self { asked: Asked { headers: super::Headers::Simple, cookie, offset }, command }
+        Self { asked: Asked { headers: super::Headers::Simple, cookie, offset }, command, mark: 0 }
     }
 
     /// Returns the work that the request asks for.
     pub fn command(&self) -> &Command {
         &self.command
+    }
+
+    /// Sets a number that the session wants to keep with the request. The protocol does not look at it.
+    pub fn set_mark(&mut self, mark: u64) {
+        self.mark = mark;
+    }
+
+    /// Returns the session's number: see [`Request::set_mark`]. It is 0 if the session has set none.
+    pub fn mark(&self) -> u64 {
+        self.mark
     }
 
     /// Answers the request. After `Ok`, the reply to a read carries the complete payload.

@@ -115,7 +115,7 @@ impl ExpectRequest {
         let payload = usize::try_from(payload).map_err(|_| TransmissionError::PayloadTooLong(payload))?;
         Ok(match self.check(&header) {
             Ok(command) => {
-                let request = Request { asked: header.asked(), command };
+                let request = Request { asked: header.asked(), command, mark: 0 };
                 match payload {
                     0 => Received::Request(request, self),
                     _ => Received::Payload(ExpectPayload { request, next: self }),

@@ -3,6 +3,7 @@
 
 mod buffers;
 pub mod link;
+mod meter;
 mod outcome;
 mod perform;
 pub(crate) mod tokio;

@@ -8,6 +8,7 @@ use engine::volume::VolumeError;
 
 use crate::export::Export;
 use crate::proto::{Answer, Command, ErrorCode, Reply, Request};
+use crate::statistics::{Blame, Operation};
 
 /// Why a request was not carried out.
 #[derive(Debug)]
@@ -34,19 +35,14 @@ impl From<io::Error> for Failure {
 
 /// Counts and logs the outcome of a request, and makes the reply.
 pub(crate) fn finish(export: &Export, request: Request, outcome: Result<Answer, Failure>) -> Reply {
-    let statistics = export.statistics();
-    statistics.answered();
+    let (statistics, operation) = (export.statistics(), operation(request.command()));
     let outcome = match outcome {
         Ok(answer) => {
-            match *request.command() {
-                Command::Read(range) => statistics.read(range.len),
-                Command::Write { range, .. } => statistics.written(range.len),
-                _ => {}
-            }
+            statistics.succeeded(operation, request.command().range().map_or(0, |range| range.len));
             Ok(answer)
         }
         Err(failure) => {
-            statistics.failed();
+            statistics.has_failed(operation, error_code(&failure).name(), blame(&failure), Instant::now());
             // If the log panics, the client still gets its answer.
             let _ = catch_unwind(AssertUnwindSafe(|| log(export, request.command(), &failure)));
             Err(error_code(&failure))
@@ -56,9 +52,31 @@ pub(crate) fn finish(export: &Export, request: Request, outcome: Result<Answer, 
 }
 
 /// Counts a request that the protocol refused, and whose reply exists already.
-pub(crate) fn count_refused(export: &Export) {
-    export.statistics().answered();
-    export.statistics().failed();
+pub(crate) fn count_refused(export: &Export, reply: &Reply) {
+    let error = reply.error().map_or("EINVAL", ErrorCode::name);
+    export.statistics().has_failed(Operation::Unknown, error, Blame::Client, Instant::now());
+}
+
+/// Returns what a command is counted as.
+pub(crate) fn operation(command: &Command) -> Operation {
+    match command {
+        Command::Read(_) => Operation::Read,
+        Command::Write { .. } => Operation::Write,
+        Command::Flush => Operation::Flush,
+        Command::Trim { .. } => Operation::Discard,
+        Command::WriteZeroes { .. } => Operation::WriteZeroes,
+        Command::Cache(_) => Operation::Cache,
+        Command::BlockStatus { .. } => Operation::BlockStatus,
+    }
+}
+
+fn blame(failure: &Failure) -> Blame {
+    match failure {
+        Failure::Volume(VolumeError::Store(_)) | Failure::Panicked => Blame::Disk,
+        Failure::Volume(VolumeError::OutOfRange { .. } | VolumeError::ReadOnly) | Failure::NoFastZeroes => {
+            Blame::Client
+        }
+    }
 }
 
 /// Logs failures of the disk and of this program. Other failures are the client's.
@@ -145,5 +163,8 @@ mod tests {
         fail(io::Error::from_raw_os_error(libc::ENOSPC).into());
         assert!(noted(libc::ENOSPC));
         assert_eq!((export.statistics().snapshot().errors, export.statistics().snapshot().requests), (4, 4));
+        let failed = export.statistics().failed();
+        let of_disk: Vec<_> = failed.iter().filter(|failed| failed.blame == Blame::Disk).collect();
+        assert_eq!(of_disk.iter().map(|failed| (failed.error, failed.count)).collect::<Vec<_>>(), [("ENOSPC", 1)]);
     }
 }

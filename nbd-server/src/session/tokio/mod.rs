@@ -20,14 +20,14 @@ use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ::tokio::sync::Semaphore;
 use engine::store::Medium;
 
 use super::buffers::{Buffer, Buffers};
-use super::outcome::{Failure, finish};
+use super::outcome::{Failure, finish, operation};
 use super::perform::{End, perform};
 use super::workers::Workers;
 use super::{LAST_WORDS, MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, SessionError, Work, panicked};
@@ -134,25 +134,32 @@ struct Task {
     request: Request,
     outcome: Result<Answer, Failure>,
     reservation: Reservation,
+    /// When the batch was submitted to which the request belongs. `None` before that.
+    submitted: Option<Instant>,
 }
 
 impl Task {
     fn new(request: Request, reservation: Reservation) -> Self {
-        Self { request, outcome: Err(Failure::Panicked), reservation }
+        Self { request, outcome: Err(Failure::Panicked), reservation, submitted: None }
     }
 
     /// Carries out the request. Blocks for as long as the disk takes.
     fn carry_out(&mut self) {
-        let Self { request, outcome, reservation: Reservation { connection, payload, .. } } = self;
+        let Self { request, outcome, reservation: Reservation { connection, payload, .. }, .. } = self;
         let bytes = payload.as_mut().map_or(&mut [][..], |buffer| &mut buffer.bytes);
         let go_on = || connection.is_wanted();
         *outcome = perform(&connection.export, request.command(), bytes, End::Unchecked, &go_on);
     }
 
-    /// Makes the reply. If the request was not carried out, the reply is an I/O error.
-    fn finish(self) -> Finished {
-        let Self { request, outcome, reservation } = self;
-        Finished { reply: finish(&reservation.connection.export, request, outcome), reservation }
+    /// Makes the reply, at the time `now`. If the request was not carried out, the reply is an I/O error.
+    fn finish(self, now: Instant) -> Finished {
+        let Self { request, outcome, reservation, submitted } = self;
+        let export = &reservation.connection.export;
+        if let Some(submitted) = submitted {
+            let time = now.saturating_duration_since(submitted);
+            export.statistics().latency().add(operation(request.command()).into(), time);
+        }
+        Finished { reply: finish(export, request, outcome), reservation }
     }
 
     /// Returns whether the request is quick, provided that the disk is in memory. A request that covers whole blocks is
@@ -195,7 +202,7 @@ impl Drop for Job {
     fn drop(&mut self) {
         let Some(task) = self.0.take() else { return };
         let connection = Arc::clone(&task.reservation.connection);
-        let finished = task.finish();
+        let finished = task.finish(Instant::now());
         connection.with_workers.fetch_sub(1, Ordering::Relaxed);
         // The client's idle time starts here.
         connection.note_progress();

@@ -196,13 +196,14 @@ impl Connection {
 
     /// Answers a request with an error, because there is no memory for its payload.
     async fn refuse_for(self: &Arc<Self>, request: Request, reservation: Reservation, error: io::Error) {
-        self.finish(Task { request, outcome: Err(error.into()), reservation }.finish(), false);
+        let task = Task { request, outcome: Err(error.into()), reservation, submitted: None };
+        self.finish(task.finish(std::time::Instant::now()), false);
         self.let_send().await;
     }
 
     /// Sends a reply to a request that is not carried out.
     async fn refuse(self: &Arc<Self>, reply: Reply, workers: &Workers<Work>, batch: &mut Vec<Task>) {
-        count_refused(&self.export);
+        count_refused(&self.export, &reply);
         let (reservation, _) = self.admit(0, workers, batch).await;
         self.finish(Finished { reply, reservation }, false);
         self.let_send().await;
@@ -216,13 +217,17 @@ impl Connection {
         if batch.is_empty() {
             return;
         }
+        let submitted = Some(std::time::Instant::now());
+        batch.iter_mut().for_each(|task| task.submitted = submitted);
         if !self.resident || batch.iter().any(|task| !task.is_small()) {
             workers.submit(batch.drain(..).map(|task| Work::Tokio(Job::new(self, task))));
             return;
         }
-        for mut task in batch.drain(..) {
-            task.carry_out();
-            self.finish(task.finish(), false);
+        batch.iter_mut().for_each(Task::carry_out);
+        // One reading of the clock for all of them: their replies are sent together.
+        let now = std::time::Instant::now();
+        for task in batch.drain(..) {
+            self.finish(task.finish(now), false);
         }
         self.let_send().await;
     }

@@ -10,11 +10,13 @@ use rustix::event::EventfdFlags;
 use crate::proto::Reply;
 use crate::session::buffers::Buffer;
 use crate::session::link::Working;
+use crate::session::meter::Received;
 
 /// A request that a worker has carried out.
 pub(super) struct Finished {
     pub(super) reply: Reply,
     pub(super) payload: Option<Buffer>,
+    pub(super) received: Received,
     /// Bytes of the connection's budget that the request holds.
     pub(super) cost: usize,
 }

@@ -9,6 +9,7 @@ use super::doorbell::{Doorbell, Finished};
 use crate::export::Export;
 use crate::proto::{Answer, Command, Request};
 use crate::session::buffers::Buffer;
+use crate::session::meter::Received;
 use crate::session::outcome::{Failure, finish};
 use crate::session::perform::{End, perform, record_failure, write_encrypted};
 
@@ -90,8 +91,9 @@ impl Drop for Task {
             let _ = record_failure(&self.export, error);
         }
         let payload = payload.into_buffer();
+        let received = Received::of(&request);
         let reply = finish(&self.export, request, outcome);
-        self.doorbell.deliver(Finished { reply, payload, cost: self.cost });
+        self.doorbell.deliver(Finished { reply, payload, received, cost: self.cost });
     }
 }
 
@@ -121,7 +123,7 @@ mod tests {
         }))
         .unwrap_err();
         let finished = doorbell.take();
-        let [Finished { reply, payload: Some(_), cost: 4096 }] = &finished[..] else { panic!("no reply") };
+        let [Finished { reply, payload: Some(_), cost: 4096, .. }] = &finished[..] else { panic!("no reply") };
         assert_eq!((reply.cookie(), reply.error()), (7, Some(ErrorCode::Io)));
         assert_eq!(export.statistics().snapshot().errors, 1);
     }

@@ -7,6 +7,7 @@ use super::budget::cost;
 use super::{Connection, Tag, is_transient};
 use crate::proto::{Answer, Reply, Request};
 use crate::session::buffers::Buffer;
+use crate::session::meter::Received;
 use crate::session::outcome::{Failure, count_refused, finish};
 use crate::session::uring::batch::{Batch, Room};
 use crate::session::uring::ring::unread;
@@ -15,6 +16,7 @@ impl Connection<'_> {
     /// Answers a request. `buffer` contains the payload if the reply has one.
     pub(super) fn answer(&mut self, request: Request, outcome: Result<Answer, Failure>, buffer: Option<Buffer>) {
         let cost = cost(request.command());
+        self.meter.answered(Received::of(&request));
         self.queue(&finish(self.export, request, outcome), buffer, cost);
     }
 
@@ -22,18 +24,20 @@ impl Connection<'_> {
     pub(super) fn answer_in(&mut self, room: &Room, request: Request, outcome: Result<Answer, Failure>) {
         let cost = cost(request.command());
         self.clock.has_moved();
+        self.meter.answered(Received::of(&request));
         self.outbox.commit(room, &finish(self.export, request, outcome), cost);
     }
 
     /// Queues the reply to a request that was refused.
     pub(super) fn refuse(&mut self, reply: &Reply) {
-        count_refused(self.export);
+        count_refused(self.export, reply);
         self.queue(reply, None, 0);
     }
 
     /// Queues the replies to the requests that workers have carried out.
     pub(super) fn queue_finished(&mut self) {
         for finished in self.handover.take_finished() {
+            self.meter.answered(finished.received);
             self.queue(&finished.reply, finished.payload, finished.cost);
         }
     }

@@ -4,8 +4,8 @@
 //!   stream ──► take_on ──► carry_out ──► answer ──► outbox
 //! ```
 //! Each part of the state is a separate type in its own file: the [`Stream`] from the client, the [`Budget`] of its
-//! requests, the [`Disk`], the requests that workers have ([`Handover`]), the [`Outbox`] of replies, the [`Clock`], and
-//! what is special if the client is the [`Kernel`]. This file has the loop that waits for the ring.
+//! requests, the [`Disk`], the requests that workers have ([`Handover`]), the [`Outbox`] of replies, the [`Clock`], the
+//! [`Meter`], and what is special if the client is the [`Kernel`]. This file has the loop that waits for the ring.
 
 mod answer;
 mod budget;
@@ -41,6 +41,7 @@ use crate::export::Export;
 use crate::proto::{Answer, ExpectRequest, Negotiated, Request};
 use crate::session::buffers::Buffers;
 use crate::session::link::LOOK_AGAIN;
+use crate::session::meter::Meter;
 use crate::session::outcome::Failure;
 use crate::session::uring::Options;
 use crate::session::uring::doorbell::Doorbell;
@@ -95,6 +96,7 @@ pub(in crate::session::uring) struct Connection<'a> {
     handover: Handover<'a>,
     outbox: Outbox,
     clock: Clock,
+    meter: Meter,
     kernel: Kernel,
     /// Set if there are more cores than this thread and its client keep busy. Without a spare core, another thread that
     /// decrypts a read only takes the core away from the client. (A write is different: while another thread encrypts
@@ -149,6 +151,7 @@ impl<'a> Connection<'a> {
             handover: Handover::new(export, workers, doorbell),
             outbox: Outbox::new(kernel.is_client(), is_unix(socket)),
             clock: Clock::new(options.idle),
+            meter: Meter::new(),
             kernel,
             has_spare_cores: std::thread::available_parallelism().is_ok_and(|cores| cores.get() > 2),
             outcome: Ok(()),
@@ -165,6 +168,7 @@ impl<'a> Connection<'a> {
     fn run(&mut self) -> Result<(), SessionError> {
         loop {
             let starved = self.progress();
+            self.meter.count(self.export.statistics().latency());
             if let Some(pause) = self.begin_sending().filter(|_| starved) {
                 // A send completes at once. The doorbell may end the pause early.
                 let begun = Instant::now();
@@ -193,6 +197,7 @@ impl<'a> Connection<'a> {
     fn turn(&mut self, operations: usize, limit: Option<Duration>) -> Result<bool, SessionError> {
         self.ring.wait_for(operations, limit)?;
         self.disk.has_waited();
+        self.meter.has_waited();
         let mut were_any = false;
         while let Some(completion) = self.ring.next() {
             were_any = true;

@@ -74,6 +74,20 @@ pub(super) enum Next {
     Invalid(TransmissionError),
 }
 
+impl Next {
+    /// Returns the request, unless it was refused.
+    pub(super) fn request_mut(&mut self) -> Option<&mut Request> {
+        match self {
+            Self::Request(request)
+            | Self::SmallWrite(request)
+            | Self::LargeWrite(request, _)
+            | Self::EncryptedWrite(request, _)
+            | Self::NoMemory(request, _) => Some(request),
+            Self::Nothing | Self::Refused(_) | Self::Disconnect | Self::Invalid(_) => None,
+        }
+    }
+}
+
 /// Where the ring receives next.
 pub(super) enum Receive {
     /// Into this range of the buffer.

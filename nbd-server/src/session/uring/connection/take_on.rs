@@ -11,7 +11,11 @@ impl Connection<'_> {
         }
         while !self.has_enough_to_do() {
             let is_shutting_down = self.clock.is_shutting_down();
-            match self.stream.next(&mut self.budget, &mut self.buffers, &self.disk, is_shutting_down) {
+            let mut next = self.stream.next(&mut self.budget, &mut self.buffers, &self.disk, is_shutting_down);
+            if let Some(request) = next.request_mut() {
+                self.meter.received(request);
+            }
+            match next {
                 Next::Nothing => return true,
                 Next::Request(request) => self.begin(request),
                 Next::SmallWrite(request) => self.begin_small_write(request),
