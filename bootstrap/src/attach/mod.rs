@@ -162,11 +162,11 @@ impl Attachment {
         }
     }
 
-    /// Returns the counters of the requests that the kernel sends. FUSE has none.
-    pub fn statistics(&self) -> Option<Arc<Statistics>> {
+    /// Returns the counters of the requests that the kernel sends. Under FUSE there are no connections to count.
+    pub fn statistics(&self) -> Arc<Statistics> {
         match &self.0 {
-            Kind::Nbd(inner) => Some(inner.statistics()),
-            Kind::Fuse(_) => None,
+            Kind::Nbd(inner) => inner.statistics(),
+            Kind::Fuse(inner) => inner.statistics(),
         }
     }
 

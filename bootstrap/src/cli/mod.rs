@@ -79,7 +79,8 @@ enum Command {
     /// Print the least IAM, KMS and S3 policies that a volume needs.
     #[command(after_help = examples::POLICY)]
     Policy(policy::Args),
-    /// Show the volumes that are up, as `cryptsetup status` does, and more.
+    /// Show the volumes that are up, as `cryptsetup status` does, and more. For programs that watch them, the exit code is 0 if
+    /// all is well, 3 if the volume is not up, and 4 if something is wrong with it.
     #[command(after_help = examples::STATUS)]
     Status(status::Args),
     /// Show the disks of this machine, what they hold, and whether `up` would take them.
@@ -179,6 +180,7 @@ fn run(cli: Cli) -> ExitCode {
     }
 }
 
+/// Carries out the command, and returns the exit code of a success.
 fn dispatch(cli: Cli) -> Result<ExitCode> {
     // A server in the background changes its working directory.
     let base = &std::path::absolute(&cli.run_dir)?;
@@ -189,7 +191,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Down(args) => down::run(args, base),
         Command::Plan(args) => plan::run(args, base),
         Command::Policy(args) => policy::run(args),
-        Command::Status(args) => status::run(args, base),
+        Command::Status(args) => return status::run(args, base),
         Command::Devices(args) => devices::run(&args),
         Command::Doctor(args) => doctor::run(&args, base),
         Command::Format(args) => format::run(args),

@@ -15,7 +15,7 @@ use engine::luks::{self, Dump, LuksError};
 use engine::store::BlockStore;
 use uuid::Uuid;
 
-use crate::config::{KeyConfig, SecretLocation};
+use crate::config::{KeyConfig, KeyFile, SecretLocation};
 
 pub use aws::{
     About, AwsKey, AwsKeyError, Finding, MAX_CIPHERTEXT, Outlook, SUBCOMMAND as AWS_HELPER, Stored, absolute_aws_files,
@@ -100,6 +100,16 @@ pub struct Secret {
 /// Returns whether the secret is stored in the volume's own header.
 pub fn is_in_header(config: &KeyConfig) -> bool {
     matches!(config, KeyConfig::Aws(aws) if aws.object == SecretLocation::Token)
+}
+
+/// Returns where the secret comes from, in one word: `s3+kms`, `token+kms`, `file` or `stdin`.
+pub fn source_name(config: &KeyConfig) -> &'static str {
+    match config {
+        KeyConfig::Aws(_) if is_in_header(config) => "token+kms",
+        KeyConfig::Aws(_) => "s3+kms",
+        KeyConfig::File(KeyFile::Stdin) => "stdin",
+        KeyConfig::File(KeyFile::Path(_)) => "file",
+    }
 }
 
 /// Why the secret cannot be found in the header, although the configuration says that it is there.

@@ -125,20 +125,11 @@ impl State {
     /// Returns the part of the volume's status that the record contains.
     pub fn status(&self, name: &str, condition: Condition) -> Status {
         Status {
-            name: name.to_owned(),
-            condition,
-            doing: None,
             pid: self.pid,
             config: self.config.clone(),
             disk: self.disk.clone(),
-            device: None,
-            method: None,
-            mountpoint: None,
             configured_mountpoint: self.any_mountpoint().map(Path::to_owned),
-            mountpoint_writers: None,
-            volume: None,
-            requests: None,
-            warning: None,
+            ..Status::new(name, condition)
         }
     }
 

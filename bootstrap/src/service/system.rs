@@ -177,7 +177,7 @@ impl Attached for Attachment {
         Some(self.ended())
     }
 
-    fn statistics(&self) -> Option<Arc<Statistics>> {
+    fn statistics(&self) -> Arc<Statistics> {
         self.statistics()
     }
 

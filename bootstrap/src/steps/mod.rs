@@ -35,6 +35,7 @@ use engine::layout::Segment;
 use engine::luks::{Disks, PendingFormat};
 use engine::store::BlockStore;
 use engine::volume::Volume;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::config::Config;
@@ -123,6 +124,16 @@ pub struct Boot<'o> {
     mounted: bool,
 }
 
+/// What a start made on the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Made {
+    /// The volume, with its filesystem if one is configured.
+    Volume,
+    /// The filesystem, in a volume that was blank.
+    Filesystem,
+}
+
 /// What a plan says about the volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Foreseen {
@@ -207,14 +218,21 @@ impl<'o> Boot<'o> {
     /// this text explains why the filesystem is empty.
     pub fn news(&self) -> Option<String> {
         let (name, disk) = (&self.config.name, self.disk_path.display());
-        // A plain volume has no header. It is new if its disk is new.
-        if self.header_committed || self.disk_made {
+        if self.made()? == Made::Volume {
             let header = self.config.volume.header.as_ref();
             let header = header.map(|header| format!(", with its header in {}", header.display())).unwrap_or_default();
             return Some(format!("{name}: made a new, empty volume on {disk}{header} (no volume was there)"));
         }
-        self.filesystem_made
-            .then(|| format!("{name}: made a new, empty filesystem in the volume on {disk} (the volume was blank)"))
+        Some(format!("{name}: made a new, empty filesystem in the volume on {disk} (the volume was blank)"))
+    }
+
+    /// Returns what this run made on the disk.
+    pub fn made(&self) -> Option<Made> {
+        // A plain volume has no header. It is new if its disk is new.
+        match self.header_committed || self.disk_made {
+            true => Some(Made::Volume),
+            false => self.filesystem_made.then_some(Made::Filesystem),
+        }
     }
 
     /// Returns the open volume, once there is one.

@@ -154,8 +154,8 @@ pub trait Attached {
     /// Returns a signal that becomes ready if the device ends unexpectedly.
     fn ended(&self) -> Option<EndedSignal>;
 
-    /// Returns the counters of the requests that the device sends, if somebody counts them.
-    fn statistics(&self) -> Option<Arc<Statistics>>;
+    /// Returns the counters of the requests that the device sends.
+    fn statistics(&self) -> Arc<Statistics>;
 
     /// Waits until everything is written, and detaches the volume.
     ///

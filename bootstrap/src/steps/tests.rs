@@ -263,8 +263,8 @@ impl Attached for FakeDevice {
         None
     }
 
-    fn statistics(&self) -> Option<Arc<Statistics>> {
-        None
+    fn statistics(&self) -> Arc<Statistics> {
+        Arc::default()
     }
 
     fn detach(self: Box<Self>) -> Result<(), (Box<dyn Attached>, anyhow::Error)> {

@@ -140,7 +140,7 @@ fn the_log_is_kept_when_the_device_ends() {
     let status = machine.status();
     unmount(machine.path("mnt").to_str().unwrap());
     system("losetup", &["--detach", status["device"].as_str().unwrap()]);
-    assert!(wait_for(|| machine.run(&["status", "scratch"]).status.code() == Some(1)));
+    assert!(wait_for(|| machine.run(&["status", "scratch"]).status.code() == Some(3)));
     let log = machine.path("run/scratch/log");
     assert!(wait_for(|| !processes().iter().any(|(_, line)| line.contains(machine.folder.path().to_str().unwrap()))));
     let before = fs::read_to_string(&log).unwrap();

@@ -141,7 +141,7 @@ impl Machine {
 
     pub(super) fn status(&self) -> serde_json::Value {
         let output = self.run(&["status", "--json"]);
-        assert!(output.status.success(), "{}", told(&output));
+        assert!(matches!(output.status.code(), Some(0 | 3 | 4)), "{}", told(&output));
         let all: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
         all[0].clone()
     }

@@ -7,3 +7,4 @@ mod plan;
 mod stop;
 mod trust;
 mod up_down;
+mod watch;

@@ -134,7 +134,7 @@ fn a_start_can_be_cancelled_while_mkfs_runs() {
         let output = front.wait_with_output().unwrap();
         if how == "SIGKILL" {
             // The background server notices the signal.
-            assert!(wait_for(|| machine.run(&["status", "scratch"]).status.code() == Some(1)));
+            assert!(wait_for(|| machine.run(&["status", "scratch"]).status.code() == Some(3)));
         } else {
             assert_eq!(output.status.code(), Some(1), "{how}: {}", told(&output));
             let word = if how == "down" { "called off by `nbdcrypt down`" } else { how };

@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use engine::volume::Volume;
+use nbd_server::statistics::Statistics;
 
 use super::error::{AttachError, DetachError};
 use super::signal::EndedSignal;
@@ -63,6 +64,10 @@ impl FuseAttachment {
 
     pub(super) fn ended(&self) -> EndedSignal {
         self.mount.ended()
+    }
+
+    pub(super) fn statistics(&self) -> Arc<Statistics> {
+        self.mount.statistics()
     }
 
     pub(super) fn remains(&self) -> Remains {

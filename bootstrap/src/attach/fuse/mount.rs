@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use engine::volume::Volume;
 use fuser::{Session, SessionACL};
+use nbd_server::statistics::Statistics;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -37,6 +38,7 @@ pub(super) struct FuseMount {
     open_files: Arc<OpenFiles>,
     sender: EndedSender,
     signal: EndedSignal,
+    statistics: Arc<Statistics>,
     server: Option<JoinHandle<()>>,
 }
 
@@ -62,12 +64,13 @@ impl FuseMount {
             open_files: Arc::clone(&open_files),
             sender: sender.clone(),
             signal,
+            statistics: Arc::default(),
             server: None,
         };
         let mut config = fuser::Config::default();
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         config.n_threads = Some((processors * 2).clamp(*THREADS.start(), *THREADS.end()));
-        let file = VolumeFile::new(volume, read_only, open_files, identifier);
+        let file = VolumeFile::new(volume, read_only, open_files, identifier, Arc::clone(&mount.statistics));
         let session = Session::from_fd(file, OwnedFd::from(device), SessionACL::Owner, config).map_err(refused)?;
         let server = std::thread::Builder::new()
             .name("fuse".to_owned())
@@ -88,6 +91,10 @@ impl FuseMount {
 
     pub(super) fn file(&self) -> PathBuf {
         self.dir.join(FILE_NAME)
+    }
+
+    pub(super) fn statistics(&self) -> Arc<Statistics> {
+        Arc::clone(&self.statistics)
     }
 
     pub(super) fn ended(&self) -> EndedSignal {

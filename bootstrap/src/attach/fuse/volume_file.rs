@@ -16,6 +16,7 @@ use fuser::{
     ReplyOpen, ReplyWrite, Request, WriteFlags,
 };
 use nbd_server::failures::FailureLog;
+use nbd_server::statistics::{Blame, Operation, Statistics};
 use rustix::fs::FallocateFlags;
 
 use crate::attach::signal::{Ended, EndedSender};
@@ -79,12 +80,19 @@ pub(super) struct VolumeFile {
     /// The volume's name in the log.
     called: String,
     failures: FailureLog,
+    statistics: Arc<Statistics>,
 }
 
 impl VolumeFile {
-    pub(super) fn new(volume: Arc<Volume>, read_only: bool, open_files: Arc<OpenFiles>, called: &str) -> Self {
+    pub(super) fn new(
+        volume: Arc<Volume>,
+        read_only: bool,
+        open_files: Arc<OpenFiles>,
+        called: &str,
+        statistics: Arc<Statistics>,
+    ) -> Self {
         let (made, called, failures) = (SystemTime::now(), called.to_owned(), FailureLog::default());
-        Self { volume, read_only, open_files, made, called, failures }
+        Self { volume, read_only, open_files, made, called, failures, statistics }
     }
 
     fn attributes(&self, inode: INodeNo) -> Option<FileAttr> {
@@ -114,15 +122,15 @@ impl VolumeFile {
 
     fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
         let len = data.len() as u64;
-        without_panic(|| {
+        self.counted(Operation::Read, len, || {
             self.volume.read(offset, data).map_err(|error| self.failed("a read", Some((offset, len)), &error))
         })
     }
 
     fn write_at(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-        self.writable()?;
         let len = data.len() as u64;
-        without_panic(|| {
+        self.counted(Operation::Write, len, || {
+            self.writable()?;
             self.volume.write(offset, data).map_err(|error| self.failed("a write", Some((offset, len)), &error))
         })
     }
@@ -133,23 +141,37 @@ impl VolumeFile {
     /// meant, so a hole must read as zeros. Discarded space of an encrypted volume does not read as zeros, so such a volume
     /// answers "unsupported". The kernel then discards nothing, and zeroes a range by writing zeros.
     fn allocate(&self, offset: u64, len: u64, mode: i32) -> Result<(), Errno> {
-        self.writable()?;
         let mode = FallocateFlags::from_bits_retain(mode.cast_unsigned());
-        let zeroed = |may_discard| {
-            without_panic(|| {
-                let zeroed = self.volume.write_zeroes(offset, len, may_discard);
-                zeroed.map_err(|error| self.failed("a write of zeros", Some((offset, len)), &error))
-            })
-        };
-        match mode - FallocateFlags::KEEP_SIZE {
-            FallocateFlags::PUNCH_HOLE if !self.volume.is_encrypted() => zeroed(true),
-            FallocateFlags::ZERO_RANGE => zeroed(false),
-            _ => Err(Errno::EOPNOTSUPP),
-        }
+        self.counted(Operation::WriteZeroes, len, || {
+            self.writable()?;
+            let may_discard = match mode - FallocateFlags::KEEP_SIZE {
+                FallocateFlags::PUNCH_HOLE if !self.volume.is_encrypted() => true,
+                FallocateFlags::ZERO_RANGE => false,
+                _ => return Err(Errno::EOPNOTSUPP),
+            };
+            let zeroed = self.volume.write_zeroes(offset, len, may_discard);
+            zeroed.map_err(|error| self.failed("a write of zeros", Some((offset, len)), &error))
+        })
     }
 
     fn sync(&self) -> Result<(), Errno> {
-        without_panic(|| self.volume.flush().map_err(|error| self.failed("a flush", None, &error)))
+        self.counted(Operation::Flush, 0, || self.volume.flush().map_err(|error| self.failed("a flush", None, &error)))
+    }
+
+    /// Carries out a request of the kernel, counts it and measures it. `len` is the number of bytes that it concerns.
+    fn counted(&self, operation: Operation, len: u64, work: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
+        let begun = Instant::now();
+        let done = without_panic(work);
+        let now = Instant::now();
+        self.statistics.latency().add(operation.into(), now - begun);
+        match &done {
+            Ok(()) => self.statistics.succeeded(operation, len),
+            Err(errno) => {
+                let (error, blame) = kind(errno);
+                self.statistics.has_failed(operation, error, blame, now);
+            }
+        }
+        done
     }
 
     /// Logs an error of the disk, and returns the error for the kernel. `range` is offset and length.
@@ -325,6 +347,19 @@ impl Filesystem for VolumeFile {
     }
 }
 
+/// Returns what a failed request is counted as: the error's name, and what is to blame. The kernel sends no request beyond the
+/// file's end, so the disk is to blame for each lack of space.
+fn kind(errno: &Errno) -> (&'static str, Blame) {
+    use rustix::io::Errno as Number;
+    match Number::from_raw_os_error(i32::from(*errno)) {
+        Number::ROFS => ("EROFS", Blame::Client),
+        Number::OPNOTSUPP => ("EOPNOTSUPP", Blame::Client),
+        Number::NOSPC | Number::DQUOT | Number::FBIG => ("ENOSPC", Blame::Disk),
+        Number::NOMEM => ("ENOMEM", Blame::Disk),
+        _ => ("EIO", Blame::Disk),
+    }
+}
+
 /// Turns a volume's error into one for the kernel. No other code does this.
 fn errno(error: &VolumeError) -> Errno {
     match error {
@@ -341,6 +376,7 @@ mod tests {
     use engine::layout::Segment;
     use engine::sector::{Lba512, SectorSize};
     use engine::store::{FaultyStore, MemoryStore};
+    use nbd_server::statistics::latency::Class;
 
     use super::*;
     use crate::attach::signal::ended_signal;
@@ -359,7 +395,8 @@ mod tests {
     }
 
     fn file(volume: Volume, read_only: bool) -> VolumeFile {
-        VolumeFile::new(Arc::new(volume), read_only, Arc::new(OpenFiles::new(ended_signal().0)), "a test")
+        let open_files = Arc::new(OpenFiles::new(ended_signal().0));
+        VolumeFile::new(Arc::new(volume), read_only, open_files, "a test", Arc::default())
     }
 
     fn allocate(file: &VolumeFile, mode: FallocateFlags) -> Result<(), i32> {
@@ -400,6 +437,22 @@ mod tests {
         let fixed = file(encrypted(), true);
         assert_eq!(i32::from(fixed.write_at(0, &mut [0]).unwrap_err()), i32::from(Errno::EROFS));
         assert_eq!(allocate(&fixed, FallocateFlags::ZERO_RANGE), Err(i32::from(Errno::EROFS)));
+    }
+
+    #[test]
+    fn requests_are_counted_and_measured() {
+        let file = file(encrypted(), false);
+        file.write_at(0, &mut [1; 4096]).unwrap();
+        file.read_at(0, &mut [0; 512]).unwrap();
+        file.sync().unwrap();
+        allocate(&file, PUNCH).unwrap_err();
+        let counters = file.statistics.snapshot();
+        assert_eq!((counters.requests, counters.errors), (4, 1));
+        assert_eq!((counters.bytes_read, counters.bytes_written), (512, 4096));
+        let failed: Vec<_> = file.statistics.failed().iter().map(|failed| (failed.error, failed.blame)).collect();
+        assert_eq!(failed, [("EOPNOTSUPP", Blame::Client)]);
+        let measured = Class::ALL.map(|class| file.statistics.latency().times(class).requests());
+        assert_eq!(measured, [1, 1, 1, 1]);
     }
 
     #[test]

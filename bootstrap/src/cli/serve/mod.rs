@@ -505,9 +505,9 @@ async fn listen_and_serve(
     trigger.stop();
     serving.await?;
     for export in server.exports().all() {
-        let counters = export.statistics().snapshot();
-        let (name, clients) = (&export.info().name, counters.connections_total);
-        tracing::info!("export {name:?}: {clients} clients; requests: {}", Requests::from(counters));
+        let (name, clients) = (&export.info().name, export.statistics().snapshot().connections_total);
+        let requests = Requests::from(&**export.statistics());
+        tracing::info!("export {name:?}: {clients} clients; requests: {requests}");
     }
     ended
 }

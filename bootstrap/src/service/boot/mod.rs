@@ -16,6 +16,7 @@ mod calling_off;
 mod coming_up;
 mod events;
 mod manager;
+mod pace;
 mod server;
 mod serving;
 mod stopping;
@@ -127,7 +128,7 @@ pub fn run(
     let (events, happened) = channel();
     let server = Server {
         config,
-        board: Board::new(state.status(config.name.as_str(), Condition::ComingUp)),
+        board: Board::new(state.status(config.name.as_str(), Condition::ComingUp), keys::source_name(&config.key)),
         state: RefCell::new(state),
         claim,
         off: CallingOff::default(),
@@ -155,7 +156,14 @@ fn bring_up_and_serve(
     progress: &mut dyn FnMut(Progress<'_>) -> Result<()>,
 ) -> Result<()> {
     let config = server.config;
-    let _runtime = events::watch_signals(events, &server.off)?;
+    let runtime = events::watch_signals(events, &server.off)?;
+    let board = server.board.clone();
+    runtime.spawn(async move {
+        loop {
+            tokio::time::sleep(pace::EVERY).await;
+            board.sample();
+        }
+    });
     events::listen(&server.claim.dir().control(), events, &server.board, &server.off)?;
     if waiting == Waiting::Front {
         events::watch_front(events, &server.off)?;

@@ -2,11 +2,12 @@
 
 use std::cell::RefCell;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use anyhow::{Context, Result};
 
-use super::board::Board;
+use super::board::{Board, Built};
 use super::calling_off::CallingOff;
 use super::events::Event;
 use super::manager;
@@ -36,8 +37,13 @@ impl Server<'_> {
         let attachment = boot.attached().map(outside::Attached::remains);
         let filesystem = boot.config.filesystem.as_ref().filter(|_| boot.is_mounted());
         let mountpoint = filesystem.map(|filesystem| filesystem.mountpoint.clone());
-        let statistics = boot.attached().and_then(outside::Attached::statistics);
-        self.board.change(attachment.clone(), statistics, |status| status.volume = facts(self.config, boot));
+        self.board.build(Built {
+            volume: boot.volume().map(Arc::downgrade).unwrap_or_default(),
+            facts: facts(self.config, boot),
+            made: boot.made(),
+            attachment: attachment.clone(),
+            statistics: boot.attached().map(outside::Attached::statistics),
+        });
         let mut state = self.state.borrow_mut();
         if state.attachment != attachment || state.mountpoint != mountpoint {
             (state.attachment, state.mountpoint) = (attachment, mountpoint);
@@ -75,6 +81,7 @@ fn facts(config: &Config, boot: &Boot<'_>) -> Option<VolumeFacts> {
         cipher: "aes-xts-plain64".to_owned(),
         key_bits,
         algorithm: algorithm(key_bits).to_owned(),
+        cpu_path: Some(boot.outside.machine.cpu.name().to_owned()),
         keyslot,
         header: config.volume.header.clone(),
         sector_size: segment.sector_size.bytes_u64(),

@@ -1,18 +1,26 @@
 //! The status of a volume, as `nbdcrypt status` shows it.
 
-use std::fmt;
+mod activity;
+mod health;
+mod show;
+
 use std::io;
 use std::path::PathBuf;
 
-use engine::text::{bytes, human};
-use nbd_server::statistics::Snapshot;
 use serde::{Deserialize, Serialize};
 
-use crate::attach::{self, Remains};
+use crate::attach::{self, Method, Remains};
 use crate::machine::bare_folder::{self, Writers};
 use crate::machine::mounts;
+use crate::steps::Made;
 use crate::text::path;
 use crate::volume::VolumeType;
+
+pub use activity::{Errors, Kind, Latency, Requests, Throughput, age};
+pub use health::Health;
+
+/// The flag of a device that passes discards on to the disk. A device under FUSE does not: its discards must read as zeros.
+const DISCARDS: &str = "discards";
 
 /// The status of a volume that is up, or that a dead server left behind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,9 +53,30 @@ pub struct Status {
     pub mountpoint_writers: Option<Writers>,
     /// How the data is encrypted. Only a living server knows this.
     pub volume: Option<VolumeFacts>,
-    /// The requests that were answered. Only a living server knows this, and only if the volume is attached by NBD.
+    /// The secret that opened the volume. Only a living server knows this.
+    #[serde(default)]
+    pub key: Option<KeyFacts>,
+    /// What this start made, if the volume or its filesystem was not there before.
+    #[serde(default)]
+    pub made: Option<Made>,
+    /// What the device allows, as dm-crypt's flags: `discards`.
+    #[serde(default)]
+    pub flags: Vec<String>,
+    /// The kernel's connections to the server, if the volume is attached by NBD.
+    #[serde(default)]
+    pub connections: Option<u64>,
+    /// The requests that were answered. Only a living server knows this.
     #[serde(default)]
     pub requests: Option<Requests>,
+    /// How fast data was read and written in the last seconds.
+    #[serde(default)]
+    pub throughput: Option<Throughput>,
+    /// How many seconds ago the server was started.
+    #[serde(default)]
+    pub uptime: Option<u64>,
+    /// What is wrong although the volume is up.
+    #[serde(default)]
+    pub problems: Vec<String>,
     /// A warning about how the device is used.
     #[serde(default)]
     pub warning: Option<String>,
@@ -72,6 +101,33 @@ pub enum Condition {
 }
 
 impl Status {
+    /// Returns the status of a volume of which only the name and the condition are known.
+    pub fn new(name: &str, condition: Condition) -> Self {
+        Self {
+            name: name.to_owned(),
+            condition,
+            doing: None,
+            pid: 0,
+            config: PathBuf::new(),
+            disk: PathBuf::new(),
+            device: None,
+            method: None,
+            mountpoint: None,
+            configured_mountpoint: None,
+            mountpoint_writers: None,
+            volume: None,
+            key: None,
+            made: None,
+            flags: Vec::new(),
+            connections: None,
+            requests: None,
+            throughput: None,
+            uptime: None,
+            problems: Vec::new(),
+            warning: None,
+        }
+    }
+
     /// Corrects the recorded status with what mountinfo and /sys show now: whether the device `attachment` exists, and whether
     /// it is mounted at the configured mountpoint.
     ///
@@ -81,6 +137,8 @@ impl Status {
         let there = attachment.filter(|remains| attach::is_attached(remains));
         self.device = there.map(|remains| remains.device.clone());
         self.method = there.map(|remains| remains.method.to_string());
+        self.flags =
+            there.filter(|remains| remains.method == Method::Nbd).map(|_| DISCARDS.to_owned()).into_iter().collect();
         self.warning = there.and_then(attach::swap_warning);
         self.mountpoint = None;
         let mut wrong = None;
@@ -157,6 +215,9 @@ pub struct VolumeFacts {
     pub key_bits: usize,
     /// The algorithm: `AES-256-XTS` or `AES-128-XTS`.
     pub algorithm: String,
+    /// The instructions of the CPU that the cipher uses, such as `vaes512`.
+    #[serde(default)]
+    pub cpu_path: Option<String>,
     /// The keyslot that opened the volume.
     pub keyslot: Option<usize>,
     /// The disk or file of the header, if the header is detached.
@@ -172,134 +233,19 @@ pub struct VolumeFacts {
     pub read_only: bool,
 }
 
-/// The requests that a server has answered since it started.
+/// The secret that opened a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Requests {
-    /// All requests that were answered.
-    pub answered: u64,
-    /// The requests that were answered with an error, whether the client or the disk was at fault.
-    pub failed: u64,
-    /// The bytes that were read from the volume for clients.
-    pub bytes_read: u64,
-    /// The bytes that clients wrote to the volume.
-    pub bytes_written: u64,
-}
-
-impl From<Snapshot> for Requests {
-    fn from(counters: Snapshot) -> Self {
-        let Snapshot { requests, errors, bytes_read, bytes_written, .. } = counters;
-        Self { answered: requests, failed: errors, bytes_read, bytes_written }
-    }
-}
-
-impl fmt::Display for Requests {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { answered, failed, bytes_read, bytes_written } = self;
-        write!(
-            f,
-            "{answered} answered, {failed} failed; {} read, {} written",
-            human(*bytes_read),
-            human(*bytes_written)
-        )
-    }
+pub struct KeyFacts {
+    /// Where the secret came from: `s3+kms`, `token+kms`, `file` or `stdin`.
+    pub source: String,
+    /// How many seconds ago the server unlocked the volume.
+    pub age: u64,
 }
 
 /// Returns the algorithm of an AES-XTS key of this many bits, with both halves counted.
 pub fn algorithm(key_bits: usize) -> &'static str {
     if key_bits == 256 { "AES-128-XTS" } else { "AES-256-XTS" }
-}
-
-impl fmt::Display for Status {
-    /// Formats the status like `cryptsetup status`.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            name,
-            condition,
-            doing,
-            pid,
-            config,
-            disk,
-            device,
-            method,
-            mountpoint,
-            configured_mountpoint,
-            mountpoint_writers,
-            volume,
-            requests,
-            warning,
-        } = self;
-        match condition {
-            Condition::Up => writeln!(f, "{name} is up.")?,
-            Condition::Attached => {
-                let at = path(configured_mountpoint.as_deref().unwrap_or_else(|| "its mountpoint".as_ref()));
-                let consequence = match mountpoint_writers {
-                    Some(Writers::Nobody) => format!("nothing can be written to {at} until it is mounted again"),
-                    Some(Writers::Root) => {
-                        format!("only root can write to {at} now, and such files are not encrypted")
-                    }
-                    Some(Writers::AsUsual) | None => {
-                        format!("files that are written to {at} now are not encrypted")
-                    }
-                };
-                writeln!(
-                    f,
-                    "{name} is attached but not mounted: {consequence}. `nbdcrypt up {}` mounts it again.",
-                    path(config)
-                )?;
-            }
-            Condition::ComingUp => writeln!(f, "{name} is coming up.")?,
-            Condition::GoingDown => writeln!(f, "{name} is going down.")?,
-            Condition::Silent => writeln!(f, "{} does not answer.", self.server())?,
-            Condition::Dead => writeln!(
-                f,
-                "{name} is dead: its server (process {pid}) is gone. `nbdcrypt down {name}` cleans up what it left."
-            )?,
-        }
-        let mut line = |label: &str, value: String| writeln!(f, "  {label:<12} {value}");
-        if let Some(doing) = doing {
-            line("now:", doing.clone())?;
-        }
-        if let Some(volume) = volume {
-            line("type:", volume.kind.to_string())?;
-            line("cipher:", volume.cipher.clone())?;
-            line("keysize:", format!("{} bits ({})", volume.key_bits, volume.algorithm))?;
-            if let Some(keyslot) = volume.keyslot {
-                line("keyslot:", keyslot.to_string())?;
-            }
-        }
-        if !disk.as_os_str().is_empty() {
-            line("disk:", path(disk))?;
-        }
-        if let Some(header) = volume.as_ref().and_then(|volume| volume.header.as_ref()) {
-            line("header:", path(header))?;
-        }
-        if let Some(volume) = volume {
-            line("sector size:", bytes(volume.sector_size))?;
-            line("offset:", bytes(volume.offset))?;
-            line("size:", bytes(volume.size))?;
-            line("mode:", if volume.read_only { "read-only" } else { "read/write" }.to_owned())?;
-        }
-        if let Some(device) = device {
-            line("device:", format!("{} ({})", path(device), method.as_deref().unwrap_or("?")))?;
-        }
-        if let Some(mountpoint) = mountpoint {
-            line("mountpoint:", path(mountpoint))?;
-        }
-        if let Some(requests) = requests {
-            line("requests:", requests.to_string())?;
-        }
-        if let Some(warning) = warning {
-            line("warning:", warning.clone())?;
-        }
-        if !config.as_os_str().is_empty() {
-            line("config:", path(config))?;
-        }
-        match pid {
-            0 => Ok(()),
-            pid => line("process:", pid.to_string()),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -314,20 +260,12 @@ mod tests {
         std::fs::create_dir(&at).unwrap();
         let said = |doing: Option<&str>| {
             let status = Status {
-                name: "scratch".to_owned(),
-                condition: Condition::Attached,
                 doing: doing.map(str::to_owned),
                 pid: 1,
                 config: "/etc/nbdcrypt/scratch.toml".into(),
                 disk: "/dev/vdb".into(),
-                device: None,
-                method: None,
-                mountpoint: None,
                 configured_mountpoint: Some(at.clone()),
-                mountpoint_writers: None,
-                volume: None,
-                requests: None,
-                warning: None,
+                ..Status::new("scratch", Condition::Attached)
             };
             status.seen_from_here().to_string()
         };
@@ -343,12 +281,5 @@ mod tests {
         }
         assert!(said(Some("xfs is mounted there")).contains("not encrypted"));
         bare_folder::unprotect(&at).unwrap();
-    }
-
-    #[test]
-    fn requests_are_shown_with_their_failures() {
-        let counters =
-            Snapshot { requests: 12, errors: 3, bytes_read: 4096, bytes_written: 1 << 20, ..Snapshot::default() };
-        assert_eq!(Requests::from(counters).to_string(), "12 answered, 3 failed; 4 KiB read, 1 MiB written");
     }
 }
