@@ -2,6 +2,7 @@
 //! does. If the request may take long, a worker does.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use engine::volume::{Ciphertext, VolumeError};
 
@@ -14,7 +15,7 @@ use crate::session::outcome::Failure;
 use crate::session::perform::{End, perform, write_encrypted};
 use crate::session::uring::task::Payload;
 
-impl Connection<'_> {
+impl<'a> Connection<'a> {
     /// Begins a request that came without payload.
     pub(super) fn begin(&mut self, request: Request) {
         let command = *request.command();
@@ -34,7 +35,7 @@ impl Connection<'_> {
                 let outcome = perform(self.export, &command, &mut [], End::Checked, &|| true);
                 self.answer(request, outcome, None);
             }
-            (Lane::Ring, Command::Read(range)) => {
+            (Lane::Ring(file), Command::Read(range)) => {
                 let buffer = match self.buffers.take(len) {
                     Ok(buffer) => buffer,
                     Err(error) => return self.answer(request, Err(error.into()), None),
@@ -43,17 +44,19 @@ impl Connection<'_> {
                 let fits = volume.check_within(range.offset, range.len).is_ok();
                 match volume.disk_range(range.offset, range.len) {
                     Ok(Some(on_disk)) if fits => {
-                        let read = ReadInFlight { request, offset: range.offset, disk_offset: on_disk.offset, done: 0 };
-                        self.read_rest(read, buffer);
+                        let disk_offset = on_disk.offset;
+                        self.read_rest(
+                            ReadInFlight { request, file, offset: range.offset, disk_offset, done: 0 },
+                            buffer,
+                        );
                     }
                     _ => self.handover.give(request, Payload::Plain(buffer)),
                 }
             }
-            (Lane::Ring, Command::Flush) => match self.disk.file() {
-                Some(file) if self.disk.check_latch().is_ok() => self.ring.sync(file, Tag::Sync { request }),
-                // The worker finds out why this is not possible.
-                _ => self.handover.give(request, Payload::Empty),
-            },
+            (Lane::Ring(file), Command::Flush) if self.disk.check_latch().is_ok() => {
+                self.ring.sync(file, Tag::Sync { request });
+            }
+            // After a failed flush, the worker finds out why another flush is not possible.
             _ => match (len > 0).then(|| self.buffers.take(len)).transpose() {
                 Ok(buffer) => self.handover.give(request, buffer.map_or(Payload::Empty, Payload::Plain)),
                 Err(error) => self.answer(request, Err(error.into()), None),
@@ -73,7 +76,7 @@ impl Connection<'_> {
                 self.buffers.give_back(payload.into_buffer());
                 self.answer(request, outcome, None);
             }
-            Lane::Ring => self.write_by_ring(request, payload),
+            Lane::Ring(file) => self.write_by_ring(request, file, payload),
             Lane::Worker => self.handover.give(request, Payload::Encrypted(payload)),
         }
     }
@@ -90,7 +93,7 @@ impl Connection<'_> {
                 self.buffers.give_back(buffer);
                 self.answer(request, outcome, None);
             }
-            Lane::Ring | Lane::Worker => self.handover.give(request, Payload::Plain(buffer)),
+            Lane::Ring(_) | Lane::Worker => self.handover.give(request, Payload::Plain(buffer)),
         }
     }
 
@@ -111,21 +114,23 @@ impl Connection<'_> {
         };
         buffer.bytes.copy_from_slice(payload);
         match (lane, command) {
-            (Lane::Ring, Command::Write { range, .. }) => match self.disk.volume().encrypt(range.offset, buffer) {
-                Ok(payload) => self.write_by_ring(request, payload),
-                Err(buffer) => self.handover.give(request, Payload::Plain(buffer)),
-            },
+            (Lane::Ring(file), Command::Write { range, .. }) => {
+                match self.disk.volume().encrypt(range.offset, buffer) {
+                    Ok(payload) => self.write_by_ring(request, file, payload),
+                    Err(buffer) => self.handover.give(request, Payload::Plain(buffer)),
+                }
+            }
             _ => self.handover.give(request, Payload::Plain(buffer)),
         }
     }
 
-    fn write_by_ring(&mut self, request: Request, payload: Ciphertext<Buffer>) {
+    fn write_by_ring(&mut self, request: Request, file: BorrowedFd<'a>, payload: Ciphertext<Buffer>) {
         let durable = request.command().fua();
         if durable && self.disk.check_latch().is_err() {
             return self.handover.give(request, Payload::Encrypted(payload));
         }
         match self.disk.volume().begin_write(&payload) {
-            Ok(Some(writing)) => self.write_rest(WriteInFlight { request, done: 0, durable, writing }, payload),
+            Ok(Some(writing)) => self.write_rest(WriteInFlight { request, file, done: 0, durable, writing }, payload),
             // Another request works on these blocks, so a worker waits for it.
             Ok(None) => self.handover.give(request, Payload::Encrypted(payload)),
             Err(error) => {
@@ -154,7 +159,7 @@ impl Connection<'_> {
         self.answer_in(&room, request, outcome);
     }
 
-    pub(super) fn read_more(&mut self, mut read: ReadInFlight, result: io::Result<usize>, mut buffer: Buffer) {
+    pub(super) fn read_more(&mut self, mut read: ReadInFlight<'a>, result: io::Result<usize>, mut buffer: Buffer) {
         let len = buffer.bytes.len();
         let volume = self.disk.volume();
         let outcome = match result {
@@ -180,16 +185,15 @@ impl Connection<'_> {
         self.answer(request, outcome.map(|()| Answer::Done).map_err(Failure::from), Some(buffer));
     }
 
-    fn read_rest(&mut self, read: ReadInFlight, buffer: Buffer) {
-        let Some(file) = self.disk.file() else { return };
-        let (done, len) = (read.done, buffer.bytes.len());
+    fn read_rest(&mut self, read: ReadInFlight<'a>, buffer: Buffer) {
+        let (file, done, len) = (read.file, read.done, buffer.bytes.len());
         let disk_offset = read.disk_offset + done as u64;
         self.ring.read(file, buffer, done..len, disk_offset, Tag::Read(read));
     }
 
     pub(super) fn write_more(
         &mut self,
-        mut write: WriteInFlight,
+        mut write: WriteInFlight<'a>,
         result: io::Result<usize>,
         payload: Ciphertext<Buffer>,
     ) {
@@ -220,9 +224,8 @@ impl Connection<'_> {
         self.answer(request, outcome.map(|()| Answer::Done).map_err(Failure::from), None);
     }
 
-    fn write_rest(&mut self, write: WriteInFlight, payload: Ciphertext<Buffer>) {
-        let Some(file) = self.disk.file() else { return };
-        let (done, durable) = (write.done, write.durable);
+    fn write_rest(&mut self, write: WriteInFlight<'a>, payload: Ciphertext<Buffer>) {
+        let (file, done, durable) = (write.file, write.done, write.durable);
         self.ring.write(file, payload, done, durable, Tag::Write(write));
     }
 }

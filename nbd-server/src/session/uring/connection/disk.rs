@@ -33,13 +33,20 @@ struct File<'a> {
 }
 
 /// Which thread or ring carries out a command.
-pub(super) enum Lane {
+pub(super) enum Lane<'a> {
     /// This thread, immediately.
     Here,
-    /// The ring.
-    Ring,
+    /// The ring, which reads, writes or flushes this file.
+    Ring(BorrowedFd<'a>),
     /// A worker thread, which may block.
     Worker,
+}
+
+impl File<'_> {
+    /// Returns whether the ring may write, and with `durable` also whether it may make the write durable.
+    fn takes_writes(&self, durable: bool) -> bool {
+        if durable { self.writes_through } else { self.direct }
+    }
 }
 
 impl<'a> Disk<'a> {
@@ -58,39 +65,36 @@ impl<'a> Disk<'a> {
         self.volume
     }
 
-    /// Returns the file, if the ring can access it.
-    pub(super) fn file(&self) -> Option<BorrowedFd<'a>> {
-        self.file.map(|file| file.file)
-    }
-
     /// Returns whether the ring reads and writes the disk without the page cache.
     pub(super) fn is_direct(&self) -> bool {
         self.file.is_some_and(|file| file.direct)
     }
 
     /// Returns which thread or ring carries out the command.
-    pub(super) fn lane(&self, command: &Command) -> Lane {
+    pub(super) fn lane(&self, command: &Command) -> Lane<'a> {
         let is_whole = |offset, len| matches!(self.volume.disk_range(offset, len), Ok(Some(_)));
-        match *command {
-            Command::Read(_) | Command::Write { .. } | Command::Flush | Command::Cache(_) if self.resident => {
+        match (*command, self.file) {
+            (Command::Read(_) | Command::Write { .. } | Command::Flush | Command::Cache(_), _) if self.resident => {
                 Lane::Here
             }
-            Command::Trim { range, .. } | Command::WriteZeroes { range, .. } if self.resident && range.len <= LONG => {
+            (Command::Trim { range, .. } | Command::WriteZeroes { range, .. }, _)
+                if self.resident && range.len <= LONG =>
+            {
                 Lane::Here
             }
-            Command::Read(range) if self.file.is_some() && is_whole(range.offset, range.len) => Lane::Ring,
-            Command::Write { range, fua } if self.may_write_by_ring(fua) && is_whole(range.offset, range.len) => {
-                Lane::Ring
+            (Command::Read(range), Some(file)) if is_whole(range.offset, range.len) => Lane::Ring(file.file),
+            (Command::Write { range, fua }, Some(file))
+                if file.takes_writes(fua) && is_whole(range.offset, range.len) =>
+            {
+                Lane::Ring(file.file)
             }
             // Through the page cache, the kernel reports lost data to only one of several flushes. So the store makes
             // the flushes take turns (engine::store::FlushLatch).
-            Command::Flush if self.may_write_by_ring(true) && !self.volume.is_read_only() => Lane::Ring,
+            (Command::Flush, Some(file)) if file.takes_writes(true) && !self.volume.is_read_only() => {
+                Lane::Ring(file.file)
+            }
             _ => Lane::Worker,
         }
-    }
-
-    fn may_write_by_ring(&self, durable: bool) -> bool {
-        self.file.is_some_and(|file| if durable { file.writes_through } else { file.direct })
     }
 
     /// Returns whether the session encrypts a payload while it arrives. The session does not encrypt it if another

@@ -56,18 +56,19 @@ pub(super) const BESIDE: usize = INTAKE + 3 * GATHERED;
 const NO_MEMORY: Duration = Duration::from_millis(10);
 
 /// An operation of the ring.
-pub(in crate::session::uring) enum Tag {
+pub(in crate::session::uring) enum Tag<'a> {
     Receive,
     ReceivePayload,
     Send,
     Doorbell,
-    Read(ReadInFlight),
-    Write(WriteInFlight),
+    Read(ReadInFlight<'a>),
+    Write(WriteInFlight<'a>),
     Sync { request: Request },
 }
 
-pub(in crate::session::uring) struct ReadInFlight {
+pub(in crate::session::uring) struct ReadInFlight<'a> {
     request: Request,
+    file: BorrowedFd<'a>,
     /// The offset in the volume.
     offset: u64,
     disk_offset: u64,
@@ -75,8 +76,9 @@ pub(in crate::session::uring) struct ReadInFlight {
     done: usize,
 }
 
-pub(in crate::session::uring) struct WriteInFlight {
+pub(in crate::session::uring) struct WriteInFlight<'a> {
     request: Request,
+    file: BorrowedFd<'a>,
     /// Bytes that were written so far.
     done: usize,
     /// Set for `NBD_CMD_FLAG_FUA`.
@@ -88,7 +90,7 @@ pub(in crate::session::uring) struct Connection<'a> {
     export: &'a Export,
     doorbell: &'a Doorbell,
     socket: BorrowedFd<'a>,
-    ring: Ring<'a, Tag>,
+    ring: Ring<'a, Tag<'a>>,
     stream: Stream<'a>,
     budget: Budget,
     buffers: Buffers,
@@ -108,7 +110,7 @@ pub(in crate::session::uring) struct Connection<'a> {
 impl<'a> Connection<'a> {
     /// Serves the client at the other end of `socket` until either side is done. Blocks.
     pub(in crate::session::uring) fn serve(
-        mut ring: Ring<'a, Tag>,
+        mut ring: Ring<'a, Tag<'a>>,
         socket: &'a OwnedFd,
         export: &'a Export,
         negotiated: Negotiated,
@@ -207,7 +209,7 @@ impl<'a> Connection<'a> {
         Ok(were_any)
     }
 
-    fn completed(&mut self, completion: Completion<Tag>) {
+    fn completed(&mut self, completion: Completion<Tag<'a>>) {
         let Completion { tag, result, memory } = completion;
         match (tag, memory) {
             (Tag::Receive, Memory::Buffer(buffer)) => self.received(result, buffer),

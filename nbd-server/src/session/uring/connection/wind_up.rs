@@ -44,7 +44,7 @@ impl Connection<'_> {
     }
 
     /// Handles a completion of a session that has failed.
-    fn completed_last(&mut self, completion: Completion<Tag>) {
+    fn completed_last(&mut self, completion: Completion<Tag<'_>>) {
         let Completion { tag, result, memory } = completion;
         match (tag, memory, result) {
             (Tag::Receive, Memory::Buffer(buffer), result) => self.note_received(&result, &buffer),
