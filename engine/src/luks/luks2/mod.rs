@@ -4,7 +4,6 @@
 //! the key material and then the data. The data has sectors of 512 to 4096 bytes, and its IV counts 512-byte units.
 
 mod dump;
-mod field;
 mod format;
 mod header;
 mod keys;

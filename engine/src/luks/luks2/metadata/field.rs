@@ -3,7 +3,7 @@
 use base64ct::{Base64, Encoding};
 use serde_json::{Map, Value};
 
-use super::metadata::Fault;
+use super::Fault;
 use crate::luks::LuksError;
 
 /// A path in the document and the value there, if there is one.
