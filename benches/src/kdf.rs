@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::kdf::Argon2Cost;
-use engine::luks::luks2::{self, KdfOptions};
-use engine::luks::{self, FormatOptions, HashAlgorithm, Limits, kdf};
+use engine::luks::kdf::{Argon2Cost, KdfOptions};
+use engine::luks::{self, FormatOptions, HashAlgorithm, Limits, kdf, luks2};
 use engine::sector::SectorSize;
 use engine::store::{Access, Caching, FileStore};
 

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::luks2::KdfOptions;
+use engine::luks::kdf::KdfOptions;
 use engine::luks::{self, HashAlgorithm, Limits, LuksError, PendingFormat, UnlockedVolume, luks1, luks2};
 use engine::sector::SectorSize;
 use engine::store::{Access, BlockStore, Caching, FileStore};

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::{self, HashAlgorithm, Limits, LuksError, luks1};
+use engine::luks::{self, HashAlgorithm, KeyslotFault, Limits, LuksError, luks1};
 use engine::signature::probe;
 use engine::store::{BlockStore, MemoryStore};
 use harness::luks::{PASSPHRASE, key, noise, quick_luks1};
@@ -110,7 +110,10 @@ fn overwritten_key_material_is_reported_as_damage() {
     for overwritten in [4096, 4096 + 512 * 77, 4096 + 512 * 499] {
         let disk = with(overwritten, &[0; 512]);
         let sector = overwritten as u64 / 512;
-        let is_damage = |error| matches!(error, LuksError::DamagedKeyslot { keyslot: 0, sector: at } if at == sector);
+        let is_damage = |error| match error {
+            LuksError::Keyslot { keyslot: 0, fault: KeyslotFault::Overwritten { sector: at }, .. } => at == sector,
+            _ => false,
+        };
         assert!(is_damage(wrong(disk.clone())));
         assert!(is_damage(open(disk).unwrap_err()), "reported as damage, not as a wrong passphrase");
     }

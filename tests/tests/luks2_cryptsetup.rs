@@ -3,8 +3,7 @@
 use std::path::Path;
 
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::kdf::Argon2Cost;
-use engine::luks::luks2::KdfOptions;
+use engine::luks::kdf::{Argon2Cost, KdfOptions};
 use engine::luks::{self, HashAlgorithm, LuksError};
 use engine::sector::SectorSize;
 use harness::luks::{

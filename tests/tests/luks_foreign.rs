@@ -20,7 +20,7 @@ fn refusal(disk: &Path) -> String {
     let opened = luks::read(store.as_ref(), &Limits::default())
         .and_then(|volume| volume.unlock(store.as_ref(), &passphrase).map(|_| ()));
     match opened.unwrap_err() {
-        error @ LuksError::Unsupported { .. } => error.to_string(),
+        error @ LuksError::Unsupported(_) => error.to_string(),
         other => panic!("the error does not name the feature: {other}"),
     }
 }

@@ -1,8 +1,6 @@
 //! A power cut at any write and any sector of a header change leaves a volume that opens with an old passphrase or with the
 //! new one.
 
-use std::num::NonZeroU32;
-
 use engine::key::{Passphrase, VolumeKey};
 use engine::luks::{self, Disks, FormatOptions, HashAlgorithm, Limits, LockedVolume, LuksError, NewKey, luks1, luks2};
 use engine::store::{BlockStore, MemoryStore};
@@ -268,10 +266,10 @@ fn luks1_has_room_for_exactly_eight_keys() {
         disk = disk.with_key(format!("passphrase {number}").as_bytes(), None);
     }
     assert!((1..8).all(|number| disk.opens(format!("passphrase {number}").as_bytes())));
-    let iterations = NonZeroU32::new(1000).unwrap();
     let passphrase = Passphrase::new(THIRD.to_vec());
-    let ninth =
-        luks1::add_key(&disk.store(), &Limits::default(), &key(64), &passphrase, iterations, None, &mut noise(1));
+    let hash = HashAlgorithm::Sha256;
+    let new = NewKey { passphrase: &passphrase, kdf: quick_pbkdf2(hash), hash };
+    let ninth = luks1::add_key(&disk.store(), &Limits::default(), &key(64), &new, None, &mut noise(1));
     assert!(ninth.unwrap_err().to_string().contains("no room"));
 }
 

@@ -7,8 +7,7 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use engine::key::{Passphrase, VolumeKey};
-use engine::luks::kdf::Argon2Cost;
-use engine::luks::luks2::KdfOptions;
+use engine::luks::kdf::{Argon2Cost, KdfOptions};
 use engine::luks::{self, Disks, FormatOptions, HashAlgorithm, Limits, LuksError, NewKey, UnlockedVolume};
 use engine::sector::SectorSize;
 use harness::luks::{PASSPHRASE, Workbench, key, noise, quick_luks1, quick_luks2, store};

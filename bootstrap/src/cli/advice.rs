@@ -3,7 +3,7 @@
 
 use std::error::Error;
 
-use engine::luks::LuksError;
+use engine::luks::{LuksError, Others};
 
 use crate::keys::NoTokenSecret;
 use crate::keys::opening::TooLittleMemory;
@@ -51,11 +51,10 @@ fn about_luks(error: &LuksError, settings: Settings) -> Option<String> {
         LuksError::Corrupt { .. } => {
             "try `nbdcrypt header repair`, or restore the header from a backup (`nbdcrypt header restore`)"
         }
-        LuksError::BeyondRepair { .. }
-        | LuksError::DamagedKeyslot { .. }
-        | LuksError::UnreadableKeyslot { .. }
-        | LuksError::NoIterations(_) => "restore the header from a backup (`nbdcrypt header restore`)",
-        LuksError::Unsupported { .. } => "open it with cryptsetup",
+        LuksError::BeyondRepair { .. } | LuksError::Keyslot { others: Others::DoNotOpen, .. } => {
+            "restore the header from a backup (`nbdcrypt header restore`)"
+        }
+        LuksError::Unsupported(_) => "open it with cryptsetup",
         LuksError::TooManyIterations { .. } => return Some(raise(&["max-kdf-iterations"], settings)),
         LuksError::TooExpensive { field, .. } => match field.rsplit('.').next() {
             Some("memory") => return Some(raise(&["max-kdf-memory"], settings)),
@@ -84,7 +83,7 @@ fn about_luks(error: &LuksError, settings: Settings) -> Option<String> {
             return Some(format!("--key-slot {keyslot} tries the first one, and {}", priority(keyslot)));
         }
         LuksError::AllIgnored { keyslot } => return Some(priority(keyslot)),
-        LuksError::WrongPassphraseFor(_) | LuksError::NamedKeyslot { .. } if has_key_slot => {
+        LuksError::WrongPassphraseFor(_) | LuksError::Keyslot { .. } if has_key_slot => {
             "without --key-slot every keyslot is tried"
         }
         LuksError::UndecidedKeyslot { .. } => {
@@ -137,7 +136,7 @@ fn about_luks(error: &LuksError, settings: Settings) -> Option<String> {
         | LuksError::Impossible { .. }
         | LuksError::WrongPassphraseFor(_)
         | LuksError::NoKeyslot
-        | LuksError::NamedKeyslot { .. }
+        | LuksError::Keyslot { .. }
         | LuksError::Key(_)
         | LuksError::TooSmall { .. }
         | LuksError::WrongVolumeKey
@@ -189,7 +188,10 @@ mod tests {
     fn of_opening() -> Vec<anyhow::Error> {
         let expensive =
             |field: &str| LuksError::TooExpensive { field: format!("keyslots.0.kdf.{field}"), found: 9, limit: 8 };
-        let fault = KeyslotFault::Overwritten { sector: 8 };
+        let keyslot = |others| {
+            let fault = KeyslotFault::Overwritten { sector: 8 };
+            LuksError::Keyslot { keyslot: 1, fault, others }
+        };
         let errors = [
             LuksError::Corrupt { field: "x".to_owned(), found: "y".to_owned() },
             LuksError::BeyondRepair { field: "x".to_owned(), found: "y".to_owned() },
@@ -204,7 +206,8 @@ mod tests {
             LuksError::WrongPassphraseBesideIgnored { ignored: 3 },
             LuksError::WrongPassphraseFor(1),
             LuksError::AllIgnored { keyslot: 3 },
-            LuksError::NamedKeyslot { keyslot: 1, fault },
+            keyslot(Others::DoNotOpen),
+            keyslot(Others::Untried),
             LuksError::NoSuchKeyslot(1),
             LuksError::UndecidedKeyslot { keyslot: 1, state: 1 },
         ];

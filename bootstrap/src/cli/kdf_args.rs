@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use engine::key::VolumeKey;
-use engine::luks::kdf::{self, Argon2Cost};
-use engine::luks::luks2::KdfOptions;
+use engine::luks::kdf::{self, Argon2Cost, KdfOptions};
 use engine::luks::{HashAlgorithm, Limits};
 use engine::text::human;
 

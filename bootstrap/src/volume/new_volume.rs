@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use engine::key::VolumeKey;
-use engine::luks::luks2::KdfOptions;
-use engine::luks::{FormatOptions, HashAlgorithm, Random, kdf, luks1, luks2};
+use engine::luks::kdf::{self, KdfOptions};
+use engine::luks::{FormatOptions, HashAlgorithm, Random, luks1, luks2};
 use engine::sector::SectorSize;
 use uuid::Uuid;
 

@@ -1,5 +1,6 @@
 //! Why a volume could not be opened or made.
 
+use std::fmt;
 use std::io;
 
 use super::luks2::RefusedCopy;
@@ -44,15 +45,8 @@ pub enum LuksError {
         found: String,
     },
     /// The header is valid, but asks for something that nbdcrypt does not support.
-    #[error("the volume uses the {what} {found}, which nbdcrypt does not support ({supported})")]
-    Unsupported {
-        /// The kind of thing: cipher, hash.
-        what: &'static str,
-        /// Its name.
-        found: String,
-        /// What nbdcrypt supports instead.
-        supported: &'static str,
-    },
+    #[error("the volume {0}")]
+    Unsupported(Unsupported),
     /// The header asks for more work than is allowed.
     #[error("the header asks for {found} iterations in {field}, but the limit is {limit}")]
     TooManyIterations {
@@ -134,32 +128,16 @@ pub enum LuksError {
         /// The first keyslot, from 0.
         keyslot: usize,
     },
-    /// A keyslot's key material was overwritten, and the passphrase opens no other keyslot.
-    #[error(
-        "keyslot {keyslot} is damaged (sector {sector} of the disk is not key material), and no other keyslot opens with this \
-         passphrase"
-    )]
-    DamagedKeyslot {
-        /// The first damaged keyslot, from 0.
-        keyslot: usize,
-        /// The 512-byte sector of the disk that was overwritten.
-        sector: u64,
-    },
-    /// A keyslot's key material cannot be read, and the passphrase opens no other keyslot.
-    #[error("keyslot {keyslot} cannot be read ({source}), and no other keyslot opens with this passphrase")]
-    UnreadableKeyslot {
-        /// The first unreadable keyslot, from 0.
-        keyslot: usize,
-        /// The error of the disk.
-        source: io::Error,
-    },
-    /// The keyslot that was named cannot be tried, and no other was tried.
-    #[error("keyslot {keyslot} {fault}, and no other keyslot was tried")]
-    NamedKeyslot {
-        /// The keyslot, from 0.
+    /// A keyslot cannot be tried with any passphrase.
+    #[error("keyslot {keyslot} {fault}, and no other keyslot {others}")]
+    Keyslot {
+        /// The keyslot, from 0. If there are several, the first one.
         keyslot: usize,
         /// What is wrong with the keyslot.
+        #[source]
         fault: KeyslotFault,
+        /// What is known about the other keyslots.
+        others: Others,
     },
     /// The volume's key is not a key for AES-XTS.
     #[error(transparent)]
@@ -186,12 +164,6 @@ pub enum LuksError {
         /// The damaged state.
         state: u32,
     },
-    /// A LUKS1 keyslot is damaged: its key derivation has no iterations.
-    #[error(
-        "keyslot {0} is damaged: it has 0 iterations, so no passphrase can be tried on it, and no other keyslot opens with this \
-         passphrase"
-    )]
-    NoIterations(usize),
     /// The keyslot that was named already holds a key.
     #[error("keyslot {0} holds a key already")]
     KeyslotInUse(usize),
@@ -371,29 +343,66 @@ pub enum KeyslotFault {
     /// Its key material cannot be read.
     #[error("cannot be read ({0})")]
     Unreadable(#[source] io::Error),
+    /// Its key derivation has no iterations, in a LUKS1 header.
+    #[error("is damaged: it has 0 iterations, so no passphrase can be tried on it")]
+    NoIterations,
     /// It uses something that nbdcrypt does not support.
-    #[error("uses the {what} {found}, which nbdcrypt does not support ({supported})")]
-    Unsupported {
-        /// The kind of thing: cipher, key derivation.
-        what: &'static str,
-        /// Its name.
-        found: String,
-        /// What nbdcrypt supports instead.
-        supported: &'static str,
-    },
+    #[error(transparent)]
+    Unsupported(Unsupported),
+}
+
+impl KeyslotFault {
+    /// Returns the error that the passphrase opens no keyslot, and this one could not be tried.
+    pub(super) fn of(self, keyslot: usize) -> LuksError {
+        LuksError::Keyslot { keyslot, fault: self, others: Others::DoNotOpen }
+    }
+}
+
+/// What is known about the keyslots besides one that cannot be tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Others {
+    /// The passphrase opens none of them.
+    DoNotOpen,
+    /// None of them was tried, because the one that cannot be tried was named.
+    Untried,
+}
+
+impl fmt::Display for Others {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::DoNotOpen => "opens with this passphrase",
+            Self::Untried => "was tried",
+        })
+    }
+}
+
+/// Something in a header that nbdcrypt does not support.
+#[derive(Debug, thiserror::Error)]
+#[error("uses the {what} {found}, which nbdcrypt does not support ({supported})")]
+pub struct Unsupported {
+    /// The kind of thing, such as "cipher" or "hash".
+    pub what: &'static str,
+    /// Its name.
+    pub found: String,
+    /// What nbdcrypt supports instead.
+    pub supported: &'static str,
 }
 
 impl LuksError {
     /// Turns an error about all keyslots into an error about the named keyslot, the only one that was tried.
     pub(super) fn of_named_keyslot(self, keyslot: usize) -> Self {
-        let fault = match self {
-            Self::WrongPassphrase => return Self::WrongPassphraseFor(keyslot),
-            Self::DamagedKeyslot { sector, .. } => KeyslotFault::Overwritten { sector },
-            Self::UnreadableKeyslot { source, .. } => KeyslotFault::Unreadable(source),
-            Self::Unsupported { what, found, supported } => KeyslotFault::Unsupported { what, found, supported },
-            other => return other,
-        };
-        Self::NamedKeyslot { keyslot, fault }
+        match self {
+            Self::WrongPassphrase => Self::WrongPassphraseFor(keyslot),
+            Self::Keyslot { keyslot, fault, .. } => Self::Keyslot { keyslot, fault, others: Others::Untried },
+            Self::Unsupported(unsupported) => {
+                Self::Keyslot { keyslot, fault: KeyslotFault::Unsupported(unsupported), others: Others::Untried }
+            }
+            other => other,
+        }
+    }
+
+    pub(super) fn unsupported(what: &'static str, found: impl Into<String>, supported: &'static str) -> Self {
+        Self::Unsupported(Unsupported { what, found: found.into(), supported })
     }
 
     pub(super) fn corrupt(field: impl Into<String>, found: impl Into<String>) -> Self {

@@ -4,6 +4,8 @@ use std::fmt;
 
 use sha1::digest::Digest;
 
+use super::LuksError;
+
 /// A hash function for PBKDF2, the anti-forensic splitter and plain mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HashAlgorithm {
@@ -100,12 +102,20 @@ impl HashAlgorithm {
     ];
 
     /// All hashes, for the error about an unsupported one.
-    pub(in crate::luks) const SUPPORTED: &str = "it supports sha1, sha224, sha256, sha384, sha512, sha512-224, sha512-256, ripemd160, whirlpool, \
+    const SUPPORTED: &str = "it supports sha1, sha224, sha256, sha384, sha512, sha512-224, sha512-256, ripemd160, whirlpool, \
          sha3-224, sha3-256, sha3-384, sha3-512, blake2b-512, blake2s-256 and sm3";
 
     /// Returns the hash with this name, in upper or lower case, as cryptsetup reads it.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|hash| hash.name().eq_ignore_ascii_case(name))
+    }
+
+    /// Returns the hash with this name in a header.
+    ///
+    /// # Errors
+    /// [`LuksError::Unsupported`] if nbdcrypt does not support it. `what` says what the hash is for.
+    pub(in crate::luks) fn supported(what: &'static str, name: &str) -> Result<Self, LuksError> {
+        Self::from_name(name).ok_or_else(|| LuksError::unsupported(what, name, Self::SUPPORTED))
     }
 
     /// Returns the name as headers spell it.

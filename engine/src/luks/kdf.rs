@@ -7,7 +7,9 @@ use argon2::{Algorithm, Argon2, Block, Params, Version};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::buffer::has_room;
+use crate::key::Passphrase;
 
+use super::LuksError;
 use super::hash::{HashAlgorithm, with_hash};
 
 /// The fewest iterations that cryptsetup uses for a keyslot or a digest.
@@ -89,6 +91,49 @@ pub fn argon2(
         pool.map_err(|_| Argon2Error::OutOfMemory)?.install(compute)?;
     }
     Ok(key)
+}
+
+/// How a keyslot's key is derived from a passphrase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KdfOptions {
+    /// PBKDF2, for a passphrase that cannot be guessed, such as one from a key source. See [`calibrate`].
+    Pbkdf2 {
+        /// The hash.
+        hash: HashAlgorithm,
+        /// The iterations.
+        iterations: NonZeroU32,
+    },
+    /// Argon2id, for a passphrase that a person remembers. See [`calibrate_argon2id`].
+    Argon2id(Argon2Cost),
+    /// Argon2i, which cryptsetup used before version 2.4. Argon2id resists more attacks.
+    Argon2i(Argon2Cost),
+}
+
+impl KdfOptions {
+    /// Derives a key of `len` bytes for a keyslot.
+    ///
+    /// # Errors
+    /// [`LuksError::OutOfMemory`], or [`LuksError::Impossible`] if Argon2 does not allow the cost.
+    pub(super) fn derive(
+        &self,
+        keyslot: usize,
+        passphrase: &Passphrase,
+        salt: &[u8],
+        len: usize,
+    ) -> Result<Zeroizing<Vec<u8>>, LuksError> {
+        let (is_id, cost) = match *self {
+            Self::Pbkdf2 { hash, iterations } => return Ok(pbkdf2(hash, passphrase.expose(), salt, iterations, len)),
+            Self::Argon2id(cost) => (true, cost),
+            Self::Argon2i(cost) => (false, cost),
+        };
+        argon2(is_id, passphrase.expose(), salt, cost, len).map_err(|error| match error {
+            Argon2Error::OutOfMemory => LuksError::OutOfMemory { keyslot, kib: cost.memory },
+            Argon2Error::Parameters => {
+                let rule = "Argon2 needs at least 1 pass, 1 lane and 8 KiB per lane";
+                LuksError::impossible("the cost", format!("{cost:?}"), rule)
+            }
+        })
+    }
 }
 
 /// Returns how many iterations of [`pbkdf2()`] for a key of `len` bytes take about `target` on this machine, but at least

@@ -2,7 +2,10 @@
 //!
 //! The caller must have exclusive use of the header's disk. Two updates at the same time would undo each other.
 
-use super::luks2::KdfOptions;
+use zeroize::Zeroizing;
+
+use super::kdf::KdfOptions;
+use super::keyslot::{self, SALT_LEN};
 use super::{DataDisk, HashAlgorithm, Limits, LockedVolume, LuksError, Random, UnlockedVolume, luks1, luks2};
 use crate::key::{Passphrase, VolumeKey};
 use crate::store::BlockStore;
@@ -16,6 +19,22 @@ pub struct NewKey<'a> {
     pub kdf: KdfOptions,
     /// The hash of the anti-forensic splitter, for a LUKS2 volume.
     pub hash: HashAlgorithm,
+}
+
+impl NewKey<'_> {
+    /// Returns a new salt, and the key material: `key` encrypted with the passphrase and the salt.
+    pub(super) fn seal(
+        &self,
+        key: &VolumeKey,
+        random: Random<'_>,
+    ) -> Result<([u8; SALT_LEN], Zeroizing<Vec<u8>>), LuksError> {
+        let mut salt = [0; SALT_LEN];
+        random(&mut salt).map_err(LuksError::Random)?;
+        let mut slot_key = self.kdf.derive(0, self.passphrase, &salt, key.expose().len())?;
+        let slot_key = VolumeKey::new(std::mem::take(&mut *slot_key))?;
+        let material = keyslot::seal(self.hash, &slot_key, key.expose(), random).map_err(LuksError::Random)?;
+        Ok((salt, material))
+    }
 }
 
 /// Reads a header without its data, which may be on another disk. This is enough for every function in this file.
@@ -37,21 +56,28 @@ impl LockedVolume {
     /// Tries the passphrase on one keyslot, or on all keyslots in their order if `keyslot` is `None`.
     ///
     /// # Errors
-    /// [`LuksError::NoSuchKeyslot`], [`LuksError::WrongPassphraseFor`], [`LuksError::NamedKeyslot`], and the errors of
+    /// [`LuksError::NoSuchKeyslot`], [`LuksError::WrongPassphraseFor`], [`LuksError::Keyslot`], and the errors of
     /// [`LockedVolume::unlock`].
     pub fn unlock_keyslot(
         &self,
         store: &dyn BlockStore,
         keyslot: Option<usize>,
         passphrase: &Passphrase,
-        limits: &Limits,
     ) -> Result<UnlockedVolume, LuksError> {
         let Some(keyslot) = keyslot else { return self.unlock(store, passphrase) };
-        let unlocked = match self {
-            Self::Luks1(volume) => volume.unlock_keyslot(store, keyslot, passphrase),
-            Self::Luks2(volume) => volume.unlock_keyslot(store, keyslot, passphrase, limits),
-        };
-        unlocked.map_err(|error| error.of_named_keyslot(keyslot))
+        self.format().try_keyslot(keyslot, store, passphrase).map_err(|error| error.of_named_keyslot(keyslot))
+    }
+
+    /// Returns the number of the keyslot that [`LockedVolume::add_key`] would write to.
+    ///
+    /// # Errors
+    /// [`LuksError::KeyslotInUse`], [`LuksError::NoRoomForKey`] or [`LuksError::Impossible`] if there is none, and
+    /// [`LuksError::UndecidedKeyslot`] if a LUKS1 keyslot is named whose state is damaged.
+    pub fn free_keyslot(&self, wanted: Option<usize>) -> Result<usize, LuksError> {
+        match self {
+            Self::Luks1(volume) => volume.header().free_keyslot(wanted),
+            Self::Luks2(volume) => volume.header().metadata.free_keyslot(wanted),
+        }
     }
 
     /// Writes `key`, encrypted with a new passphrase, into the named keyslot, or into a free keyslot if none is named. Returns
@@ -69,15 +95,9 @@ impl LockedVolume {
         keyslot: Option<usize>,
         random: Random<'_>,
     ) -> Result<usize, LuksError> {
-        let NewKey { passphrase, kdf, hash } = new;
         match self {
-            Self::Luks1(_) => match kdf {
-                KdfOptions::Pbkdf2 { iterations, .. } => {
-                    luks1::add_key(store, limits, key, passphrase, *iterations, keyslot, random)
-                }
-                _ => Err(LuksError::Luks2Only("key derivation by Argon2")),
-            },
-            Self::Luks2(_) => luks2::add_key(store, limits, key, passphrase, kdf, *hash, keyslot, random),
+            Self::Luks1(_) => luks1::add_key(store, limits, key, new, keyslot, random),
+            Self::Luks2(_) => luks2::add_key(store, limits, key, new, keyslot, random),
         }
     }
 
@@ -100,24 +120,16 @@ impl LockedVolume {
         in_place: bool,
         random: Random<'_>,
     ) -> Result<usize, LuksError> {
-        let NewKey { passphrase, kdf, hash } = new;
         match self {
-            Self::Luks1(_) => match (self.add_key(store, limits, key, new, None, random), kdf) {
-                (Ok(added), _) => {
-                    luks1::remove_key(store, old, false, random)?;
-                    Ok(added)
+            Self::Luks1(_) => match luks1::add_key(store, limits, key, new, None, random) {
+                Ok(added) => luks1::remove_key(store, old, false, random).map(|()| added),
+                Err(LuksError::NoRoomForKey) if in_place => {
+                    luks1::replace_key(store, limits, key, new, old, random).map(|()| old)
                 }
-                (Err(LuksError::NoRoomForKey), KdfOptions::Pbkdf2 { iterations, .. }) if in_place => {
-                    luks1::replace_key(store, limits, key, passphrase, *iterations, old, random)?;
-                    Ok(old)
-                }
-                (Err(LuksError::NoRoomForKey), _) => Err(LuksError::NoRoomToChange(old)),
-                (Err(error), _) => Err(error),
+                Err(LuksError::NoRoomForKey) => Err(LuksError::NoRoomToChange(old)),
+                Err(error) => Err(error),
             },
-            Self::Luks2(_) => {
-                luks2::change_key(store, limits, key, passphrase, kdf, *hash, old, in_place, random)?;
-                Ok(old)
-            }
+            Self::Luks2(_) => luks2::change_key(store, limits, key, new, old, in_place, random).map(|()| old),
         }
     }
 

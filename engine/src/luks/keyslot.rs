@@ -7,16 +7,17 @@ use zeroize::Zeroizing;
 use super::af;
 use super::hash::HashAlgorithm;
 use super::{LuksError, Random};
-use crate::layout::Segment;
-
 use crate::key::{VolumeKey, VolumeKeyError};
+use crate::layout::Segment;
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
-use crate::store::{BlockStore, write_unaligned};
+use crate::store::{BlockStore, read_unaligned, write_unaligned};
 use crate::xts::Xts;
 
 /// The number of stripes that a key is split into. It is the same in all LUKS volumes (specification, "LUKS constants":
 /// `LUKS_STRIPES`).
 pub(super) const STRIPES: usize = 4000;
+/// The length in bytes of a keyslot's salt. cryptsetup reads no other length.
+pub(super) const SALT_LEN: usize = 32;
 
 /// Returns the length of the key material for a key of `key_len` bytes, rounded up to whole sectors.
 pub(super) fn material_len(key_len: usize) -> usize {
@@ -49,12 +50,10 @@ pub(super) fn refuse_iv_beyond_32_bits(segment: &Segment, unit: u64) -> Result<(
     if sectors.div_ceil(unit) <= SHORT_IVS {
         return Ok(());
     }
-    Err(LuksError::Unsupported {
-        what: "cipher",
-        found: format!("{SHORT_IV} with sectors up to number {}", sectors.div_ceil(unit) - 1),
-        supported: "an IV of 32 bits repeats from sector 4294967296 on, which is at 2 TiB with sectors of 512 bytes; it \
-                    supports smaller volumes with aes-xts-plain",
-    })
+    let found = format!("{SHORT_IV} with sectors up to number {}", sectors.div_ceil(unit) - 1);
+    let supported = "an IV of 32 bits repeats from sector 4294967296 on, which is at 2 TiB with sectors of 512 bytes; it \
+                     supports smaller volumes with aes-xts-plain";
+    Err(LuksError::unsupported("cipher", found, supported))
 }
 
 /// Returns the length in bytes of the key of a volume or a keyslot.
@@ -65,11 +64,10 @@ pub(super) fn key_len(cipher: &str, key_bytes: u32) -> Result<usize, LuksError> 
     match (cipher, key_bytes) {
         ("aes-xts-plain64" | SHORT_IV, 32) => Ok(VolumeKey::AES_128),
         ("aes-xts-plain64" | SHORT_IV, 64) => Ok(VolumeKey::AES_256),
-        _ => Err(LuksError::Unsupported {
-            what: "cipher",
-            found: format!("{cipher} with a key of {} bits", u64::from(key_bytes) * 8),
-            supported: SUPPORTED_CIPHERS,
-        }),
+        _ => {
+            let found = format!("{cipher} with a key of {} bits", u64::from(key_bytes) * 8);
+            Err(LuksError::unsupported("cipher", found, SUPPORTED_CIPHERS))
+        }
     }
 }
 
@@ -145,6 +143,33 @@ pub(super) fn damaged_sector(material: &[u8]) -> Option<usize> {
         sector.iter().for_each(|byte| seen[usize::from(*byte)] = true);
         seen.iter().filter(|seen| **seen).count() < 128
     })
+}
+
+/// Returns whether the keyslot at `offset` may still open: its material can be read and does not come from an interrupted
+/// removal.
+pub(super) fn may_open(store: &dyn BlockStore, offset: u64, key_len: usize) -> bool {
+    let mut material = Zeroizing::new(vec![0; material_len(key_len)]);
+    read_unaligned(store, &mut material, offset).is_ok() && damaged_sector(&material).is_none()
+}
+
+/// Returns the number of the keyslot for a new key: `wanted`, or the first free keyslot. `check` returns why a keyslot is not
+/// free.
+///
+/// # Errors
+/// The error of `check`, [`LuksError::NoRoomForKey`], or [`LuksError::Impossible`] if the format has fewer keyslots.
+pub(super) fn free(
+    wanted: Option<usize>,
+    format: &str,
+    count: usize,
+    check: impl Fn(usize) -> Result<(), LuksError>,
+) -> Result<usize, LuksError> {
+    match wanted {
+        None => (0..count).find(|keyslot| check(*keyslot).is_ok()).ok_or(LuksError::NoRoomForKey),
+        Some(keyslot) if keyslot < count => check(keyslot).map(|()| keyslot),
+        Some(keyslot) => {
+            Err(LuksError::impossible("keyslot", keyslot, format!("{format} has keyslots 0 to {}", count - 1)))
+        }
+    }
 }
 
 #[cfg(test)]

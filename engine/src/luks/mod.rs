@@ -23,6 +23,7 @@ mod keyslot;
 mod limits;
 pub mod luks1;
 pub mod luks2;
+mod opening;
 pub mod plain;
 mod remaining;
 mod repair;
@@ -32,9 +33,11 @@ use std::io;
 
 use ::uuid::Uuid;
 
+use opening::Keyslots;
+
 pub use backup::Backup;
 pub use disks::{DataDisk, Disks};
-pub use error::{KeyslotFault, LuksError};
+pub use error::{KeyslotFault, LuksError, Others, Unsupported};
 pub use format::{PendingFormat, abandon_unfinished, is_abandoned};
 pub use hash::HashAlgorithm;
 pub use keys::{NewKey, read_for_keys};
@@ -133,8 +136,7 @@ impl LockedVolume {
     ///
     /// # Errors
     /// [`LuksError::WrongPassphrase`] or [`LuksError::WrongPassphraseBesideIgnored`] if the passphrase opens no keyslot.
-    /// [`LuksError::DamagedKeyslot`], [`LuksError::UnreadableKeyslot`] and others if it opens no keyslot and not all keyslots
-    /// could be tried.
+    /// [`LuksError::Keyslot`] and others if it opens no keyslot and not all keyslots could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         match self {
             Self::Luks1(volume) => volume.unlock(store, passphrase),
@@ -142,12 +144,17 @@ impl LockedVolume {
         }
     }
 
+    /// Returns the keyslots, which open in the same way in both formats.
+    fn format(&self) -> &dyn Keyslots {
+        match self {
+            Self::Luks1(volume) => &**volume,
+            Self::Luks2(volume) => &**volume,
+        }
+    }
+
     /// Returns where the data lies.
     pub fn segment(&self) -> Segment {
-        match self {
-            Self::Luks1(volume) => volume.segment(),
-            Self::Luks2(volume) => volume.segment(),
-        }
+        self.format().lock().segment
     }
 
     /// Returns the UUID that the volume was given when it was formatted.
@@ -160,10 +167,7 @@ impl LockedVolume {
 
     /// Returns the length of the volume key in bits, with both halves counted: 512 for AES-256-XTS, 256 for AES-128-XTS.
     pub fn key_bits(&self) -> usize {
-        match self {
-            Self::Luks1(volume) => volume.key_bits(),
-            Self::Luks2(volume) => volume.key_bits(),
-        }
+        self.format().lock().key_len * 8
     }
 }
 

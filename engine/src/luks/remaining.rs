@@ -1,6 +1,6 @@
 //! Finds the keyslots that hold the volume key. Tries a passphrase on all of them, or on all except one that is to be removed.
 
-use super::{DataDisk, Limits, LockedVolume, LuksError, UnlockedVolume, luks1, luks2};
+use super::{DataDisk, LockedVolume, LuksError, UnlockedVolume, luks1, luks2};
 use crate::key::Passphrase;
 use crate::store::BlockStore;
 
@@ -40,13 +40,8 @@ impl LockedVolume {
     ///
     /// # Errors
     /// See [`LockedVolume::unlock`].
-    pub fn unlock_any(
-        &self,
-        store: &dyn BlockStore,
-        passphrase: &Passphrase,
-        limits: &Limits,
-    ) -> Result<UnlockedVolume, LuksError> {
-        self.with_every_keyslot_but(None, limits)?.unlock(store, passphrase)
+    pub fn unlock_any(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
+        self.with_every_keyslot_but(None)?.unlock(store, passphrase)
     }
 
     /// Tries the passphrase as [`LockedVolume::unlock_any`] does, on every keyslot except `keyslot`. If it opens one of them,
@@ -59,17 +54,17 @@ impl LockedVolume {
         store: &dyn BlockStore,
         keyslot: usize,
         passphrase: &Passphrase,
-        limits: &Limits,
     ) -> Result<UnlockedVolume, LuksError> {
         if self.keyslots().iter().all(|id| *id == keyslot) {
             return Err(LuksError::LastKeyslot(keyslot));
         }
-        self.with_every_keyslot_but(Some(keyslot), limits)?.unlock(store, passphrase)
+        self.with_every_keyslot_but(Some(keyslot))?.unlock(store, passphrase)
     }
 
     /// Returns the volume without the keyslot `but`. None of the other keyslots is ignored. Their total cost is bounded as for
     /// every volume.
-    fn with_every_keyslot_but(&self, but: Option<usize>, limits: &Limits) -> Result<Self, LuksError> {
+    fn with_every_keyslot_but(&self, but: Option<usize>) -> Result<Self, LuksError> {
+        let limits = &self.format().lock().limits;
         // Only keys are tried, so the place of the data does not matter.
         let anywhere = DataDisk { len: u64::MAX, is_detached: true };
         match self {

@@ -7,10 +7,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use engine::key::Passphrase;
-use engine::luks::luks2::{self, Kdf, KdfOptions};
-use engine::luks::{self, Dump, Limits, LockedVolume, LuksError, NewKey, UnlockedVolume};
+use engine::luks::kdf::KdfOptions;
+use engine::luks::{self, Dump, Limits, LockedVolume, LuksError, NewKey, UnlockedVolume, luks2};
 use engine::store::{Access, Caching, FileStore};
-use engine::text::{human, printable};
+use engine::text::printable;
 use serde_json::{Value, json};
 
 use super::advice::Settings;
@@ -328,27 +328,13 @@ fn add(args: &Add) -> Result<usize> {
     passphrase::refuse_both_on_standard_input(opener.key_file.as_deref(), args.new_key_file.as_deref())?;
     let (configured, limits) = opener.load()?;
     let (disk, volume) = header.read(&limits)?;
-    refuse_unless_room(&volume, args.key_slot)?;
+    volume.free_keyslot(args.key_slot)?;
     let passphrase = opener.passphrase(configured.as_ref(), &disk, header)?;
     let unlocked = opener.opened(configured.as_ref(), &passphrase, |passphrase| volume.unlock(&disk, passphrase))?;
     let new = passphrase::new(args.new_key_file.as_deref(), header.path(), "--new-key-file")?;
     let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
     let _lock = header.lock(&disk, &volume, &limits)?;
     Ok(volume.add_key(&disk, &limits, &unlocked.key, &new, args.key_slot, &mut random::fill)?)
-}
-
-/// Fails if there is no keyslot for a new key. This is checked before anybody types the new passphrase.
-fn refuse_unless_room(volume: &LockedVolume, wanted: Option<usize>) -> Result<()> {
-    let most = match volume {
-        LockedVolume::Luks1(_) => 8,
-        LockedVolume::Luks2(_) => 32,
-    };
-    match wanted {
-        Some(slot) if is_in_use(volume, slot) => Err(LuksError::KeyslotInUse(slot).into()),
-        Some(slot) if slot >= most => bail!("there is no keyslot {slot}: the volume has keyslots 0 to {}", most - 1),
-        None if (0..most).all(|slot| is_in_use(volume, slot)) => Err(LuksError::NoRoomForKey.into()),
-        _ => Ok(()),
-    }
 }
 
 fn change(args: &Change) -> Result<usize> {
@@ -368,9 +354,8 @@ fn change(args: &Change) -> Result<usize> {
         return Err(LuksError::NoSuchKeyslot(slot).into());
     }
     let old = opener.passphrase(configured.as_ref(), &disk, header)?;
-    let unlocked = opener.opened(configured.as_ref(), &old, |passphrase| {
-        volume.unlock_keyslot(&disk, args.key_slot, passphrase, &limits)
-    })?;
+    let unlocked = opener
+        .opened(configured.as_ref(), &old, |passphrase| volume.unlock_keyslot(&disk, args.key_slot, passphrase))?;
     if !args.force {
         let advice = "Add the new passphrase in another keyslot (`nbdcrypt key add`)";
         refuse_what_kms_keeps(&disk, unlocked.keyslot, "with another passphrase there", advice)?;
@@ -406,7 +391,7 @@ fn remove(args: &Remove) -> Result<usize> {
         Some(slot) => {
             refuse_what_up_needs(slot)?;
             if !args.force {
-                prove_another_key(args, slot, configured.as_ref(), &disk, &volume, &limits)?;
+                prove_another_key(args, slot, configured.as_ref(), &disk, &volume)?;
             }
             slot
         }
@@ -439,7 +424,6 @@ fn prove_another_key(
     configured: Option<&KeyConfig>,
     disk: &FileStore,
     volume: &LockedVolume,
-    limits: &Limits,
 ) -> Result<()> {
     if !is_in_use(volume, slot) {
         return Err(LuksError::NoSuchKeyslot(slot).into());
@@ -457,7 +441,7 @@ fn prove_another_key(
     let name = args.header.name();
     let question = format!("Passphrase of another keyslot of {name}, which stays: ");
     let passphrase = args.opener.passphrase_asked_as(configured, disk, question)?;
-    let Err(error) = volume.unlock_other(disk, slot, &passphrase, limits) else { return Ok(()) };
+    let Err(error) = volume.unlock_other(disk, slot, &passphrase) else { return Ok(()) };
     if !is_wrong_passphrase(&error) {
         let explained = opening::explained(error, None, &passphrase, |_| Err(LuksError::WrongPassphrase));
         return Err(
@@ -468,10 +452,10 @@ fn prove_another_key(
         "Give a passphrase that does (`nbdcrypt key test {name}` shows which keyslot a passphrase opens), or use \
          --force to remove the keyslot without proof"
     );
-    if volume.unlock_keyslot(disk, Some(slot), &passphrase, limits).is_ok() {
+    if volume.unlock_keyslot(disk, Some(slot), &passphrase).is_ok() {
         bail!("the passphrase opens only keyslot {slot}, which is to be removed, and none that would remain. {advice}");
     }
-    let keyslot = |other: &Passphrase| volume.unlock_other(disk, slot, other, limits).map(|unlocked| unlocked.keyslot);
+    let keyslot = |other: &Passphrase| volume.unlock_other(disk, slot, other).map(|unlocked| unlocked.keyslot);
     let hint = args.opener.file(configured).and_then(|file| opening::newline_hint(&file, &passphrase, keyslot));
     bail!(
         "keyslot {slot} is not removed: the passphrase opens no other keyslot, so it does not prove that a key remains. {}",
@@ -513,8 +497,8 @@ fn test(args: &Test, name: &str) -> Result<()> {
     }
     let passphrase = opener.passphrase(configured.as_ref(), &disk, header)?;
     let opens = |passphrase: &Passphrase| match args.key_slot {
-        None => volume.unlock_any(&disk, passphrase, &limits),
-        named => volume.unlock_keyslot(&disk, named, passphrase, &limits),
+        None => volume.unlock_any(&disk, passphrase),
+        named => volume.unlock_keyslot(&disk, named, passphrase),
     };
     match opens(&passphrase) {
         Ok(unlocked) => {
@@ -625,15 +609,7 @@ fn rows(dump: &Dump) -> Vec<Value> {
         }
         Dump::Luks2(header) => {
             let row = |(id, slot): (&u32, &luks::luks2::Keyslot)| {
-                let kdf = match slot.opening.as_ref().map(|(kdf, _)| kdf) {
-                    Some(Kdf::Pbkdf2 { hash, iterations, .. }) => format!("pbkdf2-{hash}, {iterations} iterations"),
-                    Some(Kdf::Argon2 { is_id, time, memory, cpus, .. }) => {
-                        let name = if *is_id { "argon2id" } else { "argon2i" };
-                        format!("{name}, {time} passes, {}, {cpus} lanes", human(u64::from(*memory) << 10))
-                    }
-                    Some(Kdf::Other(name)) => name.clone(),
-                    None => slot.kind.clone(),
-                };
+                let kdf = slot.opening.as_ref().map_or_else(|| slot.kind.clone(), |(kdf, _)| kdf.to_string());
                 json!({
                     "keyslot": id,
                     "priority": slot.priority.to_string(),

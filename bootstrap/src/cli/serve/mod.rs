@@ -380,8 +380,7 @@ fn open(args: &Args, found: Found<'_>, key_file: Option<&Path>, passphrase: &Pas
     let (key, segment) = match kind {
         FoundKind::Luks { header, header_path, locked } => {
             let disk = header.as_deref().map_or(store.as_ref(), |header| header as &dyn BlockStore);
-            let limits = args.limits.limits();
-            let opens = |passphrase: &Passphrase| locked.unlock_keyslot(disk, args.key_slot, passphrase, &limits);
+            let opens = |passphrase: &Passphrase| locked.unlock_keyslot(disk, args.key_slot, passphrase);
             let unlocked = opens(passphrase).map_err(|error| {
                 let keyslot = |other: &Passphrase| opens(other).map(|unlocked| unlocked.keyslot);
                 opening::explained(error, key_file.map(passphrase::key_file).as_ref(), passphrase, keyslot)

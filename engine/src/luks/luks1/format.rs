@@ -4,12 +4,13 @@ use std::num::NonZeroU32;
 
 use uuid::Uuid;
 
-use super::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, KeyslotState, SALT_LEN, digest_of};
+use super::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, KeyslotState, SALT_LEN};
 use crate::key::{Passphrase, VolumeKey};
 use crate::layout::Segment;
 use crate::luks::format::{HeaderImage, PendingFormat, begin_format};
 use crate::luks::hash::HashAlgorithm;
-use crate::luks::{Disks, LuksError, Random, kdf, keyslot};
+use crate::luks::kdf::{self, KdfOptions};
+use crate::luks::{Disks, LuksError, NewKey, Random, keyslot};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
 use crate::text::bytes;
 
@@ -100,16 +101,14 @@ fn image(
 ) -> Result<HeaderImage, LuksError> {
     let Options { hash, keyslot_iterations, digest_iterations, uuid, .. } = *options;
     let key_len = key.expose().len();
-    let material_len = keyslot::material_len(key_len);
     let spacing = spacing(key_len);
 
-    let mut slot_salt = [0; SALT_LEN];
+    let kdf = KdfOptions::Pbkdf2 { hash, iterations: keyslot_iterations };
+    let (slot_salt, material) = NewKey { passphrase, kdf, hash }.seal(key, random)?;
     let mut digest_salt = [0; SALT_LEN];
-    random(&mut slot_salt).map_err(LuksError::Random)?;
     random(&mut digest_salt).map_err(LuksError::Random)?;
-    let mut slot_key = kdf::pbkdf2(hash, passphrase.expose(), &slot_salt, keyslot_iterations, key_len);
-    let slot_key = VolumeKey::new(std::mem::take(&mut *slot_key))?;
-    let material = keyslot::seal(hash, &slot_key, key.expose(), random).map_err(LuksError::Random)?;
+    let mut digest = [0; DIGEST_LEN];
+    digest.copy_from_slice(&kdf::pbkdf2(hash, key.expose(), &digest_salt, digest_iterations, DIGEST_LEN));
 
     let mut image = vec![0; KEYSLOT_ALIGNMENT + spacing * KEYSLOTS];
     let mut offset = KEYSLOT_ALIGNMENT;
@@ -124,11 +123,10 @@ fn image(
         offset += spacing;
         slot
     });
-    image[KEYSLOT_ALIGNMENT..][..material_len].copy_from_slice(&material);
+    image[KEYSLOT_ALIGNMENT..][..material.len()].copy_from_slice(&material);
     for slot in 1..KEYSLOTS {
-        random(&mut image[KEYSLOT_ALIGNMENT + slot * spacing..][..material_len]).map_err(LuksError::Random)?;
+        random(&mut image[KEYSLOT_ALIGNMENT + slot * spacing..][..material.len()]).map_err(LuksError::Random)?;
     }
-    let digest: [u8; DIGEST_LEN] = digest_of(hash, key.expose(), &digest_salt, digest_iterations);
     let header = Header {
         cipher_name: "aes".to_owned(),
         cipher_mode: "xts-plain64".to_owned(),

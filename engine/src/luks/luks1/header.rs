@@ -3,7 +3,7 @@
 use zerocopy::byteorder::big_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::luks::keyslot::{STRIPES, material_len};
+use crate::luks::keyslot::{self, STRIPES, material_len};
 use crate::luks::{HeaderUuid, LuksError};
 use crate::sector::LBA_UNIT;
 
@@ -16,7 +16,7 @@ pub const KEYSLOTS: usize = 8;
 /// `LUKS_DIGESTSIZE`.
 pub const DIGEST_LEN: usize = 20;
 /// `LUKS_SALTSIZE`.
-pub const SALT_LEN: usize = 32;
+pub const SALT_LEN: usize = keyslot::SALT_LEN;
 
 const VERSION: u16 = 1;
 /// `LUKS_KEY_ENABLED`.
@@ -207,6 +207,18 @@ impl Header {
         }
     }
 
+    /// Returns the number of the keyslot for a new key: `wanted`, or the first free keyslot.
+    ///
+    /// # Errors
+    /// See [`keyslot::free`].
+    pub(in crate::luks) fn free_keyslot(&self, wanted: Option<usize>) -> Result<usize, LuksError> {
+        keyslot::free(wanted, "LUKS1", KEYSLOTS, |index| match self.keyslots[index].state {
+            KeyslotState::Disabled => Ok(()),
+            KeyslotState::Enabled => Err(LuksError::KeyslotInUse(index)),
+            KeyslotState::Undecided(state) => Err(LuksError::UndecidedKeyslot { keyslot: index, state }),
+        })
+    }
+
     /// Returns the cipher and its mode, as dm-crypt spells them.
     pub fn cipher(&self) -> String {
         format!("{}-{}", self.cipher_name, self.cipher_mode)
@@ -260,6 +272,11 @@ impl Keyslot {
     /// Returns whether the keyslot is in use.
     pub fn is_enabled(&self) -> bool {
         self.state == KeyslotState::Enabled
+    }
+
+    /// Returns the offset of the key material in bytes.
+    pub(super) fn material_at(&self) -> u64 {
+        u64::from(self.material_offset) * LBA_UNIT
     }
 
     fn parse(index: usize, raw: &RawKeyslot) -> Result<Self, LuksError> {

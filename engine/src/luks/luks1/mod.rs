@@ -9,11 +9,6 @@ mod header;
 mod keys;
 mod repair;
 
-use std::num::NonZeroU32;
-
-use subtle::ConstantTimeEq;
-use zeroize::Zeroizing;
-
 pub(super) use format::data_offset;
 pub use format::{Options, begin, header_len};
 pub use header::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, KeyslotState, SALT_LEN};
@@ -21,11 +16,12 @@ pub use keys::{add_key, remove_key, replace_key};
 pub use repair::{Fix, repair};
 
 use super::hash::HashAlgorithm;
-use super::limits::{Budget, Work};
-use super::{DataDisk, Disks, Limits, LuksError, UnlockedVolume, kdf, keyslot};
+use super::kdf::KdfOptions;
+use super::limits::Budget;
+use super::opening::{KeyDigest, Keyslots, Lock, Opening, Order};
+use super::{DataDisk, Disks, KeyslotFault, Limits, LuksError, UnlockedVolume, keyslot};
+use crate::key::Passphrase;
 use crate::layout::Segment;
-
-use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
 use crate::signature::is_unfinished;
 use crate::store::{BlockStore, read_unaligned};
@@ -35,52 +31,20 @@ use crate::store::{BlockStore, read_unaligned};
 pub struct Locked {
     header: Header,
     hash: HashAlgorithm,
-    key_len: usize,
-    digest_iterations: NonZeroU32,
-    segment: Segment,
-    /// For each keyslot, the reason why it is never tried, if there is one.
-    faults: [Option<SlotFault>; KEYSLOTS],
-    /// The first keyslot that is tried only if it is named, because the keyslots before it cost too much.
-    beyond_budget: Option<usize>,
+    lock: Lock,
 }
 
-/// Why one keyslot cannot be tried while the rest of the header is valid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum SlotFault {
-    Undecided(u32),
-    NoIterations,
-    TooManyIterations { found: u32, limit: u32 },
-}
-
-impl SlotFault {
-    fn of(index: usize, slot: &Keyslot, limits: &Limits) -> Option<Self> {
-        match slot.state {
-            KeyslotState::Disabled => None,
-            KeyslotState::Undecided(word) => Some(Self::Undecided(word)),
-            KeyslotState::Enabled => match limits.iterations(|| field(index), slot.iterations) {
-                Ok(_) => None,
-                Err(LuksError::TooManyIterations { found, limit, .. }) => {
-                    Some(Self::TooManyIterations { found, limit })
-                }
-                Err(_) => Some(Self::NoIterations),
-            },
-        }
+/// Reads the sectors with the header, which may belong to any program.
+///
+/// # Errors
+/// [`LuksError::NotLuks`] if the disk is too short, and [`LuksError::Unfinished`].
+fn first_sectors(store: &dyn BlockStore) -> Result<[u8; 1024], LuksError> {
+    let mut sectors = [0; 1024];
+    if store.len() < sectors.len() as u64 {
+        return Err(LuksError::NotLuks);
     }
-
-    fn error(self, index: usize) -> LuksError {
-        match self {
-            Self::Undecided(state) => LuksError::UndecidedKeyslot { keyslot: index, state },
-            Self::NoIterations => LuksError::NoIterations(index),
-            Self::TooManyIterations { found, limit } => {
-                LuksError::TooManyIterations { field: field(index), found, limit }
-            }
-        }
-    }
-}
-
-/// Returns the name of the field with the iterations of a keyslot.
-fn field(index: usize) -> String {
-    format!("iterations of keyslot {index}")
+    read_unaligned(store, &mut sectors, 0)?;
+    if is_unfinished(&sectors) { Err(LuksError::Unfinished) } else { Ok(sectors) }
 }
 
 /// Reads the header in order to show it. The header may name any cipher.
@@ -88,14 +52,7 @@ fn field(index: usize) -> String {
 /// # Errors
 /// [`LuksError`] if there is no header or it is corrupt.
 pub fn read_header(store: &dyn BlockStore) -> Result<Header, LuksError> {
-    let mut bytes = [0; 1024];
-    if store.len() < bytes.len() as u64 {
-        return Err(LuksError::NotLuks);
-    }
-    read_unaligned(store, &mut bytes, 0)?;
-    if is_unfinished(&bytes) {
-        return Err(LuksError::Unfinished);
-    }
+    let bytes = first_sectors(store)?;
     let header = Header::parse(&bytes)?;
     // As in cryptsetup, a header whose key material is cut off is not valid.
     let needed = header.end_of_keyslots();
@@ -113,7 +70,7 @@ pub fn read_header(store: &dyn BlockStore) -> Result<Header, LuksError> {
 pub fn read<'d>(disks: impl Into<Disks<'d>>, limits: &Limits) -> Result<Locked, LuksError> {
     let disks = disks.into();
     let locked = Locked::new(read_header(disks.header())?, disks.data_disk(), limits)?;
-    keyslot::refuse_short_iv(&locked.header.cipher(), &locked.segment)?;
+    keyslot::refuse_short_iv(&locked.header.cipher(), &locked.lock.segment)?;
     Ok(locked)
 }
 
@@ -125,26 +82,17 @@ impl Locked {
     /// too small.
     pub fn new(header: Header, disk: DataDisk, limits: &Limits) -> Result<Self, LuksError> {
         let key_len = keyslot::key_len(&header.cipher(), header.key_bytes)?;
-        let hash = HashAlgorithm::from_name(&header.hash_spec).ok_or_else(|| LuksError::Unsupported {
-            what: "hash",
-            found: header.hash_spec.clone(),
-            supported: HashAlgorithm::SUPPORTED,
-        })?;
-        let digest_iterations = limits.iterations(|| "mk-digest-iter".to_owned(), header.digest_iterations)?;
-        let (mut budget, mut beyond_budget) = (Budget::default(), None);
-        let faults = std::array::from_fn(|index| SlotFault::of(index, &header.keyslots[index], limits));
-        let used = || header.keyslots.iter().enumerate().filter(|(_, slot)| slot.state != KeyslotState::Disabled);
-        let first_fault = used().find_map(|(index, _)| faults[index].map(|fault| fault.error(index)));
-        if let Some(error) = first_fault.filter(|_| used().all(|(index, _)| faults[index].is_some())) {
+        let hash = header.hash()?;
+        let digest = header.key_digest(hash, limits)?;
+        let used = (0..KEYSLOTS).filter(|index| header.keyslots[*index].state != KeyslotState::Disabled);
+        let mut openings: Vec<_> = used.map(|index| (index, header.opening(index, hash, key_len, limits))).collect();
+        // If no keyslot can be tried, the first error says why.
+        if openings.iter().all(|(_, opening)| opening.is_err())
+            && let Some((_, Err(error))) = openings.drain(..).next()
+        {
             return Err(error);
         }
-        for (index, slot) in used().filter(|(index, _)| faults[*index].is_none()) {
-            let iterations = limits.iterations(|| field(index), slot.iterations)?;
-            let digest = Work::of_pbkdf2(limits, hash, digest_iterations, DIGEST_LEN);
-            if !budget.spend(Work::of_pbkdf2(limits, hash, iterations, key_len).and(digest)) {
-                beyond_budget = beyond_budget.or(Some(index));
-            }
-        }
+        let order = Order::new(openings, &digest, limits, &mut Budget::default());
         if header.payload_offset == 0 && !disk.is_detached {
             return Err(LuksError::Detached);
         }
@@ -154,79 +102,17 @@ impl Locked {
             return Err(LuksError::TooSmall { needed: offset + LBA_UNIT, available: disk.len });
         }
         let segment = Segment { offset, len, sector_size: SectorSize::B512, iv_start: Lba512(0) };
-        Ok(Self { header, hash, key_len, digest_iterations, segment, faults, beyond_budget })
+        Ok(Self { header, hash, lock: Lock { segment, key_len, digest, order, limits: *limits } })
     }
 
     /// Tries the passphrase on the keyslots, in their order.
     ///
     /// # Errors
-    /// - [`LuksError::WrongPassphrase`] if it opens no keyslot.
-    /// - [`LuksError::DamagedKeyslot`], [`LuksError::UnreadableKeyslot`], [`LuksError::UndecidedKeyslot`],
-    ///   [`LuksError::NoIterations`], [`LuksError::Corrupt`], [`LuksError::TooManyIterations`] or
-    ///   [`LuksError::TooMuchWork`] if it opens no keyslot and not all could be tried.
-    /// - [`LuksError::NoKeyslot`] if none is in use.
+    /// [`LuksError::WrongPassphrase`] if it opens no keyslot. [`LuksError::Keyslot`], [`LuksError::UndecidedKeyslot`],
+    /// [`LuksError::TooManyIterations`] or [`LuksError::TooMuchWork`] if it opens no keyslot and not all could be tried.
+    /// [`LuksError::NoKeyslot`] if none is in use.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
-        let mut refusal = LuksError::NoKeyslot;
-        for (keyslot, slot) in self.header.keyslots.iter().enumerate() {
-            if slot.state == KeyslotState::Disabled {
-                continue;
-            }
-            if self.beyond_budget == Some(keyslot) {
-                return Err(LuksError::TooMuchWork { keyslot });
-            }
-            match self.unlock_keyslot(store, keyslot, passphrase) {
-                // If one keyslot could not be tried, that error is returned instead of `WrongPassphrase`.
-                Err(error @ LuksError::WrongPassphrase) => {
-                    if let LuksError::NoKeyslot = refusal {
-                        refusal = error;
-                    }
-                }
-                Err(
-                    error @ (LuksError::DamagedKeyslot { .. }
-                    | LuksError::UnreadableKeyslot { .. }
-                    | LuksError::UndecidedKeyslot { .. }
-                    | LuksError::NoIterations(_)
-                    | LuksError::Corrupt { .. }
-                    | LuksError::TooManyIterations { .. }),
-                ) => {
-                    if matches!(refusal, LuksError::NoKeyslot | LuksError::WrongPassphrase) {
-                        refusal = error;
-                    }
-                }
-                result => return result,
-            }
-        }
-        Err(refusal)
-    }
-
-    /// Tries the passphrase on one keyslot.
-    ///
-    /// # Errors
-    /// [`LuksError::NoSuchKeyslot`], and the errors of [`Locked::unlock`].
-    pub fn unlock_keyslot(
-        &self,
-        store: &dyn BlockStore,
-        keyslot: usize,
-        passphrase: &Passphrase,
-    ) -> Result<UnlockedVolume, LuksError> {
-        if let Some(fault) = self.faults.get(keyslot).copied().flatten() {
-            return Err(fault.error(keyslot));
-        }
-        let slot = self.header.enabled_keyslot(keyslot)?;
-        let mut material = Zeroizing::new(vec![0; keyslot::material_len(self.key_len)]);
-        read_unaligned(store, &mut material, u64::from(slot.material_offset) * LBA_UNIT)
-            .map_err(|source| LuksError::UnreadableKeyslot { keyslot, source })?;
-        let damaged = keyslot::damaged_sector(&material);
-        if let Some(key) = self.try_keyslot(slot, &mut material, passphrase)? {
-            return Ok(UnlockedVolume { key, segment: self.segment, keyslot });
-        }
-        // This comes after the attempt, because key material that looks damaged may still be correct.
-        Err(match damaged {
-            Some(sector) => {
-                LuksError::DamagedKeyslot { keyslot, sector: u64::from(slot.material_offset) + sector as u64 }
-            }
-            None => LuksError::WrongPassphrase,
-        })
+        self.try_in_order(store, passphrase, LuksError::NoKeyslot)
     }
 
     /// Returns the header.
@@ -234,43 +120,53 @@ impl Locked {
         &self.header
     }
 
-    /// Returns where the data lies.
-    pub fn segment(&self) -> Segment {
-        self.segment
-    }
-
     /// Returns the hash that all keyslots use.
     pub fn hash(&self) -> HashAlgorithm {
         self.hash
     }
+}
 
-    /// Returns the length of the volume key in bits, with both halves counted.
-    pub fn key_bits(&self) -> usize {
-        self.key_len * 8
+impl Keyslots for Locked {
+    fn lock(&self) -> &Lock {
+        &self.lock
     }
 
-    fn try_keyslot(
-        &self,
-        slot: &Keyslot,
-        material: &mut [u8],
-        passphrase: &Passphrase,
-    ) -> Result<Option<VolumeKey>, LuksError> {
-        let Some(iterations) = NonZeroU32::new(slot.iterations) else {
-            return Ok(None);
-        };
-        let slot_key = kdf::pbkdf2(self.hash, passphrase.expose(), &slot.salt, iterations, self.key_len);
-        let mut candidate = keyslot::unseal(self.hash, slot_key, self.key_len, material)?;
-        let digest = digest_of(self.hash, &candidate, &self.header.digest_salt, self.digest_iterations);
-        if !bool::from(digest.ct_eq(&self.header.digest)) {
-            return Ok(None);
-        }
-        Ok(Some(VolumeKey::new(std::mem::take(&mut *candidate))?))
+    fn opening(&self, keyslot: usize) -> Result<Opening, LuksError> {
+        self.header.opening(keyslot, self.hash, self.lock.key_len, &self.lock.limits)
     }
 }
 
-/// Returns `mk-digest = PBKDF2(volume key, mk-digest-salt, mk-digest-iter, LUKS_DIGESTSIZE)`.
-fn digest_of(hash: HashAlgorithm, key: &[u8], salt: &[u8], iterations: NonZeroU32) -> [u8; DIGEST_LEN] {
-    let mut digest = [0; DIGEST_LEN];
-    digest.copy_from_slice(&kdf::pbkdf2(hash, key, salt, iterations, DIGEST_LEN));
-    digest
+impl Header {
+    fn hash(&self) -> Result<HashAlgorithm, LuksError> {
+        HashAlgorithm::supported("hash", &self.hash_spec)
+    }
+
+    /// Returns the digest of the volume key: `PBKDF2(volume key, mk-digest-salt, mk-digest-iter, LUKS_DIGESTSIZE)`.
+    fn key_digest(&self, hash: HashAlgorithm, limits: &Limits) -> Result<KeyDigest, LuksError> {
+        let iterations = limits.iterations(|| "mk-digest-iter".to_owned(), self.digest_iterations)?;
+        Ok(KeyDigest { hash, iterations, salt: self.digest_salt.to_vec(), digest: self.digest.to_vec() })
+    }
+
+    /// Returns how a passphrase opens a keyslot.
+    fn opening(
+        &self,
+        index: usize,
+        hash: HashAlgorithm,
+        key_len: usize,
+        limits: &Limits,
+    ) -> Result<Opening, LuksError> {
+        let slot = self.enabled_keyslot(index)?;
+        if slot.iterations == 0 {
+            return Err(KeyslotFault::NoIterations.of(index));
+        }
+        let iterations = limits.iterations(|| format!("iterations of keyslot {index}"), slot.iterations)?;
+        Ok(Opening {
+            kdf: KdfOptions::Pbkdf2 { hash, iterations },
+            salt: slot.salt.to_vec(),
+            key_len,
+            slot_key_len: key_len,
+            af_hash: hash,
+            offset: slot.material_at(),
+        })
+    }
 }

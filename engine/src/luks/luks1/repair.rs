@@ -11,11 +11,10 @@ use zerocopy::FromBytes;
 
 use super::format::{KEYSLOT_ALIGNMENT, spacing};
 use super::header::{DISABLED, ENABLED, RawHeader, RawKeyslot, SALT_LEN};
-use super::{Header, KEYSLOTS, KeyslotState};
+use super::{Header, KEYSLOTS, KeyslotState, first_sectors};
 use crate::luks::hash::HashAlgorithm;
 use crate::luks::{LuksError, keyslot, printable};
 use crate::sector::LBA_UNIT;
-use crate::signature::is_unfinished;
 use crate::store::{BlockStore, read_unaligned, write_unaligned};
 
 /// The signature at the end of a partition table and of a boot sector, and its offset.
@@ -106,14 +105,7 @@ impl fmt::Display for Fix {
 /// [`LuksError::BeyondRepair`] if a correct value is unknown; the disk is then unchanged. Otherwise
 /// [`LuksError::Store`].
 pub fn repair(store: &dyn BlockStore) -> Result<Vec<Fix>, LuksError> {
-    let mut sectors = [0; 1024];
-    if store.len() < sectors.len() as u64 {
-        return Err(LuksError::NotLuks);
-    }
-    read_unaligned(store, &mut sectors, 0)?;
-    if is_unfinished(&sectors) {
-        return Err(LuksError::Unfinished);
-    }
+    let mut sectors = first_sectors(store)?;
     match Header::parse(&sectors) {
         Ok(header)
             if !has_iv_of_ecb(&header.cipher_mode)

@@ -95,18 +95,17 @@ impl Header {
         if let Some((kdf, af)) = &slot.opening {
             writeln!(f, "\tCipher:     {}", printable(encryption))?;
             writeln!(f, "\tCipher key: {} bits", u64::from(*key_size) * 8)?;
+            writeln!(f, "\tPBKDF:      {}", printable(kdf.name()))?;
             match kdf {
                 Kdf::Pbkdf2 { hash, iterations, salt } => {
-                    let hash = printable(hash);
-                    writeln!(f, "\tPBKDF:      pbkdf2\n\tHash:       {hash}\n\tIterations: {iterations}")?;
+                    writeln!(f, "\tHash:       {}\n\tIterations: {iterations}", printable(hash))?;
                     write_bytes(f, "Salt:   ", salt)?;
                 }
-                Kdf::Argon2 { is_id, time, memory, cpus, salt } => {
-                    writeln!(f, "\tPBKDF:      {}", if *is_id { "argon2id" } else { "argon2i" })?;
+                Kdf::Argon2 { time, memory, cpus, salt, .. } => {
                     writeln!(f, "\tTime cost:  {time}\n\tMemory:     {memory}\n\tThreads:    {cpus}")?;
                     write_bytes(f, "Salt:   ", salt)?;
                 }
-                Kdf::Other(name) => writeln!(f, "\tPBKDF:      {}", printable(name))?,
+                Kdf::Other(_) => {}
             }
             writeln!(f, "\tAF stripes: {}\n\tAF hash:    {}", af.stripes, printable(&af.hash))?;
         }

@@ -6,21 +6,19 @@ use base64ct::{Base64, Encoding};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
+use super::Keyslot;
 use super::header::{BINARY_LEN, BinaryHeader, Copy, SALT_LEN};
 use super::layout::{Areas, Layout};
+use super::metadata::{CIPHER, area_len};
 use crate::key::{Passphrase, VolumeKey};
 use crate::layout::Segment;
 use crate::luks::format::{HeaderImage, PendingFormat, begin_format};
 use crate::luks::hash::HashAlgorithm;
-use crate::luks::kdf::{self, Argon2Cost, Argon2Error};
-use crate::luks::{Disks, LuksError, Random, keyslot};
+use crate::luks::kdf::{self, KdfOptions};
+use crate::luks::{Disks, LuksError, NewKey, Random, keyslot};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
 use crate::text::bytes;
 
-/// Keyslot areas begin and end on multiples of this number of bytes.
-pub(super) const AREA_ALIGNMENT: usize = 4096;
-pub(super) const SLOT_SALT_LEN: usize = 32;
-pub(super) const CIPHER: &str = "aes-xts-plain64";
 /// The maximum length of a label in bytes, without the NUL at its end.
 const MAX_LABEL: usize = 47;
 
@@ -46,22 +44,6 @@ pub struct Options {
     pub layout: Layout,
     /// The tokens, numbered from 0: JSON objects with a `type` and a list `keyslots`. The only keyslot is `"0"`.
     pub tokens: Vec<Value>,
-}
-
-/// How a keyslot's key is derived from a passphrase.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KdfOptions {
-    /// PBKDF2, for a passphrase that cannot be guessed, such as one from a key source. See [`kdf::calibrate`].
-    Pbkdf2 {
-        /// The hash.
-        hash: HashAlgorithm,
-        /// The iterations.
-        iterations: NonZeroU32,
-    },
-    /// Argon2id, for a passphrase that a person remembers. See [`kdf::calibrate_argon2id`].
-    Argon2id(Argon2Cost),
-    /// Argon2i, which cryptsetup used before version 2.4. Argon2id resists more attacks.
-    Argon2i(Argon2Cost),
 }
 
 /// Returns the default encryption unit of a new volume: 4096 bytes, which costs the least work per byte. If the length
@@ -92,8 +74,7 @@ pub fn check_sector_size(sector_size: SectorSize, disk_len: u64) -> Result<(), L
 /// # Errors
 /// [`LuksError::TooSmall`] or [`LuksError::Impossible`].
 pub(in crate::luks) fn data_offset(options: &Options, key_len: usize, disks: &Disks<'_>) -> Result<u64, LuksError> {
-    let material = keyslot::material_len(key_len).next_multiple_of(AREA_ALIGNMENT);
-    Ok(options.layout.areas(material as u64, disks)?.data)
+    Ok(options.layout.areas(area_len(key_len), disks)?.data)
 }
 
 /// Returns whether the data ends with a whole sector. The data begins at a multiple of 4096 bytes. The kernel counts the length
@@ -120,8 +101,7 @@ pub fn begin<'d>(
         check_label(option, text)?;
     }
     check_sector_size(options.sector_size, disks.data().len())?;
-    let material = keyslot::material_len(key.expose().len()).next_multiple_of(AREA_ALIGNMENT);
-    let areas = options.layout.areas(material as u64, &disks)?;
+    let areas = options.layout.areas(area_len(key.expose().len()), &disks)?;
     let offset = areas.data;
     let unit = options.sector_size.bytes_u64().max(disks.data().alignment() as u64);
     let len = disks.data().len().saturating_sub(offset) / unit * unit;
@@ -155,31 +135,17 @@ fn image(
     // No truncation: all of them are a few MiB at most.
     let [header_len, image_len] = [metadata, 2 * metadata + keyslots].map(|len| usize::try_from(len).unwrap_or(0));
     let key_len = key.expose().len();
-    let mut slot_salt = [0; SLOT_SALT_LEN];
-    let mut digest_salt = [0; SLOT_SALT_LEN];
-    random(&mut slot_salt).map_err(LuksError::Random)?;
+    let new = NewKey { passphrase, kdf: options.kdf, hash: options.hash };
+    let (slot_salt, material) = new.seal(key, random)?;
+    let mut digest_salt = [0; keyslot::SALT_LEN];
     random(&mut digest_salt).map_err(LuksError::Random)?;
-    let slot_key = slot_key(&options.kdf, passphrase, &slot_salt, key_len)?;
-    let material = keyslot::seal(options.hash, &slot_key, key.expose(), random).map_err(LuksError::Random)?;
     let digest_len = options.hash.output_len();
     let digest = kdf::pbkdf2(options.hash, key.expose(), &digest_salt, options.digest_iterations, digest_len);
 
     let tokens: Map<String, Value> =
         options.tokens.iter().enumerate().map(|(id, token)| (id.to_string(), token.clone())).collect();
     let json = json!({
-        "keyslots": { "0": {
-            "type": "luks2",
-            "key_size": key_len,
-            "af": { "type": "luks1", "stripes": keyslot::STRIPES, "hash": options.hash.name() },
-            "area": {
-                "type": "raw",
-                "offset": (2 * metadata).to_string(),
-                "size": material.len().next_multiple_of(AREA_ALIGNMENT).to_string(),
-                "encryption": CIPHER,
-                "key_size": key_len,
-            },
-            "kdf": kdf_json(&options.kdf, &slot_salt),
-        } },
+        "keyslots": { "0": Keyslot::new(&new, &slot_salt, key_len, 2 * metadata).to_json() },
         "tokens": tokens,
         "segments": { "0": {
             "type": "crypt",
@@ -225,40 +191,4 @@ fn image(
     }
     image[2 * header_len..][..material.len()].copy_from_slice(&material);
     Ok(HeaderImage { bytes: image, secondary: Some(header_len) })
-}
-
-pub(super) fn slot_key(
-    options: &KdfOptions,
-    passphrase: &Passphrase,
-    salt: &[u8],
-    len: usize,
-) -> Result<VolumeKey, LuksError> {
-    let mut key = match *options {
-        KdfOptions::Pbkdf2 { hash, iterations } => kdf::pbkdf2(hash, passphrase.expose(), salt, iterations, len),
-        KdfOptions::Argon2id(cost) | KdfOptions::Argon2i(cost) => {
-            let is_id = matches!(options, KdfOptions::Argon2id(_));
-            kdf::argon2(is_id, passphrase.expose(), salt, cost, len).map_err(|error| match error {
-                Argon2Error::OutOfMemory => LuksError::OutOfMemory { keyslot: 0, kib: cost.memory },
-                Argon2Error::Parameters => {
-                    let rule = "Argon2 needs at least 1 pass, 1 lane and 8 KiB per lane";
-                    LuksError::impossible("the cost", format!("{cost:?}"), rule)
-                }
-            })?
-        }
-    };
-    Ok(VolumeKey::new(std::mem::take(&mut *key))?)
-}
-
-pub(super) fn kdf_json(options: &KdfOptions, salt: &[u8]) -> Value {
-    let salt = Base64::encode_string(salt);
-    match options {
-        KdfOptions::Pbkdf2 { hash, iterations } => {
-            json!({ "type": "pbkdf2", "hash": hash.name(), "iterations": iterations.get(), "salt": salt })
-        }
-        KdfOptions::Argon2id(cost) | KdfOptions::Argon2i(cost) => {
-            let kind = if matches!(options, KdfOptions::Argon2id(_)) { "argon2id" } else { "argon2i" };
-            let Argon2Cost { time, memory, lanes } = cost;
-            json!({ "type": kind, "time": time, "memory": memory, "cpus": lanes, "salt": salt })
-        }
-    }
 }

@@ -296,11 +296,7 @@ impl RawHeader {
             return Err(LuksError::corrupt("hdr_size", header_size.to_string()));
         }
         let name = text("csum_alg", &raw.csum_alg)?;
-        let algorithm = HashAlgorithm::from_name(&name).ok_or(LuksError::Unsupported {
-            what: "checksum",
-            found: name,
-            supported: HashAlgorithm::SUPPORTED,
-        })?;
+        let algorithm = HashAlgorithm::supported("checksum", &name)?;
         Ok((raw, algorithm))
     }
 }

@@ -11,44 +11,38 @@
 //! cryptsetup, key material is overwritten before it disappears from the header. So no interruption leaves key material on
 //! the disk that the header no longer names.
 
-use serde_json::{Value, json};
-use zeroize::Zeroizing;
+use serde_json::Value;
 
-use super::KdfOptions;
-use super::format::{AREA_ALIGNMENT, CIPHER, SLOT_SALT_LEN, kdf_json, slot_key};
-use super::metadata::MAX_OBJECTS;
+use super::Keyslot;
+use super::metadata::{AREA_ALIGNMENT, area_len};
 use super::update::Update;
-use crate::key::{Passphrase, VolumeKey};
-use crate::luks::hash::HashAlgorithm;
-use crate::luks::{Limits, LuksError, Random, keyslot};
-use crate::store::{BlockStore, read_unaligned, write_unaligned};
+use crate::key::VolumeKey;
+use crate::luks::{Limits, LuksError, NewKey, Random, keyslot};
+use crate::store::{BlockStore, write_unaligned};
 
-/// Writes `key`, encrypted with `passphrase`, into the named keyslot, or into a free keyslot if none is named. Returns the
+/// Writes `key`, encrypted with the passphrase of `new`, into the named keyslot, or into a free keyslot if none is named. Returns the
 /// keyslot's number.
 ///
 /// # Errors
 /// [`LuksError::WrongVolumeKey`], [`LuksError::KeyslotInUse`], [`LuksError::NoRoomForKey`] or [`LuksError::MetadataFull`]; the
 /// volume's keys are then unchanged. Otherwise the error of the disk or of `random`.
-#[allow(clippy::too_many_arguments, reason = "the arguments are independent")]
 pub fn add_key(
     store: &dyn BlockStore,
     limits: &Limits,
     key: &VolumeKey,
-    passphrase: &Passphrase,
-    kdf: &KdfOptions,
-    hash: HashAlgorithm,
+    new: &NewKey<'_>,
     wanted: Option<usize>,
     random: Random<'_>,
 ) -> Result<usize, LuksError> {
     let mut update = Update::open(store, random)?;
     let digest = update.digest_of(key, limits)?;
-    let id = free_id(&update, wanted)?;
-    let offset = free_area(&update, material_area(key)).ok_or(LuksError::NoRoomForKey)?;
-    let slot = write_material(&mut update, key, passphrase, kdf, hash, offset)?;
+    let id = update.metadata.free_keyslot(wanted)?;
+    let offset = free_area(&update, area_len(key.expose().len())).ok_or(LuksError::NoRoomForKey)?;
+    let slot = write_material(&mut update, key, new, offset)?;
     let mut json = update.metadata.json.clone();
     insert(&mut json, id, slot, digest);
     update.commit(&json)?;
-    Ok(id as usize)
+    Ok(id)
 }
 
 /// Replaces the passphrase of a keyslot that holds `key`. The keyslot keeps its number, priority and tokens.
@@ -60,14 +54,11 @@ pub fn add_key(
 /// # Errors
 /// [`LuksError::NoRoomToChange`] if there is no room for both keys and `in_place` is false,
 /// [`LuksError::UnboundKeyslot`] if the keyslot holds another key, and the errors of [`add_key`].
-#[allow(clippy::too_many_arguments, reason = "the arguments are independent")]
 pub fn change_key(
     store: &dyn BlockStore,
     limits: &Limits,
     key: &VolumeKey,
-    passphrase: &Passphrase,
-    kdf: &KdfOptions,
-    hash: HashAlgorithm,
+    new: &NewKey<'_>,
     index: usize,
     in_place: bool,
     random: Random<'_>,
@@ -79,14 +70,14 @@ pub fn change_key(
         return Err(LuksError::UnboundKeyslot(index));
     }
     let old_area = update.metadata.keyslots[&id].area.clone();
-    let aside = free_id(&update, None).ok();
-    let size = material_area(key);
+    let aside = update.metadata.free_keyslot(None).ok();
+    let size = area_len(key.expose().len());
     let offset = match free_area(&update, size) {
         Some(offset) => offset,
         None if in_place && old_area.size >= size => old_area.offset,
         None => return Err(LuksError::NoRoomToChange(index)),
     };
-    let slot = write_material(&mut update, key, passphrase, kdf, hash, offset)?;
+    let slot = write_material(&mut update, key, new, offset)?;
     let mut json = update.metadata.json.clone();
     let name = id.to_string();
     let old = json["keyslots"][&name].clone();
@@ -100,16 +91,12 @@ pub fn change_key(
     if let Some(aside) = aside {
         insert(&mut json, aside, old, digest);
         update.commit(&json)?;
+        let aside = existing(&update, aside)?;
         return remove(update, aside);
     }
     update.commit(&json)?;
     // The header no longer contains the old salt. So an interruption from here on leaves nothing that the old passphrase opens.
     keyslot::wipe(update.store, old_area.offset, old_area.size, update.random)
-}
-
-/// Returns the length of the area that a keyslot with `key` takes, in bytes.
-fn material_area(key: &VolumeKey) -> u64 {
-    keyslot::material_len(key.expose().len()).next_multiple_of(AREA_ALIGNMENT) as u64
 }
 
 /// Removes a keyslot, and its number from the lists of all tokens and digests. The last keyslot is removed only with `force`.
@@ -143,9 +130,7 @@ fn is_whole(update: &Update<'_, '_>, id: u32) -> bool {
     else {
         return false;
     };
-    let mut material = Zeroizing::new(vec![0; keyslot::material_len(slot.key_size as usize)]);
-    let read = read_unaligned(update.store, &mut material, slot.area.offset);
-    read.is_ok() && keyslot::damaged_sector(&material).is_none()
+    keyslot::may_open(update.store, slot.area.offset, slot.key_size as usize)
 }
 
 fn remove(mut update: Update<'_, '_>, id: u32) -> Result<(), LuksError> {
@@ -167,7 +152,7 @@ fn remove(mut update: Update<'_, '_>, id: u32) -> Result<(), LuksError> {
     update.commit(&json)
 }
 
-fn insert(json: &mut Value, id: u32, slot: Value, digest: u32) {
+fn insert(json: &mut Value, id: usize, slot: Value, digest: u32) {
     json["keyslots"][id.to_string()] = slot;
     if let Some(list) = json["digests"][digest.to_string()]["keyslots"].as_array_mut() {
         list.push(id.to_string().into());
@@ -178,32 +163,13 @@ fn insert(json: &mut Value, id: u32, slot: Value, digest: u32) {
 fn write_material(
     update: &mut Update<'_, '_>,
     key: &VolumeKey,
-    passphrase: &Passphrase,
-    kdf: &KdfOptions,
-    hash: HashAlgorithm,
+    new: &NewKey<'_>,
     offset: u64,
 ) -> Result<Value, LuksError> {
-    let (key_len, size) = (key.expose().len(), material_area(key));
-    let mut salt = [0; SLOT_SALT_LEN];
-    (update.random)(&mut salt).map_err(LuksError::Random)?;
-    let slot_key = slot_key(kdf, passphrase, &salt, key_len)?;
-    let material = keyslot::seal(hash, &slot_key, key.expose(), update.random).map_err(LuksError::Random)?;
-    let slot = json!({
-        "type": "luks2",
-        "key_size": key_len,
-        "af": { "type": "luks1", "stripes": keyslot::STRIPES, "hash": hash.name() },
-        "area": {
-            "type": "raw",
-            "offset": offset.to_string(),
-            "size": size.to_string(),
-            "encryption": CIPHER,
-            "key_size": key_len,
-        },
-        "kdf": kdf_json(kdf, &salt),
-    });
+    let (salt, material) = new.seal(key, update.random)?;
     write_unaligned(update.store, &material, offset)?;
     update.store.flush()?;
-    Ok(slot)
+    Ok(Keyslot::new(new, &salt, key.expose().len(), offset).to_json())
 }
 
 /// Returns the offset of the first gap between keyslot areas that is large enough. cryptsetup chooses the same gap.
@@ -218,22 +184,9 @@ fn free_area(update: &Update<'_, '_>, size: u64) -> Option<u64> {
         if offset >= free_from + size {
             break;
         }
-        free_from = (offset + len).next_multiple_of(AREA_ALIGNMENT as u64);
+        free_from = (offset + len).next_multiple_of(AREA_ALIGNMENT);
     }
     (free_from + size <= end).then_some(free_from)
-}
-
-fn free_id(update: &Update<'_, '_>, wanted: Option<usize>) -> Result<u32, LuksError> {
-    let is_free = |id: &u32| !update.metadata.keyslots.contains_key(id);
-    let most = MAX_OBJECTS;
-    match wanted {
-        None => (0..most).find(is_free).ok_or(LuksError::NoRoomForKey),
-        Some(index) => match u32::try_from(index) {
-            Ok(id) if id < most && is_free(&id) => Ok(id),
-            Ok(id) if id < most => Err(LuksError::KeyslotInUse(index)),
-            _ => Err(LuksError::impossible("keyslot", index, "LUKS2 has keyslots 0 to 31")),
-        },
-    }
 }
 
 pub(super) fn existing(update: &Update<'_, '_>, index: usize) -> Result<u32, LuksError> {

@@ -14,13 +14,8 @@ mod settings;
 mod tokens;
 mod update;
 
-use std::num::NonZeroU32;
-
-use subtle::ConstantTimeEq;
-use zeroize::Zeroizing;
-
 pub(super) use format::data_offset;
-pub use format::{KdfOptions, Options, begin, check_sector_size, default_sector_size};
+pub use format::{Options, begin, check_sector_size, default_sector_size};
 pub use header::BinaryHeader;
 pub use keys::{add_key, change_key, remove_key};
 pub use label::Label;
@@ -38,14 +33,14 @@ pub use update::{BrokenCopy, HeaderCopy, RefusedCopy, Repaired, broken, overlook
 use header::Copies;
 
 use super::hash::HashAlgorithm;
-use super::kdf::{self, Argon2Cost, Argon2Error};
-use super::limits::{Budget, Work};
+use super::kdf::{Argon2Cost, KdfOptions};
+use super::limits::Budget;
+use super::opening::{KeyDigest, Keyslots, Lock, Opening, Order};
 use super::{DataDisk, Disks, Limits, LuksError, UnlockedVolume, keyslot};
+use crate::key::Passphrase;
 use crate::layout::Segment;
-
-use crate::key::{Passphrase, VolumeKey};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
-use crate::store::{BlockStore, read_unaligned};
+use crate::store::BlockStore;
 
 /// A header, without secrets. nbdcrypt may not support its ciphers and hashes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,75 +55,11 @@ pub struct Header {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Locked {
     header: Header,
-    segment: Segment,
-    key_len: usize,
-    digest: ReadyDigest,
-    /// The keyslots in the order in which they are tried, without the ignored ones.
-    keyslots: Vec<(u32, Result<Opening, Unusable>)>,
+    lock: Lock,
     /// The first keyslot that is tried only if it is named.
     ignored: Option<u32>,
     /// Keyslots that hold a key other than the volume key, each with the digest of that key.
-    unbound: Vec<(u32, Opening, ReadyDigest)>,
-}
-
-/// A digest that nbdcrypt can check: its hash is supported, and its length and iterations are within the limits.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct ReadyDigest {
-    hash: HashAlgorithm,
-    iterations: NonZeroU32,
-    salt: Vec<u8>,
-    digest: Vec<u8>,
-}
-
-/// The parameters with which a passphrase opens a keyslot.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Opening {
-    kdf: ReadyKdf,
-    /// The length in bytes of the key in the keyslot.
-    key_len: usize,
-    /// The length in bytes of the key that encrypts the key material.
-    slot_key_len: usize,
-    af_hash: HashAlgorithm,
-    offset: u64,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum ReadyKdf {
-    Pbkdf2 { hash: HashAlgorithm, iterations: NonZeroU32, salt: Vec<u8> },
-    Argon2 { is_id: bool, cost: Argon2Cost, salt: Vec<u8> },
-}
-
-/// Why a keyslot is skipped: nbdcrypt does not support it, or it exceeds the limits. Other keyslots may still open.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Unusable {
-    Unsupported { what: &'static str, found: String, supported: &'static str },
-    TooExpensive { field: String, found: u32, limit: u32 },
-    TooManyIterations { field: String, found: u32, limit: u32 },
-    TooMuchWork { keyslot: usize },
-    Damaged(Fault),
-}
-
-impl Unusable {
-    /// Returns the reason to skip a keyslot, or the error itself if it concerns more than this keyslot.
-    fn from_error(error: LuksError) -> Result<Self, LuksError> {
-        match error {
-            LuksError::Unsupported { what, found, supported } => Ok(Self::Unsupported { what, found, supported }),
-            LuksError::TooExpensive { field, found, limit } => Ok(Self::TooExpensive { field, found, limit }),
-            LuksError::TooManyIterations { field, found, limit } => Ok(Self::TooManyIterations { field, found, limit }),
-            LuksError::Corrupt { field, found } => Ok(Self::Damaged(Fault { field, found })),
-            other => Err(other),
-        }
-    }
-
-    fn error(&self) -> LuksError {
-        match self.clone() {
-            Self::Unsupported { what, found, supported } => LuksError::Unsupported { what, found, supported },
-            Self::TooExpensive { field, found, limit } => LuksError::TooExpensive { field, found, limit },
-            Self::TooManyIterations { field, found, limit } => LuksError::TooManyIterations { field, found, limit },
-            Self::TooMuchWork { keyslot } => LuksError::TooMuchWork { keyslot },
-            Self::Damaged(fault) => fault.error(),
-        }
-    }
+    unbound: Vec<(u32, Opening, KeyDigest)>,
 }
 
 /// Reads both copies of the header and returns the newer valid copy. This is enough to show the header, so its ciphers may
@@ -158,7 +89,7 @@ pub fn read<'d>(disks: impl Into<Disks<'d>>, limits: &Limits) -> Result<Locked, 
     let open = |header: Header| {
         let locked = Locked::new(header, disks.data_disk(), limits)?;
         let (_, data) = data_segment(&locked.header.metadata)?;
-        keyslot::refuse_short_iv(&data.encryption, &locked.segment)?;
+        keyslot::refuse_short_iv(&data.encryption, &locked.lock.segment)?;
         Ok(locked)
     };
     match (open(first), second) {
@@ -195,11 +126,8 @@ impl Locked {
     ) -> Result<Self, LuksError> {
         let metadata = &header.metadata;
         if let Some(requirement) = metadata.config.requirements.first() {
-            return Err(LuksError::Unsupported {
-                what: "requirement",
-                found: requirement.clone(),
-                supported: "it supports none; finish the reencryption first",
-            });
+            let supported = "it supports none; finish the reencryption first";
+            return Err(LuksError::unsupported("requirement", requirement, supported));
         }
         let (segment_id, data) = data_segment(metadata)?;
         let (digest_id, digest) = metadata
@@ -212,14 +140,10 @@ impl Locked {
         let segment = segment_of(data, disk)?;
         let mut tried: Vec<(u32, &Keyslot)> = bound.into_iter().filter(|(_, slot)| is_tried(slot.priority)).collect();
         tried.sort_by_key(|(id, slot)| (slot.priority.rank(), *id));
-        let digest = ReadyDigest::new(digest_id, digest, limits)?;
+        let digest = key_digest(digest_id, digest, limits)?;
         let mut budget = Budget::default();
-        let openings = tried.into_iter().map(|(id, slot)| match Opening::of_data(id, slot, data, limits) {
-            Ok(opening) if budget.spend(opening.work(limits).and(digest.work(limits))) => Ok((id, Ok(opening))),
-            Ok(_) => Ok((id, Err(Unusable::TooMuchWork { keyslot: id as usize }))),
-            Err(error) => Ok((id, Err(Unusable::from_error(error)?))),
-        });
-        let keyslots = openings.collect::<Result<Vec<_>, LuksError>>()?;
+        let openings = tried.into_iter().map(|(id, slot)| (id as usize, opening_of_data(id, slot, data, limits)));
+        let order = Order::new(openings, &digest, limits, &mut budget);
         // Unbound keyslots do not open the volume. They are tried last, to tell the user that the passphrase belongs to
         // one of them.
         let unbound = metadata
@@ -228,13 +152,13 @@ impl Locked {
             .filter(|(id, slot)| !metadata.is_bound(**id) && is_tried(slot.priority))
             .filter_map(|(id, slot)| {
                 let (digest_id, digest) = metadata.digests.iter().find(|(_, digest)| digest.keyslots.contains(id))?;
-                let opening = Opening::new(*id, slot, slot.key_size as usize, limits).ok()?;
-                let digest = ReadyDigest::new(*digest_id, digest, limits).ok()?;
+                let opening = opening_of(*id, slot, slot.key_size as usize, limits).ok()?;
+                let digest = key_digest(*digest_id, digest, limits).ok()?;
                 let is_affordable = budget.spend(opening.work(limits).and(digest.work(limits)));
                 is_affordable.then_some((*id, opening, digest))
             })
             .collect();
-        Ok(Self { segment, key_len, digest, keyslots, ignored, unbound, header })
+        Ok(Self { lock: Lock { segment, key_len, digest, order, limits: *limits }, ignored, unbound, header })
     }
 
     /// Tries the passphrase on the keyslots: first on the preferred keyslots, then on the other keyslots. Both groups are
@@ -243,26 +167,15 @@ impl Locked {
     /// # Errors
     /// - [`LuksError::WrongPassphrase`] or [`LuksError::WrongPassphraseBesideIgnored`] if the passphrase opens no keyslot.
     /// - [`LuksError::OpensUnbound`] if it opens only a keyslot that holds another key.
-    /// - [`LuksError::DamagedKeyslot`], [`LuksError::UnreadableKeyslot`], [`LuksError::Unsupported`],
-    ///   [`LuksError::TooExpensive`] or [`LuksError::OutOfMemory`] if it opens no keyslot and not all could be tried.
+    /// - [`LuksError::Keyslot`], [`LuksError::Unsupported`], [`LuksError::TooExpensive`], [`LuksError::OutOfMemory`] and others if
+    ///   it opens no keyslot and not all could be tried.
     pub fn unlock(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Result<UnlockedVolume, LuksError> {
         // A `Locked` has at least one keyslot.
-        let mut refusal = LuksError::AllIgnored { keyslot: self.ignored.unwrap_or(0) as usize };
-        for (id, opening) in &self.keyslots {
-            let keyslot = usize::try_from(*id).unwrap_or(usize::MAX);
-            let refused = match opening {
-                Ok(opening) => match self.try_keyslot(keyslot, opening, store, passphrase) {
-                    Ok(key) => return Ok(UnlockedVolume { key, segment: self.segment, keyslot }),
-                    Err(error @ LuksError::Key(_)) => return Err(error),
-                    Err(error) => error,
-                },
-                Err(unusable) => unusable.error(),
-            };
-            // If one keyslot could not be tried, that error is returned instead of `WrongPassphrase`.
-            if matches!(refusal, LuksError::AllIgnored { .. } | LuksError::WrongPassphrase) {
-                refusal = refused;
-            }
-        }
+        let all_ignored = LuksError::AllIgnored { keyslot: self.ignored.unwrap_or(0) as usize };
+        let refusal = match self.try_in_order(store, passphrase, all_ignored) {
+            unlocked @ (Ok(_) | Err(LuksError::Key(_))) => return unlocked,
+            Err(refusal) => refusal,
+        };
         if let Some(keyslot) = self.unbound_keyslot_of(store, passphrase) {
             return Err(LuksError::OpensUnbound(keyslot));
         }
@@ -272,32 +185,9 @@ impl Locked {
         })
     }
 
-    /// Tries the passphrase on one keyslot, even if it is otherwise ignored.
-    ///
-    /// # Errors
-    /// [`LuksError::NoSuchKeyslot`], and the errors of [`Locked::unlock`].
-    pub fn unlock_keyslot(
-        &self,
-        store: &dyn BlockStore,
-        keyslot: usize,
-        passphrase: &Passphrase,
-        limits: &Limits,
-    ) -> Result<UnlockedVolume, LuksError> {
-        let id = u32::try_from(keyslot).unwrap_or(u32::MAX);
-        let metadata = &self.header.metadata;
-        let slot = metadata.keyslots.get(&id).ok_or(LuksError::NoSuchKeyslot(keyslot))?;
-        if !metadata.is_bound(id) {
-            return Err(LuksError::UnboundKeyslot(keyslot));
-        }
-        let (_, data) = data_segment(metadata)?;
-        let opening = Opening::of_data(id, slot, data, limits)?;
-        let key = self.try_keyslot(keyslot, &opening, store, passphrase)?;
-        Ok(UnlockedVolume { key, segment: self.segment, keyslot })
-    }
-
     /// Returns the first unbound keyslot that the passphrase opens.
     fn unbound_keyslot_of(&self, store: &dyn BlockStore, passphrase: &Passphrase) -> Option<usize> {
-        let opens = |(id, opening, digest): &&(u32, Opening, ReadyDigest)| {
+        let opens = |(id, opening, digest): &&(u32, Opening, KeyDigest)| {
             opening.candidate(*id as usize, store, passphrase).is_ok_and(|(key, _)| digest.is_of(&key))
         };
         self.unbound.iter().find(opens).map(|(id, _, _)| *id as usize)
@@ -307,167 +197,99 @@ impl Locked {
     pub fn header(&self) -> &Header {
         &self.header
     }
+}
 
-    /// Returns where the data lies.
-    pub fn segment(&self) -> Segment {
-        self.segment
+impl Keyslots for Locked {
+    fn lock(&self) -> &Lock {
+        &self.lock
     }
 
-    /// Returns the length of the volume key in bits, with both halves counted.
-    pub fn key_bits(&self) -> usize {
-        self.key_len * 8
-    }
-
-    fn try_keyslot(
-        &self,
-        keyslot: usize,
-        opening: &Opening,
-        store: &dyn BlockStore,
-        passphrase: &Passphrase,
-    ) -> Result<VolumeKey, LuksError> {
-        let (mut key, damaged) = opening.candidate(keyslot, store, passphrase)?;
-        if self.digest.is_of(&key) {
-            return Ok(VolumeKey::new(std::mem::take(&mut *key))?);
+    fn opening(&self, keyslot: usize) -> Result<Opening, LuksError> {
+        let id = u32::try_from(keyslot).unwrap_or(u32::MAX);
+        let metadata = &self.header.metadata;
+        let slot = metadata.keyslots.get(&id).ok_or(LuksError::NoSuchKeyslot(keyslot))?;
+        if !metadata.is_bound(id) {
+            return Err(LuksError::UnboundKeyslot(keyslot));
         }
-        // This comes after the attempt, because key material that looks damaged may still be correct.
-        Err(match damaged {
-            Some(sector) => LuksError::DamagedKeyslot { keyslot, sector },
-            None => LuksError::WrongPassphrase,
-        })
+        let (_, data) = data_segment(metadata)?;
+        opening_of_data(id, slot, data, &self.lock.limits)
     }
 }
 
-impl ReadyDigest {
-    fn new(id: u32, digest: &Digest, limits: &Limits) -> Result<Self, LuksError> {
-        let digest = match &digest.pbkdf2 {
-            None => {
-                let supported = "it supports pbkdf2";
-                return Err(LuksError::Unsupported { what: "digest", found: digest.kind.clone(), supported });
-            }
-            Some(Err(fault)) => return Err(fault.error()),
-            Some(Ok(digest)) => digest,
-        };
-        Ok(Self {
-            hash: hash(&digest.hash)?,
-            iterations: limits.iterations(|| format!("digests.{id}.iterations"), digest.iterations)?,
-            salt: digest.salt.clone(),
-            digest: digest.digest.clone(),
-        })
-    }
-
-    fn is_of(&self, key: &[u8]) -> bool {
-        let computed = kdf::pbkdf2(self.hash, key, &self.salt, self.iterations, self.digest.len());
-        bool::from(computed.ct_eq(&self.digest))
-    }
-
-    fn work(&self, limits: &Limits) -> Work {
-        Work::of_pbkdf2(limits, self.hash, self.iterations, self.digest.len())
-    }
+/// Returns a digest, after checking that nbdcrypt supports it.
+fn key_digest(id: u32, digest: &Digest, limits: &Limits) -> Result<KeyDigest, LuksError> {
+    let digest = match &digest.pbkdf2 {
+        None => return Err(LuksError::unsupported("digest", &digest.kind, "it supports pbkdf2")),
+        Some(Err(fault)) => return Err(fault.error()),
+        Some(Ok(digest)) => digest,
+    };
+    Ok(KeyDigest {
+        hash: HashAlgorithm::supported("hash", &digest.hash)?,
+        iterations: limits.iterations(|| format!("digests.{id}.iterations"), digest.iterations)?,
+        salt: digest.salt.clone(),
+        digest: digest.digest.clone(),
+    })
 }
 
-impl Opening {
-    fn work(&self, limits: &Limits) -> Work {
-        match &self.kdf {
-            ReadyKdf::Pbkdf2 { hash, iterations, .. } => Work::of_pbkdf2(limits, *hash, *iterations, self.slot_key_len),
-            ReadyKdf::Argon2 { cost, .. } => Work::of_argon2(limits, cost.time, cost.memory),
-        }
-    }
+/// Returns the parameters of a keyslot that holds the key of `segment`.
+fn opening_of_data(id: u32, slot: &Keyslot, segment: &DataSegment, limits: &Limits) -> Result<Opening, LuksError> {
+    opening_of(id, slot, slot.key_len_for(segment)?, limits)
+}
 
-    /// Returns the parameters of a keyslot that holds the key of `segment`.
-    fn of_data(id: u32, slot: &Keyslot, segment: &DataSegment, limits: &Limits) -> Result<Self, LuksError> {
-        if let Some(fault) = &slot.fault {
-            return Err(fault.error());
-        }
-        Self::new(id, slot, keyslot::key_len(&segment.encryption, slot.key_size)?, limits)
+/// Returns the parameters of a keyslot that holds a key of `key_len` bytes, whatever the key is for.
+fn opening_of(id: u32, slot: &Keyslot, key_len: usize, limits: &Limits) -> Result<Opening, LuksError> {
+    if let Some(fault) = &slot.fault {
+        return Err(fault.error());
     }
-
-    /// Returns the parameters of a keyslot that holds a key of `key_len` bytes, whatever the key is for.
-    fn new(id: u32, slot: &Keyslot, key_len: usize, limits: &Limits) -> Result<Self, LuksError> {
-        if let Some(fault) = &slot.fault {
-            return Err(fault.error());
+    let Some((kdf, af)) = &slot.opening else {
+        return Err(LuksError::unsupported("keyslot type", &slot.kind, "it supports luks2"));
+    };
+    let path = |field: &str| format!("keyslots.{id}.kdf.{field}");
+    let within = |field: &str, found: u32, limit: u32| {
+        if found > limit { Err(LuksError::TooExpensive { field: path(field), found, limit }) } else { Ok(found) }
+    };
+    let (kdf, salt) = match kdf {
+        Kdf::Pbkdf2 { hash, iterations, salt } => {
+            let hash = HashAlgorithm::supported("hash", hash)?;
+            let iterations = limits.iterations(|| path("iterations"), *iterations)?;
+            (KdfOptions::Pbkdf2 { hash, iterations }, salt)
         }
-        let Some((kdf, af)) = &slot.opening else {
-            return Err(LuksError::Unsupported {
-                what: "keyslot type",
-                found: slot.kind.clone(),
-                supported: "it supports luks2",
-            });
-        };
-        let path = |field: &str| format!("keyslots.{id}.kdf.{field}");
-        let within = |field: &str, found: u32, limit: u32| {
-            if found > limit { Err(LuksError::TooExpensive { field: path(field), found, limit }) } else { Ok(found) }
-        };
-        let kdf = match kdf {
-            Kdf::Pbkdf2 { hash: name, iterations, salt } => ReadyKdf::Pbkdf2 {
-                hash: hash(name)?,
-                iterations: limits.iterations(|| path("iterations"), *iterations)?,
-                salt: salt.clone(),
-            },
-            Kdf::Argon2 { is_id, time, memory, cpus, salt } => {
-                let cost = Argon2Cost {
-                    time: within("time", *time, limits.argon2_passes(*memory))?,
-                    memory: within("memory", *memory, limits.argon2_memory)?,
-                    lanes: within("cpus", *cpus, limits.argon2_lanes)?,
-                };
-                ReadyKdf::Argon2 { is_id: *is_id, cost, salt: salt.clone() }
-            }
-            Kdf::Other(name) => {
-                let supported = "it supports pbkdf2, argon2i and argon2id";
-                return Err(LuksError::Unsupported { what: "key derivation", found: name.clone(), supported });
-            }
-        };
-        Ok(Self {
-            kdf,
-            key_len,
-            slot_key_len: keyslot::key_len(&slot.area.encryption, slot.area.key_size)?,
-            af_hash: hash(&af.hash)?,
-            // cryptsetup rounds the offset down to whole sectors.
-            offset: slot.area.offset / LBA_UNIT * LBA_UNIT,
-        })
-    }
+        Kdf::Argon2 { is_id, time, memory, cpus, salt } => {
+            let cost = Argon2Cost {
+                time: within("time", *time, limits.argon2_passes(*memory))?,
+                memory: within("memory", *memory, limits.argon2_memory)?,
+                lanes: within("cpus", *cpus, limits.argon2_lanes)?,
+            };
+            (if *is_id { KdfOptions::Argon2id(cost) } else { KdfOptions::Argon2i(cost) }, salt)
+        }
+        Kdf::Other(name) => {
+            return Err(LuksError::unsupported("key derivation", name, "it supports pbkdf2, argon2i and argon2id"));
+        }
+    };
+    Ok(Opening {
+        kdf,
+        salt: salt.clone(),
+        key_len,
+        slot_key_len: keyslot::key_len(&slot.area.encryption, slot.area.key_size)?,
+        af_hash: HashAlgorithm::supported("hash", &af.hash)?,
+        // cryptsetup rounds the offset down to whole sectors.
+        offset: slot.area.offset / LBA_UNIT * LBA_UNIT,
+    })
+}
 
-    /// Returns the key that results from decrypting the keyslot with the passphrase. With a wrong passphrase, this is
-    /// noise. Also returns the first sector of the disk that does not look like key material.
-    fn candidate(
-        &self,
-        keyslot: usize,
-        store: &dyn BlockStore,
-        passphrase: &Passphrase,
-    ) -> Result<(Zeroizing<Vec<u8>>, Option<u64>), LuksError> {
-        let mut material = Zeroizing::new(vec![0; keyslot::material_len(self.key_len)]);
-        read_unaligned(store, &mut material, self.offset)
-            .map_err(|source| LuksError::UnreadableKeyslot { keyslot, source })?;
-        let damaged = keyslot::damaged_sector(&material).map(|sector| self.offset / LBA_UNIT + sector as u64);
-        let slot_key = match &self.kdf {
-            ReadyKdf::Pbkdf2 { hash, iterations, salt } => {
-                kdf::pbkdf2(*hash, passphrase.expose(), salt, *iterations, self.slot_key_len)
-            }
-            ReadyKdf::Argon2 { is_id, cost, salt } => {
-                kdf::argon2(*is_id, passphrase.expose(), salt, *cost, self.slot_key_len).map_err(
-                    |error| match error {
-                        Argon2Error::OutOfMemory => LuksError::OutOfMemory { keyslot, kib: cost.memory },
-                        Argon2Error::Parameters => LuksError::corrupt(
-                            format!("keyslots.{keyslot}.kdf"),
-                            format!("{cost:?}, which Argon2 does not allow"),
-                        ),
-                    },
-                )?
-            }
-        };
-        let key = keyslot::unseal(self.af_hash, slot_key, self.key_len, &mut material)?;
-        Ok((key, damaged))
+impl Keyslot {
+    /// Returns the length in bytes of the key for `segment` that the keyslot holds.
+    fn key_len_for(&self, segment: &DataSegment) -> Result<usize, LuksError> {
+        match &self.fault {
+            Some(fault) => Err(fault.error()),
+            None => keyslot::key_len(&segment.encryption, self.key_size),
+        }
     }
 }
 
 /// Returns the length of the volume key, as stated by most of the keyslots.
 fn key_len(data: &DataSegment, keyslots: &[(u32, &Keyslot)]) -> Result<usize, LuksError> {
-    let lens: Vec<Result<usize, LuksError>> = keyslots
-        .iter()
-        .map(|(_, slot)| match &slot.fault {
-            Some(fault) => Err(fault.error()),
-            None => keyslot::key_len(&data.encryption, slot.key_size),
-        })
-        .collect();
+    let lens: Vec<Result<usize, LuksError>> = keyslots.iter().map(|(_, slot)| slot.key_len_for(data)).collect();
     let count = |len: usize| lens.iter().filter(|other| matches!(other, Ok(other) if *other == len)).count();
     let most = lens.iter().filter_map(|len| len.as_ref().ok()).copied().max_by_key(|len| count(*len));
     match most {
@@ -484,16 +306,14 @@ fn data_segment(metadata: &Metadata) -> Result<(u32, &DataSegment), LuksError> {
     };
     let more = segments.count();
     if more > 0 {
-        let (found, supported) = ((more + 1).to_string(), "it supports one; finish the reencryption first");
-        return Err(LuksError::Unsupported { what: "number of data segments", found, supported });
+        let supported = "it supports one; finish the reencryption first";
+        return Err(LuksError::unsupported("number of data segments", (more + 1).to_string(), supported));
     }
     if segment.kind != "crypt" {
-        let found = segment.kind.clone();
-        return Err(LuksError::Unsupported { what: "segment type", found, supported: "it supports crypt" });
+        return Err(LuksError::unsupported("segment type", &segment.kind, "it supports crypt"));
     }
     if let Some(integrity) = &segment.integrity {
-        let (found, supported) = (integrity.clone(), "it supports none");
-        return Err(LuksError::Unsupported { what: "integrity", found, supported });
+        return Err(LuksError::unsupported("integrity", integrity, "it supports none"));
     }
     Ok((*id, segment))
 }
@@ -514,12 +334,4 @@ fn segment_of(data: &DataSegment, disk: DataDisk) -> Result<Segment, LuksError> 
         return Err(LuksError::TooSmall { needed, available: disk.len });
     }
     Ok(Segment { offset: data.offset, len, sector_size, iv_start: Lba512(data.iv_tweak) })
-}
-
-fn hash(name: &str) -> Result<HashAlgorithm, LuksError> {
-    HashAlgorithm::from_name(name).ok_or_else(|| LuksError::Unsupported {
-        what: "hash",
-        found: name.to_owned(),
-        supported: HashAlgorithm::SUPPORTED,
-    })
 }

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::header::{BINARY_LEN, BinaryHeader, Copies, Copy, Found, SALT_LEN, Whole};
 use super::metadata::depth;
-use super::{Header, Metadata, ReadyDigest, data_segment};
+use super::{Header, Metadata, data_segment, key_digest};
 use crate::key::VolumeKey;
 use crate::luks::{Dump, Limits, LuksError, Random, dump};
 use crate::signature::{self, Kind};
@@ -184,7 +184,7 @@ impl<'s, 'r> Update<'s, 'r> {
         let (update, _) = Self::with_repaired(store, random)?;
         if let Some(requirement) = update.metadata.config.requirements.first() {
             let supported = "it supports none, and does not change a header with one";
-            return Err(LuksError::Unsupported { what: "requirement", found: requirement.clone(), supported });
+            return Err(LuksError::unsupported("requirement", requirement, supported));
         }
         if let Some(oddity) = update.metadata.oddity {
             return Err(LuksError::NotWritable(oddity));
@@ -264,7 +264,7 @@ impl<'s, 'r> Update<'s, 'r> {
         let Some((id, digest)) = self.metadata.digest_of_segment(segment) else {
             return Err(LuksError::corrupt("digests", format!("without a digest for segment {segment}")));
         };
-        let is_right = ReadyDigest::new(id, digest, limits)?.is_of(key.expose());
+        let is_right = key_digest(id, digest, limits)?.is_of(key.expose());
         if is_right { Ok(id) } else { Err(LuksError::WrongVolumeKey) }
     }
 

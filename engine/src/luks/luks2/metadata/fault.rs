@@ -2,11 +2,10 @@
 
 use super::field::Field;
 use crate::luks::LuksError;
+use crate::luks::keyslot::SALT_LEN;
 
 /// The maximum length of a binary field in bytes. Every salt and digest is shorter.
 pub(super) const MAX_BYTES: usize = 1024;
-/// The length in bytes of every salt that cryptsetup writes. It reads no other length.
-const SALT_LEN: usize = 32;
 
 /// Damage to one keyslot or digest. The rest of the header is valid.
 #[derive(Clone, Debug, PartialEq, Eq)]

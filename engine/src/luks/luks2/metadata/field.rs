@@ -1,7 +1,7 @@
 //! A member of a JSON document that knows its path, so that errors can name it.
 
 use base64ct::{Base64, Encoding};
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
 use super::Fault;
 use crate::luks::LuksError;
@@ -98,11 +98,10 @@ impl<'a> Field<'a> {
         number.ok_or_else(|| self.wrong("a number"))
     }
 
-    /// Returns the digits of a whole number of any size, which may be negative.
-    pub(super) fn whole_number(&self) -> Result<String, LuksError> {
-        let digits = self.value.filter(|value| value.is_number()).map(Value::to_string);
-        let is_whole = |text: &String| text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-');
-        digits.filter(is_whole).ok_or_else(|| self.wrong("a number"))
+    /// Returns a whole number of any size, which may be negative.
+    pub(super) fn whole_number(&self) -> Result<&'a Number, LuksError> {
+        let is_whole = |number: &&Number| number.to_string().bytes().all(|byte| byte.is_ascii_digit() || byte == b'-');
+        self.value.and_then(Value::as_number).filter(is_whole).ok_or_else(|| self.wrong("a number"))
     }
 
     /// Returns a 64-bit number, which the format stores as a text.

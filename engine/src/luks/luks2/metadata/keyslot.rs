@@ -1,14 +1,25 @@
 //! The keyslots: where the key material lies, and how a passphrase opens it.
 
+use serde_json::{Number, Value, json};
+
 use super::fault::{Fault, Faults};
 use super::field::Field;
 use super::kdf::Kdf;
 use super::priority::KeyslotPriority;
-use crate::luks::LuksError;
-use crate::luks::keyslot::material_len;
+use crate::luks::keyslot::{STRIPES, material_len};
+use crate::luks::{LuksError, NewKey};
 
 /// The maximum key length in bytes. Every cipher's key is shorter.
 const MAX_KEY_LEN: u32 = 512;
+/// The cipher of everything that nbdcrypt writes.
+pub(in crate::luks::luks2) const CIPHER: &str = "aes-xts-plain64";
+/// Keyslot areas begin and end on multiples of this number of bytes.
+pub(in crate::luks::luks2) const AREA_ALIGNMENT: u64 = 4096;
+
+/// Returns the length in bytes of the area that a keyslot for a key of `key_len` bytes takes.
+pub(in crate::luks::luks2) fn area_len(key_len: usize) -> u64 {
+    (material_len(key_len) as u64).next_multiple_of(AREA_ALIGNMENT)
+}
 
 /// A keyslot, which holds a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,11 +58,53 @@ pub struct Area {
 pub struct AntiForensic {
     /// The hash.
     pub hash: String,
-    /// The digits of the number of stripes. cryptsetup ignores this number and reads 4000 stripes, and so does nbdcrypt.
-    pub stripes: String,
+    /// The number of stripes. cryptsetup ignores this number and reads 4000 stripes, and so does nbdcrypt.
+    pub stripes: Number,
 }
 
 impl Keyslot {
+    /// Returns a new keyslot for a key of `key_len` bytes, with its key material at `offset`.
+    pub(in crate::luks::luks2) fn new(new: &NewKey<'_>, salt: &[u8], key_len: usize, offset: u64) -> Self {
+        let key_size = u32::try_from(key_len).unwrap_or(u32::MAX);
+        Self {
+            kind: "luks2".to_owned(),
+            key_size,
+            priority: KeyslotPriority::Normal,
+            area: Area {
+                kind: "raw".to_owned(),
+                offset,
+                size: area_len(key_len),
+                encryption: CIPHER.to_owned(),
+                key_size,
+            },
+            opening: Some((
+                Kdf::new(&new.kdf, salt),
+                AntiForensic { hash: new.hash.name().to_owned(), stripes: STRIPES.into() },
+            )),
+            fault: None,
+        }
+    }
+
+    /// Returns the JSON that [`Keyslot::parse`] reads. Normal priority has no member, as in cryptsetup.
+    pub(in crate::luks::luks2) fn to_json(&self) -> Value {
+        let Area { kind, offset, size, encryption, key_size } = &self.area;
+        let mut slot = json!({ "type": self.kind, "key_size": self.key_size });
+        if let Some((_, AntiForensic { hash, stripes })) = &self.opening {
+            slot["af"] = json!({ "type": "luks1", "stripes": stripes, "hash": hash });
+        }
+        slot["area"] = json!({
+            "type": kind,
+            "offset": offset.to_string(),
+            "size": size.to_string(),
+            "encryption": encryption,
+            "key_size": key_size,
+        });
+        if let Some((kdf, _)) = &self.opening {
+            slot["kdf"] = kdf.to_json();
+        }
+        slot
+    }
+
     pub(super) fn parse(field: &Field<'_>) -> Result<Self, LuksError> {
         let kind = field.get("type").name()?.to_owned();
         let key_size = field.get("key_size").integer()?;
@@ -76,7 +129,7 @@ impl Keyslot {
         area_field.get("key_size").whole_number()?;
         let mut faults = Faults::default();
         let kdf = Kdf::parse(&field.get("kdf"), &mut faults)?;
-        let stripes = af.get("stripes").whole_number()?;
+        let stripes = af.get("stripes").whole_number()?.clone();
         if key_size == 0 || key_size > MAX_KEY_LEN {
             faults.add(&field.get("key_size"), key_size.to_string());
         } else if area.size < material_len(key_size as usize) as u64 {
@@ -122,5 +175,30 @@ impl Area {
             encryption: optional_text("encryption")?.to_owned(),
             key_size: field.optional("key_size").map_or(Ok(0), |field| field.integer())?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use super::*;
+    use crate::key::Passphrase;
+    use crate::luks::HashAlgorithm;
+    use crate::luks::kdf::{Argon2Cost, KdfOptions};
+
+    #[test]
+    fn a_new_keyslot_reads_back_as_it_was_written() {
+        let (passphrase, hash, iterations) = (Passphrase::new(Vec::new()), HashAlgorithm::Sha512, NonZeroU32::MIN);
+        let cost = Argon2Cost { time: 4, memory: 1 << 20, lanes: 2 };
+        for kdf in [
+            KdfOptions::Pbkdf2 { hash: HashAlgorithm::Sha256, iterations },
+            KdfOptions::Argon2id(cost),
+            KdfOptions::Argon2i(cost),
+        ] {
+            let new = NewKey { passphrase: &passphrase, kdf, hash };
+            let slot = Keyslot::new(&new, &[7; 32], 64, 0x8000);
+            assert_eq!(Keyslot::parse(&Field::root(&slot.to_json())).unwrap(), slot);
+        }
     }
 }

@@ -21,6 +21,7 @@ pub use digest::{Digest, Pbkdf2Digest};
 pub use fault::Fault;
 pub(super) use json::depth;
 pub use kdf::Kdf;
+pub(super) use keyslot::{AREA_ALIGNMENT, CIPHER, area_len};
 pub use keyslot::{AntiForensic, Area, Keyslot};
 pub use priority::KeyslotPriority;
 pub use segment::DataSegment;
@@ -104,6 +105,17 @@ impl Metadata {
         let mut digests = self.digests.iter().filter(|(_, digest)| digest.segments.contains(&segment));
         let first = digests.clone().next();
         digests.find(|(_, digest)| digest.pbkdf2.is_some()).or(first).map(|(id, digest)| (*id, digest))
+    }
+
+    /// Returns the number of the keyslot for a new key: `wanted`, or the first free keyslot.
+    ///
+    /// # Errors
+    /// See [`keyslot::free`](crate::luks::keyslot::free).
+    pub(in crate::luks) fn free_keyslot(&self, wanted: Option<usize>) -> Result<usize, LuksError> {
+        crate::luks::keyslot::free(wanted, "LUKS2", MAX_OBJECTS as usize, |index| {
+            let is_taken = self.keyslots.keys().any(|id| *id as usize == index);
+            if is_taken { Err(LuksError::KeyslotInUse(index)) } else { Ok(()) }
+        })
     }
 
     /// Returns the first segment that holds data. While a volume is reencrypted, other segments hold data too.
