@@ -1,9 +1,7 @@
 //! The disk that holds the ciphertext: finds it, makes it if it is a file, and opens it for this process only.
 
-use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -11,8 +9,8 @@ use std::time::{Duration, Instant};
 use engine::store::{Access, Caching, FileStore};
 use rustix::fs::FlockOperation;
 
+use crate::machine::holders;
 use crate::machine::new_file::{self, NewFileError};
-use crate::machine::{holders, mounts};
 
 /// How long to wait for a disk that is in use. The files of a killed process stay open until the kernel has removed the
 /// process. A restart right after `kill -9` therefore finds the disk in use. In addition, udev briefly locks a block device
@@ -164,7 +162,7 @@ fn open_within(patience: Duration, path: &Path, access: Access, caching: Caching
     let start = Instant::now();
     let store = loop {
         match FileStore::open(path, access, caching) {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => match lasting_user_of(metadata.rdev()) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => match holders::lasting_user_of(path) {
                 None if start.elapsed() < patience => std::thread::sleep(LOCK_PAUSE),
                 by => {
                     let by = by.unwrap_or_else(unknown_user);
@@ -371,8 +369,9 @@ fn lock_by_name(path: &Path, operation: FlockOperation) -> io::Result<File> {
 pub fn refuse_if_used(path: &Path) -> Result<(), DiskError> {
     let metadata = std::fs::metadata(path).map_err(|error| translate(path, error))?;
     let by = match metadata.file_type().is_block_device() {
-        true => lasting_user_of(metadata.rdev()),
-        false => loop_device_on(path).map(|device| format!("the loop device {device} is on it (losetup -d {device})")),
+        true => holders::lasting_user_of(path),
+        false => holders::loop_device_on(path)
+            .map(|device| format!("the loop device {device} is on it (losetup -d {device})")),
     };
     by.map_or(Ok(()), |by| Err(DiskError::InUse { path: path.to_owned(), by }))
 }
@@ -428,46 +427,6 @@ fn translate(path: &Path, error: io::Error) -> DiskError {
         }
         _ => DiskError::Io { path: path.to_owned(), source: error },
     }
-}
-
-/// Returns the path of the backing file of the loop device whose sysfs directory is `sys_block`. It is the path that the
-/// file had when the loop device was attached. Returns `None` if the loop device has no backing file, or if the device is
-/// not a loop device.
-pub fn backing_file(sys_block: &Path) -> Option<PathBuf> {
-    let path = std::fs::read(sys_block.join("loop/backing_file")).ok()?;
-    Some(PathBuf::from(OsStr::from_bytes(path.strip_suffix(b"\n").unwrap_or(&path))))
-}
-
-/// Returns the loop device whose backing file is at `path`.
-fn loop_device_on(path: &Path) -> Option<String> {
-    let path = path.canonicalize().ok()?;
-    std::fs::read_dir("/sys/block").ok()?.filter_map(Result::ok).find_map(|entry| {
-        (backing_file(&entry.path())? == path).then(|| format!("/dev/{}", entry.file_name().to_string_lossy()))
-    })
-}
-
-/// Returns a text that says which mount or device uses the block device with this number, or one of its partitions. Returns
-/// `None` if the kernel shows neither.
-fn lasting_user_of(device: u64) -> Option<String> {
-    let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
-    let partitions = std::fs::read_dir(format!("/sys/dev/block/{number}")).into_iter().flatten().filter_map(Result::ok);
-    let partitions = partitions.filter(|entry| entry.path().join("partition").exists()).filter_map(|entry| {
-        let number = std::fs::read_to_string(entry.path().join("dev")).ok()?;
-        let by = lasting_user_of_number(number.trim())?;
-        Some(format!("of its partition {}, {by}", entry.file_name().to_string_lossy()))
-    });
-    lasting_user_of_number(&number).or_else(|| partitions.into_iter().next())
-}
-
-fn lasting_user_of_number(number: &str) -> Option<String> {
-    if let Some(mount) = mounts::list().unwrap_or_default().into_iter().find(|mount| mount.device_number == number) {
-        let at = mount.mountpoint.display();
-        return Some(format!("its {} filesystem is mounted on {at} (umount {at})", mount.filesystem));
-    }
-    let holders = PathBuf::from(format!("/sys/dev/block/{number}/holders"));
-    let mut names = std::fs::read_dir(holders).into_iter().flatten().filter_map(Result::ok);
-    let holder = names.next()?;
-    Some(format!("the device {} is built on it", holder.file_name().to_string_lossy()))
 }
 
 /// Returns the text for a block device that is in use, if the kernel does not show the user.

@@ -1,8 +1,11 @@
-//! Finds the users of a block device in `/proc` and `/sys`, as `lsof`, `lsblk` and `swapon` together would.
+//! Finds the users of a block device, a file or a mountpoint in `/proc` and `/sys`, as `lsof`, `lsblk`, `losetup` and `swapon`
+//! together would.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use engine::text::printable;
@@ -18,6 +21,8 @@ pub enum Holder {
     Mount {
         /// The mountpoint.
         at: PathBuf,
+        /// The filesystem's type.
+        filesystem: String,
         /// If the mount is in another mount namespace, a process that sees it.
         seen_by: Option<u32>,
     },
@@ -55,9 +60,9 @@ impl Holder {
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Mount { at, seen_by: None } => write!(f, "it is mounted at {}", text::path(at)),
-            Self::Mount { at, seen_by: Some(pid) } => {
-                write!(f, "it is mounted at {} in the mount namespace of process {pid}", text::path(at))
+            Self::Mount { at, filesystem, seen_by } => {
+                write!(f, "its {} filesystem is mounted on {}", printable(filesystem), text::path(at))?;
+                seen_by.map_or(Ok(()), |pid| write!(f, " in the mount namespace of process {pid}"))
             }
             Self::Process { pid, name } => write!(f, "process {pid} ({}) has it open", printable(name)),
             Self::LazilyUnmounted { pid, name, path } => write!(
@@ -67,7 +72,7 @@ impl fmt::Display for Holder {
                 printable(name),
                 text::path(path)
             ),
-            Self::Device(name) => write!(f, "the device {name} uses it"),
+            Self::Device(name) => write!(f, "the device {name} is built on it"),
             Self::Swap => f.write_str("it is swap space"),
         }
     }
@@ -76,31 +81,50 @@ impl fmt::Display for Holder {
 /// Returns every user of `device` or of one of its partitions, except for this process. Users that this process has no
 /// permission to see are left out.
 pub fn holders_of(device: &Path) -> Vec<Holder> {
-    let nodes = Nodes::of(device);
-    let mut holders = mounts_of(&nodes);
-    if let Ok(swaps) = fs::read_to_string("/proc/swaps") {
-        let swaps = swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next());
-        holders.extend(swaps.filter(|path| nodes.has_path(Path::new(path))).map(|_| Holder::Swap));
-    }
-    for name in &nodes.names {
-        holders.extend(entries(&nodes.sys.join(name).join("holders")).map(Holder::Device));
-    }
-    holders.extend(entries(&nodes.sys.join("holders")).map(Holder::Device));
-    holders.extend(processes(&nodes));
-    holders
+    let nodes = Node::all_of(device);
+    let lasting = lasting_users(&nodes).into_iter().map(|(_, holder)| holder);
+    lasting.chain(processes(&nodes)).collect()
+}
+
+/// Describes a lasting user of a block device or of one of its partitions, and says what to do about it. Returns `None` if this
+/// process sees none.
+pub fn lasting_user_of(device: &Path) -> Option<String> {
+    let nodes = Node::all_of(device);
+    let (node, holder) = lasting_users(&nodes).into_iter().min_by_key(|(node, _)| node.partition.is_some())?;
+    let part = node.partition.as_ref().map(|name| format!("of its partition {name}, ")).unwrap_or_default();
+    let cure = match &holder {
+        Holder::Mount { at, seen_by: None, .. } => format!(" (umount {})", text::path(at)),
+        _ => String::new(),
+    };
+    Some(format!("{part}{holder}{cure}"))
+}
+
+/// Returns the loop device whose backing file is at `path`.
+pub(super) fn loop_device_on(path: &Path) -> Option<String> {
+    let path = path.canonicalize().ok()?;
+    let names = entries(Path::new("/sys/block"));
+    let mut devices = names.map(|name| Path::new("/dev").join(name));
+    devices.find(|device| backing_file(&sys_block(device)) == Some(path.clone())).map(|device| text::path(&device))
+}
+
+/// Returns the path of the backing file of the loop device whose sysfs directory is `sys_block`. It is the path that the
+/// file had when the loop device was attached. Returns `None` if the loop device has no backing file, or if the device is
+/// not a loop device.
+pub fn backing_file(sys_block: &Path) -> Option<PathBuf> {
+    let path = fs::read(sys_block.join("loop/backing_file")).ok()?;
+    Some(PathBuf::from(OsStr::from_bytes(path.strip_suffix(b"\n").unwrap_or(&path))))
 }
 
 /// Describes a process that has the file or block device open, and says what to do about it. Returns `None` if this process
 /// does not see such a process.
 pub fn opener_of(path: &Path) -> Option<String> {
     let path = path.canonicalize().ok()?;
-    let found = processes(&Nodes::of(&path)).into_iter().find_map(|holder| match holder {
+    let (pid, name) = processes(&Node::all_of(&path)).find_map(|holder| match holder {
         Holder::Process { pid, name } => Some((pid, name)),
         _ => None,
     })?;
-    let (pid, name) = found;
     // Only whole words are compared, and none is shown: an argument may be secret.
-    let line = fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
+    let line = fs::read(Process(pid).at("cmdline")).unwrap_or_default();
     let calls = |verb: &[u8]| name == "nbdcrypt" && line.split(|byte| *byte == 0).any(|word| word == verb);
     Some(if calls(b"up") {
         format!(
@@ -113,30 +137,21 @@ pub fn opener_of(path: &Path) -> Option<String> {
     })
 }
 
+/// Returns the processes that have files of the filesystem on `mountpoint` open, or whose working directory, root or
+/// program lies on it, as `name (pid)`. Processes that this process may not inspect are left out.
+pub fn users_of_mount(mountpoint: &Path) -> Vec<String> {
+    let real = mountpoint.canonicalize();
+    let mountpoint = real.as_deref().unwrap_or(mountpoint);
+    let leads_there = |link: PathBuf| fs::read_link(link).is_ok_and(|target| target.starts_with(mountpoint));
+    let users = Process::all().filter(|process| process.folders().chain(process.files()).any(leads_there));
+    users.map(|process| format!("{} ({})", printable(&process.name()), process.0)).collect()
+}
+
 /// Returns whether the system swaps to `device`, to one of its partitions, or to a file on a filesystem on it. This
 /// accesses nothing on the device.
 pub(crate) fn is_swapped_to(device: &Path) -> bool {
-    is_among_swaps(
-        &Nodes::of(device),
-        &fs::read("/proc/swaps").unwrap_or_default(),
-        &mounts::list().unwrap_or_default(),
-    )
-}
-
-fn is_among_swaps(nodes: &Nodes, swaps: &[u8], mounts: &[Mount]) -> bool {
-    swaps.split(|byte| *byte == b'\n').skip(1).any(|line| {
-        let mut fields = line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty());
-        let Some(path) = fields.next().map(|field| PathBuf::from(unescape(field))) else { return false };
-        match fields.next() {
-            Some(b"file") => {
-                // Of several mounts at one path, the last one is visible.
-                let mount = mounts.iter().filter(|mount| path.starts_with(&mount.mountpoint));
-                let mount = mount.max_by_key(|mount| mount.mountpoint.as_os_str().len());
-                mount.is_some_and(|mount| nodes.numbers.contains(&mount.device_number))
-            }
-            _ => nodes.has_path(&path),
-        }
-    })
+    let mounts = mounts::list().unwrap_or_default();
+    !swaps_on(&Node::all_of(device), &fs::read("/proc/swaps").unwrap_or_default(), &mounts).is_empty()
 }
 
 /// Returns the kernel's name of a device: `nbd0` for `/dev/nbd0`.
@@ -149,109 +164,161 @@ pub(crate) fn sys_block(device: &Path) -> PathBuf {
     Path::new("/sys/block").join(kernel_name(device))
 }
 
-/// A disk and its partitions.
-struct Nodes {
+/// A disk, or one of its partitions.
+struct Node {
+    /// The name of the partition.
+    partition: Option<String>,
+    path: PathBuf,
     sys: PathBuf,
-    names: Vec<String>,
-    paths: Vec<PathBuf>,
-    numbers: Vec<String>,
+    /// The device number, `major:minor`.
+    number: Option<String>,
 }
 
-impl Nodes {
-    fn of(device: &Path) -> Self {
-        let sys = sys_block(device);
+impl Node {
+    fn new(partition: Option<String>, path: PathBuf, sys: PathBuf) -> Self {
+        let number = fs::read_to_string(sys.join("dev")).ok().map(|number| number.trim().to_owned());
+        Self { partition, path, sys, number }
+    }
+
+    /// Returns the disk, and then its partitions.
+    fn all_of(device: &Path) -> Vec<Self> {
+        let by_number = mounts::number_of(device).map(|number| Path::new("/sys/dev/block").join(number));
+        let sys = by_number.filter(|sys| sys.exists()).unwrap_or_else(|| sys_block(device));
         let partitions = entries(&sys).filter(|name| sys.join(name).join("partition").exists());
-        let mut nodes =
-            Self { names: partitions.collect(), paths: vec![device.to_owned()], numbers: Vec::new(), sys: sys.clone() };
-        nodes.paths.extend(nodes.names.iter().map(|name| Path::new("/dev").join(name)));
-        let numbers = std::iter::once(sys.clone()).chain(nodes.names.iter().map(|name| sys.join(name)));
-        nodes.numbers = numbers
-            .filter_map(|dir| fs::read_to_string(dir.join("dev")).ok())
-            .map(|number| number.trim().to_owned())
-            .collect();
-        nodes
+        let partitions = partitions.map(|name| {
+            let (path, sys) = (Path::new("/dev").join(&name), sys.join(&name));
+            Self::new(Some(name), path, sys)
+        });
+        std::iter::once(Self::new(None, device.to_owned(), sys.clone())).chain(partitions).collect()
     }
 
-    fn has_path(&self, path: &Path) -> bool {
-        self.paths.iter().any(|ours| ours == path)
+    fn is_source_of(&self, mount: &Mount) -> bool {
+        self.path == mount.source || self.number.as_ref() == Some(&mount.device_number)
     }
 }
 
-fn mounts_of(nodes: &Nodes) -> Vec<Holder> {
+/// Returns the lasting users of the devices, each with the device that it uses.
+fn lasting_users(nodes: &[Node]) -> Vec<(&Node, Holder)> {
+    let mut users = Vec::new();
+    for (mount, seen_by) in every_mount() {
+        if let Some(node) = nodes.iter().find(|node| node.is_source_of(&mount)) {
+            let Mount { mountpoint: at, filesystem, .. } = mount;
+            users.push((node, Holder::Mount { at, filesystem, seen_by }));
+        }
+    }
+    let swaps = swaps_on(nodes, &fs::read("/proc/swaps").unwrap_or_default(), &[]);
+    users.extend(swaps.into_iter().map(|node| (node, Holder::Swap)));
+    for node in nodes {
+        users.extend(entries(&node.sys.join("holders")).map(|name| (node, Holder::Device(name))));
+    }
+    users
+}
+
+/// Returns the devices that the system swaps to, directly or in a file on one of the `mounts`.
+fn swaps_on<'n>(nodes: &'n [Node], swaps: &[u8], mounts: &[Mount]) -> Vec<&'n Node> {
+    let swaps = swaps.split(|byte| *byte == b'\n').skip(1);
+    let used = swaps.filter_map(|line| {
+        let mut fields = line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty());
+        let path = PathBuf::from(unescape(fields.next()?));
+        match fields.next() {
+            Some(b"file") => {
+                // Of several mounts at one path, the last one is visible.
+                let mount = mounts.iter().filter(|mount| path.starts_with(&mount.mountpoint));
+                let mount = mount.max_by_key(|mount| mount.mountpoint.as_os_str().len())?;
+                nodes.iter().find(|node| node.number.as_ref() == Some(&mount.device_number))
+            }
+            _ => nodes.iter().find(|node| node.path == path),
+        }
+    });
+    used.collect()
+}
+
+/// Returns the mounts of every mount namespace. Those of another namespace come with a process that sees them. Namespaces that
+/// this process may not inspect are left out.
+fn every_mount() -> Vec<(Mount, Option<u32>)> {
+    let mut mounts: Vec<_> = mounts::list().unwrap_or_default().into_iter().map(|mount| (mount, None)).collect();
     let mut namespaces = HashSet::new();
     namespaces.extend(fs::read_link("/proc/self/ns/mnt"));
-    let mut holders = Vec::new();
-    let mut add = |mounts: Vec<Mount>, seen_by| {
-        let ours = mounts
-            .into_iter()
-            .filter(|mount| nodes.numbers.contains(&mount.device_number) || nodes.has_path(&mount.source));
-        holders.extend(ours.map(|mount| Holder::Mount { at: mount.mountpoint, seen_by }));
-    };
-    if let Ok(mounts) = mounts::list() {
-        add(mounts, None);
-    }
-    for pid in pids() {
-        let process = Path::new("/proc").join(pid.to_string());
-        // Skip namespaces that were seen already or may not be inspected.
-        let Ok(namespace) = fs::read_link(process.join("ns/mnt")) else { continue };
-        if namespaces.insert(namespace)
-            && let Ok(mounts) = mounts::of_process(&process)
-        {
-            add(mounts, Some(pid));
+    for process in Process::all() {
+        if fs::read_link(process.at("ns/mnt")).is_ok_and(|namespace| namespaces.insert(namespace)) {
+            let theirs = mounts::of_process(&process.at("")).unwrap_or_default();
+            mounts.extend(theirs.into_iter().map(|mount| (mount, Some(process.0))));
         }
     }
-    holders
+    mounts
 }
 
-fn processes(nodes: &Nodes) -> Vec<Holder> {
+/// Returns the other processes that have one of the devices open, or use a lazily unmounted filesystem on it.
+fn processes(nodes: &[Node]) -> impl Iterator<Item = Holder> {
     let own = std::process::id();
-    let mut holders = Vec::new();
-    for pid in pids().filter(|pid| *pid != own) {
-        let process = Path::new("/proc").join(pid.to_string());
+    let numbers: Vec<_> = nodes.iter().filter_map(|node| node.number.clone()).collect();
+    Process::all().filter(move |process| process.0 != own).filter_map(move |process| {
         // Reading these links does not access the files behind them, which this process itself might serve.
-        let mut links = entries(&process.join("fd")).filter_map(|fd| fs::read_link(process.join("fd").join(fd)).ok());
-        if links.any(|path| nodes.has_path(&path)) {
-            let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
-            holders.push(Holder::Process { pid, name: name.trim().to_owned() });
-        } else if let Some(path) = used_though_unmounted(&process, &nodes.numbers) {
-            let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
-            holders.push(Holder::LazilyUnmounted { pid, name: name.trim().to_owned(), path });
+        let mut links = process.files().filter_map(|link| fs::read_link(link).ok());
+        if links.any(|path| nodes.iter().any(|node| node.path == path)) {
+            return Some(Holder::Process { pid: process.0, name: process.name() });
         }
+        let path = used_though_unmounted(&process, &numbers)?;
+        Some(Holder::LazilyUnmounted { pid: process.0, name: process.name(), path })
+    })
+}
+
+/// A process, by its id.
+struct Process(u32);
+
+impl Process {
+    fn all() -> impl Iterator<Item = Self> {
+        entries(Path::new("/proc")).filter_map(|name| name.parse().ok().map(Self))
     }
-    holders
+
+    /// Returns the path of a file in the process's folder in /proc.
+    fn at(&self, file: &str) -> PathBuf {
+        Path::new("/proc").join(self.0.to_string()).join(file)
+    }
+
+    /// Returns the process's name as the kernel keeps it.
+    fn name(&self) -> String {
+        fs::read_to_string(self.at("comm")).unwrap_or_default().trim().to_owned()
+    }
+
+    /// Returns the links to the files that the process has open.
+    fn files(&self) -> impl Iterator<Item = PathBuf> + use<> {
+        let folder = self.at("fd");
+        entries(&folder).map(move |fd| folder.join(fd))
+    }
+
+    /// Returns the links to the process's working directory, root and program.
+    fn folders(&self) -> impl Iterator<Item = PathBuf> {
+        ["cwd", "root", "exe"].into_iter().map(|link| self.at(link))
+    }
 }
 
 /// Returns a file that a process uses although the file's mount is gone from the process's mount table. The process has the
 /// file open, or the file is its working directory, root or program. Only files on the devices with these `numbers` count.
 ///
-/// This function does not ask the filesystem about the file, because the filesystem may hang or be served by this process.
-/// It reads only the attributes that the kernel has cached (`AT_STATX_DONT_SYNC`). It does not look for memory mappings of
-/// closed files, because reading a process's mappings could wait for the process. It does not find files on btrfs, which
-/// have other device numbers.
-fn used_though_unmounted(process: &Path, numbers: &[String]) -> Option<PathBuf> {
-    let table = mounts::of_process(process).ok()?;
+/// This does not ask the filesystem about the file, because the filesystem may hang or be served by this process: it reads
+/// only the attributes that the kernel has cached (`AT_STATX_DONT_SYNC`). It does not look for memory mappings of closed
+/// files, because reading a process's mappings could wait for the process. It does not find files on btrfs, which have
+/// other device numbers.
+fn used_though_unmounted(process: &Process, numbers: &[String]) -> Option<PathBuf> {
+    let table = mounts::of_process(&process.at("")).ok()?;
     let mounts: HashSet<u64> = table.iter().map(|mount| mount.id).collect();
     let is_ours = |link: &Path| {
         let flags = AtFlags::STATX_DONT_SYNC;
         let found = rustix::fs::statx(rustix::fs::CWD, link, flags, StatxFlags::empty());
         found.is_ok_and(|found| numbers.contains(&format!("{}:{}", found.stx_dev_major, found.stx_dev_minor)))
     };
-    let files = entries(&process.join("fd")).filter_map(|fd| {
-        let info = fs::read_to_string(process.join("fdinfo").join(&fd)).ok()?;
-        let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse().ok()?;
-        (!mounts.contains(&mount)).then(|| process.join("fd").join(fd))
+    let files = process.files().filter(|link| {
+        let info = fs::read_to_string(process.at("fdinfo").join(kernel_name(link))).unwrap_or_default();
+        let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
+        mount.is_some_and(|mount: u64| !mounts.contains(&mount))
     });
     // These links have no mount number. They are needed only if no filesystem of the device is mounted: a mounted one
     // is reported from the mount table.
-    let folders = ["cwd", "root", "exe"].into_iter().map(|link| process.join(link));
     let is_mounted = table.iter().any(|mount| numbers.contains(&mount.device_number));
-    let folders = folders.filter(|_| !is_mounted);
+    let folders = process.folders().filter(|_| !is_mounted);
     let used = files.chain(folders).filter_map(|link| Some((fs::read_link(&link).ok()?, link)));
     used.filter(|(path, _)| path.is_absolute()).find(|(_, link)| is_ours(link)).map(|(path, _)| path)
-}
-
-fn pids() -> impl Iterator<Item = u32> {
-    entries(Path::new("/proc")).filter_map(|name| name.parse().ok())
 }
 
 fn entries(dir: &Path) -> impl Iterator<Item = String> + use<> {
@@ -265,12 +332,12 @@ mod tests {
 
     #[test]
     fn swap_on_a_device_is_a_partition_or_a_file_of_its_filesystem() {
-        let nodes = Nodes {
+        let nodes = [Node {
+            partition: None,
+            path: PathBuf::from("/dev/nbd0"),
             sys: PathBuf::from("/sys/block/nbd0"),
-            names: Vec::new(),
-            paths: vec![PathBuf::from("/dev/nbd0")],
-            numbers: vec!["43:0".to_owned()],
-        };
+            number: Some("43:0".to_owned()),
+        }];
         let mounts = "20 1 8:1 / / rw - ext4 /dev/sda1 rw\n21 20 43:0 / /mnt/a\\040b rw - ext4 /dev/nbd0 rw\n";
         let swaps = |lines: &str| format!("Filename Type Size Used Priority\n{lines}\n");
         for (lines, expected) in [
@@ -280,12 +347,17 @@ mod tests {
             ("/mnt/a\\040b/swapfile file 100 0 -2", true),
             ("/mnt/other/swapfile file 100 0 -2", false),
         ] {
-            assert_eq!(
-                is_among_swaps(&nodes, swaps(lines).as_bytes(), &mounts::parse(mounts.as_bytes())),
-                expected,
-                "{lines}"
-            );
+            let found = swaps_on(&nodes, swaps(lines).as_bytes(), &mounts::parse(mounts.as_bytes()));
+            assert_eq!(!found.is_empty(), expected, "{lines}");
         }
+    }
+
+    #[test]
+    fn a_process_in_a_folder_uses_the_mount() {
+        let folder = tempfile::tempdir().unwrap();
+        let _open = fs::File::create(folder.path().join("file")).unwrap();
+        let me = format!("({})", std::process::id());
+        assert!(users_of_mount(folder.path()).iter().any(|user| user.ends_with(&me)));
     }
 
     #[test]
@@ -331,7 +403,7 @@ mod tests {
         };
         let children = [start(true), start(false)];
         let used: Vec<Option<PathBuf>> = {
-            let process = |child: &std::process::Child| Path::new("/proc").join(child.id().to_string());
+            let process = |child: &std::process::Child| Process(child.id());
             let before = children.iter().all(|child| used_though_unmounted(&process(child), &numbers).is_none());
             let unmounted = std::process::Command::new("umount").arg("-l").arg(folder.path()).status();
             assert!(before && unmounted.unwrap().success());

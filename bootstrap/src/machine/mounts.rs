@@ -1,8 +1,8 @@
-//! The mounted filesystems, and the processes that keep them busy, as /proc shows them.
+//! The mounted filesystems, as /proc shows them.
 
 use std::ffi::OsString;
 use std::io;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 /// One mounted filesystem.
@@ -102,35 +102,11 @@ pub fn leads_to(mountpoint: &Path, device: &Path) -> bool {
     on(mountpoint).is_ok_and(|mount| mount.is_some_and(|mount| mount.id == seen.stx_mnt_id))
 }
 
-/// Returns the number of a block device in the form `major:minor`, as in mountinfo.
-fn number_of(device: &Path) -> Option<String> {
+/// Returns the number of a block device in mountinfo's form.
+pub(super) fn number_of(device: &Path) -> Option<String> {
     use std::os::unix::fs::MetadataExt;
     let number = std::fs::metadata(device).ok()?.rdev();
     Some(format!("{}:{}", rustix::fs::major(number), rustix::fs::minor(number)))
-}
-
-/// Returns the processes that have files of the filesystem on `mountpoint` open, or whose working directory, root or
-/// program lies on it, as `name (pid)`. Processes that this process may not inspect are left out.
-pub fn holders(mountpoint: &Path) -> Vec<String> {
-    let real = mountpoint.canonicalize();
-    let mountpoint = real.as_deref().unwrap_or(mountpoint);
-    let Ok(processes) = std::fs::read_dir("/proc") else { return Vec::new() };
-    processes
-        .filter_map(Result::ok)
-        .filter(|entry| entry.file_name().as_bytes().iter().all(u8::is_ascii_digit))
-        .filter(|entry| holds(&entry.path(), mountpoint))
-        .map(|entry| {
-            let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-            format!("{} ({})", engine::text::printable(name.trim()), entry.file_name().to_string_lossy())
-        })
-        .collect()
-}
-
-fn holds(process: &Path, mountpoint: &Path) -> bool {
-    let leads_there = |link: PathBuf| std::fs::read_link(link).is_ok_and(|target| target.starts_with(mountpoint));
-    ["cwd", "root", "exe"].iter().any(|link| leads_there(process.join(link)))
-        || std::fs::read_dir(process.join("fd"))
-            .is_ok_and(|links| links.filter_map(Result::ok).any(|link| leads_there(link.path())))
 }
 
 /// Parses the contents of a file called mountinfo.
@@ -207,14 +183,6 @@ mod tests {
     fn the_root_is_mounted() {
         assert_eq!(on(Path::new("/")).unwrap().unwrap().mountpoint, Path::new("/"));
         assert_eq!(on(Path::new("/no/such/place")).unwrap(), None);
-    }
-
-    #[test]
-    fn a_process_in_a_folder_holds_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let _open = std::fs::File::create(folder.path().join("file")).unwrap();
-        let me = format!("({})", std::process::id());
-        assert!(holders(folder.path()).iter().any(|holder| holder.ends_with(&me)));
     }
 
     #[test]

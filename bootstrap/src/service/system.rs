@@ -17,7 +17,7 @@ use crate::config::{Config, FilesystemConfig, VolumeConfig};
 use crate::keys::{self, KeySource, Secret, SecretRequest};
 use crate::machine::bare_folder::{self, Protection};
 use crate::machine::programs::{self, ProgramError, QUICK, WHOLE_FILESYSTEM};
-use crate::machine::{cpu, disk, memory, mounts, new_file, random};
+use crate::machine::{cpu, disk, holders, memory, mounts, new_file, random};
 use crate::steps::Outside;
 use crate::steps::outside::{Attached, Devices, Disks, Filesystems, Folder, HeaderLock, Machine};
 use crate::volume::new_volume::{self, Strength};
@@ -361,7 +361,7 @@ impl Filesystems for RealFilesystems<'_> {
                 }
                 Err(error) => error,
             };
-            let holders = mounts::holders(mountpoint);
+            let holders = holders::users_of_mount(mountpoint);
             if !holders.is_empty() {
                 return Err(FilesystemInUse { mountpoint: mountpoint.to_owned(), holders }.into());
             }
@@ -499,7 +499,7 @@ pub fn clean_up(mountpoint: Option<&Path>, remains: Option<&Remains>) -> Result<
             // until they leave it. Even if `umount` failed, the mount may be gone from the table: `umount` took too long, or
             // another process unmounted it first.
             if programs::run("umount", &[mountpoint.as_os_str()], QUICK).is_err() && is_mounted()? {
-                holders = mounts::holders(mountpoint);
+                holders = holders::users_of_mount(mountpoint);
                 let lazily = programs::run("umount", &["-l".as_ref(), mountpoint.as_os_str()], QUICK);
                 if let Err(error) = lazily
                     && is_mounted()?

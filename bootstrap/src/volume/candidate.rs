@@ -216,7 +216,7 @@ mod tests {
         machine.file("sys/block/nvme3c0n1/size", "8");
         machine.file("sys/block/nvme3c0n1/hidden", "1");
         machine.file("sys/block/nvme3c0n1/device/model", MODEL);
-        let mount = Holder::Mount { at: "/".into(), seen_by: None };
+        let mount = Holder::Mount { at: "/".into(), filesystem: "ext4".to_owned(), seen_by: None };
         let users_of = |path: &Path| if path.ends_with("nvme0n1") { vec![mount.clone()] } else { Vec::new() };
         let found = machine.all(&users_of);
         let rows: Vec<_> = found
@@ -229,7 +229,7 @@ mod tests {
         assert_eq!(
             rows,
             [
-                ("/dev/nvme0n1", Origin::Ebs, Take::No, "it is in use: it is mounted at /"),
+                ("/dev/nvme0n1", Origin::Ebs, Take::No, "it is in use: its ext4 filesystem is mounted on /"),
                 ("/dev/nvme1n1", Origin::InstanceStore, Take::Yes, blank),
                 ("/dev/nvme2n1", Origin::Ebs, Take::No, "it holds ext2 filesystem, and `up` destroys nothing"),
                 ("/dev/nvme10n1", Origin::Ebs, Take::IfNamed, if_named.as_str()),

@@ -117,7 +117,7 @@ fn the_holder_of_a_busy_device_is_named() {
         test ! -e /sys/block/nbd0/pid
         echo told"#;
     let output = kernel.expect(&script(&kernel, "disk", steps));
-    assert!(output.contains("/dev/nbd0 is in use: it is mounted at /tmp/mnt"), "{output}");
+    assert!(output.contains("/dev/nbd0 is in use: its ext4 filesystem is mounted on /tmp/mnt"), "{output}");
     assert!(output.ends_with("told\n"), "{output}");
 }
 

@@ -10,8 +10,7 @@ use engine::sector::SectorSize;
 use crate::attach::claim::claim;
 use crate::attach::error::{AttachError, DetachError};
 use crate::attach::node::{Node, fault_of_node};
-use crate::machine::disk::backing_file;
-use crate::machine::holders::{Holder, holders_of, kernel_name, sys_block};
+use crate::machine::holders::{Holder, backing_file, holders_of, kernel_name, sys_block};
 use crate::machine::modules::load_module;
 use crate::machine::programs::{self, ProgramError};
 
