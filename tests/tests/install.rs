@@ -63,9 +63,14 @@ fn uninstall_removes_exactly_what_install_made() {
         let with = |what| [&[what, &*dest], variables].concat();
         make(built.path(), &with("install"));
         let installed = below(root.path());
-        for path in
-            ["bin/nbdcrypt", "bin/nbdcrypt-bench", "share/man/man1/nbdcrypt.1.gz", "lib/udev/rules.d/61-nbdcrypt.rules"]
-        {
+        for path in [
+            "bin/nbdcrypt",
+            "bin/nbdcrypt-bench",
+            "share/man/man1/nbdcrypt.1.gz",
+            "lib/udev/rules.d/61-nbdcrypt.rules",
+            "lib/systemd/system/nbdcrypt-serve@.service",
+            "lib/systemd/system/nbdcrypt-serve@.socket",
+        ] {
             assert!(root.path().join(folder).join(path).exists(), "{path} is missing: {installed:#?}");
         }
         assert!(installed.iter().any(|path| path.ends_with("/etc/nbdcrypt/nbdcrypt.toml.example")), "{installed:#?}");

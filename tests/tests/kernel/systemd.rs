@@ -14,7 +14,7 @@ const PREPARE: &str = r#"
 trap 'journalctl --no-pager --lines=40' ERR
 ln -s "$BINARY" /usr/local/bin/nbdcrypt
 mkdir -p /etc/nbdcrypt /etc/systemd/system-generators
-cp "$UNITS/nbdcrypt@.service" /etc/systemd/system/
+cp "$UNITS"/nbdcrypt*@.* /etc/systemd/system/
 cp "$UNITS/nbdcrypt-generator" /etc/systemd/system-generators/
 modprobe -a loop nbd fuse
 cat > /etc/nbdcrypt/scratch.toml << end
@@ -274,6 +274,76 @@ touch booted
     }
 }
 
+/// The first client starts the server, which runs as a user of its own. After a stop, the socket waits for the next client.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs user-mode-linux, systemd, nbdinfo and nbdcopy: run `make test`")]
+fn systemd_starts_the_server_with_its_first_client() {
+    let kernel = guest();
+    let script = r#"
+# A user other than root may be unable to enter the folder of the program under test.
+rm /usr/local/bin/nbdcrypt
+strip -o /usr/local/bin/nbdcrypt "$BINARY"
+format() { nbdcrypt format --size 32M --key-file key --pbkdf pbkdf2 --pbkdf-force-iterations 1000 "$1"; }
+format image
+losetup /dev/loop7 image
+# As udev does for disks.
+chgrp disk /dev/loop7; chmod 660 /dev/loop7
+unit=nbdcrypt-serve@data.service
+socket=/run/nbdcrypt-serve/data.sock
+uri="nbd+unix:///?socket=$socket"
+install -m 600 key /etc/nbdcrypt/data.key
+echo 'ARGS="/dev/loop7 --description \"two words\""' > /etc/nbdcrypt/data.serve
+systemctl start nbdcrypt-serve@data.socket
+test "$(shows ActiveState)" = inactive
+test "$(stat -c '%a %U' $socket)" = "600 root"
+
+nbdinfo --list "$uri" | grep "two words"
+test "$(shows ActiveState)" = active
+test "$(shows StatusText)" = serving
+pid=$(shows MainPID)
+test "$(stat -c %u /proc/$pid)" -ge 61184
+head -c 1M /dev/urandom > data
+size=$(nbdinfo --size "$uri")
+truncate -s "$size" data
+nbdcopy --flush data "$uri"
+test "$(shows MainPID)" = "$pid"
+systemctl stop "$unit"
+test "$(shows Result) $(shows ExecMainStatus)" = "success 0"
+test -S $socket
+# The next client starts it again.
+nbdcopy "$uri" copy
+cmp data copy
+test "$(shows MainPID)" != "$pid"
+systemctl stop nbdcrypt-serve@data.socket "$unit"
+test ! -e $socket
+
+# A wrong key is final: the client is disconnected.
+echo wrong > /etc/nbdcrypt/data.key
+systemctl start nbdcrypt-serve@data.socket
+if nbdinfo "$uri"; then exit 9; fi
+await 'test "$(shows Result)" = exit-code'
+journalctl -u "$unit" | grep "no keyslot opens" > /dev/null
+systemctl stop nbdcrypt-serve@data.socket "$unit"
+install -m 600 key /etc/nbdcrypt/data.key
+systemctl reset-failed
+
+# Without the socket unit. The start returns when clients can connect. An image in a file needs a drop-in.
+mkdir -p /srv/images /run/systemd/system/nbdcrypt-serve@.service.d
+format /srv/images/image
+chgrp disk /srv/images/image; chmod 660 /srv/images/image
+printf '[Service]\nReadWritePaths=/srv/images\n' > /run/systemd/system/nbdcrypt-serve@.service.d/images.conf
+systemctl daemon-reload
+echo 'ARGS="/srv/images/image --listen 127.0.0.1:10809"' > /etc/nbdcrypt/data.serve
+systemctl start "$unit"
+nbdcopy --flush data nbd://127.0.0.1
+systemctl stop "$unit"
+test "$(shows Result)" = success
+if nbdinfo nbd://127.0.0.1; then exit 9; fi
+losetup -d /dev/loop7
+"#;
+    kernel.expect(&prepared(script));
+}
+
 /// Runs `systemd-analyze` on the units of one volume, as the generator makes them.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs systemd: run `make test`")]
@@ -308,6 +378,50 @@ fn systemd_analyze_accepts_the_units() {
     shell(&format!("SYSTEMD_UNIT_PATH=$PWD: systemd-analyze security --offline=true --threshold=58 ./{unit}"), &made);
 }
 
+/// Runs `systemd-analyze` on the units of a server. The exposure is low, because the server needs no root.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs systemd: run `make test`")]
+fn systemd_analyze_accepts_the_units_of_serve() {
+    let dir = tempfile::tempdir().unwrap();
+    let unit = fs::read_to_string(units().join("nbdcrypt-serve@.service")).unwrap();
+    let service = unit.replace("=nbdcrypt serve ", &format!("={} serve ", binary().display()));
+    fs::write(dir.path().join("nbdcrypt-serve@.service"), service).unwrap();
+    fs::copy(units().join("nbdcrypt-serve@.socket"), dir.path().join("nbdcrypt-serve@.socket")).unwrap();
+    let said = shell(
+        "export SYSTEMD_UNIT_PATH=$PWD:
+        systemd-analyze verify --man=no ./nbdcrypt-serve@data.service ./nbdcrypt-serve@data.socket 2>&1
+        systemd-analyze security --offline=true --threshold=20 ./nbdcrypt-serve@data.service > /dev/null",
+        dir.path(),
+    );
+    assert_eq!(said.lines().find(|line| line.contains("nbdcrypt")), None, "{said}");
+}
+
+/// The filter of the unit for `serve` allows every system call of a server and its clients' requests.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs systemd, strace, nbdcopy and nbdinfo: run `make test`")]
+fn the_filter_of_the_unit_for_serve_allows_every_system_call() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = format!(
+        r#"
+umask 077
+echo "a secret of 32 bytes, for the test" > key
+nbdcrypt={}
+$nbdcrypt format --size 32M --key-file key --pbkdf pbkdf2 --pbkdf-force-iterations 1000 disk > format
+# libnbd passes the socket, as systemd does, and ends the server with SIGTERM.
+serve() {{ echo [ strace -D -f -qq -A -o trace "$nbdcrypt" serve --key-file key "$@" disk ]; }}
+head -c 9M /dev/urandom > data
+nbdcopy --flush --connections=1 -- data $(serve)
+nbdcopy -- $(serve --session tokio) - > copy
+nbdinfo --map -- $(serve) > map
+# strace may end after the server.
+for attempt in $(seq 600); do test "$(grep -c 'exit_group(' trace)" -lt 3 || break; sleep 0.1; done
+cmp -n 9M data copy
+"#,
+        binary().display()
+    );
+    assert_eq!(refused_calls("nbdcrypt-serve@.service", &script, 30, dir.path()), "");
+}
+
 /// The unit's filter allows every system call that `up`, `down`, the server and the programs that it starts make. The
 /// tests' kernel has no such filters, so this test records the calls with strace and compares them with the filter's list.
 #[test]
@@ -315,8 +429,6 @@ fn systemd_analyze_accepts_the_units() {
 fn the_filter_of_the_unit_allows_every_system_call() {
     let dir = tempfile::tempdir().unwrap();
     let at = dir.path().display();
-    let unit = fs::read_to_string(units().join("nbdcrypt@.service")).unwrap();
-    let filter = unit.lines().find_map(|line| line.strip_prefix("SystemCallFilter=")).unwrap();
     let config = format!(
         "[volume]\ndevices = [\"{at}/disk\"]\nsize = \"64M\"\n[key]\nsource = \"file\"\npath = \"{at}/key\"\nrandom = true\n\
          [attach]\nmethod = \"fuse\"\n[filesystem]\nmountpoint = \"{at}/mnt\"\n"
@@ -332,6 +444,21 @@ while ! grep -q "is up" up; do kill -0 $!; sleep 0.1; done
 $nbdcrypt down scratch > down
 wait $!
 chattr -i mnt
+"#,
+        binary = binary().display()
+    );
+    assert_eq!(refused_calls("nbdcrypt@.service", &script, 50, dir.path()), "");
+}
+
+/// Runs a script, which leaves the output of strace in the file `trace`. Returns the system calls in it that the filter of this
+/// unit refuses.
+fn refused_calls(unit: &str, script: &str, at_least: u32, dir: &Path) -> String {
+    let unit = fs::read_to_string(units().join(unit)).unwrap();
+    let filters = unit.lines().filter_map(|line| line.strip_prefix("SystemCallFilter="));
+    let (refused, allowed): (Vec<&str>, Vec<&str>) = filters.partition(|filter| filter.starts_with('~'));
+    let refused = refused.join(" ").replace('~', "");
+    let script = format!(
+        r#"{script}
 grep -oE '^[0-9]+ +[a-z_0-9]+\(' trace | tr -d '(' | while read -r _ call; do echo "$call"; done | sort -u > used
 calls() {{
     for name; do
@@ -341,13 +468,15 @@ calls() {{
         esac
     done
 }}
-calls {filter} > allowed
-test "$(wc -l < used)" -gt 50
+calls {allowed} > allowed
+calls {refused} > refused
+test "$(wc -l < used)" -gt {at_least}
 grep -vxFf allowed used || true
+grep -xFf refused used || true
 "#,
-        binary = binary().display()
+        allowed = allowed.join(" "),
     );
-    assert_eq!(shell(&script, dir.path()), "", "the unit's SystemCallFilter= lacks these calls");
+    shell(&script, dir)
 }
 
 fn shell(script: &str, dir: &Path) -> String {
