@@ -68,6 +68,7 @@ pub mod key;
 pub mod layout;
 pub mod limits;
 pub mod luks;
+pub mod raid;
 pub mod sector;
 pub mod signature;
 pub mod store;

@@ -1,4 +1,4 @@
-//! Where a volume's bytes lie on its disk.
+//! The part of a disk that holds a volume's data.
 
 use crate::sector::{Lba512, SectorSize};
 
