@@ -2,14 +2,16 @@
 //!
 //! A member starts with 4096 unused bytes. Then comes the superblock ([`Superblock`]), which says to which array the member
 //! belongs and which role it has there. The data starts at the data offset. [`Array`] puts the members together, or says why
-//! that is not possible. Nothing here writes to a disk.
+//! that is not possible. [`StripedStore`] is the array's data as one disk.
 //!
 //! Source: Linux, include/uapi/linux/raid/md_p.h (`mdp_superblock_1`) and drivers/md/md.c (`super_1_load`).
 
 mod array;
+mod store;
 mod superblock;
 
 pub use array::{Array, ArrayError, Found, NewArray};
+pub use store::{StripedStore, read_member, write_member};
 pub use superblock::{Role, Superblock, SuperblockError};
 
 /// Where the superblock lies on a member, in bytes.

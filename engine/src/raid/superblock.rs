@@ -15,8 +15,6 @@ const MAGIC: u32 = 0xa92b_4efc;
 const HEAD_LEN: usize = 256;
 /// The roles that fit the area of a superblock.
 const MAX_ROLES: usize = (SUPERBLOCK_LEN - HEAD_LEN) / 2;
-/// `MD_FEATURE_BAD_BLOCKS`: the log of bad blocks has entries.
-const BAD_BLOCKS: u32 = 8;
 /// `MD_FEATURE_RAID0_LAYOUT`: the field `layout` is valid.
 const RAID0_LAYOUT: u32 = 4096;
 /// `resync_offset` of an array that needs no resync.
@@ -304,6 +302,9 @@ mod tests {
 
     use super::*;
 
+    /// `MD_FEATURE_BAD_BLOCKS`: the log of bad blocks has entries.
+    const BAD_BLOCKS: u32 = 8;
+
     /// The superblock of the first of three members, as mdadm 4.2 made it (`mdadm --create --level=0 --raid-devices=3 --chunk=64`
     /// with members of 96, 64 and 80 MiB), without the zeros at its end.
     fn of_mdadm() -> Vec<u8> {
@@ -403,7 +404,7 @@ mod tests {
             sizes in (3u32..20, 16u64..1 << 40, 0..1u64 << 40),
             number in 0u32..120,
             events: u64,
-            odd in 0usize..2,
+            odd in 0u16..2,
         ) {
             let superblock = Superblock {
                 array: Uuid::from_slice(&ids[..16]).unwrap(),
@@ -418,7 +419,7 @@ mod tests {
                 device: Uuid::from_slice(&ids[16..]).unwrap(),
                 updated: times.1,
                 events,
-                roles: (0..120 + odd).map(|n| if n % 7 == 6 { Role::Faulty } else { Role::Active(n as u16) }).collect(),
+                roles: (0..120 + odd).map(|n| if n % 7 == 6 { Role::Faulty } else { Role::Active(n) }).collect(),
             };
             prop_assert_eq!(Superblock::parse(&superblock.to_bytes()), Ok(superblock));
         }
