@@ -5,6 +5,7 @@ mod bench;
 mod dm_crypt;
 mod flush;
 mod location;
+mod md;
 mod nbd;
 mod stalls;
 mod systemd;
