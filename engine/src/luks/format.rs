@@ -22,7 +22,7 @@ use crate::buffer::AlignedBuffer;
 use crate::key::VolumeKey;
 use crate::layout::Segment;
 use crate::luks::{Disks, LuksError};
-use crate::sector::LBA_UNIT;
+use crate::sector::{LBA_UNIT, Lba512, SectorSize};
 use crate::signature::{self, Survey, UNFINISHED_MARKER, UNTOUCHED_LEN, Untouched, is_unfinished};
 use crate::store::{BlockStore, read_unaligned, write_unaligned, write_zeros};
 use crate::xts::Xts;
@@ -250,10 +250,23 @@ impl PendingFormat {
     }
 }
 
+/// Returns where the data of a new volume lies: from `offset` to the end of its disk, in whole sectors and whole blocks.
+///
+/// # Errors
+/// [`LuksError::TooSmall`] if there is no room for data.
+pub(super) fn segment_from(disks: &Disks<'_>, offset: u64, sector_size: SectorSize) -> Result<Segment, LuksError> {
+    let disk = disks.data();
+    let unit = sector_size.bytes_u64().max(disk.alignment() as u64);
+    match disk.len().saturating_sub(offset) / unit * unit {
+        0 => Err(LuksError::TooSmall { needed: offset + unit, available: disk.len() }),
+        len => Ok(Segment { offset, len, sector_size, iv_start: Lba512(0) }),
+    }
+}
+
 /// The first phase: writes the marker, then the rest of `image`, then zeros where old signatures could be.
 ///
 /// # Errors
-/// [`LuksError::TooSmall`] if header or data do not fit; the disk is then unchanged. Otherwise [`LuksError::Store`].
+/// [`LuksError::TooSmall`] if the header does not fit; the disk is then unchanged. Otherwise [`LuksError::Store`].
 pub(super) fn begin_format(
     disks: Disks<'_>,
     image: HeaderImage,
@@ -263,10 +276,6 @@ pub(super) fn begin_format(
     let HeaderImage { mut bytes, secondary } = image;
     let store = disks.header();
     let unit = SECTOR.max(store.alignment());
-    if segment.len == 0 {
-        let sector = segment.sector_size.bytes_u64().max(disks.data().alignment() as u64);
-        return Err(LuksError::TooSmall { needed: segment.offset + sector, available: disks.data().len() });
-    }
     let header_len = bytes.len() as u64;
     if header_len > store.len() {
         return Err(LuksError::TooSmall { needed: header_len, available: store.len() });

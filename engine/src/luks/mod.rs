@@ -47,7 +47,7 @@ pub use uuid::HeaderUuid;
 
 use crate::key::{Passphrase, VolumeKey};
 use crate::layout::Segment;
-use crate::sector::LBA_UNIT;
+use crate::sector::SectorSize;
 use crate::store::BlockStore;
 use crate::text::printable;
 
@@ -212,17 +212,15 @@ impl FormatOptions {
     /// [`LuksError::TooSmall`], and [`LuksError::Impossible`] if the options contradict each other.
     pub fn check_room<'d>(&self, disks: impl Into<Disks<'d>>, key_len: usize) -> Result<(), LuksError> {
         let disks = disks.into();
-        let (offset, sector) = match self {
-            Self::Luks1(options) => (luks1::data_offset(options, key_len, disks.is_detached())?, LBA_UNIT),
-            Self::Luks2(options) => (luks2::data_offset(options, key_len, &disks)?, options.sector_size.bytes_u64()),
+        let (offset, sector_size) = match self {
+            Self::Luks1(options) => (luks1::data_offset(options, key_len, disks.is_detached())?, SectorSize::B512),
+            Self::Luks2(options) => (luks2::data_offset(options, key_len, &disks)?, options.sector_size),
         };
-        let too_small = |needed, available| {
-            if needed > available { Err(LuksError::TooSmall { needed, available }) } else { Ok(()) }
-        };
-        if let Self::Luks1(_) = self {
-            too_small(luks1::header_len(key_len), disks.header().len())?;
+        let (needed, available) = (luks1::header_len(key_len), disks.header().len());
+        if matches!(self, Self::Luks1(_)) && needed > available {
+            return Err(LuksError::TooSmall { needed, available });
         }
-        too_small(offset + sector.max(disks.data().alignment() as u64), disks.data().len())
+        format::segment_from(&disks, offset, sector_size).map(drop)
     }
 
     /// Returns `LUKS1` or `LUKS2`.

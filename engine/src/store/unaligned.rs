@@ -1,6 +1,7 @@
 //! Reads and writes of small pieces on a disk that accepts only whole blocks.
 
 use std::io;
+use std::ops::Range;
 
 use super::BlockStore;
 use crate::buffer::AlignedBuffer;
@@ -10,17 +11,11 @@ use crate::buffer::AlignedBuffer;
 /// # Errors
 /// The error of the disk if the read fails; `UnexpectedEof` if the range reaches past the end.
 pub fn read_unaligned(store: &dyn BlockStore, data: &mut [u8], offset: u64) -> io::Result<()> {
-    let alignment = store.alignment() as u64;
-    let len = data.len() as u64;
-    if (offset | len).is_multiple_of(alignment) {
+    if is_aligned(store, data, offset) {
         return store.read_at(data, offset);
     }
-    let end = offset.checked_add(len).filter(|end| *end <= store.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
-    let start = offset - offset % alignment;
-    let mut blocks = AlignedBuffer::try_zeroed(index(end.next_multiple_of(alignment) - start)?)?;
-    store.read_at(&mut blocks, start)?;
-    let skip = index(offset - start)?;
-    data.copy_from_slice(&blocks[skip..skip + data.len()]);
+    let (blocks, _, range) = blocks_around(store, data.len(), offset)?;
+    data.copy_from_slice(&blocks[range]);
     Ok(())
 }
 
@@ -30,18 +25,28 @@ pub fn read_unaligned(store: &dyn BlockStore, data: &mut [u8], offset: u64) -> i
 /// # Errors
 /// The error of the disk if it fails; `UnexpectedEof` if the range reaches past the end.
 pub fn write_unaligned(store: &dyn BlockStore, data: &[u8], offset: u64) -> io::Result<()> {
-    let alignment = store.alignment() as u64;
-    let len = data.len() as u64;
-    if (offset | len).is_multiple_of(alignment) {
+    if is_aligned(store, data, offset) {
         return store.write_at(data, offset);
     }
-    let end = offset.checked_add(len).filter(|end| *end <= store.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+    let (mut blocks, start, range) = blocks_around(store, data.len(), offset)?;
+    blocks[range].copy_from_slice(data);
+    store.write_at(&blocks, start)
+}
+
+fn is_aligned(store: &dyn BlockStore, data: &[u8], offset: u64) -> bool {
+    (offset | data.len() as u64).is_multiple_of(store.alignment() as u64)
+}
+
+/// Reads the whole blocks that cover the `len` bytes from `offset`. Returns them, their offset on the disk, and the range of
+/// the `len` bytes in them.
+fn blocks_around(store: &dyn BlockStore, len: usize, offset: u64) -> io::Result<(AlignedBuffer, u64, Range<usize>)> {
+    let alignment = store.alignment() as u64;
+    let end = offset.checked_add(len as u64).filter(|end| *end <= store.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
     let start = offset - offset % alignment;
     let mut blocks = AlignedBuffer::try_zeroed(index(end.next_multiple_of(alignment) - start)?)?;
     store.read_at(&mut blocks, start)?;
     let skip = index(offset - start)?;
-    blocks[skip..skip + data.len()].copy_from_slice(data);
-    store.write_at(&blocks, start)
+    Ok((blocks, start, skip..skip + len))
 }
 
 /// Writes zeros to the `len` bytes from `offset`. Both must be multiples of the disk's alignment.

@@ -6,12 +6,11 @@ use uuid::Uuid;
 
 use super::{DIGEST_LEN, Header, KEYSLOTS, Keyslot, KeyslotState, SALT_LEN};
 use crate::key::{Passphrase, VolumeKey};
-use crate::layout::Segment;
-use crate::luks::format::{HeaderImage, PendingFormat, begin_format};
+use crate::luks::format::{HeaderImage, PendingFormat, begin_format, segment_from};
 use crate::luks::hash::HashAlgorithm;
 use crate::luks::kdf::{self, KdfOptions};
 use crate::luks::{Disks, LuksError, NewKey, Random, keyslot};
-use crate::sector::{LBA_UNIT, Lba512, SectorSize};
+use crate::sector::{LBA_UNIT, SectorSize};
 use crate::text::bytes;
 
 /// Keyslots begin at multiples of this number of bytes (cryptsetup's `LUKS_ALIGN_KEYSLOTS`). The first one follows the header.
@@ -66,9 +65,7 @@ pub fn begin<'d>(
     let payload_offset = u32::try_from(offset / LBA_UNIT).map_err(|_| {
         LuksError::impossible("the data offset", bytes(offset), "LUKS1 stores it as a 32-bit number of sectors")
     })?;
-    let unit = LBA_UNIT.max(disks.data().alignment() as u64);
-    let len = disks.data().len().saturating_sub(offset) / unit * unit;
-    let segment = Segment { offset, len, sector_size: SectorSize::B512, iv_start: Lba512(0) };
+    let segment = segment_from(&disks, offset, SectorSize::B512)?;
     let image = image(options, payload_offset, passphrase, &key, random)?;
     begin_format(disks, image, key, segment)
 }

@@ -11,12 +11,11 @@ use super::header::{BINARY_LEN, BinaryHeader, Copy, SALT_LEN};
 use super::layout::{Areas, Layout};
 use super::metadata::{CIPHER, area_len};
 use crate::key::{Passphrase, VolumeKey};
-use crate::layout::Segment;
-use crate::luks::format::{HeaderImage, PendingFormat, begin_format};
+use crate::luks::format::{HeaderImage, PendingFormat, begin_format, segment_from};
 use crate::luks::hash::HashAlgorithm;
 use crate::luks::kdf::{self, KdfOptions};
 use crate::luks::{Disks, LuksError, NewKey, Random, keyslot};
-use crate::sector::{LBA_UNIT, Lba512, SectorSize};
+use crate::sector::{LBA_UNIT, SectorSize};
 use crate::text::bytes;
 
 /// The maximum length of a label in bytes, without the NUL at its end.
@@ -102,14 +101,8 @@ pub fn begin<'d>(
     }
     check_sector_size(options.sector_size, disks.data().len())?;
     let areas = options.layout.areas(area_len(key.expose().len()), &disks)?;
-    let offset = areas.data;
-    let unit = options.sector_size.bytes_u64().max(disks.data().alignment() as u64);
-    let len = disks.data().len().saturating_sub(offset) / unit * unit;
-    let segment = Segment { offset, len, sector_size: options.sector_size, iv_start: Lba512(0) };
-    if len == 0 {
-        // This is checked before the key derivation, which takes long.
-        return Err(LuksError::TooSmall { needed: offset + unit, available: disks.data().len() });
-    }
+    // This comes before the key derivation, which takes long.
+    let segment = segment_from(&disks, areas.data, options.sector_size)?;
     let image = image(options, areas, passphrase, &key, random)?;
     begin_format(disks, image, key, segment)
 }
