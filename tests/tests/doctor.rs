@@ -120,7 +120,7 @@ fn s3_and_kms_are_asked_without_unlocking_anything() {
 /// The secret of a new volume is made at the first `up`, which needs different permissions from later starts.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, root and FUSE: run `make test`")]
-fn a_token_is_asked_about_before_and_after_the_first_up() {
+fn a_token_is_checked_before_and_after_first_up() {
     let moto = Moto::start();
     moto.make_key("alias/mine");
     let client = moto.client();
@@ -166,7 +166,7 @@ fn a_service_that_gives_no_answer_is_not_waited_for() {
     configure(&client, &format!("{OBJECT}\nretry-for = \"1h\"\nendpoint-url = \"{url}\""));
     let (code, checks) = doctor(&client);
     assert_eq!(code, Some(1));
-    is(&checks, "S3", "fail", &["no answer within 8 s"]);
+    is(&checks, "S3", "fail", &["did not answer within 8 s"]);
     client.unset("AWS_ACCESS_KEY_ID");
     client.unset("AWS_SECRET_ACCESS_KEY");
     is(&doctor(&client).1, "credentials", "fail", &["no AWS credentials were found", "hop-limit"]);

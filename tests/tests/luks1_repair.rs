@@ -85,8 +85,8 @@ fn damages() -> Vec<Damage> {
             ],
         ),
         Damage::new("a hash in capitals", &[(HASH, b"SHA256")], &["the hash was SHA256, and is now sha256"]),
-        Damage::new("nothing", &[], &["the header is whole"]),
-        Damage::new("a harmless change", &[(510, &[0x55, 0xaa])], &["the header is whole"]),
+        Damage::new("nothing", &[], &["the header is intact"]),
+        Damage::new("a harmless change", &[(510, &[0x55, 0xaa])], &["the header is intact"]),
         Damage::new("the stripes of a key", &[(keyslot(1, STRIPES), &[0, 0, 0, 1])], &[]),
         Damage::new("the place of a key", &[(keyslot(1, OFFSET), &[0, 0, 0, 1])], &[]),
         Damage::new("a key of another size", &[(108, &[0, 0, 0, 63]), (keyslot(5, STRIPES), &[1])], &[]),
@@ -129,7 +129,7 @@ fn repair_gives_the_same_bytes_as_cryptsetup_or_refuses() {
         assert!(ours == std::fs::read(bench.path("theirs")).unwrap(), "{name}");
         bench.accepted_by_cryptsetup("ours");
         assert!(bench.cryptsetup_opens("ours", "0", "key") && bench.cryptsetup_opens("ours", "1", "new"), "{name}");
-        assert_eq!(bench.nbdcrypt(&["header", "repair", "ours"]), "ours: the header is whole\n", "{name}");
+        assert_eq!(bench.nbdcrypt(&["header", "repair", "ours"]), "ours: the header is intact\n", "{name}");
     }
 }
 

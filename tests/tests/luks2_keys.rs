@@ -243,17 +243,22 @@ fn either_header_is_repaired_from_the_other() {
         }
         add(&bench, 1, KDFS[2]);
         let disk = bench.path("disk");
-        for (at, said) in [(4096 + 100, "first"), (16384 + 4096 + 100, "second"), (0, "first"), (16384, "second")] {
+        for (at, said) in
+            [(4096 + 100, "primary"), (16384 + 4096 + 100, "secondary"), (0, "primary"), (16384, "secondary")]
+        {
             store(&disk).write_at(&[0xff; 3], at).unwrap();
             let told = bench.nbdcrypt(&["header", "repair", "disk"]);
-            assert!(told.contains(&format!("the {said} header was rewritten")), "{at}: {told}");
+            assert!(told.contains(&format!("the {said} copy of the header was rewritten")), "{at}: {told}");
             bench.accepted_by_cryptsetup("disk");
             assert!(bench.cryptsetup_opens("disk", "1", "key1"));
-            assert!(bench.nbdcrypt(&["header", "repair", "disk"]).contains("both headers are whole"));
+            assert!(bench.nbdcrypt(&["header", "repair", "disk"]).contains("both copies of the header are intact"));
 
             store(&disk).write_at(&[0xff; 3], at).unwrap();
             cryptsetup(&bench, &["repair", "-q", "disk"]);
-            assert!(bench.nbdcrypt(&["header", "repair", "disk"]).contains("both headers are whole"), "{at}");
+            assert!(
+                bench.nbdcrypt(&["header", "repair", "disk"]).contains("both copies of the header are intact"),
+                "{at}"
+            );
             assert_eq!(unlock(&disk, b"passphrase 1").unwrap().keyslot, 1);
         }
     }
@@ -266,7 +271,7 @@ fn a_possibly_valid_header_copy_is_replaced_only_on_request() {
     luks_format(&bench, KDFS[1], "512");
     let disk = bench.path("disk");
     let good = std::fs::read(&disk).unwrap();
-    for (copy, said) in [(0usize, "first"), (16384, "second")] {
+    for (copy, said) in [(0usize, "primary"), (16384, "secondary")] {
         let mut bytes = good.clone();
         let header = &mut bytes[copy..copy + 16384];
         // The text is no longer a JSON object, and the checksum is correct again. The broken copy may also be the newer
@@ -283,7 +288,7 @@ fn a_possibly_valid_header_copy_is_replaced_only_on_request() {
         assert!(told.contains(&format!("nbdcrypt header repair --from {from}")), "{told}");
         assert!(std::fs::read(&disk).unwrap() == bytes);
         let told = bench.nbdcrypt(&["header", "repair", "--from", from, "disk"]);
-        assert!(told.contains(&format!("the {said} header was rewritten")), "{told}");
+        assert!(told.contains(&format!("the {said} copy of the header was rewritten")), "{told}");
         bench.accepted_by_cryptsetup("disk");
     }
 }
@@ -551,7 +556,7 @@ fn a_header_changed_while_a_passphrase_is_awaited_is_kept() {
             let said = String::from_utf8_lossy(&output.stderr);
             assert_eq!(output.status.success(), label.is_none(), "{arguments:?}: {said}");
             if let Some(label) = label {
-                assert!(said.contains("another program has changed"), "{said}");
+                assert!(said.contains("another program changed the header"), "{said}");
                 assert!(bench.accepted_by_cryptsetup("disk").contains(&format!("Label:         \t{label}")));
                 assert!(unlock(&bench.path("disk"), b"passphrase 0").is_ok());
             }
@@ -602,7 +607,7 @@ fn a_keyslot_is_cleared_only_with_another_valid_key() {
         for (arguments, words) in [
             (&[][..], &["--key-file", "--config", "--force"][..]),
             (&["--batch"], &["--key-file", "--config", "--force"]),
-            (&["--key-file", "key1"], &["opens only keyslot 1, which is to be removed", "key test"]),
+            (&["--key-file", "key1"], &["opens keyslot 1, which is to be removed, but no other keyslot", "key test"]),
             (&["--key-file", "other"], &["opens no other keyslot", "--force"]),
             (&["--key-file", "key7"], &["opens no other keyslot"]),
         ] {

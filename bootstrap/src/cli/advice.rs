@@ -44,8 +44,9 @@ fn luks_error<'e>(cause: &'e (dyn Error + 'static)) -> Option<&'e LuksError> {
 /// Returns what to do about an error of the engine: the rest of a sentence, without a full stop at its end.
 fn about_luks(error: &LuksError, settings: Settings) -> Option<String> {
     let has_key_slot = settings == Settings::Options { key_slot: true };
-    let priority =
-        |keyslot: &usize| format!("`nbdcrypt key priority --key-slot {keyslot} DEVICE normal` has it tried again");
+    let priority = |keyslot: &usize| {
+        format!("`nbdcrypt key priority --key-slot {keyslot} DEVICE normal` lets nbdcrypt try it again")
+    };
     let advice = match error {
         LuksError::Unfinished => "format the disk again",
         LuksError::Corrupt { .. } => {
@@ -165,11 +166,11 @@ fn raise(limits: &[&str], settings: Settings) -> String {
 fn about_memory(error: &TooLittleMemory, settings: Settings) -> String {
     let mib = u64::from(error.needed_kib).div_ceil(1 << 10);
     match settings {
-        Settings::Configuration => format!("`max-kdf-memory = \"{mib}M\"` under [volume] tries it nevertheless"),
+        Settings::Configuration => format!("`max-kdf-memory = \"{mib}M\"` under [volume] lets nbdcrypt try it anyway"),
         Settings::Options { key_slot: true } => {
-            format!("or name another keyslot with --key-slot; `--max-kdf-memory {mib}M` tries it nevertheless")
+            format!("or name another keyslot with --key-slot; `--max-kdf-memory {mib}M` lets nbdcrypt try it anyway")
         }
-        Settings::Options { key_slot: false } => format!("`--max-kdf-memory {mib}M` tries it nevertheless"),
+        Settings::Options { key_slot: false } => format!("`--max-kdf-memory {mib}M` lets nbdcrypt try it anyway"),
     }
 }
 
@@ -321,7 +322,7 @@ mod tests {
         let with_option = about(&error(), Settings::Options { key_slot: true }).unwrap();
         let without = about(&error(), Settings::Configuration).unwrap();
         assert!(with_option.starts_with("--key-slot 3 tries"), "{with_option}");
-        assert_eq!(without, "`nbdcrypt key priority --key-slot 3 DEVICE normal` has it tried again");
+        assert_eq!(without, "`nbdcrypt key priority --key-slot 3 DEVICE normal` lets nbdcrypt try it again");
         let many = || LuksError::TooManyIterations { field: "x".to_owned(), found: 9, limit: 8 }.into();
         assert!(about(&many(), Settings::Configuration).unwrap().contains("`max-kdf-iterations`"));
         assert!(about(&many(), Settings::Options { key_slot: false }).unwrap().contains("--max-kdf-iterations"));

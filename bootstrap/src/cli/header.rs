@@ -14,14 +14,8 @@ use crate::keys::opening::{self, Then};
 use crate::machine::{disk, new_file, random};
 use crate::text;
 
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    #[command(subcommand)]
-    command: Command,
-}
-
 #[derive(Debug, clap::Subcommand)]
-enum Command {
+pub(super) enum Command {
     /// Repair a header. A LUKS2 volume has two header copies: a broken copy is rewritten from the intact one. In a
     /// LUKS1 header, damage by a partition table is repaired.
     ///
@@ -63,7 +57,7 @@ enum Command {
 }
 
 #[derive(Debug, Clone, std::marker::Copy, clap::ValueEnum)]
-enum Copy {
+pub(super) enum Copy {
     /// The copy at the start of the disk.
     Primary,
     /// The copy behind the primary one.
@@ -72,7 +66,7 @@ enum Copy {
 
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(true))]
-struct Set {
+pub(super) struct Set {
     /// The disk or file that holds the header.
     device: PathBuf,
     /// A label of at most 47 bytes. An empty label removes it.
@@ -87,8 +81,8 @@ struct Set {
     flags: Option<String>,
 }
 
-pub(super) fn run(args: Args) -> Result<()> {
-    match args.command {
+pub(super) fn run(command: Command) -> Result<()> {
+    match command {
         Command::Set(args) => set(args),
         Command::Repair { device, from } => repair(&device, from),
         Command::Backup { device, file } => backup(&device, &file),
@@ -106,14 +100,14 @@ fn repair(device: &Path, from: Option<Copy>) -> Result<()> {
     };
     let repair = repair.with_context(name)?;
     let said = match &repair {
-        Repair::Luks1(fixes) if fixes.is_empty() => vec!["the header is whole".to_owned()],
+        Repair::Luks1(fixes) if fixes.is_empty() => vec!["the header is intact".to_owned()],
         Repair::Luks1(fixes) => fixes.iter().map(ToString::to_string).collect(),
         Repair::Luks2(repaired) => {
             let said = match (repaired.primary, repaired.secondary) {
-                (false, false) => "both headers are whole",
-                (true, false) => "the first header was rewritten",
-                (false, true) => "the second header was rewritten",
-                (true, true) => "both headers were rewritten",
+                (false, false) => "both copies of the header are intact",
+                (true, false) => "the primary copy of the header was rewritten",
+                (false, true) => "the secondary copy of the header was rewritten",
+                (true, true) => "both copies of the header were rewritten",
             };
             vec![said.to_owned()]
         }
@@ -165,8 +159,8 @@ fn refuse_swapped(device: &Path, disk: &FileStore, file: &Path, saved: &FileStor
         return Ok(());
     };
     bail!(
-        "{found}. Nothing was changed. The disk comes first, and then the file with the saved header: `nbdcrypt header restore \
-         DISK FILE`. Use --force if {file} is the saved header and {device} is to get it nevertheless"
+        "{found}. Nothing was changed. Name the disk first, and then the file with the saved header: `nbdcrypt header restore \
+         DISK FILE`. If {file} is the saved header and belongs on {device}, use --force"
     )
 }
 
@@ -183,10 +177,11 @@ fn restore(device: &Path, file: &Path, force: bool) -> Result<()> {
     before.push(".before");
     let before = PathBuf::from(before);
     let replaced = backup.replaced(&disk).with_context(name)?;
-    new_file::with_bytes(&before, &replaced)
-        .with_context(|| format!("what the restore replaces cannot be saved in {}", before.display()))?;
+    new_file::with_bytes(&before, &replaced).with_context(|| {
+        format!("the old header could not be saved in {}, so nothing was changed", before.display())
+    })?;
     backup
         .restore(&disk, force, &mut random::fill)
-        .with_context(|| format!("{}: what was there before is in {}", name(), before.display()))?;
-    tell(format_args!("{}: header restored; what was there before is in {}\n", name(), text::path(&before)))
+        .with_context(|| format!("{}: the old header is saved in {}", name(), before.display()))?;
+    tell(format_args!("{}: header restored; the old header is saved in {}\n", name(), text::path(&before)))
 }

@@ -59,14 +59,15 @@ const HEADING: &str = "Limits of key derivation";
 /// The limits on the work that a header may ask for.
 #[derive(Debug, clap::Args)]
 pub(super) struct LimitArgs {
-    /// The most memory that Argon2 may use for a keyslot, such as 8G. [default: 4G, or the machine's memory if that is less]
+    /// The maximum memory that Argon2 may use for a keyslot, such as 8G. [default: 4G, or the machine's memory if that is
+    /// less]
     #[arg(help_heading = HEADING, long, value_name = "SIZE", value_parser = memory)]
     max_kdf_memory: Option<u32>,
-    /// The most PBKDF2 iterations that a keyslot may ask for. [default: 100 million]
+    /// The maximum number of PBKDF2 iterations that a keyslot may ask for. [default: 100 million]
     #[arg(help_heading = HEADING, long, value_name = "N")]
     max_kdf_iterations: Option<NonZeroU32>,
-    /// The most Argon2 passes that a keyslot may ask for, if it uses the most memory. A keyslot that uses less memory may
-    /// ask for more passes in proportion. [default: 100]
+    /// The maximum number of Argon2 passes that a keyslot may ask for, if it uses the maximum memory. A keyslot that uses
+    /// less memory may ask for more passes in proportion. [default: 100]
     #[arg(help_heading = HEADING, long, value_name = "N")]
     max_kdf_passes: Option<NonZeroU32>,
 }

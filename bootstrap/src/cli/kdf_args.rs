@@ -26,8 +26,8 @@ pub(super) struct KdfArgs {
     /// How long one attempt at the passphrase takes on this machine, in milliseconds.
     #[arg(help_heading = HEADING, short = 'i', long, value_name = "MS", default_value_t = milliseconds(UNLOCK_TIME))]
     iter_time: u64,
-    /// The most memory that Argon2 uses, in KiB, but never more than half of the machine's memory. [default: 1048576, which
-    /// is 1 GiB]
+    /// The maximum memory that Argon2 uses, in KiB. It is never more than half of the machine's memory. [default: 1048576,
+    /// which is 1 GiB]
     #[arg(help_heading = HEADING, long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(32..=4 << 20))]
     pbkdf_memory: Option<u32>,
     /// The number of Argon2's lanes, each of which is a thread. [default: the number of CPUs, but at most 4]

@@ -100,13 +100,16 @@ enum Command {
     Dump(dump::Args),
     /// List, add, change, test and remove the keys that open a volume.
     #[command(after_help = examples::KEY)]
-    Key(key::Args),
+    #[command(subcommand)]
+    Key(key::Command),
     /// List, import, export and remove the tokens in a LUKS2 header, which help to open the volume.
     #[command(after_help = examples::TOKEN)]
-    Token(token::Args),
+    #[command(subcommand)]
+    Token(token::Command),
     /// Back up, restore, repair or change a volume's header.
     #[command(after_help = examples::HEADER)]
-    Header(header::Args),
+    #[command(subcommand)]
+    Header(header::Command),
     /// Measure throughput on this machine.
     #[command(after_help = examples::BENCH)]
     Bench(bench::Args),
@@ -381,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_line_holds_no_error_number_and_no_control_character() {
+    fn a_log_line_has_no_error_numbers_or_control_characters() {
         let event = " WARN disk\u{202e}\n: Operation not permitted (os error 1)\n".as_bytes();
         let shown = SafeStderr { with_colours: false }.shown(event);
         assert_eq!(shown, " WARN disk\\u{202e}\\u{a}: Operation not permitted\n");

@@ -61,7 +61,7 @@ pub(super) fn run(args: Args) -> Result<()> {
 fn documents(policies: &Policies) -> Vec<(&'static str, &'static str, &Value)> {
     let all = [
         ("instance-role", "The policy of the instance's role", Some(&policies.instance)),
-        ("provisioner", "The policy of whoever runs `nbdcrypt provision`", policies.provisioner.as_ref()),
+        ("provisioner", "The policy of the role that runs `nbdcrypt provision`", policies.provisioner.as_ref()),
         ("kms-key", "The policy of the KMS key", Some(&policies.key)),
         ("bucket", "The policy of the bucket", policies.bucket.as_ref()),
     ];

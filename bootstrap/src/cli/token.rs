@@ -16,14 +16,8 @@ use crate::keys::opening::{self, Then};
 use crate::machine::disk::HeaderLock;
 use crate::machine::{disk, random};
 
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    #[command(subcommand)]
-    command: Command,
-}
-
 #[derive(Debug, clap::Subcommand)]
-enum Command {
+pub(super) enum Command {
     /// List the tokens with their types and keyslots.
     #[command(after_help = examples::TOKEN)]
     List {
@@ -90,8 +84,8 @@ fn header(disk: &FileStore, name: &str) -> Result<Box<luks2::Header>> {
     }
 }
 
-pub(super) fn run(args: Args) -> Result<()> {
-    match args.command {
+pub(super) fn run(command: Command) -> Result<()> {
+    match command {
         Command::List { volume, json } => list(&volume, json),
         Command::Import { volume, json_file, token_id, force } => {
             let json = read(&json_file).with_context(|| json_file.display().to_string())?;

@@ -53,7 +53,7 @@ pub enum FileKeyError {
         file: KeyFile,
     },
     /// The file has more than [`MAX_KEY_FILE`] bytes.
-    #[error("{file} is larger than {}, the most that a key file may have; is it the right file?", bytes(MAX_KEY_FILE as u64))]
+    #[error("{file} is larger than {}, the maximum for a key file. Check that it is the right file", bytes(MAX_KEY_FILE as u64))]
     TooLarge {
         /// The file.
         file: KeyFile,
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_of_the_file_are_the_secret_with_newline_and_nul() {
+    fn every_byte_of_a_key_file_counts() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("key");
         fs::write(&path, b"se\0cret\n\n").unwrap();
@@ -195,7 +195,7 @@ mod tests {
 
     /// The file may have been missing when the configuration was read, or may have been replaced since.
     #[test]
-    fn trust_in_a_configured_file_is_checked_when_it_is_read() {
+    fn a_configured_file_is_checked_when_it_is_read() {
         use std::os::unix::fs::{PermissionsExt, symlink};
         let dir = tempfile::tempdir().unwrap();
         let (path, theirs) = (dir.path().join("key"), dir.path().join("theirs"));

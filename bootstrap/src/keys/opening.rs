@@ -35,12 +35,12 @@ pub fn warn_of_copies(header: &Path, store: &dyn BlockStore, then: Then) {
     if let Some(broken) = luks2::broken(store) {
         let (copy, whole, reason) = (broken.copy, broken.copy.other(), broken.reason);
         let cure = match then {
-            Then::Stays => format!("`nbdcrypt header repair {at}` writes the {copy} copy anew from the {whole} copy"),
-            Then::Changes => format!("The next change of the header writes the {copy} copy anew"),
+            Then::Stays => format!("`nbdcrypt header repair {at}` rewrites the {copy} copy from the {whole} copy"),
+            Then::Changes => format!("The next change of the header rewrites the {copy} copy"),
         };
         tracing::warn!(
-            "{at}: the {copy} copy of the LUKS2 header is broken: {reason}. The {whole} copy is used; if it breaks, too, \
-             nobody can ever read the volume. {cure}"
+            "{at}: the {copy} copy of the LUKS2 header is broken: {reason}. The {whole} copy is used. If it \
+             breaks, too, the data is lost. {cure}"
         );
     }
     // Before a change, a refused copy is an error.
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_key_gets_no_hint_and_at_most_two_tries() {
+    fn a_wrong_key_is_tried_at_most_twice() {
         let file = KeyFile::Path(PathBuf::from("/etc/key"));
         for (given, most) in [(&b"secret"[..], 1), (b"secret\n", 1), (b"secret\n\n\n", 2), (b"\n", 0), (b"\n\n", 1)] {
             let (said, tried) = hint(&file, given, b"another");
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn the_memory_of_this_machine_is_named_if_it_is_the_limit() {
+    fn memory_of_the_machine_is_named_as_the_limit() {
         let limit = u32::try_from(memory::limit().kib).unwrap_or(u32::MAX);
         let error =
             |limit| LuksError::TooExpensive { field: "keyslots.2.kdf.memory".to_owned(), found: u32::MAX, limit };

@@ -44,11 +44,11 @@ pub enum RewrapError {
     #[error("no KMS key is named: write `kms-key` under [key], or give --new-kms-key")]
     NoKmsKey,
     /// The configured volume is plain, so it has no header.
-    #[error("the configuration describes a plain volume, which has no header to try a secret on. {}", by_hand(.0))]
+    #[error("the configuration describes a plain volume, which has no header to try a secret on. To rewrap its secret, {}", by_hand(.0))]
     Plain(SecretLocation),
     /// The disk has no LUKS header. It is the wrong disk, or holds a plain volume whose key is hashed from a
     /// passphrase.
-    #[error("it has no LUKS header to try the secret on: is it the volume's disk? If the volume is plain: {}", by_hand(.0))]
+    #[error("there is no LUKS header to try the secret on. Check that this is the volume's disk. If the volume is plain, {}", by_hand(.0))]
     NoHeader(SecretLocation),
     /// The secret could not be obtained or encrypted.
     #[error(transparent)]
@@ -57,10 +57,10 @@ pub enum RewrapError {
     #[error(transparent)]
     Token(#[from] NoTokenSecret),
     /// The secret does not open the volume.
-    #[error("the secret that KMS decrypted does not open the volume, and is left as it is: {0}")]
+    #[error("the secret that KMS decrypted does not open the volume, so it was not changed: {0}")]
     Opens(#[source] LuksError),
     /// The header has changed since KMS was asked.
-    #[error("its header was changed by somebody else meanwhile, and is left as it is: try again")]
+    #[error("another program changed the header at the same time. Nothing was changed; try again")]
     Changed,
     /// The header cannot be locked.
     #[error(transparent)]
@@ -73,9 +73,9 @@ pub enum RewrapError {
 /// Returns advice for a volume without a header.
 fn by_hand(object: &SecretLocation) -> String {
     format!(
-        "KMS can re-encrypt {object} by itself: make another ciphertext with `aws kms re-encrypt` (--destination-key-id, and the \
-         encryption context for source and destination), store it under another name, and keep the old object \
-         until `nbdcrypt up` has shown the filesystem with the new name as `object` and the new key as `kms-key` under [key]"
+        "make a new ciphertext of {object} with `aws kms re-encrypt` (give --destination-key-id, and the encryption context of \
+         source and destination), and store it under another name. Then write that name as `object` and the new key as \
+         `kms-key` under [key]. Keep the old object until `nbdcrypt up` has mounted the filesystem with the new one"
     )
 }
 

@@ -59,8 +59,8 @@ pub enum ProgramError {
     },
     /// The program took too long and was killed.
     #[error(
-        "{program} did not end within {} seconds, {}: does a disk or a server stand still?", limit.as_secs(),
-        if *ended { "so it was ended" } else { "and cannot be killed, because the kernel still works for it" }
+        "{program} did not end within {} seconds, {}. Check whether a disk or a server hangs", limit.as_secs(),
+        if *ended { "so it was ended" } else { "and cannot be killed yet, because it waits in the kernel" }
     )]
     TimedOut {
         /// The program.
@@ -71,7 +71,7 @@ pub enum ProgramError {
         ended: bool,
     },
     /// The caller interrupted the program.
-    #[error("{program} was interrupted{}", if *ended { "" } else { ", and has not ended: the kernel still works for it" })]
+    #[error("{program} was interrupted{}", if *ended { "" } else { ", but has not ended yet, because it waits in the kernel" })]
     Interrupted {
         /// The program.
         program: String,
@@ -318,7 +318,7 @@ mod tests {
         let error = run("sleep", &["600".as_ref()], limit).unwrap_err();
         assert!(error.to_string().contains("sleep did not end within 1 seconds, so it was ended"), "{error}");
         let lives = ProgramError::TimedOut { program: "umount".to_owned(), limit, ended: false }.to_string();
-        assert!(lives.contains("the kernel still works for it") && !lives.contains("was ended"), "{lives}");
+        assert!(lives.contains("it waits in the kernel") && !lives.contains("was ended"), "{lives}");
         // The caller can end the program before the limit.
         let error = run_while("sleep", &["600".as_ref()], QUICK, &mut || false).unwrap_err();
         assert!(matches!(error, ProgramError::Interrupted { .. }), "{error}");

@@ -61,7 +61,7 @@ impl Step for MakeFilesystem {
                      shows, and run `nbdcrypt down`"
                 ),
                 content::Plaintext::NeverWritten if volume.is_read_only() => {
-                    bail!("the volume on {at} is blank, and read-only: no filesystem can be made on it")
+                    bail!("the volume on {at} is blank but read-only, so no filesystem can be made on it")
                 }
                 content::Plaintext::NeverWritten => {
                     // Without a header, only a blank disk shows that the configuration names the right disk.

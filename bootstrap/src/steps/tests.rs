@@ -435,7 +435,7 @@ fn the_mountpoint_is_protected_before_the_mount_unless_told_otherwise() {
 }
 
 #[test]
-fn a_missing_disk_in_dev_is_no_file_to_be_made() {
+fn a_missing_disk_in_dev_is_not_made() {
     for (disk, header) in [("/dev/nvme1n1", None), (DISK, Some("/dev/nvme2n1"))] {
         let mut config = config();
         config.volume.header = header.map(PathBuf::from);
@@ -460,7 +460,7 @@ fn a_volume_that_another_process_makes_meanwhile_is_kept() {
         // The other process writes while this process calibrates the key derivation, while it makes the filesystem, or
         // before it abandons the unfinished volume.
         for (locks, failing, refusal) in [
-            (0, None, "another process has made a volume on it meanwhile"),
+            (0, None, "another process made a volume on it at the same time"),
             (1, None, "the mark of the unfinished volume is gone"),
             (1, Some("mkfs"), "the mark of the unfinished volume is gone"),
             (1, Some("attach"), "the mark of the unfinished volume is gone"),
@@ -538,7 +538,7 @@ fn whatever_fails_nothing_is_left() {
 }
 
 #[test]
-fn a_start_can_be_repeated_on_a_disk_that_ignores_discards() {
+fn a_start_is_repeated_on_a_disk_without_discards() {
     for config in [config(), detached()] {
         for has_header in [false, true] {
             for failing in ["attach", "mkfs"] {
@@ -698,7 +698,7 @@ fn whatever_fails_nothing_is_left_of_a_detached_header() {
 }
 
 #[test]
-fn a_secret_in_the_header_is_made_with_the_volume_and_found_there() {
+fn a_secret_in_the_header_is_made_with_the_volume() {
     let text =
         format!("[volume]\ndevices = [\"{DISK}\"]\n[key]\nsource = \"aws\"\nobject = \"token\"\nkms-key = \"k\"\n");
     let config = Config::parse(&text, Path::new("test.toml")).unwrap();
@@ -717,7 +717,7 @@ fn a_secret_in_the_header_is_made_with_the_volume_and_found_there() {
 
 /// An existing volume still opens, because its key derivation does not change.
 #[test]
-fn no_volume_is_made_with_a_short_secret_that_is_said_to_be_random() {
+fn a_random_secret_that_is_too_short_is_refused() {
     let (fake, mut random) = (Fake::new(), config());
     random.strength = Strength::Random;
     fake.0.borrow_mut().passphrase = b"secret".to_vec();
@@ -729,7 +729,7 @@ fn no_volume_is_made_with_a_short_secret_that_is_said_to_be_random() {
 }
 
 #[test]
-fn what_is_new_is_told_and_what_was_there_is_not() {
+fn only_what_is_new_is_told() {
     let news = |config: &Config, fake: &Fake| {
         let mut told = None;
         up_as(config, fake, |steps, boot| {

@@ -107,7 +107,7 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
         check_room(boot, &both)?;
         for path in [Some(path), volume.header.as_ref()].into_iter().flatten() {
             if disks.exists(path)? {
-                let blank = || format!("{} is blank, so that a new volume would be made", path.display());
+                let blank = || format!("{} is blank, so a new volume would be made on it", path.display());
                 disks.refuse_if_read_only(path).with_context(blank)?;
             }
         }
@@ -215,14 +215,14 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     let name = || boot.header_path().display().to_string();
     for (path, disk) in [(boot.header_path(), disks.header()), (&boot.disk_path, disks.data())] {
         if disk.is_read_only() {
-            bail!("{} is blank, and read-only: no volume can be made on it", path.display());
+            bail!("{} is blank but read-only, so no volume can be made on it", path.display());
         }
     }
     let locks = boot.lock_headers()?;
     // The whole disk was checked just before. If another process has made a volume or a filesystem on it since, this shows at
     // one end of the disk.
     if is_volume(boot, &disks, Look::Ends)? {
-        bail!("{}: another process has made a volume on it meanwhile: try again", name());
+        bail!("{}: another process made a volume on it at the same time; try again", name());
     }
     let pending = options.begin(disks, passphrase, key, &mut random).with_context(name)?;
     drop(locks);

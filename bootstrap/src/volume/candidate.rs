@@ -47,10 +47,10 @@ pub enum Unseen {
     #[error("only root can see what it holds")]
     NeedsRoot,
     /// `/dev` has no node for the disk.
-    #[error("it has no node in /dev, as in a container that was not given the disk")]
+    #[error("it has no node in /dev; in a container, this means that the container was not given the disk")]
     NoNode,
     /// The disk did not answer in time.
-    #[error("it gave no answer within {} s", LIMIT.as_secs())]
+    #[error("it did not answer within {} s", LIMIT.as_secs())]
     NoAnswer,
     /// Another error. The text says which.
     #[error("{0}")]
@@ -118,18 +118,19 @@ fn judge(disk: &BlockDevice, users: &[Holder], seen: &Result<Seen, Unseen>, inst
         Err(unseen) => return (Take::Unknown, unseen.to_string()),
     };
     if *is_claimed {
-        let by =
-            users.first().map_or_else(|| "the kernel or a program has it for itself".to_owned(), ToString::to_string);
+        let by = users
+            .first()
+            .map_or_else(|| "the kernel or a program has opened it exclusively".to_owned(), ToString::to_string);
         return (Take::No, format!("it is in use: {by}"));
     }
     let does = match content {
         content if is_luks(content) => "`up` opens its volume",
         Content::Blank | Content::Unfinished if disk.read_only => {
-            return (Take::No, "it is blank, and read-only, so no volume can be made on it".to_owned());
+            return (Take::No, "it is blank but read-only, so `up` cannot make a volume on it".to_owned());
         }
         Content::Blank => "it is blank, so `up` makes a volume on it",
-        Content::Unfinished => "`up` makes the volume on it anew, which an earlier run began",
-        content => return (Take::No, format!("it holds {content}, and `up` destroys nothing")),
+        Content::Unfinished => "an earlier run began to make a volume on it, and `up` makes that volume again",
+        content => return (Take::No, format!("it holds {content}, and `up` does not overwrite data")),
     };
     match (disk.origin, instance_stores) {
         (Origin::InstanceStore, 1) => (Take::Yes, does.to_owned()),
@@ -231,7 +232,7 @@ mod tests {
             [
                 ("/dev/nvme0n1", Origin::Ebs, Take::No, "it is in use: its ext4 filesystem is mounted on /"),
                 ("/dev/nvme1n1", Origin::InstanceStore, Take::Yes, blank),
-                ("/dev/nvme2n1", Origin::Ebs, Take::No, "it holds ext2 filesystem, and `up` destroys nothing"),
+                ("/dev/nvme2n1", Origin::Ebs, Take::No, "it holds ext2 filesystem, and `up` does not overwrite data"),
                 ("/dev/nvme10n1", Origin::Ebs, Take::IfNamed, if_named.as_str()),
             ]
         );
@@ -263,7 +264,7 @@ mod tests {
         assert_eq!(judged(Err(Unseen::NoAnswer)).0, Take::Unknown);
         let seen = |content, is_claimed| Ok(Seen { content, is_claimed });
         let (take, why) = judged(seen(Content::Blank, true));
-        assert!(take == Take::No && why.contains("has it for itself"), "{why}");
+        assert!(take == Take::No && why.contains("opened it exclusively"), "{why}");
         assert_eq!(judged(seen(Content::Unfinished, false)).0, Take::Yes);
         let read_only = BlockDevice { read_only: true, ..disk.clone() };
         assert_eq!(judge(&read_only, &[], &seen(Content::Blank, false), 1).0, Take::No);

@@ -201,7 +201,7 @@ pub enum LuksError {
     /// Both copies of the header are whole and have the same sequence number, but their contents differ.
     #[error(
         "both copies of the header are valid and have the sequence number {0}, but they differ. Nothing was written, because \
-         nobody can know which one is right"
+         it is unknown which one is right"
     )]
     CopiesDiffer(u64),
     /// The first copy of the header is gone, and the disk holds something else.

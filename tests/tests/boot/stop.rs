@@ -80,7 +80,7 @@ fn a_stop_waits_for_users_of_the_filesystem() {
     }
     let output = machine.on_config("down");
     assert_eq!(output.status.code(), Some(1));
-    assert!(told(&output).contains(&us) && told(&output).contains("goes on trying"), "{}", told(&output));
+    assert!(told(&output).contains(&us) && told(&output).contains("keeps trying"), "{}", told(&output));
     let output = machine.on_config("up");
     assert_eq!(output.status.code(), Some(1));
     assert!(told(&output).contains("going down"), "{}", told(&output));
@@ -89,7 +89,7 @@ fn a_stop_waits_for_users_of_the_filesystem() {
     drop(held);
     assert!(server.wait().unwrap().success());
     let said = fs::read_to_string(machine.path("said")).unwrap();
-    assert_eq!(said.matches("told to stop, and waiting").count(), 1, "{said}");
+    assert_eq!(said.matches("asked to stop, but has to wait").count(), 1, "{said}");
     machine.assert_nothing_left();
     machine.up();
     assert!(fs::read(machine.path("mnt/held")).unwrap().ends_with(b"the last words"));

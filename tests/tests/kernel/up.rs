@@ -196,7 +196,7 @@ for method in nbd fuse; do
     test "$(written)" -lt $((before + 16384))
     kill -TERM $server
     until test "$(written)" -ge $((before + 16384)); do sleep 0.1; done
-    grep "told to stop, and waiting" log
+    grep "asked to stop, but has to wait" log
     umount /tmp/elsewhere
     wait $server
 done

@@ -25,14 +25,8 @@ use crate::machine::disk::HeaderLock;
 use crate::machine::{disk, process, random};
 use crate::text;
 
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    #[command(subcommand)]
-    command: Command,
-}
-
 #[derive(Debug, clap::Subcommand)]
-enum Command {
+pub(super) enum Command {
     /// List the keyslots that hold a key.
     #[command(after_help = examples::KEY_LIST)]
     List(List),
@@ -42,7 +36,7 @@ enum Command {
     /// Replace a key by another one. The old key opens the volume until the new one does.
     #[command(after_help = examples::KEY_CHANGE)]
     Change(Change),
-    /// Have KMS encrypt a volume's secret again, under another KMS key or the newest material of the same key. The secret is
+    /// Let KMS encrypt a volume's secret again, under another KMS key or the newest material of the same key. The secret is
     /// in the header's token or in S3, as the configuration says. Keyslots and keys do not change.
     #[command(after_help = examples::KEY_REWRAP)]
     Rewrap(Rewrap),
@@ -62,7 +56,7 @@ enum Command {
 }
 
 #[derive(Debug, clap::Args)]
-struct List {
+pub(super) struct List {
     #[command(flatten)]
     header: VolumeArgs,
     /// Print JSON.
@@ -85,31 +79,37 @@ struct Opener {
     limits: LimitArgs,
 }
 
+/// A new passphrase, and how its keyslot's key is derived.
 #[derive(Debug, clap::Args)]
-struct Add {
-    #[command(flatten)]
-    header: VolumeArgs,
-    #[command(flatten)]
-    opener: Opener,
-    /// A file with the passphrase to add; `-` is standard input. Without this option, nbdcrypt asks for it twice.
+struct New {
+    /// A file with the new passphrase; `-` is standard input. Without this option, nbdcrypt asks for it twice.
     #[arg(long, value_name = "FILE")]
     new_key_file: Option<PathBuf>,
-    /// The keyslot for the new key. [default: the first free one]
-    #[arg(short = 'S', long, value_name = "N")]
-    key_slot: Option<usize>,
     #[command(flatten)]
     kdf: KdfArgs,
 }
 
 #[derive(Debug, clap::Args)]
-struct Change {
+pub(super) struct Add {
     #[command(flatten)]
     header: VolumeArgs,
     #[command(flatten)]
     opener: Opener,
-    /// A file with the new passphrase; `-` is standard input. Without this option, nbdcrypt asks for it twice.
-    #[arg(long, value_name = "FILE")]
-    new_key_file: Option<PathBuf>,
+    #[command(flatten)]
+    new: New,
+    /// The keyslot for the new key. [default: the first free one]
+    #[arg(short = 'S', long, value_name = "N")]
+    key_slot: Option<usize>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Change {
+    #[command(flatten)]
+    header: VolumeArgs,
+    #[command(flatten)]
+    opener: Opener,
+    #[command(flatten)]
+    new: New,
     /// The keyslot that holds the old passphrase. [default: the first that it opens]
     #[arg(short = 'S', long, value_name = "N")]
     key_slot: Option<usize>,
@@ -117,12 +117,10 @@ struct Change {
     /// keys, write the new key over the old one: after a crash in between, neither opens that keyslot.
     #[arg(long)]
     force: bool,
-    #[command(flatten)]
-    kdf: KdfArgs,
 }
 
 #[derive(Debug, clap::Args)]
-struct Remove {
+pub(super) struct Remove {
     #[command(flatten)]
     header: VolumeArgs,
     #[command(flatten)]
@@ -141,7 +139,7 @@ struct Remove {
 }
 
 #[derive(Debug, clap::Args)]
-struct Test {
+pub(super) struct Test {
     #[command(flatten)]
     header: VolumeArgs,
     #[command(flatten)]
@@ -155,7 +153,7 @@ struct Test {
 }
 
 #[derive(Debug, clap::Args)]
-struct Rewrap {
+pub(super) struct Rewrap {
     #[command(flatten)]
     header: VolumeArgs,
     /// The volume's configuration. Its `kms-key` decrypts the secret.
@@ -167,7 +165,7 @@ struct Rewrap {
 }
 
 #[derive(Debug, clap::Args)]
-struct SetPriority {
+pub(super) struct SetPriority {
     #[command(flatten)]
     header: VolumeArgs,
     /// The keyslot.
@@ -188,15 +186,13 @@ enum Priority {
     Prefer,
 }
 
-impl Args {
+impl Command {
     /// Returns how the command gets the settings that advice may name.
     pub(super) fn settings(&self) -> Settings {
-        match &self.command {
-            Command::Rewrap(_) | Command::Verify(_) => Settings::Configuration,
-            Command::Change(_) | Command::Test(_) => Settings::Options { key_slot: true },
-            Command::List(_) | Command::Add(_) | Command::Remove(_) | Command::Priority(_) => {
-                Settings::Options { key_slot: false }
-            }
+        match self {
+            Self::Rewrap(_) | Self::Verify(_) => Settings::Configuration,
+            Self::Change(_) | Self::Test(_) => Settings::Options { key_slot: true },
+            Self::List(_) | Self::Add(_) | Self::Remove(_) | Self::Priority(_) => Settings::Options { key_slot: false },
         }
     }
 }
@@ -222,15 +218,15 @@ impl VolumeArgs {
     fn lock(&self, disk: &FileStore, was: &LockedVolume, limits: &Limits) -> Result<HeaderLock> {
         let lock = disk::lock_header(self.path(), disk.file())?;
         if luks::read_for_keys(disk, limits)? != *was {
-            bail!("another program has changed the header meanwhile, so nothing was done: try again");
+            bail!("another program changed the header at the same time. Nothing was changed; try again");
         }
         Ok(lock)
     }
 }
 
-pub(super) fn run(args: Args) -> Result<()> {
+pub(super) fn run(command: Command) -> Result<()> {
     process::protect_secrets();
-    match args.command {
+    match command {
         Command::List(args) => list(&args),
         Command::Add(args) => {
             let name = args.header.name();
@@ -323,28 +319,47 @@ impl Opener {
     }
 }
 
+impl New {
+    fn passphrase(&self, header: &VolumeArgs) -> Result<Passphrase> {
+        passphrase::new(self.new_key_file.as_deref(), header.path(), "--new-key-file")
+    }
+
+    /// Measures the key derivation.
+    fn key<'p>(&self, passphrase: &'p Passphrase, volume: &LockedVolume) -> Result<NewKey<'p>> {
+        let kdf = match volume {
+            LockedVolume::Luks2(_) => self.kdf.options(Pbkdf::Argon2id)?,
+            // Uses the volume's own hash and ignores `--hash`, since LUKS1 has one hash for all.
+            LockedVolume::Luks1(volume) => {
+                let hash = volume.hash();
+                KdfOptions::Pbkdf2 { hash, iterations: self.kdf.pbkdf2_iterations(hash)? }
+            }
+        };
+        Ok(NewKey { passphrase, kdf, hash: self.kdf.hash })
+    }
+}
+
 fn add(args: &Add) -> Result<usize> {
     let Add { header, opener, .. } = args;
-    passphrase::refuse_both_on_standard_input(opener.key_file.as_deref(), args.new_key_file.as_deref())?;
+    passphrase::refuse_both_on_standard_input(opener.key_file.as_deref(), args.new.new_key_file.as_deref())?;
     let (configured, limits) = opener.load()?;
     let (disk, volume) = header.read(&limits)?;
     volume.free_keyslot(args.key_slot)?;
     let passphrase = opener.passphrase(configured.as_ref(), &disk, header)?;
     let unlocked = opener.opened(configured.as_ref(), &passphrase, |passphrase| volume.unlock(&disk, passphrase))?;
-    let new = passphrase::new(args.new_key_file.as_deref(), header.path(), "--new-key-file")?;
-    let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
+    let passphrase = args.new.passphrase(header)?;
+    let new = args.new.key(&passphrase, &volume)?;
     let _lock = header.lock(&disk, &volume, &limits)?;
     Ok(volume.add_key(&disk, &limits, &unlocked.key, &new, args.key_slot, &mut random::fill)?)
 }
 
 fn change(args: &Change) -> Result<usize> {
     let Change { header, opener, .. } = args;
-    passphrase::refuse_both_on_standard_input(opener.key_file.as_deref(), args.new_key_file.as_deref())?;
+    passphrase::refuse_both_on_standard_input(opener.key_file.as_deref(), args.new.new_key_file.as_deref())?;
     let (configured, limits) = opener.load()?;
     if let Some(config) = opener.config.as_ref().filter(|_| !args.force) {
         bail!(
-            "`nbdcrypt up` opens the volume with the passphrase that {} names, and could not open it after this \
-             change. Add the new passphrase in another keyslot (`nbdcrypt key add`), or use --force to change it \
+            "`nbdcrypt up` opens the volume with the passphrase that {} names. After this change it could not open the \
+             volume. Add the new passphrase in another keyslot (`nbdcrypt key add`), or use --force to change it \
              anyway",
             config.display()
         );
@@ -358,10 +373,10 @@ fn change(args: &Change) -> Result<usize> {
         .opened(configured.as_ref(), &old, |passphrase| volume.unlock_keyslot(&disk, args.key_slot, passphrase))?;
     if !args.force {
         let advice = "Add the new passphrase in another keyslot (`nbdcrypt key add`)";
-        refuse_what_kms_keeps(&disk, unlocked.keyslot, "with another passphrase there", advice)?;
+        refuse_what_kms_keeps(&disk, unlocked.keyslot, "changed", advice)?;
     }
-    let new = passphrase::new(args.new_key_file.as_deref(), header.path(), "--new-key-file")?;
-    let new = NewKey { passphrase: &new, kdf: kdf(&args.kdf, &volume)?, hash: args.kdf.hash };
+    let passphrase = args.new.passphrase(header)?;
+    let new = args.new.key(&passphrase, &volume)?;
     let _lock = header.lock(&disk, &volume, &limits)?;
     Ok(volume.change_key(&disk, &limits, &unlocked.key, unlocked.keyslot, &new, args.force, &mut random::fill)?)
 }
@@ -373,8 +388,9 @@ fn refuse_what_kms_keeps(disk: &FileStore, keyslot: usize, then: &str, advice: &
     match KmsToken::of_keyslot(&header, keyslot) {
         None => Ok(()),
         Some(token) => bail!(
-            "the passphrase in keyslot {keyslot} is the one that KMS decrypts from token {token}: {then}, `nbdcrypt \
-             up` could no longer open the volume. {advice}, or use --force to do it anyway"
+            "`nbdcrypt up` opens the volume with the passphrase in keyslot {keyslot}, which KMS decrypts from token {token}. \
+             If this passphrase is {then}, `nbdcrypt up` can no longer open the volume. {advice}, or use --force to do it \
+             anyway"
         ),
     }
 }
@@ -385,7 +401,7 @@ fn remove(args: &Remove) -> Result<usize> {
     let (disk, volume) = header.read(&limits)?;
     let refuse_what_up_needs = |slot| match args.force {
         true => Ok(()),
-        false => refuse_what_kms_keeps(&disk, slot, "without it", "Leave it there"),
+        false => refuse_what_kms_keeps(&disk, slot, "removed", "Keep it"),
     };
     let slot = match args.key_slot {
         Some(slot) => {
@@ -398,8 +414,8 @@ fn remove(args: &Remove) -> Result<usize> {
         None => {
             if opener.is_to_be_typed() && args.batch {
                 bail!(
-                    "--batch-mode asks for no passphrase: name the key to remove with --key-file FILE (`-` is \
-                     standard input) or --config CONFIG, or its keyslot with --key-slot N"
+                    "with --batch-mode, nbdcrypt does not ask for a passphrase. Name the key to remove with --key-file FILE \
+                     (`-` is standard input) or --config CONFIG, or name its keyslot with --key-slot N"
                 );
             }
             let passphrase = opener.passphrase(configured.as_ref(), &disk, header)?;
@@ -433,9 +449,9 @@ fn prove_another_key(
     }
     if args.opener.is_to_be_typed() && (args.batch || !std::io::stdin().is_terminal()) {
         bail!(
-            "keyslot {slot} is removed only with a passphrase that opens another keyslot, as proof that a key \
-             remains: give it with --key-file FILE (`-` is standard input) or --config CONFIG, or use --force to \
-             remove it without proof"
+            "keyslot {slot} was not removed, because nothing proves that another key remains. Give a passphrase that opens \
+             another keyslot with --key-file FILE (`-` is standard input) or --config CONFIG, or use --force to remove the \
+             keyslot without proof"
         );
     }
     let name = args.header.name();
@@ -444,21 +460,20 @@ fn prove_another_key(
     let Err(error) = volume.unlock_other(disk, slot, &passphrase) else { return Ok(()) };
     if !is_wrong_passphrase(&error) {
         let explained = opening::explained(error, None, &passphrase, |_| Err(LuksError::WrongPassphrase));
-        return Err(
-            explained.context(format!("keyslot {slot} is not removed, since it is not proved that a key remains"))
-        );
+        return Err(explained
+            .context(format!("keyslot {slot} was not removed, because nothing proves that another key remains")));
     }
     let advice = format!(
-        "Give a passphrase that does (`nbdcrypt key test {name}` shows which keyslot a passphrase opens), or use \
+        "Give a passphrase that opens another keyslot (`nbdcrypt key test {name}` shows which keyslot a passphrase opens), or use \
          --force to remove the keyslot without proof"
     );
     if volume.unlock_keyslot(disk, Some(slot), &passphrase).is_ok() {
-        bail!("the passphrase opens only keyslot {slot}, which is to be removed, and none that would remain. {advice}");
+        bail!("the passphrase opens keyslot {slot}, which is to be removed, but no other keyslot. {advice}");
     }
     let keyslot = |other: &Passphrase| volume.unlock_other(disk, slot, other).map(|unlocked| unlocked.keyslot);
     let hint = args.opener.file(configured).and_then(|file| opening::newline_hint(&file, &passphrase, keyslot));
     bail!(
-        "keyslot {slot} is not removed: the passphrase opens no other keyslot, so it does not prove that a key remains. {}",
+        "keyslot {slot} was not removed: the passphrase opens no other keyslot, so it does not prove that another key remains. {}",
         hint.unwrap_or(advice)
     )
 }
@@ -481,8 +496,8 @@ fn warn_if_only_ignored_remain(header: &VolumeArgs, volume: &LockedVolume, gone:
     {
         let device = header.name();
         tracing::warn!(
-            "every keyslot of {device} that remains is set to be ignored, so `nbdcrypt up` tries none. To have one \
-             tried again: `nbdcrypt key priority --key-slot {first} {device} normal`"
+            "all remaining keyslots of {device} are set to be ignored, so `nbdcrypt up` tries none of them. To let it try \
+             keyslot {first} again, run `nbdcrypt key priority --key-slot {first} {device} normal`"
         );
     }
 }
@@ -562,17 +577,6 @@ fn set_priority(args: &SetPriority) -> Result<()> {
         Priority::Prefer => luks2::Priority::Prefer,
     };
     Ok(luks2::set_priority(&disk, args.key_slot, priority, &mut random::fill)?)
-}
-
-fn kdf(args: &KdfArgs, volume: &LockedVolume) -> Result<KdfOptions> {
-    match volume {
-        LockedVolume::Luks2(_) => args.options(Pbkdf::Argon2id),
-        // Uses the volume's own hash and ignores `--hash`, because LUKS1 has one hash for all keyslots.
-        LockedVolume::Luks1(volume) => {
-            let hash = volume.hash();
-            Ok(KdfOptions::Pbkdf2 { hash, iterations: args.pbkdf2_iterations(hash)? })
-        }
-    }
 }
 
 fn list(args: &List) -> Result<()> {

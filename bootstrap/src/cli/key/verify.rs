@@ -18,7 +18,7 @@ use crate::machine::memory;
 use crate::text;
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(in crate::cli) struct Args {
     /// The volume's configuration.
     config: PathBuf,
     /// Print JSON: a list of the secrets and what each opens.

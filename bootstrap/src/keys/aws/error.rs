@@ -193,7 +193,7 @@ pub(super) enum AwsError {
         object: S3Object,
     },
     /// The object has more bytes than any ciphertext of KMS.
-    #[error("{object} is larger than {}, the most that KMS decrypts; is it the right object?", engine::text::bytes(MAX_CIPHERTEXT as u64))]
+    #[error("{object} is larger than {}, the maximum that KMS can decrypt. Check that it is the right object", engine::text::bytes(MAX_CIPHERTEXT as u64))]
     TooLarge {
         /// The object.
         object: S3Object,

@@ -118,7 +118,7 @@ fn of_clock(ahead: i64) -> Finding {
 async fn within<T>(asked: impl Future<Output = Result<T, AwsError>>) -> Result<T, String> {
     match timeout(LIMIT, asked).await {
         Ok(answer) => answer.map_err(|error| error.without_attempts().to_string()),
-        Err(_) => Err(format!("AWS gave no answer within {} s", LIMIT.as_secs())),
+        Err(_) => Err(format!("AWS did not answer within {} s", LIMIT.as_secs())),
     }
 }
 

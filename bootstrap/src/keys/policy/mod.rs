@@ -316,7 +316,7 @@ fn sid(action: &str) -> &'static str {
 fn note_on_key(key: &KmsKey) -> Option<String> {
     match &key.name {
         KeyName::Alias(alias) => Some(format!(
-            "An alias is no key: a statement whose resource is {alias} would allow actions on the alias itself, and \
+            "An alias is not a key: a statement whose resource is {alias} would allow actions on the alias itself, and \
              nothing with the key. So the resource is every key of the account and region, and kms:RequestAlias limits \
              the statement to requests that name {alias}, as those of nbdcrypt do. Anyone who may move the alias \
              (kms:UpdateAlias) chooses the key. To name one key and no other, write its ARN as `kms-key`. \
@@ -324,7 +324,7 @@ fn note_on_key(key: &KmsKey) -> Option<String> {
         )),
         KeyName::Key(_) => None,
         KeyName::Any => Some(
-            "The configuration has no `kms-key`, so any key would do that the role may decrypt with. Write the key's ARN \
+            "The configuration has no `kms-key`, so the role could decrypt with any key that it has access to. Write the key's ARN \
              as `kms-key` under [key], and in these policies in place of KEY-ID."
                 .to_owned(),
         ),
@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_needs_no_bucket_and_the_volume_in_the_context() {
+    fn a_token_needs_a_context_but_no_bucket() {
         let policies = policies(&config("", TOKEN), &Who::default()).unwrap();
         assert!(policies.bucket.is_none() && policies.provisioner.is_none());
         assert!(!policies.notes.iter().any(|note| note.contains("bucket")), "{:?}", policies.notes);
@@ -449,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn kms_makes_the_key_of_a_plain_volume_only_if_it_is_not_hashed() {
+    fn kms_makes_a_plain_key_only_without_a_hash() {
         let calls = |volume: &str, job| calls(&config(volume, ALIAS), job);
         assert_eq!(calls("type = \"plain\"", Job::Provision), [NEW_KEY, PUT]);
         assert_eq!(calls("type = \"plain\"\nhash = \"sha256\"", Job::Provision), [ENCRYPT, PUT]);

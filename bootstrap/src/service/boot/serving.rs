@@ -95,7 +95,7 @@ impl Server<'_> {
             let Err(error) = self.take_down(boot, steps) else { return Ok(()) };
             let why = reason(&error);
             if stopping.refused(&why) {
-                tracing::warn!("told to stop, and waiting: {why}");
+                tracing::warn!("asked to stop, but has to wait: {why}");
                 self.doing(Condition::GoingDown, &format!("waiting: {why}"));
             }
             if stopping.is_sync_due(Instant::now()) {
@@ -111,7 +111,7 @@ impl Server<'_> {
                     }
                     Err(error) => {
                         let said = self.not_down(boot, &error);
-                        answer(&stream, &Answer::Failed(format!("{said} (the server goes on trying)")));
+                        answer(&stream, &Answer::Failed(format!("{said} (the server keeps trying)")));
                     }
                 },
                 Ok(Event::Asked(stream, Question::Complete)) => {
@@ -143,7 +143,10 @@ impl Server<'_> {
         let mountpoint = self.config.filesystem.as_ref().filter(|_| boot.is_mounted());
         let mountpoint = mountpoint.map(|filesystem| filesystem.mountpoint.as_path());
         if let Err(error) = boot.outside.filesystems.sync(attached.device(), mountpoint) {
-            tracing::warn!("{} could not be written out meanwhile: {error:#}", attached.device().display());
+            tracing::warn!(
+                "the kernel could not write the data of {} to the disk while the server waits: {error:#}",
+                attached.device().display()
+            );
         }
     }
 
@@ -178,7 +181,7 @@ impl Server<'_> {
                 self.state.borrow().config.display()
             ),
             (false, Some(device), None) => format!("{name} stays attached as {device}: {error:#}"),
-            (false, None, _) => format!("{name} is detached, but its server could not end in order: {error:#}"),
+            (false, None, _) => format!("{name} is detached, but its server did not end cleanly: {error:#}"),
         }
     }
 }

@@ -16,8 +16,8 @@ pub(super) fn checks(config: &Config) -> Vec<Check> {
     match &config.key {
         KeyConfig::File(KeyFile::Stdin) => vec![Check::warn(
             "key",
-            "the secret comes from standard input, so somebody must be there at every `up`",
-            "for a boot that nobody attends, use source = \"aws\", or a file",
+            "the secret comes from standard input, so `up` cannot run unattended",
+            "for an unattended boot, use source = \"aws\", or a file",
         )],
         KeyConfig::File(KeyFile::Path(path)) => vec![file(path)],
         KeyConfig::Aws(aws) => of_aws(config, aws),
@@ -77,9 +77,10 @@ fn check(finding: Finding) -> Check {
             "give the role kms:Decrypt with the key, and kms:Encrypt for a secret in the header of a new volume (`nbdcrypt \
              policy CONFIG` prints the policy), and check `kms-key` and `encryption-context` under [key]",
         ),
-        About::Clock => {
-            ("clock of AWS", "set the clock, and have it set at boot: timedatectl set-ntp true, or chronyd")
-        }
+        About::Clock => (
+            "clock of AWS",
+            "set the clock, and let the machine set it at every boot: `timedatectl set-ntp true`, or chronyd",
+        ),
     };
     match outlook {
         Outlook::Well => Check::ok(name, found),

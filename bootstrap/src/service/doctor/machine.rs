@@ -128,7 +128,7 @@ fn user(process: &Process) -> Check {
 fn capabilities(process: &Process) -> Vec<Check> {
     let cure = |name: &str| {
         format!(
-            "run it outside the container, or give it the capability (docker and podman: --cap-add {}; systemd: \
+            "run nbdcrypt outside the container, or give the container the capability (docker and podman: --cap-add {}; systemd: \
              CapabilityBoundingSet=)",
             name.trim_start_matches("CAP_")
         )
@@ -141,7 +141,7 @@ fn capabilities(process: &Process) -> Vec<Check> {
         })
         .collect();
     match missing.is_empty() {
-        true => vec![Check::ok("capabilities", "all that `up` uses")],
+        true => vec![Check::ok("capabilities", "`up` has all that it uses")],
         false => missing,
     }
 }
@@ -198,7 +198,7 @@ fn lack_of_driver(root: &Root, process: &Process, module: &str, node: Option<&st
         }
         Driver::Loadable if node.is_some_and(|node| root.has(node)) => None,
         Driver::Loadable if !process.has(SYS_MODULE) => lack(
-            format!("the driver `{module}` is not loaded, and CAP_SYS_MODULE is missing to load it"),
+            format!("the driver `{module}` is not loaded, and loading it needs CAP_SYS_MODULE, which is missing"),
             format!("load it on the host: modprobe {module}"),
         ),
         Driver::Loadable => lack_of_program(root, "modprobe"),
@@ -302,11 +302,11 @@ fn run_folder(root: &Root, run_dir: &Path) -> Check {
 
 fn clock(now: SystemTime) -> Check {
     match now.duration_since(UNIX_EPOCH) {
-        Ok(since) if since > PAST => Check::ok("clock", "it is later than the making of this program"),
+        Ok(since) if since > PAST => Check::ok("clock", "it is set"),
         _ => Check::fail(
             "clock",
-            "it is earlier than the making of this program, so AWS refuses every request",
-            "set it, and have it set at boot: timedatectl set-ntp true, or chronyd",
+            "it shows a time before this program was built, so AWS refuses every request",
+            "set the clock, and let the machine set it at every boot: `timedatectl set-ntp true`, or chronyd",
         ),
     }
 }

@@ -117,7 +117,7 @@ fn finished(name: &'static str, group: std::io::Result<Pending<Vec<Check>>>, dea
         Ok(None) => format!("not all checks of the {name} were done within {} s", LIMIT.as_secs()),
         Err(error) => format!("the checks of the {name} could not be started: {error}"),
     };
-    vec![Check::fail(name, found, "`up` may wait for the same: look for a disk or a network that does not answer")]
+    vec![Check::fail(name, found, "`up` may have to wait, too: look for a disk or a network that does not answer")]
 }
 
 #[cfg(test)]
@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_group_that_hangs_is_a_failure_and_is_not_waited_for() {
+    fn a_group_of_checks_that_hangs_fails() {
         let (_never, blocked) = std::sync::mpsc::channel::<()>();
         let hangs = Pending::start(move || {
             let _ = blocked.recv();

@@ -89,7 +89,7 @@ impl std::fmt::Display for RefusedCopy {
         let Self { copy, sequence_id, whole_sequence_id, reason } = self;
         write!(
             f,
-            "the {copy} copy of the header (sequence number {sequence_id}) has a right checksum, but its contents are refused: \
+            "the {copy} copy of the header (sequence number {sequence_id}) has a correct checksum, but its contents are refused: \
              {reason}. The {} copy (sequence number {whole_sequence_id}) is valid, and the volume opens with it",
             copy.other()
         )
