@@ -33,7 +33,32 @@ pub(crate) fn perform(
     end: End,
     go_on: &dyn Fn() -> bool,
 ) -> Result<Answer, Failure> {
-    contained(|| perform_or_panic(export, command, payload, end, go_on))
+    contained(|| {
+        let volume = export.volume();
+        let discards = export.info().discards;
+        let outcome = match (*command, end) {
+            (Command::Read(range), End::Checked) => volume.read_after_check(range.offset, payload),
+            (Command::Read(range), End::Unchecked) => volume.read(range.offset, payload),
+            (Command::Write { range, .. }, End::Checked) => volume.write_after_check(range.offset, payload),
+            (Command::Write { range, .. }, End::Unchecked) => volume.write(range.offset, payload),
+            (Command::Flush, _) => volume.flush(),
+            (Command::Trim { range, .. }, _) => volume.discard(range.offset, range.len),
+            (Command::WriteZeroes { range, may_punch, fast: true, .. }, _) => {
+                // Without a hole, the space must be written.
+                let zeroed = may_punch && discards && volume.write_zeroes_fast(range.offset, range.len)?;
+                if !zeroed {
+                    return Err(Failure::NoFastZeroes);
+                }
+                Ok(())
+            }
+            (Command::WriteZeroes { range, may_punch, fast: false, .. }, _) => {
+                volume.write_zeroes_while(range.offset, range.len, may_punch && discards, go_on)
+            }
+            (Command::Cache(range), _) => volume.will_read(range.offset, range.len),
+            (Command::BlockStatus { range, one }, _) => return Ok(Answer::Extents(extents(volume, range, one)?)),
+        };
+        durable(volume, outcome, command.fua())
+    })
 }
 
 /// Carries out a write whose payload is already encrypted. Blocks for as long as the disk takes. A panic counts as a
@@ -81,39 +106,6 @@ fn contained(perform: impl FnOnce() -> Result<Answer, Failure>) -> Result<Answer
     catch_unwind(AssertUnwindSafe(perform)).unwrap_or(Err(Failure::Panicked))
 }
 
-fn perform_or_panic(
-    export: &Export,
-    command: &Command,
-    payload: &mut [u8],
-    end: End,
-    go_on: &dyn Fn() -> bool,
-) -> Result<Answer, Failure> {
-    let volume = export.volume();
-    let discards = export.info().discards;
-    let outcome = match (*command, end) {
-        (Command::Read(range), End::Checked) => volume.read_after_check(range.offset, payload),
-        (Command::Read(range), End::Unchecked) => volume.read(range.offset, payload),
-        (Command::Write { range, .. }, End::Checked) => volume.write_after_check(range.offset, payload),
-        (Command::Write { range, .. }, End::Unchecked) => volume.write(range.offset, payload),
-        (Command::Flush, _) => volume.flush(),
-        (Command::Trim { range, .. }, _) => volume.discard(range.offset, range.len),
-        (Command::WriteZeroes { range, may_punch, fast: true, .. }, _) => {
-            // Without a hole, the space must be written.
-            let zeroed = may_punch && discards && volume.write_zeroes_fast(range.offset, range.len)?;
-            if !zeroed {
-                return Err(Failure::NoFastZeroes);
-            }
-            Ok(())
-        }
-        (Command::WriteZeroes { range, may_punch, fast: false, .. }, _) => {
-            volume.write_zeroes_while(range.offset, range.len, may_punch && discards, go_on)
-        }
-        (Command::Cache(range), _) => volume.will_read(range.offset, range.len),
-        (Command::BlockStatus { range, one }, _) => return Ok(Answer::Extents(extents(volume, range, one)?)),
-    };
-    durable(volume, outcome, command.fua())
-}
-
 /// Flushes the volume after a successful operation if `fua` is set (forced unit access). The operation is then durable
 /// before it is answered.
 fn durable(volume: &Volume, outcome: Result<(), VolumeError>, fua: bool) -> Result<Answer, Failure> {
@@ -158,7 +150,7 @@ mod tests {
 
     /// A disk may have been full for the first attempt and have room for the second.
     #[test]
-    fn a_durable_write_that_found_no_room_spoils_no_later_flush() {
+    fn a_write_without_room_spoils_no_later_flush() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(8192).unwrap();
         let open = || {
