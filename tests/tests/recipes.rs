@@ -161,7 +161,7 @@ if pgrep -x nbdcrypt; then exit 9; fi    # The server has ended.
 
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE, unshare, cryptsetup and mkfs.ext4: run `make test`")]
-fn a_disk_moves_from_cryptsetup_and_back_as_the_recipe_says() {
+fn a_disk_moves_from_cryptsetup_and_back() {
     let script = r#"
 # QEMU's LUKS stands in for dm-crypt, which not every kernel has: for `cryptsetup open DISK NAME` and `cryptsetup close NAME`.
 cat > /usr/local/bin/cryptsetup << 'end'

@@ -390,7 +390,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_new_file_is_removed_unless_another_program_wrote_to_it() {
+    fn a_new_file_with_foreign_data_is_kept() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk");
         disk::make_file(&path, 1 << 20).unwrap();

@@ -160,7 +160,7 @@ mod tests {
 
     /// A server may be stopped after it has claimed the folder and before it has recorded anything.
     #[test]
-    fn a_silent_server_that_wrote_nothing_down_is_named_by_its_process() {
+    fn a_server_without_a_record_is_named_by_its_process() {
         let base = tempfile::tempdir().unwrap();
         let dir = RunDir::new(base.path(), "scratch");
         let _claim = dir.claim().unwrap().unwrap();

@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hash_of_cryptsetup_is_an_error_that_names_the_option() {
+    fn the_hash_option_of_cryptsetup_is_explained() {
         for arguments in [
             &["format", "-h", "sha256", "disk"][..],
             &["format", "disk", "-hsha512"],

@@ -441,7 +441,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_empty_file_and_a_missing_disk_say_what_to_do() {
+    fn errors_about_missing_disks_say_what_to_do() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk");
         File::create(&path).unwrap();
@@ -508,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_lock_is_on_the_open_file_and_ends_with_its_guard() {
+    fn a_header_lock_ends_with_its_guard() {
         let folder = tempfile::tempdir().unwrap();
         let (path, other) = (folder.path().join("disk"), folder.path().join("other"));
         make_file(&path, 1 << 20).unwrap();

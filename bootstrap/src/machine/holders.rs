@@ -331,7 +331,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn swap_on_a_device_is_a_partition_or_a_file_of_its_filesystem() {
+    fn swap_on_a_device_may_be_a_file() {
         let nodes = [Node {
             partition: None,
             path: PathBuf::from("/dev/nbd0"),
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_has_a_file_open_is_found_by_name() {
+    fn a_process_with_an_open_file_is_found() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut child =
             std::process::Command::new("sleep").arg("60").stdin(fs::File::open(file.path()).unwrap()).spawn().unwrap();

@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_node_is_made_with_the_numbers_of_its_driver() {
+    fn a_missing_node_gets_the_numbers_of_its_driver() {
         let sys = tempfile::tempdir().unwrap();
         std::fs::create_dir(sys.path().join("fuse")).unwrap();
         std::fs::write(sys.path().join("fuse/dev"), "10:229\n").unwrap();

@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_ends_leaves_the_socket_of_the_next_one() {
+    fn a_server_leaves_the_socket_of_the_next_one() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let (listener, old) = bind(&path, Permissions::ONLY_THIS_USER).unwrap();
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_kept_and_a_held_lock_is_waited_for() {
+    fn files_are_kept_and_locks_are_waited_for() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         std::fs::write(&path, "precious").unwrap();

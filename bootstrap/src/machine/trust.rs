@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_nobody_else_can_change_or_replace_is_trusted() {
+    fn a_file_that_nobody_else_can_change_is_trusted() {
         let folder = tempfile::tempdir().unwrap();
         let (inner, path, link) = (folder.path().join("in"), folder.path().join("in/file"), folder.path().join("link"));
         fs::create_dir(&inner).unwrap();
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_is_checked_like_a_file_and_a_device_by_owner() {
+    fn pipes_and_devices_are_checked_as_well_as_files() {
         let folder = tempfile::tempdir().unwrap();
         let pipe = folder.path().join("pipe");
         rustix::fs::mknodat(

@@ -390,7 +390,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_server_at_a_time_claims_a_volume_and_leaves_nothing() {
+    fn one_server_at_a_time_claims_a_volume() {
         let base = tempfile::tempdir().unwrap();
         let dir = RunDir::new(base.path(), "scratch");
         assert!(!dir.is_claimed().unwrap());
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_others_may_write_to_is_refused_for_everything() {
+    fn a_folder_that_others_may_write_is_refused() {
         use std::os::unix::fs::PermissionsExt;
         let base = tempfile::tempdir().unwrap();
         let dir = RunDir::new(base.path(), "scratch");

@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_whose_name_no_instance_can_have_gets_no_units() {
+    fn a_file_with_an_impossible_name_gets_no_units() {
         let volume = "devices = [\"/dev/vdb\"]\nname = \"fine\"";
         assert_eq!(units("/etc/nbdcrypt/not fine.toml", volume, "source = \"file\"\npath = \"/key\"", ""), None);
     }

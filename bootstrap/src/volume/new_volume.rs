@@ -142,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_that_is_said_to_be_random_has_32_bytes() {
+    fn a_random_secret_has_32_bytes() {
         assert!(check_strength(Strength::Guessable, 1).is_ok() && check_strength(Strength::Random, 32).is_ok());
         let refused = check_strength(Strength::Random, 31).unwrap_err().to_string();
         assert!(refused.contains("only 31 bytes") && refused.contains("Leave `random` out"), "{refused}");

@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn an_iv_of_32_bits_works_up_to_its_last_number() {
+    fn a_short_iv_works_up_to_its_last_number() {
         let data = PlainSegment { skip: Lba512((1 << 32) - 128), ..PlainSegment::default() };
         assert!(refuse_short_iv(&data.on_disk(65536).unwrap(), false).is_ok());
         let error = refuse_short_iv(&data.on_disk(65536 + 512).unwrap(), false).unwrap_err().to_string();

@@ -393,7 +393,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn direct_writes_on_xfs_are_whole_blocks_or_count_as_buffered() {
+    fn smaller_writes_than_blocks_on_xfs_count_as_buffered() {
         let mib = 1 << 20;
         assert_eq!(choose_alignment(None, None, mib), (4096, false));
         assert_eq!(choose_alignment(Some(512), None, mib), (512, true));

@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flush_that_panics_holds_up_no_other_and_counts_as_failed() {
+    fn a_flush_that_panics_counts_as_failed() {
         let latch = FlushLatch::new("disk");
         let gate = Barrier::new(2);
         std::thread::scope(|scope| {

@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn at_the_limit_a_buffer_of_the_same_size_is_reused() {
+    fn at_the_limit_a_buffer_is_reused() {
         let mut buffers = Buffers::new(4 << 20);
         let mut taken: Vec<_> = (0..4).map(|_| buffers.take(1 << 20).unwrap()).collect();
         for _ in 0..8 {

@@ -587,7 +587,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_that_the_kernel_refuses_does_not_lose_the_others() {
+    fn a_refused_reply_does_not_lose_the_others() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let fence = Fence::new().unwrap();
         let mut kept: Vec<_> = (0..4).map(|number| KeptReply { bytes: vec![number; 16], attempts: 0 }).collect();

@@ -205,7 +205,7 @@ fn what_nobody_else_can_change_is_trusted_wherever_it_lies() {
 /// The system's root user is not in the namespace: `/` and `/tmp` belong to the overflow user there.
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs to be root to become someone else, and unshare: run `make test`")]
-fn root_of_a_user_namespace_reads_its_own_files_and_not_others() {
+fn root_of_a_user_namespace_reads_only_its_own_files() {
     use std::os::unix::fs::chown;
     use std::os::unix::process::CommandExt;
     let machine = Machine::new();

@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_family_is_not_found_and_a_known_one_is() {
+    fn only_a_known_family_is_found() {
         let socket = NlSocketHandle::connect(NlFamily::Generic, None, Groups::empty()).unwrap();
         let ask = |name: &str| {
             let name = attribute(u16::from(CtrlAttr::FamilyName), name).unwrap();

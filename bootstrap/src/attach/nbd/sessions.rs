@@ -467,7 +467,7 @@ mod tests {
     use crate::attach::signal::ended_signal;
 
     #[test]
-    fn a_socket_is_listed_by_its_inode_until_it_is_closed() {
+    fn an_open_socket_is_listed_by_its_inode() {
         let (fresh, kernels_end) = pair().unwrap();
         assert!(open_sockets().unwrap().contains(&fresh.inode));
         drop(kernels_end);

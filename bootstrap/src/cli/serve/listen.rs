@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn the_error_names_what_is_in_the_way_of_a_socket() {
+    fn the_error_names_what_blocks_a_socket() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
         std::fs::write(&file, "text").unwrap();

@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn attempts_end_with_the_time_and_are_counted_in_the_error() {
+    fn the_error_counts_the_attempts() {
         let (made, result) = run(300, u32::MAX, unreachable);
         // At least one attempt and one retry. On a busy machine there may be no time for more.
         assert!(made >= 2, "{made}");

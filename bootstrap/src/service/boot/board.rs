@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_flush_is_a_problem_until_the_volume_is_opened_again() {
+    fn a_failed_flush_stays_a_problem() {
         let board = board();
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(8192).unwrap();

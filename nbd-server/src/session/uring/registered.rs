@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_refuses_is_asked_again_once_a_slot_is_cleared() {
+    fn a_refused_buffer_is_tried_again_later() {
         let mut table = Table::new();
         let first = table.add(0..4096, |_| Ok(())).unwrap();
         assert!(table.add(0..4096, |_| Err(io::ErrorKind::OutOfMemory.into())).is_none());

@@ -557,7 +557,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_that_the_kernel_has_no_memory_for_is_tried_again_for_some_time() {
+    fn a_wait_is_repeated_while_the_kernel_lacks_memory() {
         let mut ring = Ring::<()>::new().unwrap();
         for errno in [libc::ENOMEM, libc::ENOBUFS, libc::EAGAIN, libc::EINTR] {
             ring.fault.store(errno, Ordering::SeqCst);
@@ -686,7 +686,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_that_the_other_end_has_not_read_are_counted() {
+    fn unread_bytes_of_the_other_end_are_counted() {
         let (mut ours, mut theirs) = UnixStream::pair().unwrap();
         assert_eq!(unread(ours.as_fd()).unwrap(), 0);
         ours.write_all(b"abc").unwrap();

@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn the_error_of_a_durable_write_outlives_a_task_that_never_ran() {
+    fn a_dropped_task_keeps_the_error_of_a_durable_write() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(8192).unwrap();
         let store = FileStore::open(file.path(), Access::ReadWrite, Caching::PageCache).unwrap();
