@@ -291,7 +291,7 @@ fn a_read_only_disk_is_brought_up_read_only() {
     machine.shell("truncate -s 0 disk; truncate -s 32M disk");
     let attached = LoopDisk::new(&machine, "losetup --find --show --read-only disk");
     machine.configure(&good.replace(&disk, &attached.path).replace("size = \"32M\"\n", ""));
-    machine.fails("up", &["blank, and read-only"]);
+    machine.fails("up", &["blank but read-only"]);
     drop(attached);
     machine.assert_nothing_left();
 }
