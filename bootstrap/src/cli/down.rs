@@ -40,7 +40,8 @@ pub(super) fn run(args: Args, base: &Path) -> Result<()> {
     if args.dead_only {
         let Some(dead) = found.filter(|found| found.condition == Condition::Dead) else { return Ok(()) };
         clean_up(name, &dir)?;
-        if let Some(mountpoint) = &dead.configured_mountpoint {
+        let binds = dead.binds.iter().map(|bind| &bind.target);
+        for mountpoint in binds.chain(&dead.configured_mountpoint) {
             stop_units_that_need(mountpoint);
         }
         return Ok(());

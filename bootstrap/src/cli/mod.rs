@@ -4,6 +4,7 @@ mod advice;
 mod ask_aws;
 mod background;
 mod bench;
+mod bind_mount;
 mod child;
 mod cryptsetup_args;
 mod demo;
@@ -116,6 +117,9 @@ enum Command {
     /// For nbdcrypt itself: run a program that ends when the server ends.
     #[command(hide = true)]
     Child(child::Args),
+    /// For nbdcrypt itself: mount a folder of a volume elsewhere as well.
+    #[command(hide = true)]
+    BindMount(bind_mount::Args),
     /// For nbdcrypt-generator: write the units that systemd needs for each volume.
     #[command(hide = true)]
     SystemdGenerator(systemd_generator::Args),
@@ -205,6 +209,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Header(args) => header::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Child(args) => child::run(args),
+        Command::BindMount(args) => bind_mount::run(&args),
         Command::SystemdGenerator(args) => systemd_generator::run(args),
         Command::AskAws => ask_aws::run(),
     };

@@ -74,16 +74,17 @@ fn nothing_to_do(status: &Status) -> Row {
 
 /// Returns the plan for a volume that is attached but not mounted: its server mounts the filesystem again.
 fn mount_again(status: &Status) -> Row {
-    let at = status.configured_mountpoint.as_ref().map(text::path).unwrap_or_default();
+    let at = status.not_mounted_on().map(text::path).unwrap_or_default();
     let outlook = if status.doing.is_some() { "not possible" } else { "to do" };
     let does = format!("mount {} again on {at}", status.name);
     Row { step: "mount", outlook, does, obstacle: status.doing.clone() }
 }
 
 fn clean_up(status: &Status, gone: Option<&Path>) -> Row {
-    let mounted = status.mountpoint.as_ref().map(|at| format!("unmount {}", text::path(at)));
+    let binds = status.binds.iter().filter(|bind| bind.mounted).map(|bind| &bind.target);
+    let mounted = binds.chain(&status.mountpoint).map(|at| format!("unmount {}", text::path(at)));
     let attached = gone.map(|device| format!("detach {}", text::path(device)));
-    let left: Vec<String> = mounted.into_iter().chain(attached).collect();
+    let left: Vec<String> = mounted.chain(attached).collect();
     let left = if left.is_empty() { String::new() } else { format!(": {}", left.join(", ")) };
     let does = format!("clean up what a dead server (process {}) left{left}", status.pid);
     Row { step: "clean-up", outlook: "to do", does, obstacle: None }

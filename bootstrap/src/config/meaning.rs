@@ -1,8 +1,9 @@
 //! Turns the raw configuration into its meaning: checks values, applies defaults, and checks which keys belong together.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use engine::key::VolumeKey;
@@ -13,7 +14,7 @@ use toml::Spanned;
 
 use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawSize, RawVolume};
 use super::value::{self, KeyFile, S3Object, SecretLocation, VolumeName};
-use super::{AttachConfig, AwsKeyConfig, Config, FilesystemConfig, KeyConfig, LimitsConfig, VolumeConfig};
+use super::{AttachConfig, AwsKeyConfig, BindConfig, Config, FilesystemConfig, KeyConfig, LimitsConfig, VolumeConfig};
 use crate::attach::Method;
 use crate::machine::instance_store::Device;
 use crate::volume::VolumeType;
@@ -405,13 +406,48 @@ fn filesystem(raw: RawFilesystem) -> Checked<FilesystemConfig> {
         }
         options.push(option.into_inner());
     }
+    let mountpoint = absolute(&raw.mountpoint)?;
     Ok(FilesystemConfig {
         kind,
-        mountpoint: absolute(&raw.mountpoint)?,
+        binds: binds(&raw.bind.unwrap_or_default(), &mountpoint)?,
+        mountpoint,
         options,
         mkfs_options: raw.mkfs_options.unwrap_or_default(),
         protect_mountpoint: raw.protect_mountpoint.unwrap_or(true),
     })
+}
+
+/// Checks the folders that are mounted elsewhere as well.
+fn binds(raw: &BTreeMap<Spanned<String>, Spanned<String>>, mountpoint: &Path) -> Checked<Vec<BindConfig>> {
+    let mut binds: Vec<BindConfig> = Vec::new();
+    for (written, target) in raw {
+        let (text, folder) = (written.get_ref(), Path::new(written.get_ref()));
+        let is_inside = folder.components().all(|part| matches!(part, Component::Normal(_)));
+        if text.is_empty() || !is_inside || text.contains('\0') {
+            let message = format!(
+                "`{}` is not a folder inside the volume; write a path such as \"containerd\", without / at its start and \
+                 without `.` and `..`",
+                text.escape_debug()
+            );
+            return Err(wrong(written, message));
+        }
+        let at: PathBuf = absolute(target)?.components().collect();
+        if at.components().any(|part| part == Component::ParentDir) {
+            return Err(wrong(target, format!("`{}` contains `..`; write the path without it", target.get_ref())));
+        }
+        let others = std::iter::once(mountpoint).chain(binds.iter().map(|bind| bind.target.as_path()));
+        if let Some(other) = others.into_iter().find(|other| at.starts_with(other) || other.starts_with(&at)) {
+            let message = format!(
+                "something is to be mounted on {} and on {}, and one of these mounts would hide the other; choose a folder \
+                 that is neither in the other one nor above it",
+                other.display(),
+                at.display()
+            );
+            return Err(wrong(target, message));
+        }
+        binds.push(BindConfig { folder: folder.to_owned(), target: at });
+    }
+    Ok(binds)
 }
 
 /// Checks that a path is absolute. A relative path would depend on the working directory, which is `/` at boot.

@@ -247,8 +247,20 @@ pub struct FilesystemConfig {
     pub options: Vec<String>,
     /// Arguments for mkfs. They come before the device.
     pub mkfs_options: Vec<String>,
-    /// Whether to protect the empty mountpoint from writes while the volume is not up.
+    /// Whether to protect the empty mountpoint, and the empty targets of `binds`, from writes while the volume is not up.
     pub protect_mountpoint: bool,
+    /// The folders of the filesystem that are mounted elsewhere as well. No two of their targets, and no target and the
+    /// mountpoint, lie within each other.
+    pub binds: Vec<BindConfig>,
+}
+
+/// A folder of the filesystem that is mounted elsewhere as well (a bind mount).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BindConfig {
+    /// The folder, as a path inside the filesystem: relative, and without `.` and `..`. It is made if it is missing.
+    pub folder: PathBuf,
+    /// Where the folder is mounted, an absolute path without `.` and `..`. It is made if it is missing.
+    pub target: PathBuf,
 }
 
 impl FilesystemConfig {
@@ -510,6 +522,30 @@ mod tests {
     }
 
     #[test]
+    fn binds_are_folders_of_the_volume_on_places_apart() {
+        let binds = |text: &str| with("", "", "", &format!("bind = {{ {text} }}"));
+        let bind = |folder: &str, target: &str| BindConfig { folder: folder.into(), target: target.into() };
+        let two = binds("kubelet = \"/var/lib/kubelet/\", \"a/b\" = \"/srv/./b\"").unwrap().filesystem.unwrap().binds;
+        assert_eq!(two, [bind("a/b", "/srv/b"), bind("kubelet", "/var/lib/kubelet")]);
+        assert_eq!(with("", "", "", "").unwrap().filesystem.unwrap().binds, []);
+        let table = with("", "", "", "[filesystem.bind]\ncontainerd = \"/var/lib/containerd\"").unwrap();
+        assert_eq!(table.filesystem.unwrap().binds, [bind("containerd", "/var/lib/containerd")]);
+        for folder in ["", "/etc", "..", "a/../../b", ".", "./a", "a//../b", "a\\u0000b"] {
+            refused(binds(&format!("\"{folder}\" = \"/srv/a\"")), "12:10", &["inside the volume", "containerd"]);
+        }
+        refused(binds("a = \"srv/a\""), "12:14", &["absolute"]);
+        refused(binds("a = \"/srv/../a\""), "12:14", &["`..`"]);
+        // One mount would hide the other.
+        for (target, other) in [("/", "/mnt/x"), ("/mnt", "/mnt/x"), ("/mnt/x", "/mnt/x"), ("/mnt/x/a", "/mnt/x")] {
+            refused(binds(&format!("a = \"{target}\"")), "12:14", &[target, other, "hide"]);
+        }
+        for (first, second) in [("/srv/a", "/srv/a"), ("/srv/a", "/srv/a/b"), ("/srv/b/c", "/srv/b/")] {
+            let column = 22 + first.len();
+            refused(binds(&format!("a = \"{first}\", b = \"{second}\"")), &format!("12:{column}"), &[first, "hide"]);
+        }
+    }
+
+    #[test]
     fn a_request_waits_forever_unless_a_timeout_is_set() {
         let timeout = |attach: &str| with("", "", attach, "").unwrap().attach.request_timeout;
         assert_eq!(timeout(""), None);
@@ -519,7 +555,7 @@ mod tests {
 
     #[test]
     fn a_device_is_refused_for_fuse() {
-        refused(with("", "", "method = \"fuse\"\ndevice = \"/dev/nbd0\"", ""), "10:10", &["fuse"]);
+        refused(with("", "", "method = \"fuse\"\ndevice = \"/dev/nbd0\"", ""), "12:10", &["fuse"]);
     }
 
     #[test]

@@ -78,6 +78,7 @@ pub(super) struct RawFilesystem {
     pub(super) options: Option<Vec<Spanned<String>>>,
     pub(super) mkfs_options: Option<Vec<String>>,
     pub(super) protect_mountpoint: Option<bool>,
+    pub(super) bind: Option<BTreeMap<Spanned<String>, Spanned<String>>>,
 }
 
 /// A size in the file: `"2G"`, or a number of bytes.

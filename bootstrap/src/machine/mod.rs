@@ -4,6 +4,7 @@
 
 pub mod activation;
 pub mod bare_folder;
+pub mod bind_mount;
 pub mod block_devices;
 pub mod bounded;
 pub mod cpu;

@@ -24,7 +24,7 @@ use crate::attach::Remains;
 use crate::config::Config;
 use crate::machine::instance_store::Device;
 use crate::machine::trust::{self, Distrust};
-use crate::service::status::{Condition, Status};
+use crate::service::status::{Bind, Condition, Status};
 use crate::service::system;
 
 /// The default folder for the folders of all volumes.
@@ -70,6 +70,9 @@ pub struct Wanted {
     pub header: Option<PathBuf>,
     /// The folder on which the filesystem is to be mounted.
     pub mountpoint: Option<PathBuf>,
+    /// The folders of the filesystem that are to be mounted elsewhere as well, with their targets.
+    #[serde(default)]
+    pub binds: Vec<(PathBuf, PathBuf)>,
 }
 
 impl Wanted {
@@ -80,7 +83,9 @@ impl Wanted {
             Device::InstanceStore => PathBuf::from("instance-store"),
         };
         let mountpoint = config.filesystem.as_ref().map(|filesystem| real_parent(&filesystem.mountpoint));
-        Self { disk, header: config.volume.header.as_deref().map(real), mountpoint }
+        let binds = config.filesystem.iter().flat_map(|filesystem| &filesystem.binds);
+        let binds = binds.map(|bind| (bind.folder.clone(), real_parent(&bind.target))).collect();
+        Self { disk, header: config.volume.header.as_deref().map(real), mountpoint, binds }
     }
 }
 
@@ -91,9 +96,10 @@ impl fmt::Display for Wanted {
             write!(f, ", header {}", header.display())?;
         }
         match &self.mountpoint {
-            Some(at) => write!(f, ", on {}", at.display()),
-            None => write!(f, ", not mounted"),
+            Some(at) => write!(f, ", on {}", at.display())?,
+            None => write!(f, ", not mounted")?,
         }
+        self.binds.iter().try_for_each(|(folder, at)| write!(f, ", {} on {}", folder.display(), at.display()))
     }
 }
 
@@ -129,6 +135,7 @@ impl State {
             config: self.config.clone(),
             disk: self.disk.clone(),
             configured_mountpoint: self.any_mountpoint().map(Path::to_owned),
+            binds: self.binds().map(|(folder, target)| Bind::not_mounted(folder, target)).collect(),
             ..Status::new(name, condition)
         }
     }
@@ -144,7 +151,15 @@ impl State {
     /// Fails if something could not be removed, and says why.
     pub fn clean_up(&self) -> anyhow::Result<()> {
         let attachment = self.attachment.as_ref().or_else(|| Some(&self.begun.as_ref()?.attachment));
-        system::clean_up(self.any_mountpoint(), attachment)
+        // The binds were mounted last, so they are unmounted first.
+        let binds: Vec<&Path> = self.binds().map(|(_, target)| target.as_path()).collect();
+        let mountpoints: Vec<&Path> = binds.into_iter().rev().chain(self.any_mountpoint()).collect();
+        system::clean_up(&mountpoints, attachment)
+    }
+
+    /// Returns the folders that are mounted elsewhere as well, or may be, with their targets.
+    fn binds(&self) -> impl Iterator<Item = &(PathBuf, PathBuf)> {
+        self.wanted.iter().flat_map(|wanted| &wanted.binds)
     }
 }
 
@@ -485,6 +500,9 @@ mod tests {
         assert_eq!(wanted("disk", "mnt"), wanted("by-id", "mnt"));
         assert_ne!(wanted("disk", "mnt"), wanted("other", "mnt"));
         assert_ne!(wanted("disk", "mnt"), wanted("disk", "elsewhere"));
+        let bound = wanted("disk", "mnt\"\nbind = { a = \"/srv/a\" } #");
+        assert_ne!(wanted("disk", "mnt"), bound);
+        assert!(bound.to_string().ends_with("mnt, a on /srv/a"), "{bound}");
     }
 
     #[test]

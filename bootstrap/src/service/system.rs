@@ -13,7 +13,7 @@ use engine::volume::Volume;
 use nbd_server::statistics::Statistics;
 
 use crate::attach::{self, Attachment, Remains};
-use crate::config::{Config, FilesystemConfig, VolumeConfig};
+use crate::config::{BindConfig, Config, FilesystemConfig, VolumeConfig};
 use crate::keys::{self, KeySource, Secret, SecretRequest};
 use crate::machine::bare_folder::{self, Protection};
 use crate::machine::programs::{self, ProgramError, QUICK, WHOLE_FILESYSTEM};
@@ -203,7 +203,7 @@ pub trait LongWork {
 pub struct RealFilesystems<'w> {
     /// The observer while mkfs or mount runs.
     pub watch: &'w dyn LongWork,
-    /// The program that ends mkfs if this process is killed: see [`programs::run_long`].
+    /// This program, which ends mkfs if this process is killed (see [`programs::run_long`]), and makes bind mounts.
     pub keeper: Option<&'w Path>,
     /// The device of a dead server. For a plan, what is mounted from it counts as unmounted.
     pub gone: Option<PathBuf>,
@@ -336,6 +336,27 @@ impl Filesystems for RealFilesystems<'_> {
                 if mounts::at(device, &filesystem.mountpoint)? == mounts::At::Mounted =>
             {
                 Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn bind(&self, device: &Path, mountpoint: &Path, bind: &BindConfig) -> Result<()> {
+        // Another process does this, because this one serves the filesystem and must not access it.
+        let program = self.keeper.context("internal error: a look mounts nothing")?.to_string_lossy();
+        let BindConfig { folder, target } = bind;
+        let paths = [mountpoint, folder.as_path(), target.as_path()].map(Path::as_os_str);
+        let args = [&["bind-mount".as_ref(), "--".as_ref()], &paths[..]].concat();
+        match programs::run_while(&program, &args, WHOLE_FILESYSTEM, &mut || self.watch.may_go_on()) {
+            Ok(_) => Ok(()),
+            // As in `mount`.
+            Err(ProgramError::Interrupted { .. } | ProgramError::TimedOut { .. })
+                if mounts::at(device, target)? == mounts::At::Mounted =>
+            {
+                Ok(())
+            }
+            Err(ProgramError::Failed { said, .. }) if !said.is_empty() => {
+                bail!("{}", said.strip_prefix("nbdcrypt: ").unwrap_or(&said))
             }
             Err(error) => Err(error.into()),
         }
@@ -480,35 +501,23 @@ fn refuse_files(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes what a dead server has left. Calling this twice does no harm.
+/// Removes what a dead server has left. `mountpoints` are unmounted in this order. Calling this twice does no harm.
 ///
 /// # Errors
 /// Fails if something could not be removed, and says why.
-pub fn clean_up(mountpoint: Option<&Path>, remains: Option<&Remains>) -> Result<()> {
+pub fn clean_up(mountpoints: &[&Path], remains: Option<&Remains>) -> Result<()> {
     let mut holders = Vec::new();
-    // Fail the waiting requests first. Otherwise `umount` would wait for the dead server.
+    // This comes first, since `umount` would wait for the dead server.
     if let Some(Err(error)) = remains.map(attach::fail_requests_of_stale) {
         tracing::debug!("{error}");
     }
-    if let (Some(mountpoint), Some(remains)) = (mountpoint, remains) {
-        // Unmounts only what is mounted from the dead server's device. Somebody may have mounted something else there since.
-        let is_mounted =
-            || Ok::<_, io::Error>(mounts::on(mountpoint)?.is_some_and(|mount| mount.source == remains.device));
-        while is_mounted()? {
-            // The server is gone, so nothing can be written any more. Processes that still use the dead filesystem keep it
-            // until they leave it. Even if `umount` failed, the mount may be gone from the table: `umount` took too long, or
-            // another process unmounted it first.
-            if programs::run("umount", &[mountpoint.as_os_str()], QUICK).is_err() && is_mounted()? {
-                holders = holders::users_of_mount(mountpoint);
-                let lazily = programs::run("umount", &["-l".as_ref(), mountpoint.as_os_str()], QUICK);
-                if let Err(error) = lazily
-                    && is_mounted()?
-                {
-                    return Err(error.into());
-                }
-            }
+    if let Some(remains) = remains {
+        for mountpoint in mountpoints {
+            holders.extend(unmount_stale(mountpoint, &remains.device)?);
         }
     }
+    holders.sort();
+    holders.dedup();
     let detached = remains.map_or(Ok(()), attach::detach_stale);
     if holders.is_empty() {
         return Ok(detached?);
@@ -516,6 +525,28 @@ pub fn clean_up(mountpoint: Option<&Path>, remains: Option<&Remains>) -> Result<
     detached.with_context(|| {
         format!("the dead filesystem is still in use by {}: end them, then try again", holders.join(", "))
     })
+}
+
+/// Unmounts what is mounted from the dead server's device. Somebody may have mounted something else there since. Returns the
+/// processes that still use the dead filesystem.
+fn unmount_stale(mountpoint: &Path, device: &Path) -> Result<Vec<String>> {
+    let mut holders = Vec::new();
+    let is_mounted = || Ok::<_, io::Error>(mounts::on(mountpoint)?.is_some_and(|mount| mount.source == device));
+    while is_mounted()? {
+        // The server is gone, so nothing can be written any more. Processes that still use the dead filesystem keep it
+        // until they leave it. Even if `umount` failed, the mount may be gone from the table: `umount` took too long, or
+        // another process unmounted it first.
+        if programs::run("umount", &[mountpoint.as_os_str()], QUICK).is_err() && is_mounted()? {
+            holders = holders::users_of_mount(mountpoint);
+            let lazily = programs::run("umount", &["-l".as_ref(), mountpoint.as_os_str()], QUICK);
+            if let Err(error) = lazily
+                && is_mounted()?
+            {
+                return Err(error.into());
+            }
+        }
+    }
+    Ok(holders)
 }
 
 /// The source of the secret, and of new keys.

@@ -2,7 +2,7 @@
 //! for every volume.
 //!
 //! A generator (systemd.generator(7)) writes two files for each configuration:
-//! - **A mount unit**, which requires the service. systemd finds the mount by its mountpoint. So
+//! - **A mount unit**, and one for each target of `bind`, which requires the service. systemd finds the mount by its mountpoint. So
 //!   `RequiresMountsFor=/mnt/scratch` in another unit starts the volume and waits for it. If the volume fails, the other
 //!   unit fails, too. Without a mount unit, systemd orders units only after mounts that already exist.
 //! - **A drop-in** for the service. It names what must exist before the server starts, and until the server has stopped: the
@@ -34,22 +34,30 @@ pub struct UnitFile {
 pub fn of(config: &Config, path: &Path) -> Option<Vec<UnitFile>> {
     let instance = VolumeName::new(path.file_stem()?.to_str()?)?;
     let service = format!("nbdcrypt@{instance}.service");
-    let mount = config.filesystem.as_ref().map(|filesystem| unit_of_path(&filesystem.mountpoint, "mount"));
-    let drop_in = UnitFile {
-        path: Path::new(&format!("{service}.d")).join("50-nbdcrypt.conf"),
-        text: drop_in(config, path, mount.as_deref()),
-    };
-    let mount = config.filesystem.iter().zip(mount).map(|(filesystem, unit)| UnitFile {
-        path: unit.into(),
-        text: mount_unit(&service, path, &filesystem.mountpoint),
+    let drop_in =
+        UnitFile { path: Path::new(&format!("{service}.d")).join("50-nbdcrypt.conf"), text: drop_in(config, path) };
+    let mounts = mountpoints(config).into_iter().map(|mountpoint| UnitFile {
+        path: unit_of_path(mountpoint, "mount").into(),
+        text: mount_unit(&service, path, mountpoint),
     });
-    Some(std::iter::once(drop_in).chain(mount).collect())
+    Some(std::iter::once(drop_in).chain(mounts).collect())
+}
+
+/// Returns where the volume's filesystem is mounted, and where folders of it are mounted as well.
+fn mountpoints(config: &Config) -> Vec<&Path> {
+    let filesystem = config.filesystem.iter();
+    filesystem
+        .flat_map(|filesystem| {
+            let targets = filesystem.binds.iter().map(|bind| bind.target.as_path());
+            std::iter::once(filesystem.mountpoint.as_path()).chain(targets)
+        })
+        .collect()
 }
 
 /// The first line of each file.
 const HEAD: &str = "# Made by nbdcrypt-generator.\n";
 
-fn drop_in(config: &Config, path: &Path, mount: Option<&str>) -> String {
+fn drop_in(config: &Config, path: &Path) -> String {
     let disk = match &config.volume.device {
         Device::Path(path) => Some(path.as_path()),
         Device::InstanceStore => None,
@@ -58,12 +66,14 @@ fn drop_in(config: &Config, path: &Path, mount: Option<&str>) -> String {
         KeyConfig::File(KeyFile::Path(path)) => Some(path.as_path()),
         _ => None,
     };
-    let parent = config.filesystem.as_ref().and_then(|filesystem| filesystem.mountpoint.parent());
+    let mountpoints = mountpoints(config);
+    let parents = mountpoints.iter().filter_map(|mountpoint| mountpoint.parent());
     let header = config.volume.header.as_deref();
     let mut text = format!("{HEAD}[Unit]\n");
     // /dev and /run are always there. systemd itself makes /run/credentials for the service.
     let is_elsewhere = |path: &&Path| !path.starts_with("/dev") && !path.starts_with("/run");
-    for file in [Some(path), disk, header, key, parent].into_iter().flatten().filter(is_elsewhere) {
+    let files = [Some(path), disk, header, key].into_iter().flatten().chain(parents);
+    for file in files.filter(is_elsewhere) {
         let _ = writeln!(text, "RequiresMountsFor={}", quoted(file));
     }
     // The device is wanted and not required, so that the server starts and can report what is wrong with a disk.
@@ -74,8 +84,8 @@ fn drop_in(config: &Config, path: &Path, mount: Option<&str>) -> String {
     if matches!(config.key, KeyConfig::Aws(_)) {
         text.push_str("Wants=network-online.target\nAfter=network-online.target\n");
     }
-    if let Some(mount) = mount {
-        let _ = writeln!(text, "Before={mount}");
+    for mountpoint in &mountpoints {
+        let _ = writeln!(text, "Before={}", unit_of_path(mountpoint, "mount"));
     }
     text
 }
@@ -169,6 +179,25 @@ mod tests {
             ("mnt-my\\x2ddata.mount".to_owned(), mount.to_owned()),
         ];
         assert_eq!(made.unwrap(), expected);
+    }
+
+    #[test]
+    fn each_bind_mount_gets_a_mount_unit() {
+        let made = units(
+            "/etc/nbdcrypt/x.toml",
+            "devices = [\"/dev/vdb\"]",
+            "source = \"file\"\npath = \"/run/key\"",
+            "[filesystem]\nmountpoint = \"/mnt/x\"\nbind = { containerd = \"/var/lib/containerd\" }",
+        );
+        let made = made.unwrap();
+        let names: Vec<_> = made.iter().map(|(path, _)| path.as_str()).collect();
+        assert_eq!(names, ["nbdcrypt@x.service.d/50-nbdcrypt.conf", "mnt-x.mount", "var-lib-containerd.mount"]);
+        for line in ["RequiresMountsFor=\"/var/lib\"", "Before=mnt-x.mount", "Before=var-lib-containerd.mount"] {
+            assert!(made[0].1.lines().any(|other| other == line), "{line}: {}", made[0].1);
+        }
+        assert!(
+            made[2].1.contains("Requires=nbdcrypt@x.service\n") && made[2].1.ends_with("Where=/var/lib/containerd\n")
+        );
     }
 
     #[test]

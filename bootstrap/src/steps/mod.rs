@@ -2,15 +2,18 @@
 //! it.
 //!
 //! ```text
-//!  mountpoint ─► disk ─► secret ─► volume ─► device ─► filesystem ─► header ─► mount
-//!  checked,      opened  fetched   unlocked  attached  made if       written   done
-//!  made if       and               or begun            missing       for a new
+//!  mountpoint ─► disk ─► secret ─► volume ─► device ─► filesystem ─► header ─► mount ─► bind
+//!  checked,      opened  fetched   unlocked  attached  made if       written   done     done, if
+//!  made if       and               or begun            missing       for a new          configured
 //!  missing       locked                                              volume
 //! ```
+//! With `bind` in the configuration, there is a step `mountpoint` and a step `bind` for each target.
+//!
 //! `up` runs the steps in this order. If a step fails, `up` undoes the steps that ran, the last one first. `down` undoes
 //! them in the same reverse order, but keeps what was made on the disk. A step reaches the system only through [`Outside`],
 //! so tests see every call and can let any of them fail.
 
+mod bind;
 mod block_size;
 mod device;
 mod disk;
@@ -257,6 +260,9 @@ pub fn all(config: &Config) -> Vec<Box<dyn Step>> {
     let mut steps: Vec<Box<dyn Step>> = Vec::new();
     if let Some(wanted) = filesystem {
         steps.push(Box::new(mountpoint::Mountpoint::new(wanted)));
+        for bind in &wanted.binds {
+            steps.push(Box::new(mountpoint::Mountpoint::of_bind(bind, wanted)));
+        }
     }
     steps.push(Box::new(disk::Disk::default()));
     steps.push(Box::new(secret::Secret));
@@ -268,6 +274,9 @@ pub fn all(config: &Config) -> Vec<Box<dyn Step>> {
     steps.push(Box::new(header::CommitHeader));
     if let Some(wanted) = filesystem {
         steps.push(Box::new(mount::Mount::new(wanted)));
+        for bind in &wanted.binds {
+            steps.push(Box::new(bind::Bind::new(bind, wanted)));
+        }
     }
     steps
 }

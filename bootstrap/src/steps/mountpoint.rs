@@ -1,5 +1,6 @@
 //! The step `mountpoint`: makes the folder to mount on if it is missing, and checks that nothing is mounted there.
-//! Keeps writers out of the folder while nothing is mounted on it.
+//! Keeps writers out of the folder while nothing is mounted on it. There is one such step for the filesystem, and one for each
+//! target of `bind`.
 
 use std::path::PathBuf;
 
@@ -7,10 +8,12 @@ use anyhow::{Result, bail};
 
 use super::outside::Folder;
 use super::{Boot, Step, Undo};
-use crate::config::FilesystemConfig;
+use crate::config::{BindConfig, FilesystemConfig};
 
 pub(super) struct Mountpoint {
     path: PathBuf,
+    /// The key of the configuration that names the folder.
+    key: &'static str,
     protect: bool,
     /// The folders that this step made, the outermost first.
     made: Vec<PathBuf>,
@@ -18,7 +21,12 @@ pub(super) struct Mountpoint {
 
 impl Mountpoint {
     pub(super) fn new(filesystem: &FilesystemConfig) -> Self {
-        Self { path: filesystem.mountpoint.clone(), protect: filesystem.protect_mountpoint, made: Vec::new() }
+        let path = filesystem.mountpoint.clone();
+        Self { path, key: "mountpoint", protect: filesystem.protect_mountpoint, made: Vec::new() }
+    }
+
+    pub(super) fn of_bind(bind: &BindConfig, filesystem: &FilesystemConfig) -> Self {
+        Self { path: bind.target.clone(), key: "bind", ..Self::new(filesystem) }
     }
 
     fn refuse_mounted(&self, boot: &Boot<'_>) -> Result<()> {
@@ -26,7 +34,8 @@ impl Mountpoint {
             let (at, what, by) = (self.path.display(), mount.filesystem, mount.source.display());
             bail!(
                 "{at} is already a mountpoint: {what} from {by} is mounted there; unmount it (umount {at}), or choose \
-                 another `mountpoint`"
+                 another folder for `{}`",
+                self.key
             );
         }
         Ok(())

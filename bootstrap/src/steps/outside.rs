@@ -226,6 +226,12 @@ pub trait Filesystems {
     /// Fails with the message of mount.
     fn mount(&self, device: &Path, filesystem: &config::FilesystemConfig) -> Result<()>;
 
+    /// Mounts a folder of the filesystem that is mounted on `mountpoint` at its target as well. Makes the folder if it is missing.
+    ///
+    /// # Errors
+    /// Fails if the folder cannot be made or mounted, or if its path leads out of the filesystem.
+    fn bind(&self, device: &Path, mountpoint: &Path, bind: &config::BindConfig) -> Result<()>;
+
     /// Unmounts the device from its mountpoint. Leaves any other filesystem that is mounted there.
     ///
     /// # Errors

@@ -18,7 +18,7 @@ use nbd_server::statistics::Statistics;
 use super::outside::{Attached, Devices, Disks, Filesystems, Folder, HeaderLock, Keys, Machine, Outside};
 use super::*;
 use crate::attach::{EndedSignal, Method, Remains};
-use crate::config::{FilesystemConfig, VolumeConfig};
+use crate::config::{BindConfig, FilesystemConfig, VolumeConfig};
 use crate::keys::{KmsToken, Secret, SecretRequest};
 use crate::machine::mounts::Mount;
 use crate::volume::VolumeType;
@@ -348,6 +348,16 @@ impl Filesystems for Fake {
         Ok(())
     }
 
+    fn bind(&self, device: &Path, mountpoint: &Path, bind: &BindConfig) -> Result<()> {
+        self.call("bind")?;
+        assert_eq!(device, Path::new("/dev/fake"));
+        let mut world = self.0.borrow_mut();
+        assert!(world.mounted.contains(mountpoint), "the folder is in the mounted filesystem");
+        assert_eq!(world.protected.get(&bind.target), Some(&true), "the target was protected before");
+        world.mounted.insert(bind.target.clone());
+        Ok(())
+    }
+
     fn unmount(&self, device: &Path, mountpoint: &Path) -> Result<()> {
         self.call("unmount")?;
         assert_eq!(device, Path::new("/dev/fake"));
@@ -375,6 +385,14 @@ fn config() -> Config {
 fn detached() -> Config {
     let mut config = config();
     config.volume.header = Some(HEADER.into());
+    config
+}
+
+/// Returns the same configuration with two folders mounted elsewhere as well.
+fn bound() -> Config {
+    let mut config = config();
+    let bind = |folder: &str| BindConfig { folder: folder.into(), target: Path::new("/srv").join(folder) };
+    config.filesystem.as_mut().unwrap().binds = vec![bind("a"), bind("b")];
     config
 }
 
@@ -622,6 +640,62 @@ fn a_filesystem_in_use_keeps_the_volume_up() {
     assert_eq!(fake.leftovers(), (false, vec![], vec!["/mnt".into()]));
 }
 
+/// A bind mount that is in use keeps the volume up. `up` mounts everything again.
+#[test]
+fn binds_are_mounted_after_the_filesystem_and_unmounted_before_it() {
+    let fake = Fake::new();
+    let (mnt, a, b): (PathBuf, PathBuf, PathBuf) = ("/mnt".into(), "/srv/a".into(), "/srv/b".into());
+    let all = vec![mnt.clone(), a.clone(), b.clone()];
+    up_as(&bound(), &fake, |steps, boot| {
+        assert_eq!(fake.leftovers().1, all);
+        let calls = fake.0.borrow().calls.clone();
+        assert_eq!(calls[calls.len() - 3..], ["mount", "bind", "bind"]);
+        fake.0.borrow_mut().busy = true;
+        let error = down(steps, boot, &mut |_, _| ()).unwrap_err();
+        assert!(format!("{error:#}").contains("/srv/b is in use by bash (1)"), "{error:#}");
+        assert_eq!(fake.leftovers().1, all);
+        fake.0.borrow_mut().busy = false;
+        fake.0.borrow_mut().fail_at = Some("detach");
+        let mut mounted = Vec::new();
+        down(steps, boot, &mut |_, _| mounted.push(fake.leftovers().1)).unwrap_err();
+        assert_eq!(mounted[..3], [vec![mnt.clone(), a.clone()], vec![mnt.clone()], vec![]]);
+        fake.0.borrow_mut().fail_at = None;
+        assert!(complete(steps, boot).unwrap());
+        assert_eq!(fake.leftovers().1, all);
+        down(steps, boot, &mut |_, _| ()).unwrap();
+    })
+    .unwrap();
+    assert_eq!(fake.leftovers(), (false, vec![], all));
+}
+
+#[test]
+fn whatever_fails_nothing_is_left_of_binds() {
+    let calls = {
+        let fake = Fake::without_disk();
+        up_as(&bound(), &fake, |_, _| ()).unwrap();
+        fake.0.borrow().calls.len()
+    };
+    for fault in 0..calls {
+        let fake = Fake::without_disk();
+        fake.0.borrow_mut().fail = Some(fault);
+        let error = up_as(&bound(), &fake, |_, _| panic!("it went on")).unwrap_err();
+        let what = fake.0.borrow().calls[fault].clone();
+        assert!(format!("{error:#}").contains(&what), "{error:#}");
+        assert_eq!(fake.leftovers(), (false, vec![], vec![]), "after a fault at {what}");
+    }
+}
+
+#[test]
+fn a_taken_target_of_a_bind_is_refused_before_the_disk_is_opened() {
+    let fake = Fake::new();
+    fake.0.borrow_mut().mounted.insert("/srv/b".into());
+    let error = up_as(&bound(), &fake, |_, _| ()).unwrap_err();
+    for words in ["/srv/b is already a mountpoint", "`bind`"] {
+        assert!(error.to_string().contains(words), "{error:#}");
+    }
+    assert!(fake.leftovers().2.is_empty() && !fake.0.borrow().calls.iter().any(|call| call == "open disk"));
+}
+
 /// What went down stays down. `down` continues where it stopped, and `up` mounts the filesystem again.
 #[test]
 fn a_device_that_stays_is_attached_and_not_mounted() {
@@ -781,6 +855,12 @@ fn a_plan_says_what_up_would_do() {
         "Some(false): make the folder /mnt, and keep writers out of it while the volume is not up"
     );
     assert!(find(&new, "disk").contains("make /disk, a sparse file of"), "{new:?}");
+    let told: Vec<_> =
+        plan(&bound(), &fake).iter().map(|(step, outlook, does)| format!("{step} {outlook}: {does}")).collect();
+    let told: Vec<_> = told.iter().filter(|row| row.contains("/srv/")).collect();
+    assert_eq!(told.len(), 4, "{told:?}");
+    assert!(told[0].starts_with("mountpoint Some(false): make the folder /srv/a, and keep writers out"), "{told:?}");
+    assert_eq!(told[3], "bind Some(false): mount the volume's folder b on /srv/b; make it if it is missing");
     assert_eq!(find(&new, "volume"), "Some(false): make a new LUKS2 volume on /disk");
     assert_eq!(find(&new, "filesystem"), "Some(false): make a filesystem of type ext4 in the new volume");
     assert!(find(&new, "header").starts_with("Some(false): write the header"), "{new:?}");

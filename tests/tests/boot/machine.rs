@@ -205,8 +205,10 @@ impl Drop for Machine {
             self.on_config("down");
         }
         // The mountpoint of a volume that was up is immutable, so the folder could not be removed.
-        if self.path("mnt").is_dir() {
-            let _ = bootstrap::machine::bare_folder::unprotect(&self.path("mnt"));
+        for mountpoint in ["mnt", "bound/one", "bound/two"].map(|name| self.path(name)) {
+            if mountpoint.is_dir() {
+                let _ = bootstrap::machine::bare_folder::unprotect(&mountpoint);
+            }
         }
     }
 }

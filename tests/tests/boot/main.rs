@@ -1,5 +1,6 @@
 //! `nbdcrypt up` and `down` on this machine's own kernel: FUSE, a loop device, mkfs and mount.
 
+mod binds;
 mod crash;
 mod disks;
 mod machine;

@@ -431,7 +431,8 @@ fn the_filter_of_the_unit_allows_every_system_call() {
     let at = dir.path().display();
     let config = format!(
         "[volume]\ndevices = [\"{at}/disk\"]\nsize = \"64M\"\n[key]\nsource = \"file\"\npath = \"{at}/key\"\nrandom = true\n\
-         [attach]\nmethod = \"fuse\"\n[filesystem]\nmountpoint = \"{at}/mnt\"\n"
+         [attach]\nmethod = \"fuse\"\n[filesystem]\nmountpoint = \"{at}/mnt\"\n\
+         bind = {{ a = \"{at}/bound\" }}\n"
     );
     fs::write(dir.path().join("scratch.toml"), config).unwrap();
     let script = format!(
@@ -443,7 +444,7 @@ strace -f -qq -o trace $nbdcrypt up --foreground scratch.toml > up &
 while ! grep -q "is up" up; do kill -0 $!; sleep 0.1; done
 $nbdcrypt down scratch > down
 wait $!
-chattr -i mnt
+chattr -i mnt bound
 "#,
         binary = binary().display()
     );

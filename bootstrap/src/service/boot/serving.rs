@@ -57,6 +57,14 @@ impl Server<'_> {
                         return Ok(Next::End);
                     }
                     Err(error) => {
+                        // Bind mounts may have been unmounted before the one that is in use. They come back, so that the
+                        // volume stays up as it was.
+                        if boot.is_mounted()
+                            && error.is::<FilesystemInUse>()
+                            && let Err(why) = steps::complete(steps, boot)
+                        {
+                            tracing::error!("not everything that was unmounted could be mounted again: {why:#}");
+                        }
                         self.board.set(Condition::Up, None);
                         answer(&stream, &Answer::Failed(self.not_down(boot, &error)));
                     }

@@ -5,7 +5,7 @@ mod health;
 mod show;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -48,9 +48,12 @@ pub struct Status {
     /// The folder on which the filesystem is configured to be mounted.
     #[serde(default)]
     pub configured_mountpoint: Option<PathBuf>,
-    /// Who can write into the folder on which the filesystem should be mounted, if nothing is mounted there.
+    /// Who can write into [`Status::not_mounted_on`], if nothing is mounted there.
     #[serde(default)]
     pub mountpoint_writers: Option<Writers>,
+    /// The folders of the filesystem that are configured to be mounted elsewhere as well.
+    #[serde(default)]
+    pub binds: Vec<Bind>,
     /// How the data is encrypted. Only a living server knows this.
     pub volume: Option<VolumeFacts>,
     /// The secret that opened the volume. Only a living server knows this.
@@ -82,13 +85,32 @@ pub struct Status {
     pub warning: Option<String>,
 }
 
+/// A folder of the filesystem that is configured to be mounted elsewhere as well.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Bind {
+    /// The folder inside the filesystem.
+    pub folder: PathBuf,
+    /// Where it is configured to be mounted.
+    pub target: PathBuf,
+    /// Whether it is mounted there.
+    pub mounted: bool,
+}
+
+impl Bind {
+    /// Describes a folder that is not mounted at its target yet, as far as is known.
+    pub fn not_mounted(folder: &Path, target: &Path) -> Self {
+        Self { folder: folder.to_owned(), target: target.to_owned(), mounted: false }
+    }
+}
+
 /// The condition of a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Condition {
     /// The volume is attached, and mounted where it is configured to be mounted.
     Up,
-    /// The volume is attached and served, but not mounted where it is configured to be mounted.
+    /// The volume is attached and served, but not mounted everywhere where it is configured to be mounted.
     Attached,
     /// The server is running the steps of `up`.
     ComingUp,
@@ -115,6 +137,7 @@ impl Status {
             mountpoint: None,
             configured_mountpoint: None,
             mountpoint_writers: None,
+            binds: Vec::new(),
             volume: None,
             key: None,
             made: None,
@@ -129,7 +152,7 @@ impl Status {
     }
 
     /// Corrects the recorded status with what mountinfo and /sys show now: whether the device `attachment` exists, and whether
-    /// it is mounted at the configured mountpoint.
+    /// it is mounted at the configured mountpoints.
     ///
     /// # Errors
     /// Fails if /proc cannot be read.
@@ -142,26 +165,47 @@ impl Status {
         self.warning = there.and_then(attach::swap_warning);
         self.mountpoint = None;
         let mut wrong = None;
-        if let (Some(remains), Some(at)) = (there, &self.configured_mountpoint) {
-            match mounts::at(&remains.device, at)? {
-                mounts::At::Mounted => self.mountpoint = Some(at.clone()),
+        let mut is_mounted = |device: &Path, at: &Path| {
+            Ok::<_, io::Error>(match mounts::at(device, at)? {
+                mounts::At::Mounted => true,
                 mounts::At::Covered(by) | mounts::At::Other(by) => {
                     let (at, kind, source) = (path(at), by.filesystem, path(by.source));
-                    wrong = Some(format!("{kind} from {source} is mounted on {at}; unmount that first (umount {at})"));
+                    wrong.get_or_insert(format!(
+                        "{kind} from {source} is mounted on {at}; unmount that first (umount {at})"
+                    ));
+                    false
                 }
-                mounts::At::Nothing => {}
+                mounts::At::Nothing => false,
+            })
+        };
+        if let Some(remains) = there {
+            self.mountpoint = match &self.configured_mountpoint {
+                Some(at) if is_mounted(&remains.device, at)? => Some(at.clone()),
+                _ => None,
+            };
+            for bind in &mut self.binds {
+                bind.mounted = is_mounted(&remains.device, &bind.target)?;
             }
+        } else {
+            self.binds.iter_mut().for_each(|bind| bind.mounted = false);
         }
         if self.condition == Condition::Up {
             if self.device.is_none() {
                 self.condition = Condition::GoingDown;
                 self.doing = Some("its device was removed".to_owned());
-            } else if self.mountpoint.is_none() && self.configured_mountpoint.is_some() {
+            } else if self.not_mounted_on().is_some() {
                 self.condition = Condition::Attached;
                 self.doing = wrong;
             }
         }
         Ok(self)
+    }
+
+    /// Returns the first of the configured mountpoints on which the filesystem is not mounted: the one of the filesystem itself,
+    /// or the target of a bind mount.
+    pub fn not_mounted_on(&self) -> Option<&Path> {
+        let own = self.configured_mountpoint.as_deref().filter(|_| self.mountpoint.is_none());
+        own.or_else(|| self.binds.iter().find(|bind| !bind.mounted).map(|bind| bind.target.as_path()))
     }
 
     /// Describes the server: "the server of scratch (process 708)".
@@ -184,18 +228,21 @@ impl Status {
     /// namespaces, and another mount may hide the mountpoint. The server itself must not call this, since this function
     /// accesses the mounted filesystem.
     pub fn seen_from_here(mut self) -> Self {
-        if let (Condition::Up, Some(at)) = (self.condition, &self.mountpoint)
-            && !self.device.as_ref().is_some_and(|device| mounts::leads_to(at, device))
-        {
+        let leads_there = |at: &Path| self.device.as_ref().is_some_and(|device| mounts::leads_to(at, device));
+        let places = self.mountpoint.iter().chain(self.binds.iter().map(|bind| &bind.target));
+        let unseen = places.filter(|_| self.condition == Condition::Up).find(|at| !leads_there(at)).cloned();
+        if let Some(at) = unseen {
             self.doing = Some(format!(
                 "it is mounted on {} for its server (process {}), but not for this process, which is in another mount \
                  namespace or finds another mount over it",
-                path(at),
+                path(&at),
                 self.pid
             ));
-            (self.condition, self.mountpoint) = (Condition::Attached, None);
+            self.condition = Condition::Attached;
+            self.mountpoint = self.mountpoint.filter(|mountpoint| *mountpoint != at);
+            self.binds.iter_mut().filter(|bind| bind.target == at).for_each(|bind| bind.mounted = false);
         }
-        if let (Condition::Attached, None, Some(at)) = (self.condition, &self.doing, &self.configured_mountpoint) {
+        if let (Condition::Attached, None, Some(at)) = (self.condition, &self.doing, self.not_mounted_on()) {
             self.mountpoint_writers = bare_folder::writers(at).ok();
         }
         self
@@ -281,5 +328,31 @@ mod tests {
         }
         assert!(said(Some("xfs is mounted there")).contains("not encrypted"));
         bare_folder::unprotect(&at).unwrap();
+    }
+
+    /// A bind mount that is missing is as bad as a missing mountpoint: files may go to the root disk.
+    #[test]
+    fn a_missing_bind_mount_is_named() {
+        let mut status = Status::new("scratch", Condition::Attached);
+        status.configured_mountpoint = Some("/mnt/x".into());
+        let mounted = Bind { mounted: true, ..Bind::not_mounted("a".as_ref(), "/srv/a".as_ref()) };
+        status.binds = vec![mounted, Bind::not_mounted("b/c".as_ref(), "/srv/c".as_ref())];
+        assert_eq!(status.not_mounted_on(), Some("/mnt/x".as_ref()));
+        status.mountpoint = status.configured_mountpoint.clone();
+        assert_eq!(status.not_mounted_on(), Some("/srv/c".as_ref()));
+        let said = status.to_string();
+        for words in [
+            "not mounted on /srv/c: files that are written to /srv/c now",
+            "a on /srv/a\n",
+            "b/c on /srv/c (not mounted)\n",
+        ] {
+            assert!(said.contains(words), "{words}: {said}");
+        }
+        status.binds.clear();
+        assert_eq!(status.not_mounted_on(), None);
+        // A status of an older server has no binds.
+        let mut old = serde_json::to_value(&status).unwrap();
+        old.as_object_mut().unwrap().remove("binds");
+        assert_eq!(serde_json::from_value::<Status>(old).unwrap(), status);
     }
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use engine::text::bytes;
 
 use super::activity::age;
-use super::{Condition, Status};
+use super::{Bind, Condition, Status};
 use crate::machine::bare_folder::Writers;
 use crate::steps::Made;
 use crate::text::path;
@@ -13,11 +13,13 @@ use crate::text::path;
 impl Status {
     /// Returns the first line: the condition, and what to do about it.
     fn headline(&self) -> String {
-        let Self { name, pid, config, configured_mountpoint, mountpoint_writers, .. } = self;
+        let Self { name, pid, config, mountpoint, mountpoint_writers, .. } = self;
         match self.condition {
             Condition::Up => format!("{name} is up."),
             Condition::Attached => {
-                let at = path(configured_mountpoint.as_deref().unwrap_or_else(|| "its mountpoint".as_ref()));
+                let at = path(self.not_mounted_on().unwrap_or_else(|| "its mountpoint".as_ref()));
+                // If only a bind mount is missing, the text says which.
+                let which = mountpoint.as_ref().map(|_| format!(" on {at}")).unwrap_or_default();
                 let consequence = match mountpoint_writers {
                     Some(Writers::Nobody) => format!("nothing can be written to {at} until it is mounted again"),
                     Some(Writers::Root) => {
@@ -28,7 +30,7 @@ impl Status {
                     }
                 };
                 format!(
-                    "{name} is attached but not mounted: {consequence}. `nbdcrypt up {}` mounts it again.",
+                    "{name} is attached but not mounted{which}: {consequence}. `nbdcrypt up {}` mounts it again.",
                     path(config)
                 )
             }
@@ -65,6 +67,10 @@ impl Status {
         let method = self.method.as_deref().unwrap_or("?");
         row("device:", self.device.as_ref().map(|device| format!("{} ({method})", path(device))));
         row("mountpoint:", self.mountpoint.as_ref().map(path));
+        for Bind { folder, target, mounted } in &self.binds {
+            let missing = if *mounted { "" } else { " (not mounted)" };
+            row("bind:", Some(format!("{} on {}{missing}", path(folder), path(target))));
+        }
         row(
             "new:",
             self.made.map(|made| match made {
