@@ -10,8 +10,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use harness::architecture::top;
+use harness::kernel::Kernel;
 use harness::moto::{self, Client, Moto};
 use harness::nbdcrypt::{binary, told};
 
@@ -122,6 +124,21 @@ fn run_as(client: &Client, heading: &str, script: &str) {
     for number in 1..=blocks.len() {
         assert!(client.dir().join(format!("ran-{number}")).exists(), "{heading}: block {number} was not run");
     }
+}
+
+/// Returns the manifest for Kubernetes in a recipe.
+fn manifest(heading: &str) -> serde_json::Value {
+    let [manifest] = blocks(heading, "yaml").try_into().unwrap();
+    let read = "import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin)))";
+    let mut python = Command::new(moto::venv().join("python"));
+    let mut python = python
+        .args(["-c", read])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("`make test` installs it");
+    python.stdin.take().unwrap().write_all(manifest.as_bytes()).unwrap();
+    serde_json::from_slice(&python.wait_with_output().unwrap().stdout).unwrap()
 }
 
 #[test]
@@ -324,6 +341,90 @@ fn bash(dir: &Path, script: &str) -> String {
     output
 }
 
+/// A service that writes a line into a file at each start stands in for containerd.
+#[test]
+#[cfg_attr(
+    not(feature = "interop"),
+    ignore = "needs user-mode-linux, systemd, cryptsetup and mkfs.ext4: run `make test`"
+)]
+fn containerds_folder_moves_to_a_volume_as_the_recipe_says() {
+    let heading = "containerd's or the kubelet's folder on a volume";
+    let kernel = Kernel::new().with_systemd().patient(Duration::from_secs(420));
+    let [block] = blocks(heading, "sh").try_into().unwrap();
+    fs::write(kernel.dir().join("block"), block).unwrap();
+    let script = r#"
+trap 'journalctl --no-pager --lines=40' ERR
+ln -s "$BINARY" /usr/local/bin/nbdcrypt
+mkdir -p /etc/systemd/system-generators
+cp "$UNITS/nbdcrypt@.service" /etc/systemd/system/
+cp "$UNITS/nbdcrypt-generator" /etc/systemd/system-generators/
+modprobe -a loop nbd dm-crypt
+truncate -s 64M /root/disk
+disk=$(losetup --find --show /root/disk)
+mknod -m 660 /dev/nvme1n1 b 7 "${disk#/dev/loop}"
+# No udev reports this disk to systemd.
+printf '[Unit]\nJobTimeoutSec=1\n' > /etc/systemd/system/dev-nvme1n1.device
+cat > /etc/systemd/system/containerd.service << 'end'
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh -c 'echo started >> /var/lib/containerd/starts'
+end
+mkdir -p /var/lib/containerd
+systemctl daemon-reload
+systemctl start containerd
+
+bash -euo pipefail block | tee said
+grep "node is up" said
+grep -x "  bind: *containerd on /var/lib/containerd" said
+grep -x "  bind: *local on /mnt/local-volumes" said
+test "$(wc -l < /var/lib/containerd/starts)" = 2
+cmp /var/lib/containerd/starts /mnt/node/containerd/starts
+test "$(stat -c %a /mnt/node/local)" = 755
+systemctl is-active containerd var-lib-containerd.mount 'mnt-local\x2dvolumes.mount'
+
+# The volume stops after its user, and nobody writes into the empty folder.
+systemctl stop nbdcrypt@node
+for unit in containerd var-lib-containerd.mount mnt-node.mount; do test "$(systemctl is-active "$unit")" = inactive; done
+if grep nbd0 /proc/mounts; then exit 9; fi
+if echo plaintext > /var/lib/containerd/file; then exit 9; fi
+# A start of the user brings the volume up, and does not run without it.
+systemctl start containerd
+test "$(wc -l < /var/lib/containerd/starts)" = 3
+systemctl stop nbdcrypt@node
+mv /etc/nbdcrypt/node.key away
+if systemctl start containerd; then exit 9; fi
+test ! -e /var/lib/containerd/starts
+mv away /etc/nbdcrypt/node.key
+cryptsetup open --key-file /etc/nbdcrypt/node.key /dev/nvme1n1 theirs
+mkdir /root/there
+mount /dev/mapper/theirs /root/there
+test "$(wc -l < /root/there/containerd/starts)" = 3
+umount /root/there
+cryptsetup close theirs
+
+# All mounts of a dead server are cleaned up, and the units that need them are stopped.
+systemctl reset-failed
+systemctl start containerd
+sync
+kill -KILL "$(systemctl show -P MainPID nbdcrypt@node)"
+restarted() { [ "$(systemctl is-active containerd)" = inactive ] && nbdcrypt status node | grep "is up"; }
+for _ in {1..300}; do if restarted; then break; fi; sleep 0.2; done
+restarted
+test "$(grep -c " /var/lib/containerd " /proc/mounts)" = 1
+systemctl start containerd
+test "$(wc -l < /var/lib/containerd/starts)" = 5
+"#;
+    let units = top().join("packaging/systemd");
+    kernel.expect(&format!("BINARY={}\nUNITS={}\n{script}", binary().display(), units.display()));
+    let manifest = manifest(heading);
+    assert_eq!(
+        (&manifest["kind"], &manifest["spec"]["volumeMode"]),
+        (&"PersistentVolume".into(), &"Filesystem".into())
+    );
+    assert_eq!(manifest["spec"]["local"]["path"], "/mnt/local-volumes/one");
+}
+
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE, unshare, cryptsetup and mkfs.ext4: run `make test`")]
 fn a_raw_local_volume_is_made_as_the_recipe_says() {
@@ -349,17 +450,7 @@ seq 100000 | cmp - /root/there/numbers
 umount /root/there
 "#;
     run(heading, script);
-    let [manifest] = blocks(heading, "yaml").try_into().unwrap();
-    let read = "import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin)))";
-    let mut python = Command::new(moto::venv().join("python"));
-    let mut python = python
-        .args(["-c", read])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("`make test` installs it");
-    python.stdin.take().unwrap().write_all(manifest.as_bytes()).unwrap();
-    let manifest: serde_json::Value = serde_json::from_slice(&python.wait_with_output().unwrap().stdout).unwrap();
+    let manifest = manifest(heading);
     assert_eq!((&manifest["kind"], &manifest["spec"]["volumeMode"]), (&"PersistentVolume".into(), &"Block".into()));
     assert_eq!(manifest["spec"]["local"]["path"], "/dev/encrypted-block");
 }
