@@ -3,16 +3,18 @@
 #![no_main]
 
 use engine::layout::ZoneLayout;
-use engine::raid::{Array, Found, Role, SUPERBLOCK_LEN, Superblock};
+use engine::raid::{Array, Found, Name, Role, SUPERBLOCK_LEN, Superblock};
 use uuid::Uuid;
 
 /// Bytes of the input that make one member.
 const MEMBER: usize = 24;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    if let Ok(superblock) = Superblock::parse(bytes) {
+    let mut repaired = bytes.to_vec();
+    repair(&mut repaired);
+    if let Ok(superblock) = Superblock::parse(&repaired) {
         let again = Superblock::parse(&superblock.to_bytes());
-        assert_eq!(again.map(|again| again.roles), Ok(superblock.roles));
+        assert_eq!(again, Ok(superblock));
     }
     let found: Vec<Found> =
         bytes.chunks_exact(MEMBER).take(16).enumerate().map(|(n, bytes)| member(n, bytes)).collect();
@@ -29,12 +31,23 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     assert_eq!(pieces, extents);
 });
 
+/// Sets the magic number and the checksum, which random bytes hardly ever have.
+fn repair(bytes: &mut [u8]) {
+    let Some(max_dev) = bytes.get(220..224).map(|word| u16::from_le_bytes([word[0], word[1]])) else { return };
+    bytes[..4].copy_from_slice(&0xa92b_4efcu32.to_le_bytes());
+    bytes[216..220].fill(0);
+    let end = bytes.len().min(256 + 2 * usize::from(max_dev));
+    let sum: u64 =
+        bytes[..end].chunks(4).map(|word| word.iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte))).sum();
+    bytes[216..220].copy_from_slice(&(((sum & 0xffff_ffff) + (sum >> 32)) as u32).to_le_bytes());
+}
+
 /// Makes a disk with a superblock. Each field is one of few likely values, or taken from the input.
 fn member(place: usize, bytes: &[u8]) -> Found {
     let word = |at: usize| u64::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
     let superblock = Superblock {
         array: Uuid::from_u128(u128::from(bytes[0] / 250)),
-        name: String::from_utf8_lossy(&bytes[20..24]).into_owned(),
+        name: Name::new(&String::from_utf8_lossy(&bytes[20..24]).replace('\0', "")).unwrap_or_default(),
         created: word(1),
         members: u32::from(bytes[3] % 18),
         chunk: 512 << (bytes[4] % 24),
@@ -45,6 +58,7 @@ fn member(place: usize, bytes: &[u8]) -> Found {
         device: Uuid::from_u128(u128::from(bytes[12])),
         updated: word(13),
         events: u64::from(bytes[15] / 100),
+        block_size: if bytes[14] == 7 { 4096 } else { 0 },
         roles: (0..u16::from(bytes[16]))
             .map(|n| if bytes[17] == 255 { Role::Spare } else { Role::Active(n) })
             .collect(),
@@ -53,6 +67,6 @@ fn member(place: usize, bytes: &[u8]) -> Found {
         Superblock { number: if bytes[11] > 200 { superblock.number } else { place as u32 }, ..superblock };
     let written = superblock.to_bytes();
     assert_eq!(written.len(), SUPERBLOCK_LEN);
-    let disk_len = (word(18) << 40).max(superblock.data_len.saturating_mul(2));
-    Found { disk_len, superblock: Superblock::parse(&written) }
+    let disk_len = (superblock.data_offset + superblock.data_len).saturating_add(word(18)).saturating_sub(9);
+    Found { disk_len, alignment: 512 << (bytes[2] % 5), superblock: Superblock::parse(&written) }
 }

@@ -36,8 +36,8 @@ pub enum StripedError {
     /// There is no member.
     #[error("an array needs at least one member")]
     NoMember,
-    /// The chunk size is not a power of two of at least 4096 bytes.
-    #[error("a chunk of {0} bytes is not a power of two of at least 4096 bytes")]
+    /// The chunk size is not supported. Linux also has chunks that are no power of two.
+    #[error("chunks of {0} bytes are not supported here, only powers of two from 4096 bytes to 1 GiB")]
     Chunk(u64),
     /// A member has no room for one chunk.
     #[error("member {member} has room for {len} bytes, which is less than one chunk")]
@@ -93,6 +93,8 @@ pub struct Striped {
 impl Striped {
     /// The smallest chunk in bytes.
     pub const MIN_CHUNK: u64 = 4096;
+    /// The largest chunk in bytes. mdadm counts a chunk's bytes in 31 bits.
+    pub const MAX_CHUNK: u64 = 1 << 30;
 
     /// Returns the map of an array of these members, in the order of their roles. `layout` is what the array says about its
     /// zones, if it says anything.
@@ -100,7 +102,7 @@ impl Striped {
     /// # Errors
     /// [`StripedError`] says what is wrong with the members.
     pub fn new(chunk: u64, members: &[MemberSpace], layout: Option<ZoneLayout>) -> Result<Self, StripedError> {
-        if !chunk.is_power_of_two() || chunk < Self::MIN_CHUNK {
+        if !chunk.is_power_of_two() || !(Self::MIN_CHUNK..=Self::MAX_CHUNK).contains(&chunk) {
             return Err(StripedError::Chunk(chunk));
         }
         let mut used = Vec::with_capacity(members.len());
@@ -280,7 +282,7 @@ mod tests {
     #[test]
     fn what_is_no_array_is_refused() {
         assert_eq!(Striped::new(CHUNK, &[], None), Err(StripedError::NoMember));
-        for chunk in [0, 512, 4097, 12288] {
+        for chunk in [0, 512, 4097, 12288, 1 << 31] {
             assert_eq!(Striped::new(chunk, &[space(4)], None), Err(StripedError::Chunk(chunk)));
         }
         let small = MemberSpace { offset: 0, len: CHUNK - 1 };

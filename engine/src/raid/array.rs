@@ -2,13 +2,13 @@
 
 use uuid::Uuid;
 
-use super::superblock::{Role, Superblock, SuperblockError};
+use super::superblock::{Name, Role, Superblock, SuperblockError};
 use super::{MAX_MEMBERS, SUPERBLOCK_LEN, SUPERBLOCK_OFFSET};
 use crate::layout::{MemberSpace, Striped, StripedError, ZoneLayout};
 use crate::sector::LBA_UNIT;
 use crate::text::bytes;
 
-/// Bytes from the start of a member of a new array to its data. mdadm uses at least as much.
+/// Bytes from the start of a member of a new array to its data. By default, mdadm uses at least as much.
 const DATA_OFFSET: u64 = 1 << 20;
 
 /// What was found on a disk that may be a member.
@@ -16,6 +16,8 @@ const DATA_OFFSET: u64 = 1 << 20;
 pub struct Found {
     /// The disk's size in bytes.
     pub disk_len: u64,
+    /// The alignment in bytes of requests to the disk.
+    pub alignment: u64,
     /// The disk's superblock.
     pub superblock: Result<Superblock, SuperblockError>,
 }
@@ -39,7 +41,7 @@ pub enum ArrayError {
         /// The UUID of the disk's array.
         array: Uuid,
         /// The name of the disk's array.
-        name: String,
+        name: Name,
     },
     /// The superblocks of one array disagree.
     #[error("its superblock says something else about the array's {what} than the first disk's")]
@@ -85,17 +87,36 @@ pub enum ArrayError {
         /// The disk's size in bytes.
         available: u64,
     },
+    /// A disk takes requests only in blocks that do not fit the array.
+    #[error(
+        "the array's data starts at byte {offset} and has chunks of {chunk} bytes, and the disk has blocks of {block} bytes"
+    )]
+    Unaligned {
+        /// The disk.
+        disk: usize,
+        /// Where the data starts on the disk.
+        offset: u64,
+        /// The chunk in bytes.
+        chunk: u64,
+        /// The disk's block in bytes.
+        block: u64,
+    },
     /// Some of the array's members are not among the disks.
-    #[error("{} of the array's {of} members are missing (roles {})", roles.len(), list(roles))]
+    #[error("the array has {of} members, of which only {there} are there (missing roles: {})", list(roles))]
     Missing {
-        /// The missing roles, counted from 0.
+        /// The missing roles, counted from 0, as far as the superblock has room for them.
         roles: Vec<u16>,
+        /// The number of members that are there.
+        there: usize,
         /// The number of members.
         of: u32,
     },
     /// The members do not form a stripe set.
     #[error(transparent)]
     Map(#[from] StripedError),
+    /// The name of a new array is too long, or contains a NUL.
+    #[error("the name of an array has at most 32 bytes, without NUL")]
+    Name,
     /// More members than a new array can have.
     #[error("a new array has at most {MAX_MEMBERS} members, not {0}")]
     TooMany(usize),
@@ -122,8 +143,9 @@ impl ArrayError {
             | Self::Duplicate { disk, .. }
             | Self::Stale { disk, .. }
             | Self::Truncated { disk, .. }
+            | Self::Unaligned { disk, .. }
             | Self::TooSmall { disk, .. } => Some(*disk),
-            Self::Missing { .. } | Self::Map(_) | Self::TooMany(_) => None,
+            Self::Missing { .. } | Self::Map(_) | Self::TooMany(_) | Self::Name => None,
         }
     }
 }
@@ -134,7 +156,7 @@ pub struct Array {
     /// The array's UUID.
     pub uuid: Uuid,
     /// The array's name.
-    pub name: String,
+    pub name: Name,
     /// Where the array's bytes lie on its members. Its members are in the order of their roles.
     pub map: Striped,
     /// For each role, the place of its disk in the list that was given.
@@ -153,53 +175,68 @@ impl Array {
             superblocks.push(superblock.map_err(|error| ArrayError::NotMember { disk, source: error.clone() })?);
         }
         let Some(first) = superblocks.first() else { return Err(StripedError::NoMember.into()) };
-        let newest = superblocks.iter().map(|superblock| superblock.events).max().unwrap_or(0);
-        let count = usize::try_from(first.members).unwrap_or(usize::MAX);
+        if let Some(disk) = superblocks.iter().position(|superblock| superblock.array != first.array) {
+            let Superblock { array, name, .. } = superblocks[disk];
+            return Err(ArrayError::Foreign { disk, array: *array, name: *name });
+        }
+        // The newest superblock is the one that says how the array is.
+        let Some(newest) = superblocks.iter().max_by_key(|superblock| superblock.events) else {
+            return Err(StripedError::NoMember.into());
+        };
+        let count = usize::try_from(newest.members).unwrap_or(usize::MAX);
         // The roles that the superblock has room for limit the number of members.
-        let mut disks: Vec<Option<usize>> = vec![None; count.min(first.roles.len())];
+        let mut disks: Vec<Option<usize>> = vec![None; count.min(newest.roles.len())];
         for (disk, superblock) in superblocks.iter().enumerate() {
-            agree(disk, first, superblock)?;
             // If a machine stops while mdadm writes the superblocks, one member is one event ahead (Linux, `super_1_validate`).
-            if superblock.events.saturating_add(1) < newest {
-                return Err(ArrayError::Stale { disk, events: superblock.events, newest });
+            if superblock.events.saturating_add(1) < newest.events {
+                return Err(ArrayError::Stale { disk, events: superblock.events, newest: newest.events });
             }
+            agree(disk, newest, superblock)?;
             let Role::Active(role) = superblock.role() else { return Err(ArrayError::Inactive { disk }) };
             let place = disks.get_mut(usize::from(role)).ok_or(ArrayError::Inactive { disk })?;
             if let Some(other) = place.replace(disk) {
                 return Err(ArrayError::Duplicate { disk, other, role });
             }
-            let needed = superblock.data_offset.saturating_add(superblock.data_len);
-            let available = found[disk].disk_len;
-            if needed > available {
-                return Err(ArrayError::Truncated { disk, needed, available });
-            }
+            fits(disk, &found[disk], superblock)?;
         }
         let missing = (0..).zip(&disks).filter(|(_, disk)| disk.is_none()).map(|(role, _)| role).collect::<Vec<u16>>();
         if !missing.is_empty() || disks.len() < count {
-            return Err(ArrayError::Missing { roles: missing, of: first.members });
+            return Err(ArrayError::Missing { roles: missing, there: superblocks.len(), of: newest.members });
         }
         let disks: Vec<usize> = disks.into_iter().flatten().collect();
         let space =
             |disk: &usize| MemberSpace { offset: superblocks[*disk].data_offset, len: superblocks[*disk].data_len };
         let spaces: Vec<_> = disks.iter().map(space).collect();
-        let map = Striped::new(first.chunk, &spaces, first.layout)?;
-        Ok(Self { uuid: first.array, name: first.name.clone(), map, disks })
+        let map = Striped::new(newest.chunk, &spaces, newest.layout)?;
+        Ok(Self { uuid: newest.array, name: newest.name, map, disks })
     }
 }
 
-/// Checks that a superblock belongs to the same array as the first one, and says the same about it.
-fn agree(disk: usize, first: &Superblock, superblock: &Superblock) -> Result<(), ArrayError> {
-    if superblock.array != first.array {
-        return Err(ArrayError::Foreign { disk, array: superblock.array, name: superblock.name.clone() });
-    }
+/// Checks that a superblock says the same about the array as the newest one.
+fn agree(disk: usize, newest: &Superblock, superblock: &Superblock) -> Result<(), ArrayError> {
     let differs = [
-        ("number of members", superblock.members != first.members),
-        ("chunk size", superblock.chunk != first.chunk),
-        ("zone layout", superblock.layout != first.layout),
+        ("number of members", superblock.members != newest.members),
+        ("chunk size", superblock.chunk != newest.chunk),
+        ("zone layout", superblock.layout != newest.layout),
     ];
     match differs.into_iter().find(|(_, differs)| *differs) {
         Some((what, _)) => Err(ArrayError::Disagreement { disk, what }),
         None => Ok(()),
+    }
+}
+
+/// Checks that the disk has the data that its superblock names, and takes requests for it.
+fn fits(disk: usize, found: &Found, superblock: &Superblock) -> Result<(), ArrayError> {
+    let Superblock { data_offset: offset, data_len, chunk, .. } = *superblock;
+    let needed = offset.saturating_add(data_len);
+    let available = found.disk_len;
+    if needed > available {
+        return Err(ArrayError::Truncated { disk, needed, available });
+    }
+    let block = found.alignment.max(superblock.block_size.into());
+    match block != 0 && (!offset.is_multiple_of(found.alignment) || !chunk.is_multiple_of(block)) {
+        true => Err(ArrayError::Unaligned { disk, offset, chunk, block }),
+        false => Ok(()),
     }
 }
 
@@ -208,7 +245,7 @@ fn agree(disk: usize, first: &Superblock, superblock: &Superblock) -> Result<(),
 pub struct NewArray {
     /// The array's UUID.
     pub uuid: Uuid,
-    /// The array's name. mdadm's own names are `HOST:NAME`, and at most 32 bytes long.
+    /// The array's name, at most 32 bytes. mdadm's own names are `HOST:NAME`.
     pub name: String,
     /// The present time, in seconds since 1970.
     pub now: u64,
@@ -222,25 +259,27 @@ impl NewArray {
     /// Returns the superblock of each member.
     ///
     /// # Errors
-    /// [`ArrayError::TooMany`], [`ArrayError::TooSmall`], or [`ArrayError::Map`] for a chunk that is no power of two.
+    /// [`ArrayError::TooMany`], [`ArrayError::TooSmall`], [`ArrayError::Name`], or [`ArrayError::Map`] for a chunk that is not
+    /// supported.
     pub fn superblocks(&self) -> Result<Vec<Superblock>, ArrayError> {
         let count = u16::try_from(self.members.len()).ok().filter(|count| usize::from(*count) <= MAX_MEMBERS);
         let count = count.ok_or(ArrayError::TooMany(self.members.len()))?;
+        let name = Name::new(&self.name).ok_or(ArrayError::Name)?;
         let mut spaces = Vec::with_capacity(self.members.len());
         for (disk, (len, _)) in self.members.iter().enumerate() {
             let usable = len.saturating_sub(DATA_OFFSET);
-            if usable < self.chunk {
+            if usable < self.chunk.max(2 * Striped::MIN_CHUNK) {
                 return Err(ArrayError::TooSmall { disk, len: *len, chunk: self.chunk });
             }
             spaces.push(MemberSpace { offset: DATA_OFFSET, len: usable - usable % LBA_UNIT });
         }
         let map = Striped::new(self.chunk, &spaces, Some(ZoneLayout::Original))?;
-        // As mdadm, so that older kernels open an array whose members have one size.
+        // An array whose members have one size needs no layout, and kernels before 5.4 refuse one that has it.
         let layout = map.has_several_zones().then_some(ZoneLayout::Original);
         let roles: Vec<Role> = (0..count).map(Role::Active).collect();
         let superblocks = self.members.iter().zip(spaces).zip(0..).map(|(((_, device), space), number)| Superblock {
             array: self.uuid,
-            name: self.name.clone(),
+            name,
             created: self.now,
             members: count.into(),
             chunk: self.chunk,
@@ -251,6 +290,7 @@ impl NewArray {
             device: *device,
             updated: self.now,
             events: 0,
+            block_size: 0,
             roles: with_room(&roles),
         });
         Ok(superblocks.collect())
@@ -290,7 +330,11 @@ mod tests {
     /// Returns the array's disks.
     fn disks(sizes: &[u64]) -> Vec<Found> {
         let superblocks = new(sizes).superblocks().unwrap();
-        let of = |(superblock, size): (Superblock, &u64)| Found { disk_len: *size, superblock: Ok(superblock) };
+        let of = |(superblock, size): (Superblock, &u64)| Found {
+            disk_len: *size,
+            alignment: 512,
+            superblock: Ok(superblock),
+        };
         superblocks.into_iter().zip(sizes).map(of).collect()
     }
 
@@ -322,8 +366,11 @@ mod tests {
 
         let mut found = disks(&sizes);
         found.remove(1);
-        assert_eq!(refused(&found), ArrayError::Missing { roles: vec![1], of: 3 });
-        assert_eq!(refused(&found).to_string(), "1 of the array's 3 members are missing (roles 1)");
+        assert_eq!(refused(&found), ArrayError::Missing { roles: vec![1], there: 2, of: 3 });
+        assert_eq!(
+            refused(&found).to_string(),
+            "the array has 3 members, of which only 2 are there (missing roles: 1)"
+        );
 
         let mut found = disks(&sizes);
         found[1].superblock = Err(SuperblockError::Absent);
@@ -331,8 +378,10 @@ mod tests {
 
         let mut found = disks(&sizes);
         change(&mut found[2], |superblock| superblock.array = Uuid::from_u128(78));
+        // The events of another array count nothing here.
+        change(&mut found[2], |superblock| superblock.events = 7);
         let (disk, array) = (2, Uuid::from_u128(78));
-        assert_eq!(refused(&found), ArrayError::Foreign { disk, array, name: "host:scratch".into() });
+        assert_eq!(refused(&found), ArrayError::Foreign { disk, array, name: Name::new("host:scratch").unwrap() });
 
         let mut found = disks(&sizes);
         found.push(found[1].clone());
@@ -344,6 +393,23 @@ mod tests {
         change(&mut found[1], |superblock| superblock.events = 4);
         change(&mut found[2], |superblock| superblock.events = 4);
         assert!(Array::assemble(&found).is_ok(), "one event ahead");
+
+        // A member of the array as it was before it had three members.
+        let mut found = disks(&sizes);
+        change(&mut found[0], |superblock| superblock.members = 2);
+        change(&mut found[1], |superblock| superblock.events = 20);
+        change(&mut found[2], |superblock| superblock.events = 20);
+        assert_eq!(refused(&found), ArrayError::Stale { disk: 0, events: 0, newest: 20 });
+
+        let mut found = disks(&sizes);
+        found[1].alignment = 1 << 17;
+        let (offset, chunk, block) = (MIB, 64 << 10, 1 << 17);
+        assert_eq!(refused(&found), ArrayError::Unaligned { disk: 1, offset, chunk, block });
+        found[1].alignment = 4096;
+        change(&mut found[1], |superblock| superblock.data_offset = 2049 * 512);
+        change(&mut found[1], |superblock| superblock.data_len -= 512);
+        let (offset, block) = (2049 * 512, 4096);
+        assert_eq!(refused(&found), ArrayError::Unaligned { disk: 1, offset, chunk, block });
 
         let mut found = disks(&sizes);
         change(&mut found[1], |superblock| superblock.roles[1] = Role::Faulty);
@@ -362,6 +428,8 @@ mod tests {
         ] {
             let mut found = disks(&sizes);
             change(&mut found[1], disagree);
+            change(&mut found[2], |superblock| superblock.events = 1);
+            change(&mut found[0], |superblock| superblock.events = 1);
             assert_eq!(refused(&found), ArrayError::Disagreement { disk: 1, what });
         }
     }
@@ -372,8 +440,8 @@ mod tests {
         for found in &mut found {
             change(found, |superblock| superblock.members = u32::MAX);
         }
-        let ArrayError::Missing { roles, of } = Array::assemble(&found).unwrap_err() else { panic!() };
-        assert_eq!((roles.len(), of), (MAX_MEMBERS - 2, u32::MAX));
+        let ArrayError::Missing { roles, there, of } = Array::assemble(&found).unwrap_err() else { panic!() };
+        assert_eq!((roles.len(), there, of), (MAX_MEMBERS - 2, 2, u32::MAX));
     }
 
     #[test]
@@ -382,6 +450,8 @@ mod tests {
         assert_eq!(refused(new(&[MIB; 129])), ArrayError::TooMany(129));
         let (len, chunk) = (MIB + 100, 64 << 10);
         assert_eq!(refused(new(&[64 * MIB, len])), ArrayError::TooSmall { disk: 1, len, chunk });
+        let long = NewArray { name: "a".repeat(33), ..new(&[64 * MIB; 2]) };
+        assert_eq!(refused(long), ArrayError::Name);
         let odd = NewArray { chunk: 96 << 10, ..new(&[64 * MIB; 2]) };
         assert_eq!(refused(odd), ArrayError::Map(StripedError::Chunk(96 << 10)));
     }

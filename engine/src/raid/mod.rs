@@ -12,7 +12,7 @@ mod superblock;
 
 pub use array::{Array, ArrayError, Found, NewArray};
 pub use store::{StripedStore, read_member, write_member};
-pub use superblock::{Role, Superblock, SuperblockError};
+pub use superblock::{Name, Role, Superblock, SuperblockError};
 
 /// Where the superblock lies on a member, in bytes.
 pub const SUPERBLOCK_OFFSET: u64 = 4096;

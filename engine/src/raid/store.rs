@@ -4,12 +4,15 @@ use std::io;
 use std::sync::Arc;
 
 use super::superblock::Superblock;
-use super::{Array, Found, SUPERBLOCK_LEN, SUPERBLOCK_OFFSET};
+use super::{Array, ArrayError, Found, SUPERBLOCK_LEN, SUPERBLOCK_OFFSET};
 use crate::layout::{Piece, Striped};
 use crate::store::{Allocation, BlockStore, MappedBytes, MappedBytesMut, Medium, read_unaligned, write_unaligned};
 
-/// Chunks that [`StripedStore::allocation`] looks at in one call at most.
-const LOOKED_AT: usize = 1024;
+/// Chunks that [`StripedStore::allocation`] looks at in one call at most: 32 GiB of the usual size.
+const LOOKED_AT: usize = 65536;
+/// The largest sector of an encrypted volume. If the data starts at a multiple of it, no sector is cut by what the members do in
+/// pieces.
+const SECTOR: u64 = 4096;
 
 /// Reads what a disk says about the array that it belongs to.
 ///
@@ -20,7 +23,7 @@ pub fn read_member(disk: &dyn BlockStore) -> io::Result<Found> {
     if disk.len() >= SUPERBLOCK_OFFSET + SUPERBLOCK_LEN as u64 {
         read_unaligned(disk, &mut bytes, SUPERBLOCK_OFFSET)?;
     }
-    Ok(Found { disk_len: disk.len(), superblock: Superblock::parse(&bytes) })
+    Ok(Found { disk_len: disk.len(), alignment: disk.alignment() as u64, superblock: Superblock::parse(&bytes) })
 }
 
 /// Writes a member's superblock. It is durable after the next flush of the disk.
@@ -36,15 +39,46 @@ pub struct StripedStore {
     map: Striped,
     /// The members in the order of their roles.
     members: Vec<Arc<dyn BlockStore>>,
+    /// Every member is mapped, and no sector is cut by the pieces in which members are shown.
+    is_mapped: bool,
+}
+
+/// Why disks cannot be opened as an array.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A disk could not be read.
+    #[error("its md superblock could not be read")]
+    Read {
+        /// The disk's place in the list.
+        disk: usize,
+        /// The error of the disk.
+        source: io::Error,
+    },
+    /// The disks do not form one array.
+    #[error(transparent)]
+    Array(#[from] ArrayError),
 }
 
 impl StripedStore {
-    /// Returns the data of the array whose disks were given to [`Array::assemble`], in the same order.
+    /// Opens the array that the disks form, in whatever order they are given.
     ///
-    /// # Panics
-    /// Panics if there are fewer disks than the array has members.
-    pub fn new(array: &Array, disks: &[Arc<dyn BlockStore>]) -> Self {
-        Self { map: array.map.clone(), members: array.disks.iter().map(|disk| Arc::clone(&disks[*disk])).collect() }
+    /// # Errors
+    /// [`OpenError`] says which disk cannot be read or does not fit, or what is missing.
+    pub fn open(disks: &[Arc<dyn BlockStore>]) -> Result<(Array, Self), OpenError> {
+        let mut found = Vec::with_capacity(disks.len());
+        for (disk, store) in disks.iter().enumerate() {
+            found.push(read_member(&**store).map_err(|source| OpenError::Read { disk, source })?);
+        }
+        let array = Array::assemble(&found)?;
+        let members = array.disks.iter().filter_map(|disk| disks.get(*disk).map(Arc::clone)).collect();
+        let store = Self::over(array.map.clone(), members);
+        Ok((array, store))
+    }
+
+    fn over(map: Striped, members: Vec<Arc<dyn BlockStore>>) -> Self {
+        let keeps_sectors = map.members().iter().all(|member| member.offset.is_multiple_of(SECTOR));
+        let is_mapped = keeps_sectors && members.iter().all(|member| member.is_mapped());
+        Self { map, members, is_mapped }
     }
 
     /// Returns the map of the array.
@@ -102,12 +136,12 @@ impl BlockStore for StripedStore {
     }
 
     fn buffered(&self) -> io::Result<Option<Arc<dyn BlockStore>>> {
-        let mut members = Vec::with_capacity(self.members.len());
-        for member in &self.members {
-            let Some(member) = member.buffered()? else { return Ok(None) };
-            members.push(member);
+        // A member without a page cache must be known before another member leaves direct I/O.
+        if !self.members.iter().all(|member| matches!(member.medium(), Medium::File { .. })) {
+            return Ok(None);
         }
-        Ok(Some(Arc::new(Self { map: self.map.clone(), members })))
+        let members: io::Result<Option<Vec<_>>> = self.members.iter().map(|member| member.buffered()).collect();
+        Ok(members?.map(|members| Arc::new(Self::over(self.map.clone(), members)) as Arc<dyn BlockStore>))
     }
 
     fn is_read_only(&self) -> bool {
@@ -142,10 +176,13 @@ impl BlockStore for StripedStore {
     }
 
     fn is_mapped(&self) -> bool {
-        self.members.iter().all(|member| member.is_mapped())
+        self.is_mapped
     }
 
     fn show(&self, offset: u64, len: usize, each: &mut dyn FnMut(usize, MappedBytes<'_>)) -> bool {
+        if !self.is_mapped {
+            return false;
+        }
         let shown = self.for_pieces(offset, len, |member, piece, at| {
             match member.show(piece.offset, span(piece)?, &mut |within, bytes| each(at + within, bytes)) {
                 true => Ok(()),
@@ -156,6 +193,9 @@ impl BlockStore for StripedStore {
     }
 
     fn fill(&self, offset: u64, len: usize, each: &mut dyn FnMut(usize, MappedBytesMut<'_>)) -> bool {
+        if !self.is_mapped {
+            return false;
+        }
         let filled = self.for_pieces(offset, len, |member, piece, at| {
             match member.fill(piece.offset, span(piece)?, &mut |within, bytes| each(at + within, bytes)) {
                 true => Ok(()),
@@ -171,8 +211,18 @@ impl BlockStore for StripedStore {
         outcomes.into_iter().collect()
     }
 
+    /// Discards the range on every member, even if one of them cannot.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.for_extents(offset, len, |member, extent| member.discard(extent.offset, extent.len))
+        let mut outcome = Ok(());
+        self.for_extents(offset, len, |member, extent| {
+            let discarded = member.discard(extent.offset, extent.len);
+            let is_worse = discarded.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::Unsupported);
+            if discarded.is_err() && (is_worse || outcome.is_ok()) {
+                outcome = discarded;
+            }
+            Ok(())
+        })?;
+        outcome
     }
 
     fn discards_quickly(&self) -> bool {
@@ -180,9 +230,20 @@ impl BlockStore for StripedStore {
     }
 
     fn allocation(&self, offset: u64) -> io::Result<Allocation> {
+        // What each member said last. A member is asked again only after the end of its range.
+        let mut last: Vec<Option<Allocation>> = vec![None; self.members.len()];
         let mut found: Option<Allocation> = None;
         for piece in self.map.pieces(offset, u64::MAX).take(LOOKED_AT) {
-            let here = self.members[piece.member].allocation(piece.offset)?;
+            let here = match last[piece.member].filter(|last| last.end > piece.offset) {
+                Some(here) => here,
+                None => match (self.members[piece.member].allocation(piece.offset), found) {
+                    (Ok(here), _) => here,
+                    // What was found before the error is right.
+                    (Err(_), Some(found)) => return Ok(found),
+                    (Err(error), None) => return Err(error),
+                },
+            };
+            last[piece.member] = Some(here);
             let len = here.end.saturating_sub(piece.offset).min(piece.len);
             let end = found.map_or(offset, |found| found.end) + len;
             match found {
@@ -233,8 +294,7 @@ mod tests {
         for (disk, superblock) in disks.iter().zip(new.superblocks().unwrap()) {
             write_member(&**disk, &superblock).unwrap();
         }
-        let found: Vec<Found> = disks.iter().map(|disk| read_member(&**disk).unwrap()).collect();
-        StripedStore::new(&Array::assemble(&found).unwrap(), disks)
+        StripedStore::open(disks).unwrap().1
     }
 
     #[test]
@@ -254,6 +314,108 @@ mod tests {
         let store = made(&[disk(true), disk(false), disk(true)]);
         assert_eq!(store.flush().unwrap_err().kind(), io::ErrorKind::StorageFull);
         assert_eq!(flushes.load(std::sync::atomic::Ordering::Relaxed), 3);
+    }
+
+    #[test]
+    fn every_member_is_discarded_even_if_one_cannot() {
+        let disk = |kind: Option<io::ErrorKind>| {
+            let memory = MemoryStore::from(vec![7; (DATA + 4 * CHUNK) as usize]);
+            let store = FaultyStore::new(memory, move |operation| match operation {
+                Operation::Discard(..) => kind,
+                _ => None,
+            });
+            Arc::new(store)
+        };
+        let kinds = [Some(io::ErrorKind::Unsupported), None, Some(io::ErrorKind::StorageFull), None];
+        let disks = kinds.map(disk);
+        let shared = disks.clone().map(|disk| disk as Arc<dyn BlockStore>);
+        let store = made(&shared);
+        assert_eq!(store.discard(0, store.len()).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        let kept = disks.map(|disk| disk.inner().snapshot()[DATA as usize..].contains(&7));
+        assert_eq!(kept, [true, false, true, false]);
+        let store = made(&shared[..2]);
+        assert_eq!(store.discard(0, store.len()).unwrap_err().kind(), io::ErrorKind::Unsupported);
+    }
+
+    /// A member in which the first half of the data is a hole. It counts how often it is asked.
+    struct HalfHole(MemoryStore, std::sync::atomic::AtomicU32);
+
+    impl BlockStore for HalfHole {
+        fn len(&self) -> u64 {
+            self.0.len()
+        }
+        fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+            self.0.read_at(data, offset)
+        }
+        fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+            self.0.write_at(data, offset)
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn allocation(&self, offset: u64) -> io::Result<Allocation> {
+            self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let half = DATA + (self.len() - DATA) / 2;
+            match offset < half {
+                true => Ok(Allocation { end: half, is_hole: true }),
+                false => Ok(Allocation { end: self.len(), is_hole: false }),
+            }
+        }
+    }
+
+    #[test]
+    fn holes_are_joined_over_chunks_and_each_member_is_asked_once() {
+        let disk = || Arc::new(HalfHole(MemoryStore::zeroed((DATA + 64 * CHUNK) as usize), 0.into()));
+        let disks = [disk(), disk()];
+        let store = made(&disks.clone().map(|disk| disk as Arc<dyn BlockStore>));
+        assert_eq!(store.allocation(5).unwrap(), Allocation { end: 64 * CHUNK, is_hole: true });
+        assert_eq!(store.allocation(64 * CHUNK).unwrap(), Allocation { end: 128 * CHUNK, is_hole: false });
+        let asked: u32 = disks.iter().map(|disk| disk.1.load(std::sync::atomic::Ordering::Relaxed)).sum();
+        assert!(asked <= 5, "{asked}");
+    }
+
+    #[test]
+    fn a_mapped_array_is_read_and_written_in_place_if_no_sector_is_cut() {
+        use crate::key::VolumeKey;
+        use crate::layout::Segment;
+        use crate::sector::{Lba512, SectorSize};
+        use crate::store::{Access, BusErrorsCaught, Caching, FileStore};
+        use crate::volume::Volume;
+
+        for shift in [0, 512] {
+            let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+            let disks: Vec<Arc<dyn BlockStore>> = (0..3)
+                .map(|n| {
+                    let path = folder.path().join(n.to_string());
+                    std::fs::File::create(&path).unwrap().set_len(DATA + (3 << 20)).unwrap();
+                    let proof = BusErrorsCaught::new().unwrap();
+                    let store = FileStore::open(&path, Access::ReadWrite, Caching::PageCache).unwrap();
+                    Arc::new(store.mapped(proof)) as Arc<dyn BlockStore>
+                })
+                .collect();
+            made(&disks);
+            for disk in &disks {
+                let mut superblock = read_member(&**disk).unwrap().superblock.unwrap();
+                (superblock.chunk, superblock.data_offset) = (512 << 10, DATA + shift);
+                superblock.data_len -= shift;
+                write_member(&**disk, &superblock).unwrap();
+            }
+            let store = Arc::new(StripedStore::open(&disks).unwrap().1);
+            assert_eq!(store.is_mapped(), shift == 0);
+            let segment = Segment { offset: 0, len: store.len(), sector_size: SectorSize::B4096, iv_start: Lba512(0) };
+            let key = VolumeKey::new((0..64).collect()).unwrap();
+            let volume = Volume::encrypted(Arc::clone(&store) as _, segment, &key).unwrap();
+            let plaintext: Vec<u8> = (0..store.len() / 8).flat_map(u64::to_le_bytes).collect();
+            volume.write(0, &mut plaintext.clone()).unwrap();
+            let mut read = vec![0; plaintext.len()];
+            volume.read(0, &mut read).unwrap();
+            assert!(read == plaintext);
+            store.read_at(&mut read, 0).unwrap();
+            assert!(read != plaintext);
+        }
     }
 
     #[test]
@@ -284,7 +446,7 @@ mod tests {
         /// What is written is read, and it lies where the map says: the members' data, put together, is the array.
         #[test]
         fn the_array_is_a_disk(
-            chunks in prop::collection::vec(1u64..6, 1..5),
+            chunks in prop::collection::vec(2u64..7, 1..5),
             writes in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<u8>()), 1..20),
         ) {
             let (store, disks) = array(&chunks);

@@ -1,5 +1,7 @@
 //! The superblock of one member, as bytes and as a value.
 
+use std::fmt;
+
 use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -17,6 +19,8 @@ const HEAD_LEN: usize = 256;
 const MAX_ROLES: usize = (SUPERBLOCK_LEN - HEAD_LEN) / 2;
 /// `MD_FEATURE_RAID0_LAYOUT`: the field `layout` is valid.
 const RAID0_LAYOUT: u32 = 4096;
+/// Sectors of data that a member has at least (`super_1_load`).
+const MIN_DATA: u64 = 10;
 /// `resync_offset` of an array that needs no resync.
 const IN_SYNC: u64 = u64::MAX;
 /// `MD_DISK_ROLE_SPARE`.
@@ -37,13 +41,13 @@ pub enum Role {
     Faulty,
 }
 
-/// A member's superblock. It holds what RAID 0 needs. Writing it and reading it gives the same value.
+/// A member's superblock: what RAID 0 needs of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Superblock {
     /// The array's UUID, the same on all members.
     pub array: Uuid,
-    /// The array's name, at most 32 bytes: `HOST:NAME`.
-    pub name: String,
+    /// The array's name, followed by zeros.
+    pub name: Name,
     /// When the array was made, in seconds since 1970.
     pub created: u64,
     /// The number of members.
@@ -64,8 +68,32 @@ pub struct Superblock {
     pub updated: u64,
     /// Counts the changes of the array. Members with the same number are up to date.
     pub events: u64,
+    /// The block size in bytes to which the array keeps, whatever its disks have. 0 if the superblock says nothing. (Linux 6.19
+    /// writes it.)
+    pub block_size: u32,
     /// What each member does, by [`Superblock::number`].
     pub roles: Vec<Role>,
+}
+
+/// The name of an array, as mdadm shows it: `HOST:NAME`. At most 32 bytes, of any kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Name([u8; 32]);
+
+impl Name {
+    /// Returns the name, or `None` if it has more than 32 bytes or contains a NUL.
+    pub fn new(name: &str) -> Option<Self> {
+        let mut bytes = [0; 32];
+        bytes.get_mut(..name.len())?.copy_from_slice(name.as_bytes());
+        (!name.contains('\0')).then_some(Self(bytes))
+    }
+}
+
+/// Shows bytes that are no text, or that a terminal obeys, by their numbers.
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let len = self.0.iter().position(|byte| *byte == 0).unwrap_or(self.0.len());
+        f.write_str(&printable(&String::from_utf8_lossy(&self.0[..len])))
+    }
 }
 
 /// Why bytes are not the superblock of a RAID 0 member.
@@ -86,9 +114,9 @@ pub enum SuperblockError {
     /// The array uses something that RAID 0 does not have, or that is newer than this program.
     #[error("the md array has features that are not supported here (feature map {0:#x})")]
     Features(u32),
-    /// The layout of the zones is neither of the two known ones.
-    #[error("the md array has zone layout {0}, which is not known")]
-    Layout(u32),
+    /// A field that was not used when this program was written is not zero. Linux refuses this, too.
+    #[error("the md superblock uses fields that are not known here")]
+    UnknownFields,
 }
 
 /// `mdp_superblock_1` without the roles, field by field.
@@ -126,7 +154,8 @@ struct Raw {
     resync_offset: U64,
     sb_csum: U32,
     max_dev: U32,
-    pad3: [u8; 32],
+    logical_block_size: U32,
+    pad3: [u8; 28],
 }
 
 const _: () = assert!(size_of::<Raw>() == HEAD_LEN);
@@ -166,21 +195,27 @@ impl Superblock {
         if features & !RAID0_LAYOUT != 0 {
             return Err(SuperblockError::Features(features));
         }
+        if raw.pad0 != U32::ZERO || raw.pad3 != [0; 28] {
+            return Err(SuperblockError::UnknownFields);
+        }
+        // Linux refuses another value only if the array has several zones.
         let layout = match (features & RAID0_LAYOUT != 0, raw.layout.get()) {
-            (false, _) | (true, 0) => None,
             (true, 1) => Some(ZoneLayout::Original),
             (true, 2) => Some(ZoneLayout::Alternate),
-            (true, other) => return Err(SuperblockError::Layout(other)),
+            _ => None,
         };
         let bytes_of = |sectors: u64| sectors.checked_mul(LBA_UNIT).ok_or(Damaged("a size is too large"));
         let data_offset = bytes_of(raw.data_offset.get())?;
         if data_offset < SUPERBLOCK_OFFSET + SUPERBLOCK_LEN as u64 {
             return Err(Damaged("the data overlaps the superblock"));
         }
+        if raw.data_size.get() < MIN_DATA {
+            return Err(Damaged("the data is too short"));
+        }
         let (words, _) = <[U16]>::ref_from_prefix(words).map_err(|_| Damaged("it is cut off"))?;
         Ok(Self {
             array: Uuid::from_bytes(raw.set_uuid),
-            name: name_from(&raw.set_name),
+            name: Name(raw.set_name),
             created: raw.ctime.get() & SECONDS,
             members: raw.raid_disks.get(),
             chunk: bytes_of(raw.chunksize.get().into())?,
@@ -191,29 +226,25 @@ impl Superblock {
             device: Uuid::from_bytes(raw.device_uuid),
             updated: raw.utime.get() & SECONDS,
             events: raw.events.get(),
+            block_size: raw.logical_block_size.get(),
             roles: words.iter().map(|word| role_from(word.get())).collect(),
         })
     }
 
     /// Returns the bytes of the superblock, for [`SUPERBLOCK_OFFSET`].
     ///
-    /// The sizes are written in units of 512 bytes, so they must be multiples of it. There are at most 1920 roles. A longer name
-    /// is cut.
+    /// The sizes are written in units of 512 bytes, so they must be multiples of it. There are at most 1920 roles.
     pub fn to_bytes(&self) -> [u8; SUPERBLOCK_LEN] {
         let mut bytes = [0; SUPERBLOCK_LEN];
         let roles = &self.roles[..self.roles.len().min(MAX_ROLES)];
         let words: Vec<U16> = roles.iter().map(|role| U16::new(word(*role))).collect();
-        let mut set_name = [0; 32];
-        let name = self.name.as_bytes();
-        let name = &name[..name.len().min(set_name.len())];
-        set_name[..name.len()].copy_from_slice(name);
         let mut raw = Raw {
             magic: U32::new(MAGIC),
             major_version: U32::new(1),
             feature_map: U32::new(if self.layout.is_some() { RAID0_LAYOUT } else { 0 }),
             pad0: U32::ZERO,
             set_uuid: self.array.into_bytes(),
-            set_name,
+            set_name: self.name.0,
             ctime: U64::new(self.created & SECONDS),
             level: U32::ZERO,
             layout: U32::new(match self.layout {
@@ -241,7 +272,8 @@ impl Superblock {
             resync_offset: U64::new(IN_SYNC),
             sb_csum: U32::ZERO,
             max_dev: U32::new(u32::try_from(words.len()).unwrap_or(0)),
-            pad3: [0; 32],
+            logical_block_size: U32::new(self.block_size),
+            pad3: [0; 28],
         };
         raw.sb_csum = U32::new(checksum(&raw, words.as_bytes()));
         bytes[..HEAD_LEN].copy_from_slice(raw.as_bytes());
@@ -290,12 +322,6 @@ fn word(role: Role) -> u16 {
     }
 }
 
-/// Returns the name for people: bytes that are no text, or that a terminal obeys, are shown by their numbers.
-fn name_from(bytes: &[u8; 32]) -> String {
-    let len = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-    printable(&String::from_utf8_lossy(&bytes[..len]))
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -328,7 +354,10 @@ mod tests {
     fn what_mdadm_wrote_is_read() {
         let superblock = Superblock::parse(&of_mdadm()).unwrap();
         assert_eq!(superblock.array.to_string(), "e4d682bf-8e95-9e8d-8429-4cf5b24f8b54");
-        assert_eq!((superblock.name.as_str(), superblock.members, superblock.chunk), ("vm-uml:0", 3, 64 << 10));
+        assert_eq!(
+            (superblock.name.to_string(), superblock.members, superblock.chunk),
+            ("vm-uml:0".to_owned(), 3, 64 << 10)
+        );
         assert_eq!((superblock.data_offset, superblock.data_len), (1 << 20, 95 << 20));
         assert_eq!((superblock.layout, superblock.events), (Some(ZoneLayout::Original), 0));
         assert_eq!((superblock.role(), superblock.roles.len()), (Role::Active(0), 128));
@@ -366,10 +395,23 @@ mod tests {
         for feature in [1, 2, 4, BAD_BLOCKS, 512, 1 << 20] {
             assert_eq!(refused(&with(8, &u32::to_le_bytes(feature))), Features(feature));
         }
-        assert_eq!(refused(&with(76, &[3])), Layout(3));
+        assert_eq!(refused(&with(136, &9u64.to_le_bytes())), Damaged("the data is too short"));
+        assert_eq!(refused(&with(12, &[1])), UnknownFields);
+        assert_eq!(refused(&with(228, &[1])), UnknownFields);
+        assert_eq!(Superblock::parse(&with(225, &[16])).unwrap().block_size, 4096);
+        assert_eq!(Superblock::parse(&with(76, &[3])).unwrap().layout, None);
         assert_eq!(Superblock::parse(&with(76, &[2])).unwrap().layout, Some(ZoneLayout::Alternate));
         assert_eq!(refused(&with(128, &8u64.to_le_bytes())), Damaged("the data overlaps the superblock"));
         assert_eq!(refused(&with(136, &u64::MAX.to_le_bytes())), Damaged("a size is too large"));
+    }
+
+    #[test]
+    fn names_are_kept_and_shown_safely() {
+        let superblock = Superblock::parse(&with(32, &[0x1b; 32])).unwrap();
+        assert_eq!(superblock.name.to_string(), "\\u{1b}".repeat(32));
+        assert_eq!(Superblock::parse(&superblock.to_bytes()).unwrap(), superblock);
+        assert_eq!(Name::new(&"a".repeat(32)).unwrap().to_string(), "a".repeat(32));
+        assert_eq!((Name::new(&"a".repeat(33)), Name::new("a\0b")), (None, None));
     }
 
     #[test]
@@ -401,14 +443,15 @@ mod tests {
             times in (0..1u64 << 40, 0..1u64 << 40),
             members in 1u32..120,
             layout in prop::sample::select(vec![None, Some(ZoneLayout::Original), Some(ZoneLayout::Alternate)]),
-            sizes in (3u32..20, 16u64..1 << 40, 0..1u64 << 40),
+            sizes in (3u32..20, 16u64..1 << 40, 10..1u64 << 40),
             number in 0u32..120,
             events: u64,
             odd in 0u16..2,
+            block_size: u32,
         ) {
             let superblock = Superblock {
                 array: Uuid::from_slice(&ids[..16]).unwrap(),
-                name,
+                name: Name::new(&name).unwrap(),
                 created: times.0,
                 members,
                 chunk: 512 << sizes.0,
@@ -419,6 +462,7 @@ mod tests {
                 device: Uuid::from_slice(&ids[16..]).unwrap(),
                 updated: times.1,
                 events,
+                block_size,
                 roles: (0..120 + odd).map(|n| if n % 7 == 6 { Role::Faulty } else { Role::Active(n) }).collect(),
             };
             prop_assert_eq!(Superblock::parse(&superblock.to_bytes()), Ok(superblock));

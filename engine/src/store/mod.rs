@@ -21,7 +21,7 @@ pub use unaligned::{read_unaligned, write_unaligned, write_zeros};
 /// What holds a store's bytes, for callers that can read and write them without the store.
 #[derive(Clone, Copy, Debug)]
 pub enum Medium<'a> {
-    /// The memory of this process. Calls return at once.
+    /// Memory: of this process, or files in memory that only the store can reach. Calls return at once.
     Memory,
     /// An open file whose offsets are the store's.
     File {
@@ -122,7 +122,7 @@ pub trait BlockStore: Send + Sync {
     }
 
     /// Passes the bytes of the range to `each` piece by piece, in place. `each` also gets the offset of the piece within
-    /// the range. Pieces end at multiples of 1 MiB of the disk, and at the end of the range.
+    /// the range. A piece has at most 1 MiB. It ends at a multiple of 4096 bytes of the disk, or at the end of the range.
     ///
     /// Returns `false` if the range could not be shown completely. The caller must then read it with [`BlockStore::read_at`];
     /// `each` may already have seen parts of it.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use engine::layout::ZoneLayout;
-use engine::raid::{Array, Found, NewArray, StripedStore, read_member, write_member};
+use engine::raid::{Array, NewArray, StripedStore, read_member, write_member};
 use engine::store::{Access, BlockStore, Caching, FileStore};
 use harness::kernel::Kernel;
 
@@ -44,10 +44,7 @@ fn open(dir: &Path, name: &str, count: usize) -> (Array, StripedStore) {
         Arc::new(FileStore::open(&file, Access::ReadWrite, Caching::PageCache).unwrap()) as Arc<dyn BlockStore>
     };
     let disks: Vec<_> = (0..count).rev().map(disk).collect();
-    let found: Vec<Found> = disks.iter().map(|disk| read_member(&**disk).unwrap()).collect();
-    let array = Array::assemble(&found).unwrap_or_else(|error| panic!("{name}: {error}"));
-    let store = StripedStore::new(&array, &disks);
-    (array, store)
+    StripedStore::open(&disks).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
 fn read(store: &StripedStore) -> Vec<u8> {
