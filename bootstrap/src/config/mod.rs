@@ -555,7 +555,7 @@ mod tests {
 
     #[test]
     fn a_device_is_refused_for_fuse() {
-        refused(with("", "", "method = \"fuse\"\ndevice = \"/dev/nbd0\"", ""), "12:10", &["fuse"]);
+        refused(with("", "", "method = \"fuse\"\ndevice = \"/dev/nbd0\"", ""), "10:10", &["fuse"]);
     }
 
     #[test]
