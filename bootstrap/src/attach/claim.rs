@@ -13,8 +13,8 @@ use super::node::{Node, why_not_opened};
 use crate::machine::holders::{Holder, holders_of};
 use crate::machine::programs;
 
-/// The longest time to wait for programs that open the device only briefly. For example, udev opens every device that was just
-/// closed.
+/// The longest time to wait for uses of the device that may end in a moment. For example, udev opens every device that was just
+/// closed, and a service that starts gets a copy of every mount.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Waits until no other process has `device` open, and opens `device` exclusively. Nobody can then mount the device while the
@@ -50,7 +50,7 @@ pub(super) fn claim(device: &Path, is_ours: impl Fn() -> bool) -> Result<Option<
             }
             claim => claim,
         };
-        if holders.iter().any(Holder::is_lasting) || Instant::now() > deadline {
+        if !holders.iter().all(Holder::may_end_soon) || Instant::now() > deadline {
             return Err(DetachError::Held { device: device.to_owned(), holders });
         }
         drop(claim);

@@ -55,6 +55,12 @@ impl Holder {
     pub fn is_lasting(&self) -> bool {
         !matches!(self, Self::Process { .. })
     }
+
+    /// Returns whether the use may end in a moment. Besides a process that has the device open, this is a mount in another mount
+    /// namespace: a service or a container that starts gets a copy of every mount, and gives up the copies that it does not need.
+    pub fn may_end_soon(&self) -> bool {
+        matches!(self, Self::Process { .. } | Self::Mount { seen_by: Some(_), .. })
+    }
 }
 
 impl fmt::Display for Holder {

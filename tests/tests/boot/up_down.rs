@@ -1,8 +1,9 @@
 //! Bringing a volume up and taking it down.
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use harness::nbdcrypt::{binary, told};
 use rustix::process::{Signal, kill_process};
@@ -329,4 +330,25 @@ fn a_verbose_start_says_how_long_each_step_took() {
     let quiet = machine.on_config("up");
     assert!(!told(&quiet).contains("the step") && !told(&quiet).contains("CAP_SYS_RESOURCE"), "{}", told(&quiet));
     machine.down();
+}
+
+/// A service or a container that starts gets a copy of every mount. For that time, the device is in use.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root and FUSE: run `make test`")]
+fn down_waits_for_copies_of_the_mount_to_go() {
+    let machine = Machine::new();
+    machine.up();
+    let own = machine.path("mnt").display().to_string();
+    // The copies of other tests' mounts go at once, so that they are not in use meanwhile.
+    let script = format!(
+        "awk '$5 ~ \"^/(tmp|run|dev/shm)/.*\" && $5 != \"{own}\" {{ print $5 }}' /proc/self/mountinfo | tac |
+         while read -r copy; do umount -l \"$copy\" 2> /dev/null || true; done; echo; sleep 2"
+    );
+    let mut holder = Command::new("unshare");
+    holder.args(["--mount", "--propagation", "private", "sh", "-c", &script]).stdout(Stdio::piped());
+    let mut holder = holder.spawn().unwrap();
+    holder.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
+    machine.down();
+    assert!(holder.wait().unwrap().success());
+    machine.assert_nothing_left();
 }

@@ -115,8 +115,7 @@ pub(super) fn detach_stale(device: &Path, file: &Path) -> Result<(), DetachError
     let deadline = Instant::now() + PATIENCE;
     while shows(device, file) {
         let holders = holders_of(device);
-        // A program that only looks at the device, such as `losetup`, closes it in a moment.
-        if holders.iter().any(Holder::is_lasting) || Instant::now() > deadline {
+        if !holders.iter().all(Holder::may_end_soon) || Instant::now() > deadline {
             return Err(DetachError::Held { device: device.to_owned(), holders });
         }
         std::thread::sleep(Duration::from_millis(2));
