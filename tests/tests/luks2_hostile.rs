@@ -454,12 +454,12 @@ fn a_broken_copy_gives_one_warning_that_names_the_repair() {
             let said = warning(arguments, succeeds);
             assert_eq!(said.matches(&problem).count(), 1, "{arguments:?}: {said}");
             assert!(said.contains(&format!("The {whole} copy is used")), "{arguments:?}: {said}");
-            assert!(said.contains("`nbdcrypt header repair disk` writes"), "{arguments:?}: {said}");
+            assert!(said.contains("`nbdcrypt header repair disk` rewrites"), "{arguments:?}: {said}");
         }
         let quick = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
         let add = ["key", "add", "disk", "--key-file", "key", "--new-key-file", "new"];
         let said = warning(&[&add, &quick[..]].concat(), true);
-        assert!(said.contains(&problem) && said.contains("change of the header writes"), "{said}");
+        assert!(said.contains(&problem) && said.contains("change of the header rewrites"), "{said}");
         assert!(!said.contains("repair"), "{said}");
         // The change has repaired the copy.
         assert_eq!(warning(&["dump", "disk"], true), "");
