@@ -35,7 +35,7 @@
 //! // `kdf::calibrate_argon2id`.
 //! let (hash, iterations) = (HashAlgorithm::Sha256, kdf::MIN_ITERATIONS);
 //! let options = luks2::Options {
-//!     kdf: luks2::KdfOptions::Pbkdf2 { hash, iterations },
+//!     kdf: kdf::KdfOptions::Pbkdf2 { hash, iterations },
 //!     hash,
 //!     digest_iterations: iterations,
 //!     sector_size: luks2::default_sector_size(disk.len()),
