@@ -5,7 +5,7 @@
 //!
 //! # Cost
 //! An io_uring session reads the clock twice for all requests that it handles between two waits for its ring, and adds to
-//! the shared counters once for each group of similar requests: see [`Tally`]. A request itself costs a note of 16 bytes.
+//! the shared counters once for each group of similar requests: see `Tally`. A request itself costs a note of 16 bytes.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
