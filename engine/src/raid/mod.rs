@@ -11,7 +11,7 @@ mod store;
 mod superblock;
 
 pub use array::{Array, ArrayError, Found, NewArray};
-pub use store::{StripedStore, read_member, write_member};
+pub use store::{OpenError, StripedStore, read_member, write_member};
 pub use superblock::{Name, Role, Superblock, SuperblockError};
 
 /// Where the superblock lies on a member, in bytes.
