@@ -15,7 +15,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
@@ -265,30 +265,23 @@ fn pieces(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     (0..(end.saturating_sub(start)).div_ceil(PIECE)).map(move |n| start + n * PIECE..end.min(start + (n + 1) * PIECE))
 }
 
-/// Returns the offset of the first non-zero byte in the first range that has such a byte.
+/// Returns the offset of the first non-zero byte in the first range that has such a byte. The answer does not depend on which
+/// thread is faster.
 fn first_nonzero(disk: &dyn BlockStore, ranges: &[Range<u64>]) -> io::Result<Option<u64>> {
-    let stop = AtomicBool::new(false);
-    let read_all = |ranges: &[Range<u64>]| -> io::Result<Option<u64>> {
-        let mut buffer = Vec::new();
-        for range in ranges {
-            if stop.load(Ordering::Relaxed) {
-                break;
-            }
-            let found = nonzero_in(disk, range, &mut buffer);
-            if !matches!(found, Ok(None)) {
-                stop.store(true, Ordering::Relaxed);
-                return found;
-            }
-        }
-        Ok(None)
-    };
-    // The first ranges most often show what the disk holds. One thread reads them, so that the same disk gives the same
-    // answer. Several threads share the rest.
+    // The first ranges most often show what the disk holds. One thread reads them. Several threads share the rest.
     let (first, rest) = ranges.split_at(ranges.len().min(WORTH_THREADS));
-    if let Some(offset) = read_all(first)? {
+    if let Some(offset) = first_nonzero_of_share(disk, first, || false)? {
         return Ok(Some(offset));
     }
-    let results = shared(rest, read_all);
+    // The first share that found a byte. The shares after it need not read on, the shares before it must.
+    let found_in = AtomicUsize::new(usize::MAX);
+    let results = shared(rest, |share, ranges| {
+        let found = first_nonzero_of_share(disk, ranges, || found_in.load(Ordering::Relaxed) < share);
+        if matches!(found, Ok(Some(_))) {
+            found_in.fetch_min(share, Ordering::Relaxed);
+        }
+        found
+    });
     // If one thread found a byte, the survey returns it, even if another thread failed.
     let mut failed = None;
     for result in results {
@@ -301,13 +294,33 @@ fn first_nonzero(disk: &dyn BlockStore, ranges: &[Range<u64>]) -> io::Result<Opt
     failed.map_or(Ok(None), Err)
 }
 
-/// Calls `read` on several threads, each with a share of `reads`. Returns the results in the order of the shares.
-pub(super) fn shared<T: Send>(reads: &[Range<u64>], read: impl Fn(&[Range<u64>]) -> T + Sync) -> Vec<T> {
-    let shares: Vec<_> = reads.chunks(reads.len().div_ceil(READERS).max(1)).collect();
+fn first_nonzero_of_share(
+    disk: &dyn BlockStore,
+    ranges: &[Range<u64>],
+    is_needless: impl Fn() -> bool,
+) -> io::Result<Option<u64>> {
+    let mut buffer = Vec::new();
+    for range in ranges {
+        if is_needless() {
+            break;
+        }
+        if let Some(offset) = nonzero_in(disk, range, &mut buffer)? {
+            return Ok(Some(offset));
+        }
+    }
+    Ok(None)
+}
+
+/// Calls `read` on several threads, each with the number of a share of `reads` and the share. Returns the results in the order
+/// of the shares.
+pub(super) fn shared<T: Send>(reads: &[Range<u64>], read: impl Fn(usize, &[Range<u64>]) -> T + Sync) -> Vec<T> {
+    let shares: Vec<_> = reads.chunks(reads.len().div_ceil(READERS).max(1)).enumerate().collect();
     // If the process may not start more threads, this thread reads everything.
     match rayon::ThreadPoolBuilder::new().num_threads(READERS.min(shares.len())).build() {
-        Ok(pool) if !shares.is_empty() => pool.install(|| shares.par_iter().map(|share| read(share)).collect()),
-        _ => shares.iter().map(|share| read(share)).collect(),
+        Ok(pool) if !shares.is_empty() => {
+            pool.install(|| shares.par_iter().map(|(number, share)| read(*number, share)).collect())
+        }
+        _ => shares.iter().map(|(number, share)| read(*number, share)).collect(),
     }
 }
 

@@ -51,7 +51,7 @@ impl Untouched {
         reads.retain(|read| !read.is_empty());
         // Each read has its own digest, so the result does not depend on how the threads share the reads.
         let mut hash = Sha256::new();
-        for digests in survey::shared(&reads, |share| digests_of(disk, share)) {
+        for digests in survey::shared(&reads, |_, share| digests_of(disk, share)) {
             for (read, digest) in digests? {
                 hash.update(read.start.to_le_bytes());
                 hash.update(digest);
