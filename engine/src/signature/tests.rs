@@ -213,6 +213,7 @@ fn a_half_empty_disk_is_not_blank() {
     let half = (len / 2) as u64;
     for (start, tells_holes) in [(half, false), (half, true), (half / 2 + (20 << 20), false)] {
         let disk = Sparse { tells_holes, ..Sparse::new(len as u64, &[(start, &noise)]) };
+        assert!(matches!(disk.surveyed(), Content::Unknown { offset } if offset >= start), "{start}");
     }
     // The data covers a two-thousandth of the disk. This is more than two sampled parts, and the survey reads one block
     // of each part.
