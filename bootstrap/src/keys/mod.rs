@@ -19,7 +19,7 @@ use crate::config::{KeyConfig, KeyFile, SecretLocation};
 
 pub use aws::{
     About, AwsKey, AwsKeyError, Finding, MAX_CIPHERTEXT, Outlook, SUBCOMMAND as AWS_HELPER, Stored, absolute_aws_files,
-    answer as answer_as_aws_helper,
+    answer as answer_as_aws_helper, backoff,
 };
 pub use file::{FileKey, FileKeyError, MAX_KEY_FILE};
 pub use prompt::{Prompt, PromptError};

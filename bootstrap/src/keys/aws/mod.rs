@@ -4,6 +4,7 @@
 //! ends after its answer.
 
 mod answer;
+pub mod backoff;
 mod clock;
 mod credentials;
 mod error;

@@ -1,4 +1,4 @@
-//! Retries errors that may pass: exponential backoff with jitter, up to a configured time.
+//! Retries errors that may pass, up to a configured time.
 
 use std::time::Duration;
 
@@ -6,12 +6,8 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::instrument::WithSubscriber;
 use tracing::subscriber::NoSubscriber;
 
+use super::backoff::{Backoff, Cause};
 use super::error::AwsError;
-
-/// The first pause is between half of this and all of it. Each later pause is twice as long.
-const FIRST_PAUSE: Duration = Duration::from_millis(250);
-/// The longest pause. A boot should continue soon after the network is up.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// How long to retry a refusal that may be due to a new role or policy. IAM is eventually consistent: changes take seconds
 /// to take effect everywhere (IAM User Guide, "Changes that I make are not always immediately visible"). A refusal that
@@ -56,8 +52,10 @@ pub(super) async fn retried<T>(
     mut attempt: impl AsyncFnMut() -> Result<T, AwsError>,
 ) -> Result<T, AwsError> {
     let mut backoff = Backoff::new();
+    let mut attempts = 0;
     let mut brief_until = None;
     loop {
+        attempts += 1;
         // The SDK's own log is suppressed: it quotes answers, which contain secrets.
         let made = attempt().with_subscriber(NoSubscriber::default());
         let error = match timeout(limit, made).await.unwrap_or_else(|_| Err(overdue())) {
@@ -71,8 +69,8 @@ pub(super) async fn retried<T>(
             false => patience.retry_for,
         };
         // Without a random number, the pause has its full length.
-        let Some(pause) = backoff.next(after, until, getrandom::u32().unwrap_or(u32::MAX)) else {
-            return Err(AwsError::GaveUp { last: Box::new(error), attempts: backoff.attempts, after });
+        let Some(pause) = backoff.next(after, until, cause(&error), getrandom::u32().unwrap_or(u32::MAX)) else {
+            return Err(AwsError::GaveUp { last: Box::new(error), attempts, after });
         };
         let why = if is_brief { ", since a new role, policy or key takes seconds to take effect" } else { "" };
         tracing::warn!("{error}; trying again in {:.1} s{why}", pause.as_secs_f64());
@@ -80,35 +78,17 @@ pub(super) async fn retried<T>(
     }
 }
 
-/// Calculates the pauses between attempts.
-struct Backoff {
-    pause: Duration,
-    attempts: u32,
-}
-
-impl Backoff {
-    fn new() -> Self {
-        Self { pause: FIRST_PAUSE, attempts: 0 }
-    }
-
-    /// Returns the pause before the next attempt, or `None` if no time is left for one. `elapsed` is the time since the
-    /// start of the first attempt. No attempt starts later than `until`, counted from the same start. `random` chooses a
-    /// length between half the pause and the full pause. So machines that boot at the same time do not ask at the same time.
-    fn next(&mut self, elapsed: Duration, until: Duration, random: u32) -> Option<Duration> {
-        self.attempts = self.attempts.saturating_add(1);
-        let left = until.checked_sub(elapsed).filter(|left| !left.is_zero())?;
-        let pause = self.pause.mul_f64(0.5 + 0.5 * f64::from(random) / f64::from(u32::MAX));
-        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-        // The last attempt starts at the very end of the time.
-        Some(pause.min(left))
+fn cause(error: &AwsError) -> Cause {
+    match error {
+        AwsError::Busy { .. } => Cause::Busy,
+        _ => Cause::Other,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::aws::error::Service;
-    use proptest::prelude::*;
+    use crate::keys::aws::error::{At, Service};
 
     const LIMIT: Duration = Duration::from_secs(10);
 
@@ -152,6 +132,20 @@ mod tests {
         let text = result.unwrap_err().to_string();
         assert!(text.contains("https://kms.example") && text.contains("no route"), "{text}");
         assert!(text.contains(&format!("tried {made} times in ")), "{text}");
+    }
+
+    /// A service that throttles is left alone for at least half a second. So there is only the attempt at the very end of the
+    /// time.
+    #[test]
+    fn a_busy_service_is_not_asked_again_at_once() {
+        let busy = || AwsError::Busy {
+            at: At { service: Service::Kms, region: "eu-central-1".to_owned() },
+            code: "ThrottlingException".to_owned(),
+            message: "Rate exceeded".to_owned(),
+        };
+        let (made, result) = run(400, u32::MAX, busy);
+        assert!(made <= 2, "{made}");
+        assert!(result.unwrap_err().to_string().contains("ThrottlingException"));
     }
 
     #[test]
@@ -203,30 +197,5 @@ mod tests {
         let text = result.unwrap_err().to_string();
         assert!(text.contains("denied") && text.contains(&format!("tried {made} times")), "{text}");
         assert!((4..10).contains(&made), "{made}");
-    }
-
-    proptest! {
-        #[test]
-        fn pauses_double_with_jitter_and_stay_within_the_time(
-            retry_for in 0u64..200_000,
-            attempt in 0u64..3_000,
-            randoms in proptest::collection::vec(any::<u32>(), 2000),
-        ) {
-            let retry_for = Duration::from_millis(retry_for);
-            let mut backoff = Backoff::new();
-            let mut now = Duration::from_millis(attempt);
-            let mut whole = FIRST_PAUSE;
-            for random in randoms {
-                let Some(pause) = backoff.next(now, retry_for, random) else {
-                    prop_assert!(now >= retry_for);
-                    break;
-                };
-                prop_assert!(now + pause <= retry_for, "a new attempt starts within the time");
-                prop_assert!(pause <= whole && (pause * 2 >= whole || now + pause == retry_for));
-                whole = (whole * 2).min(LONGEST_PAUSE);
-                now += pause + Duration::from_millis(attempt);
-            }
-            prop_assert!(now >= retry_for, "2000 attempts are more than possible");
-        }
     }
 }
