@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{kdf, servers, xts};
+use crate::{kdf, servers, storm, xts};
 
 /// The examples at the end of each `--help`.
 const EXAMPLES: &str = "\
@@ -10,7 +10,8 @@ Examples:
   nbdcrypt-bench servers --quick                           # four workloads, half a second each
   nbdcrypt-bench servers --report results --dir /mnt/nvme  # all of them, on a disk
   nbdcrypt-bench xts --rounds 15
-  nbdcrypt-bench kdf --rounds 3";
+  nbdcrypt-bench kdf --rounds 3
+  nbdcrypt-bench storm --instances 50000 --quota 20000    # a fleet that boots at once, simulated";
 
 /// Compare nbdcrypt with other software. Run one benchmark at a time, on an otherwise idle machine.
 #[derive(Parser)]
@@ -33,6 +34,9 @@ pub enum Command {
     /// Compare opening a LUKS2 volume with cryptsetup.
     #[command(after_help = EXAMPLES)]
     Kdf(kdf::Args),
+    /// Simulate a fleet that boots at once, and is throttled by KMS.
+    #[command(after_help = EXAMPLES)]
+    Storm(storm::Args),
     /// What the benchmarks start themselves.
     #[command(flatten)]
     Helper(servers::Helper),

@@ -1,4 +1,5 @@
-//! The library behind `nbdcrypt-bench` and the criterion benches: every comparison of nbdcrypt with other software.
+//! The library behind `nbdcrypt-bench` and the criterion benches: every comparison of nbdcrypt with other software, and the
+//! simulation of a fleet that boots.
 //!
 //! README.md in this crate's folder says how to measure, and what the figures mean.
 
@@ -6,4 +7,5 @@ pub mod chart;
 pub mod cli;
 pub mod kdf;
 pub mod servers;
+pub mod storm;
 pub mod xts;

@@ -213,7 +213,7 @@ impl Contestant {
 }
 
 /// Returns the `nbdcrypt` to measure: the program in this program's directory, or else the program in `PATH`.
-fn nbdcrypt() -> Result<PathBuf> {
+pub(crate) fn nbdcrypt() -> Result<PathBuf> {
     let beside = std::env::current_exe().context("cannot find this program's own file")?.with_file_name("nbdcrypt");
     if beside.is_file() {
         return Ok(beside);

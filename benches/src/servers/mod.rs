@@ -30,6 +30,7 @@ use bootstrap::bench::{image_size, interrupt, lean, seconds};
 use serde::Serialize;
 
 use contestant::Contestant;
+pub(crate) use contestant::nbdcrypt;
 use subject::Target;
 
 /// A server that exists only for the comparison. `nbdcrypt-bench servers` starts it as a process of its own.
