@@ -227,7 +227,7 @@ impl Server {
             (_, Ok(())) => true,
             (SessionKind::IoUring, Err(error)) => return Err(error),
             (SessionKind::Auto, Err(error)) => {
-                tracing::warn!(%error, "io_uring is not available: serving without it, which takes more CPU time");
+                tracing::warn!("io_uring is not available: serving without it, which takes more CPU time: {error}");
                 false
             }
         };
@@ -268,7 +268,7 @@ impl Server {
                 Err(error) => {
                     // Warns only once, however long this lasts.
                     if !std::mem::replace(&mut failing, true) {
-                        tracing::warn!(%error, "cannot accept connections; trying again until it works");
+                        tracing::warn!("cannot accept connections; trying again until it works: {error}");
                     }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
@@ -424,7 +424,9 @@ impl Server {
                     .await
             }
             Err(error) => {
-                tracing::warn!(%error, "no io_uring for this connection: serving it without io_uring, which takes more CPU time");
+                tracing::warn!(
+                    "no io_uring for this connection: serving it without io_uring, which takes more CPU time: {error}"
+                );
                 session::transmission(socket, export, negotiated, &self.workers, idle, link, shutdown).await
             }
         }
@@ -451,7 +453,7 @@ impl Server {
         };
         match served {
             Ok(()) => tracing::debug!("a client left"),
-            Err(error) => tracing::info!(%error, "a connection ended"),
+            Err(error) => tracing::info!("a connection ended: {error}"),
         }
         drop(slot);
     }

@@ -65,7 +65,11 @@ impl Instance {
             assert!(said.contains(word), "`{word}` is missing: {said}");
         }
         assert!(!said.contains("Secret"), "{said}");
-        assert!(!self.path("secretfs").exists() && !self.path("mnt").exists() && !self.path("run/scratch").exists());
+        assert!(
+            !self.path("secretfs").exists()
+                && !self.path("mnt").exists()
+                && !self.path("run/scratch/state.json").exists()
+        );
         let here = self.client.dir().to_str().unwrap().to_owned();
         assert!(!fs::read_to_string("/proc/self/mounts").unwrap().contains(&here));
     }

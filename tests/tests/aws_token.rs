@@ -48,7 +48,7 @@ impl Instance {
         for word in words {
             assert!(told(&output).contains(word), "`{word}` is missing: {}", told(&output));
         }
-        assert!(!self.path("run/scratch").exists());
+        assert!(!self.path("run/scratch/state.json").exists());
     }
 
     fn token(&self) -> Value {

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{found, status, tell};
+use super::{found, log, status, tell};
 use crate::machine::process;
 use crate::machine::programs::{self, WHOLE_FILESYSTEM};
 use crate::service::control::{self, Answer, Question};
-use crate::service::run_dir::{Log, RunDir};
+use crate::service::run_dir::RunDir;
 use crate::service::status::Condition;
 use crate::service::units;
 
@@ -32,6 +32,7 @@ pub(super) struct Args {
 pub(super) fn run(args: Args, base: &Path) -> Result<()> {
     let meant = found::meant(&args.volume)?;
     let name = &meant.name;
+    log::open_journal(Some(name));
     if !process::is_root() {
         bail!("`nbdcrypt down` unmounts and detaches, which only root may do: run it with sudo");
     }
@@ -85,8 +86,7 @@ fn clean_up(name: &str, dir: &RunDir) -> Result<()> {
     let Some(claim) = dir.claim()? else { bail!("another `nbdcrypt up` is bringing {name} up: try again") };
     let state = dir.state()?.unwrap_or_default();
     state.clean_up()?;
-    // This was not an orderly `down`, so the log stays for anyone who looks for the reason.
-    claim.remove(Log::Keep)?;
+    claim.remove()?;
     let pid = state.pid;
     let log = if dir.log().exists() { format!(" (its log is {})", dir.log().display()) } else { String::new() };
     tell(format_args!("{name} is down: its server (process {pid}) had died, and what it left was cleaned up{log}\n"))

@@ -19,6 +19,7 @@ mod header;
 mod header_args;
 mod kdf_args;
 mod key;
+mod log;
 mod mistyped;
 mod passphrase;
 mod plain_args;
@@ -129,6 +130,15 @@ enum Command {
 }
 
 impl Command {
+    /// Returns where the command logs to.
+    fn log(&self) -> log::To {
+        match self {
+            // These open the journal when they know the volume's name.
+            Self::Up(_) | Self::Down(_) => log::To::StandardError,
+            _ => log::To::JournalIfThere,
+        }
+    }
+
     /// Returns how the command gets the settings that advice may name.
     fn settings(&self) -> Settings {
         match self {
@@ -169,7 +179,7 @@ fn with_escaped_arguments(error: &clap::Error, arguments: &[String]) -> String {
 
 /// Carries out the command. An error is printed on standard error here.
 fn run(cli: Cli) -> ExitCode {
-    log_to_stderr(cli.verbose);
+    log::start(cli.verbose, cli.command.log());
     let settings = cli.command.settings();
     match process::respect_limits().map_err(anyhow::Error::from).and_then(|()| dispatch(cli)) {
         Ok(code) => code,
@@ -273,69 +283,6 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<Unread>().is_some_and(|unread| unread.0.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// Standard error for the log. Each event is one line, whatever names and labels it contains. Characters that a terminal
-/// would obey are shown by their number. The numbers of the system's errors are left out.
-#[derive(Clone, Copy)]
-struct SafeStderr {
-    /// Whether the text contains escape sequences for colours.
-    with_colours: bool,
-}
-
-impl SafeStderr {
-    /// Returns the event as it is printed.
-    fn shown(self, event: &[u8]) -> String {
-        let text = telling::without_number(&String::from_utf8_lossy(event));
-        let (line, end) = text.strip_suffix('\n').map_or((&*text, ""), |line| (line, "\n"));
-        let safe = match self.with_colours {
-            // The subscriber lets no ESC of a message through, so each ESC belongs to a colour.
-            true => line.split('\u{1b}').map(engine::text::printable).collect::<Vec<_>>().join("\u{1b}"),
-            false => engine::text::printable(line),
-        };
-        safe + end
-    }
-}
-
-impl std::io::Write for SafeStderr {
-    fn write(&mut self, event: &[u8]) -> std::io::Result<usize> {
-        std::io::stderr().lock().write_all(self.shown(event).as_bytes())?;
-        Ok(event.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stderr().flush()
-    }
-}
-
-fn log_to_stderr(verbose: u8) {
-    use tracing::level_filters::LevelFilter;
-    use tracing_subscriber::Layer;
-    use tracing_subscriber::filter::Targets;
-    use tracing_subscriber::layer::SubscriberExt;
-    use tracing_subscriber::util::SubscriberInitExt;
-    let level = match verbose {
-        0 => LevelFilter::WARN,
-        1 => LevelFilter::INFO,
-        2 => LevelFilter::DEBUG,
-        _ => LevelFilter::TRACE,
-    };
-    // At every level, only our own crates are logged. The AWS SDK's warnings quote answers that it cannot parse, and these
-    // contain credentials.
-    let told = Targets::new()
-        .with_default(LevelFilter::OFF)
-        .with_target("bootstrap", level)
-        .with_target("nbd_server", level)
-        .with_target("engine", level);
-    let with_colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let to_stderr = tracing_subscriber::fmt::layer()
-        .with_writer(move || SafeStderr { with_colours })
-        // Internal errors would be printed with `eprintln!`, which panics if writing to standard error fails.
-        .log_internal_errors(false)
-        .with_ansi(with_colours)
-        .with_target(false)
-        .without_time();
-    tracing_subscriber::registry().with(to_stderr.with_filter(told)).init();
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -386,13 +333,6 @@ mod tests {
             assert!(!shown.contains(|letter| is_unseen(letter) && letter != '\n'), "{shown:?}");
             assert!(!shown.lines().any(|line| line.starts_with(['o', '2'])), "{shown}");
         }
-    }
-
-    #[test]
-    fn a_log_line_has_no_error_numbers_or_control_characters() {
-        let event = " WARN disk\u{202e}\n: Operation not permitted (os error 1)\n".as_bytes();
-        let shown = SafeStderr { with_colours: false }.shown(event);
-        assert_eq!(shown, " WARN disk\\u{202e}\\u{a}: Operation not permitted\n");
     }
 
     /// Each heading in a command's help covers only the options that are listed for it here.

@@ -62,8 +62,8 @@ pub(super) fn run(args: Args, base: &Path) -> Result<ExitCode> {
     Ok(worst.exit_code().into())
 }
 
-/// Returns a message saying that the volume is not up. If the volume's last server ended with an error, the message
-/// names that server's log.
+/// Returns a message saying that the volume is not up. If the volume's last server has logged something, the message names
+/// that log.
 pub(super) fn not_up(name: &str, dir: &RunDir) -> String {
     match dir.log().exists() {
         true => format!("{name} is not up; its last server's log is {}", dir.log().display()),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::found::{self, Asked, Identity};
-use super::{background, tell};
+use super::{background, log, tell};
 use crate::config::{Config, KeyConfig, KeyFile};
 use crate::machine::process;
 use crate::machine::programs::WHOLE_FILESYSTEM;
@@ -47,6 +47,7 @@ pub(super) fn run(args: Args, base: &Path, verbose: u8) -> Result<()> {
         return tell(format_args!("{text}\n"));
     }
     if !args.foreground && !args.behind {
+        log::open_journal(Some(config.name.as_str()));
         return background::up(config.name.as_str(), &config_path, base, verbose);
     }
     let needed = descriptor_of_key(&config);
@@ -54,6 +55,8 @@ pub(super) fn run(args: Args, base: &Path, verbose: u8) -> Result<()> {
         process::close_inherited(needed.as_slice());
     } else {
         process::keep_from_children(needed.as_slice());
+        // The server in the background logs to its own file.
+        log::open_journal(Some(config.name.as_str()));
     }
     process::protect_secrets();
     process::prepare_to_serve_a_filesystem();
@@ -68,6 +71,9 @@ pub(super) fn run(args: Args, base: &Path, verbose: u8) -> Result<()> {
     };
     if args.behind {
         background::leave_the_terminal()?;
+        if let Err(error) = dir.begin_log() {
+            tracing::warn!("{}: {error}", dir.log().display());
+        }
         let (log, waiting) = (dir.log(), boot::Waiting::Front);
         boot::run(&config, &config_path, claim, waiting, &mut |progress| background::report(progress, &log))
     } else {

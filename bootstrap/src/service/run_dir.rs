@@ -6,7 +6,7 @@
 //!   lock         locked by the server with flock(2) for as long as it lives
 //!   state.json   what the server has made; replaced at every step (atomically, by rename)
 //!   control      the server's socket, for status, up and down
-//!   log          the server's log once it is in the background; an orderly `down` removes it
+//!   log          the server's log once it is in the background; it stays, unless it is empty
 //!   fuse/        where the FUSE method mounts its single file
 //! ```
 
@@ -26,6 +26,9 @@ use crate::machine::instance_store::Device;
 use crate::machine::trust::{self, Distrust};
 use crate::service::status::{Bind, Condition, Status};
 use crate::service::system;
+
+/// If the log is longer than this many bytes, the next start renames it to `log.old`.
+const LONG_LOG: u64 = 1 << 20;
 
 /// The default folder for the folders of all volumes.
 pub const DEFAULT_BASE: &str = "/run/nbdcrypt";
@@ -163,15 +166,6 @@ impl State {
     }
 }
 
-/// What happens to the log when a volume's folder is removed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Log {
-    /// The log stays, for anyone who wants to know what happened.
-    Keep,
-    /// The log is removed, since everything was in order.
-    Remove,
-}
-
 /// The server's claim on a volume's folder. Only one process can hold it, and the kernel releases it when the process ends,
 /// even if it is killed.
 #[derive(Debug)]
@@ -226,6 +220,19 @@ impl RunDir {
     /// Returns the path of the background server's log.
     pub fn log(&self) -> PathBuf {
         self.path.join("log")
+    }
+
+    /// Makes room for the log of a server that starts now. The log holds the lines of earlier servers, too. If it is long, it
+    /// becomes `log.old`, in the place of an older one.
+    ///
+    /// # Errors
+    /// Fails if the log cannot be renamed.
+    pub fn begin_log(&self) -> io::Result<()> {
+        match std::fs::metadata(self.log()) {
+            Ok(log) if log.len() > LONG_LOG => std::fs::rename(self.log(), self.path.join("log.old")),
+            Ok(_) => Ok(()),
+            missing => ignore_missing(missing.map(drop)),
+        }
     }
 
     /// Returns the mount directory of the FUSE method.
@@ -338,15 +345,15 @@ impl Claim {
         written
     }
 
-    /// Removes the folder. Call this when nothing is left to report or to clean up.
+    /// Removes the folder, except for a log that has something in it. Call this when nothing is left to report or to clean up.
     ///
     /// # Errors
     /// Fails if something in the folder cannot be removed.
-    pub fn remove(self, log: Log) -> io::Result<()> {
+    pub fn remove(self) -> io::Result<()> {
         for name in ["state.json", "state.json.new", "control"] {
             ignore_missing(std::fs::remove_file(self.dir.path.join(name)))?;
         }
-        if log == Log::Remove {
+        if std::fs::metadata(self.dir.log()).is_ok_and(|log| log.len() == 0) {
             ignore_missing(std::fs::remove_file(self.dir.log()))?;
         }
         ignore_missing(std::fs::remove_dir(self.dir.fuse()))?;
@@ -419,7 +426,7 @@ mod tests {
         assert_eq!(dir.state().unwrap(), Some(state));
         assert_eq!(RunDir::list(base.path()).unwrap(), ["scratch"]);
 
-        claim.remove(Log::Remove).unwrap();
+        claim.remove().unwrap();
         assert!(!dir.path().exists());
         assert_eq!(RunDir::list(base.path()).unwrap(), [""; 0]);
     }
@@ -457,16 +464,26 @@ mod tests {
     }
 
     #[test]
-    fn the_log_stays_unless_it_is_to_go() {
+    fn the_log_outlives_the_volume_unless_it_is_empty() {
         let base = tempfile::tempdir().unwrap();
         let dir = RunDir::new(base.path(), "scratch");
         let claim = dir.claim().unwrap().unwrap();
         claim.record(&State::default()).unwrap();
         std::fs::write(dir.log(), "what happened").unwrap();
-        claim.remove(Log::Keep).unwrap();
+        claim.remove().unwrap();
         assert_eq!(std::fs::read_to_string(dir.log()).unwrap(), "what happened");
         assert_eq!((RunDir::list(base.path()).unwrap(), dir.state().unwrap()), (vec![], None));
-        dir.claim().unwrap().unwrap().remove(Log::Remove).unwrap();
+        dir.begin_log().unwrap();
+        assert!(dir.log().exists());
+        // A long log makes room for a new one.
+        let long = vec![b'x'; usize::try_from(LONG_LOG).unwrap() + 1];
+        std::fs::write(dir.log(), &long).unwrap();
+        dir.begin_log().unwrap();
+        assert!(!dir.log().exists() && std::fs::read(dir.path().join("log.old")).unwrap() == long);
+        dir.begin_log().unwrap();
+        std::fs::remove_file(dir.path().join("log.old")).unwrap();
+        std::fs::write(dir.log(), "").unwrap();
+        dir.claim().unwrap().unwrap().remove().unwrap();
         assert!(!dir.path().exists());
     }
 
@@ -517,7 +534,7 @@ mod tests {
                         assert_eq!(holders.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
                         claim.record(&State::default()).unwrap();
                         holders.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
-                        claim.remove(Log::Remove).unwrap();
+                        claim.remove().unwrap();
                     }
                 });
             }

@@ -281,6 +281,11 @@ pub fn all(config: &Config) -> Vec<Box<dyn Step>> {
     steps
 }
 
+/// Returns the span of a step, which gives the step's name to what is logged meanwhile.
+fn step_span(step: &dyn Step) -> tracing::Span {
+    tracing::error_span!("step", step = step.name())
+}
+
 /// Runs the steps in order. `after` is called after each one.
 ///
 /// # Errors
@@ -292,6 +297,7 @@ pub fn up(
 ) -> Result<()> {
     for index in 0..steps.len() {
         let step = &mut steps[index];
+        let _said = step_span(step.as_ref()).entered();
         let result = step.run(boot).map(|()| index + 1);
         // A step that ran is undone even if `after` failed.
         let (ran, result) = match result {
@@ -348,6 +354,7 @@ pub fn down(
     after: &mut dyn FnMut(&dyn Step, &Boot<'_>),
 ) -> Result<()> {
     for step in steps.iter_mut().rev() {
+        let _said = step_span(step.as_ref()).entered();
         step.undo(boot, Undo::Down).with_context(|| format!("could not undo the step `{}`", step.name()))?;
         after(step.as_ref(), boot);
     }

@@ -101,7 +101,7 @@ fn down_needs_no_space_and_up_without_it_leaves_nothing() {
     let output = machine.on_config("up");
     assert_eq!(output.status.code(), Some(1));
     assert!(told(&output).contains("No space left"), "{}", told(&output));
-    assert!(!machine.path("run/scratch").exists(), "an incomplete record is left");
+    assert!(!machine.path("run/scratch/state.json").exists(), "an incomplete record is left");
     fs::remove_file(machine.path("run/full")).unwrap();
     machine.up();
     assert!(machine.path("mnt/text").exists());
@@ -149,7 +149,8 @@ fn the_log_is_kept_when_the_device_ends() {
     machine.up();
     assert!(fs::read_to_string(&log).unwrap().starts_with(&before));
     machine.down();
-    assert!(!machine.path("run/scratch").exists());
+    assert!(fs::read_to_string(&log).unwrap().starts_with(&before), "the log outlives the volume");
+    assert!(!machine.path("run/scratch/state.json").exists());
 }
 
 #[test]

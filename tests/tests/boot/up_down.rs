@@ -315,6 +315,14 @@ fn a_new_volume_is_announced_once() {
     let second = machine.on_config("up");
     assert!(second.status.success() && !told(&second).contains("made a new"), "{}", told(&second));
     machine.down();
+    let log = fs::read_to_string(machine.path("run/scratch/log")).unwrap();
+    assert!(log.contains(&news), "the log outlives the volume: {log}");
+    // A log without a line does not.
+    fs::remove_file(machine.path("run/scratch/log")).unwrap();
+    machine.up();
+    assert!(machine.path("run/scratch/log").exists());
+    machine.down();
+    assert!(!machine.path("run/scratch").exists());
 }
 
 #[test]

@@ -49,7 +49,7 @@ end
     unit=nbdcrypt@aws
 }
 nothing_is_left() {
-    if pgrep -x nbdcrypt || grep -E "scratch|/dev/nbd" /proc/mounts || ls /run/nbdcrypt/* || losetup --all | grep .; then exit 9; fi
+    if pgrep -x nbdcrypt || grep -E "scratch|/dev/nbd" /proc/mounts || ls /run/nbdcrypt/*/state.json || losetup --all | grep .; then exit 9; fi
     test ! -e /sys/block/nbd0/pid
 }
 "#;
@@ -219,11 +219,20 @@ fn systemd_stop_waits_for_users_and_leaves_nothing() {
 mkdir -p /run/systemd/system/nbdcrypt@.service.d
 printf '[Service]\nTimeoutStopSec=20s\n' > /run/systemd/system/nbdcrypt@.service.d/short.conf
 systemctl daemon-reload
+mkdir -p /mnt/scratch; touch /mnt/scratch/below
 systemctl start "$unit"
 cd /mnt/scratch; sleep infinity & holder=$!; cd - > /dev/null
 stopped=$SECONDS
 systemctl stop --no-block "$unit"
 await '[[ $(shows StatusText) == "waiting: /mnt/scratch is in use by "*"($holder)"* ]]'
+# The journal has the log with fields.
+entries() { journalctl --output=json NBDCRYPT_VOLUME=scratch SYSLOG_IDENTIFIER=nbdcrypt > entries; grep "$1" entries > entry; }
+await 'entries "told to stop, and waiting"'
+grep '"PRIORITY" *: *"4"' entry
+grep '"CODE_FILE" *: *"bootstrap/src/service/boot/serving.rs"' entry
+grep "\"_SYSTEMD_UNIT\" *: *\"$unit.service\"" entry
+entries "contains below, which"
+grep '"NBDCRYPT_STEP" *: *"mount' entry
 await 'test $((SECONDS - stopped)) -gt 22'
 test "$(shows ActiveState)" = deactivating
 kill "$holder"

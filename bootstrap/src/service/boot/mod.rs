@@ -34,7 +34,7 @@ use crate::config::{Config, KeyConfig};
 use crate::keys;
 use crate::machine::instance_store::SYSFS;
 use crate::machine::random;
-use crate::service::run_dir::{Begun, Claim, Log, State, Wanted};
+use crate::service::run_dir::{Begun, Claim, State, Wanted};
 use crate::service::status::{Condition, algorithm};
 use crate::service::system::{self, LongWork, RealDevices, RealDisks, RealFilesystems, RealKeys};
 use crate::steps::{self, Boot, Outside};
@@ -97,14 +97,14 @@ pub fn run(
     let disk_path = match config.volume.device.resolve(Path::new(SYSFS)) {
         Ok(path) => path,
         Err(error) => {
-            claim.remove(Log::Keep)?;
+            claim.remove()?;
             return Err(error.into());
         }
     };
     let identifier = match identifier(&config.name.to_string()) {
         Ok(identifier) => identifier,
         Err(error) => {
-            claim.remove(Log::Keep)?;
+            claim.remove()?;
             return Err(error).context("a name for the device");
         }
     };
@@ -118,7 +118,7 @@ pub fn run(
         ..State::default()
     };
     if let Err(error) = claim.record(&state) {
-        let _ = claim.remove(Log::Keep);
+        let _ = claim.remove();
         let place = dir.path().display();
         return Err(error).with_context(|| {
             format!("the state of the volume could not be written to {place}, so nothing was attached")
@@ -137,11 +137,10 @@ pub fn run(
     };
     let result = bring_up_and_serve(&server, disk_path, options, &events, waiting, overtime, progress);
     // The folder stays if something could not be undone, so that `down` can clean up.
-    if result.is_ok() || !server.has_made_something() {
-        let log = if result.is_ok() { Log::Remove } else { Log::Keep };
-        if let Err(error) = server.claim.remove(log) {
-            tracing::error!("{} could not be removed: {error}", dir.path().display());
-        }
+    if (result.is_ok() || !server.has_made_something())
+        && let Err(error) = server.claim.remove()
+    {
+        tracing::error!("{} could not be removed: {error}", dir.path().display());
     }
     result
 }
