@@ -12,7 +12,8 @@ use engine::luks::plain::{PassphraseHash, PlainSegment};
 use engine::sector::{Lba512, SectorSize};
 use toml::Spanned;
 
-use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawSize, RawVolume};
+use super::metrics::{MetricsAddress, MetricsConfig};
+use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawMetrics, RawSize, RawVolume};
 use super::value::{self, KeyFile, S3Object, SecretLocation, VolumeName};
 use super::{AttachConfig, AwsKeyConfig, BindConfig, Config, FilesystemConfig, KeyConfig, LimitsConfig, VolumeConfig};
 use crate::attach::Method;
@@ -60,6 +61,7 @@ pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Chec
         strength,
         attach: attach(&raw.attach)?,
         filesystem: raw.filesystem.map(filesystem).transpose()?,
+        metrics: raw.metrics.map(metrics).transpose()?,
     })
 }
 
@@ -448,6 +450,17 @@ fn binds(raw: &BTreeMap<Spanned<String>, Spanned<String>>, mountpoint: &Path) ->
         binds.push(BindConfig { folder: folder.to_owned(), target: at });
     }
     Ok(binds)
+}
+
+fn metrics(raw: RawMetrics) -> Checked<MetricsConfig> {
+    let listen = raw.listen.get_ref().parse().map_err(|why| wrong(&raw.listen, why))?;
+    if let (MetricsAddress::Tcp(_), Some(group)) = (&listen, &raw.group) {
+        return Err(wrong(
+            group,
+            "`group` is for a unix socket; every user of this machine can connect to a port".to_owned(),
+        ));
+    }
+    Ok(MetricsConfig { listen, group: non_empty(raw.group, "the name or number of a group")? })
 }
 
 /// Checks that a path is absolute. A relative path would depend on the working directory, which is `/` at boot.

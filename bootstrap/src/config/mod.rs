@@ -6,6 +6,7 @@
 
 mod error;
 mod meaning;
+mod metrics;
 mod raw;
 mod value;
 
@@ -27,6 +28,7 @@ use crate::volume::new_volume::Strength;
 use crate::volume::plain::PlainVolume;
 
 pub use error::{ConfigError, Fault};
+pub use metrics::{MetricsAddress, MetricsConfig};
 pub use value::{KeyFile, S3Object, SecretLocation, VolumeName, parse_duration, parse_size};
 
 /// One volume: where its data is, what unlocks it, how the kernel sees it, and what is mounted where.
@@ -45,6 +47,8 @@ pub struct Config {
     pub attach: AttachConfig,
     /// `[filesystem]`. Without it, the volume is attached, and no filesystem is made or mounted.
     pub filesystem: Option<FilesystemConfig>,
+    /// `[metrics]`. Without it, no metrics are served.
+    pub metrics: Option<MetricsConfig>,
 }
 
 impl Config {
@@ -318,6 +322,7 @@ mod tests {
                 strength: Strength::Guessable,
                 attach: AttachConfig { method: Method::Auto, nbd_device: None, connections: 4, request_timeout: None },
                 filesystem: None,
+                metrics: None,
             }
         );
     }

@@ -16,6 +16,7 @@ pub(super) struct RawConfig {
     #[serde(default)]
     pub(super) attach: RawAttach,
     pub(super) filesystem: Option<RawFilesystem>,
+    pub(super) metrics: Option<RawMetrics>,
 }
 
 #[derive(Deserialize)]
@@ -79,6 +80,13 @@ pub(super) struct RawFilesystem {
     pub(super) mkfs_options: Option<Vec<String>>,
     pub(super) protect_mountpoint: Option<bool>,
     pub(super) bind: Option<BTreeMap<Spanned<String>, Spanned<String>>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct RawMetrics {
+    pub(super) listen: Spanned<String>,
+    pub(super) group: Option<Spanned<String>>,
 }
 
 /// A size in the file: `"2G"`, or a number of bytes.

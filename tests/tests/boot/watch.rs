@@ -138,3 +138,42 @@ fn a_volume_whose_disk_failed_is_degraded() {
     machine.down();
     assert!(fs::metadata(machine.path("disk")).unwrap().len() == 32 * MIB);
 }
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE, mkfs.ext4 and curl: run `make test`")]
+fn metrics_show_whether_a_volume_is_as_it_should_be() {
+    let machine = Machine::new();
+    let socket = machine.path("run/scratch.metrics");
+    let with = |listen: &str| {
+        machine.configure(&format!("{}\n[metrics]\nlisten = \"{listen}\"\n", machine.default_config()));
+    };
+    let expect = |lines: &[&str]| {
+        let curl = "curl --silent --show-error --unix-socket run/scratch.metrics http://localhost/metrics";
+        let text = machine.shell(curl);
+        for line in lines {
+            assert!(text.lines().any(|found| found == *line), "`{line}` is missing:\n{text}");
+        }
+        text
+    };
+    with(&format!("unix:{}", socket.display()));
+    machine.up();
+    let text = expect(&["nbdcrypt_up{volume=\"scratch\"} 1", "nbdcrypt_degraded{volume=\"scratch\"} 0"]);
+    for found in ["nbdcrypt_key_age_seconds{volume=\"scratch\"} ", "key_source=\"file\"", "method=\"fuse\""] {
+        assert!(text.contains(found), "{found}: {text}");
+    }
+    unmount(machine.path("mnt").to_str().unwrap());
+    expect(&["nbdcrypt_up{volume=\"scratch\"} 0", "nbdcrypt_degraded{volume=\"scratch\"} 1"]);
+    machine.down();
+    assert!(!socket.exists());
+
+    // A volume comes up without its metrics, too.
+    fs::write(&socket, "not a socket").unwrap();
+    let output = machine.on_config("up");
+    assert!(output.status.success(), "{}", told(&output));
+    assert!(told(&output).contains("the metrics are not served: "), "{}", told(&output));
+    machine.down();
+    fs::remove_file(&socket).unwrap();
+    with("0.0.0.0:9105");
+    machine.fails("up", &["use a loopback address such as 127.0.0.1:9105", "scratch.toml:15:10"]);
+    machine.assert_nothing_left();
+}

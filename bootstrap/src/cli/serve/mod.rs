@@ -32,10 +32,11 @@ use self::place::{Endpoint, Open, Place};
 use super::header_args::{HeaderArgs, LimitArgs};
 use super::passphrase;
 use super::plain_args::PlainArgs;
-use crate::config::parse_duration;
+use crate::config::{MetricsAddress, MetricsConfig, parse_duration};
 use crate::keys::opening::{self, Then};
 use crate::machine::pid_file::PidFile;
 use crate::machine::{activation, cpu, disk, process};
+use crate::service::metrics::{self, MetricsServer, Observed};
 use crate::service::status::Requests;
 use crate::text;
 
@@ -86,6 +87,13 @@ pub(super) struct Args {
     /// Write the process ID to this file as soon as clients can connect, and remove the file at the end.
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
+    /// Serve metrics for Prometheus over HTTP at /metrics, on a unix socket such as unix:/run/disk.metrics, or on a port of a
+    /// loopback address such as 127.0.0.1:9105, which every user of this machine can read.
+    #[arg(long, value_name = "ADDR", value_parser = clap::builder::ValueParser::new(str::parse::<MetricsAddress>))]
+    metrics: Option<MetricsAddress>,
+    /// The group of the unix socket for metrics: a name or a number. Without this option, only this user may connect.
+    #[arg(long, value_name = "GROUP", requires = "metrics")]
+    metrics_group: Option<String>,
     /// The kind of volume on the disk.
     #[arg(long = "type", ignore_case = true, value_name = "TYPE", value_parser = header_or_none(), default_value = "luks", action = ArgAction::Set)]
     has_header: bool,
@@ -210,7 +218,30 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
         Session::IoUring => "the server could not be started with `--session io-uring`",
         _ => "the server could not be started",
     })?;
+    let _metrics = serve_metrics(&args, &server)?;
     runtime.block_on(listen_and_serve(&args, &names, place, &server, open_files))
+}
+
+/// Serves the metrics of all exports, if the user asks for it. An export without a name is called as its device.
+fn serve_metrics(args: &Args, server: &Server) -> Result<Option<MetricsServer>> {
+    let Some(listen) = args.metrics.clone() else { return Ok(None) };
+    let config = MetricsConfig { listen, group: args.metrics_group.clone() };
+    if let (MetricsAddress::Tcp(_), Some(_)) = (&config.listen, &config.group) {
+        bail!("--metrics-group is for a unix socket: every user of this machine can connect to a port");
+    }
+    let devices: Vec<String> = args.devices.iter().map(text::path).collect();
+    let exports = server.exports().clone();
+    let source = move || {
+        let named = exports.all().iter().zip(&devices).map(|(export, device)| Observed {
+            name: if export.info().name.is_empty() { device.clone() } else { export.info().name.clone() },
+            size: Some(export.info().size),
+            status: None,
+            statistics: Some(Arc::clone(export.statistics())),
+        });
+        Ok(metrics::encode(named.collect())?)
+    };
+    let permissions = config.permissions().context("--metrics-group")?;
+    Ok(Some(MetricsServer::start(&config.listen, permissions, source).context("--metrics")?))
 }
 
 /// Returns the export name of each device.

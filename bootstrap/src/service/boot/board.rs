@@ -10,6 +10,7 @@ use nbd_server::statistics::Statistics;
 use super::pace::{Pace, Sample};
 use crate::attach::{Method, Remains};
 use crate::service::control::Answer;
+use crate::service::metrics::Observed;
 use crate::service::status::{Condition, KeyFacts, Status, VolumeFacts, age};
 use crate::steps::Made;
 
@@ -89,6 +90,17 @@ impl Board {
         };
         // By now the lock is released: the main thread must not wait while this thread reads /proc and /sys.
         status.seen(attachment.as_ref())
+    }
+
+    /// Returns what the metrics are made of.
+    ///
+    /// # Errors
+    /// Fails if /proc cannot be read.
+    pub(super) fn observed(&self) -> std::io::Result<Observed> {
+        let status = self.status()?;
+        let (name, size) = (status.name.clone(), status.volume.as_ref().map(|volume| volume.size));
+        let statistics = self.lock().built.statistics.clone();
+        Ok(Observed { name, size, status: Some(status), statistics })
     }
 
     /// Returns the status as an answer.

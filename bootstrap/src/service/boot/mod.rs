@@ -34,6 +34,7 @@ use crate::config::{Config, KeyConfig};
 use crate::keys;
 use crate::machine::instance_store::SYSFS;
 use crate::machine::random;
+use crate::service::metrics::{self, MetricsServer};
 use crate::service::run_dir::{Begun, Claim, State, Wanted};
 use crate::service::status::{Condition, algorithm};
 use crate::service::system::{self, LongWork, RealDevices, RealDisks, RealFilesystems, RealKeys};
@@ -169,6 +170,7 @@ fn bring_up_and_serve(
     }
     let progress = RefCell::new(progress);
     let watched = Watched { board: &server.board, off: &server.off, progress: &progress, is_up: Cell::new(false) };
+    let _metrics = serve_metrics(server);
     let source = keys::source(&config.key);
     let fetching = format!("getting the secret: {}", source.describe());
     let fetch = |request| {
@@ -221,6 +223,17 @@ fn bring_up_and_serve(
         }
     }
     server.serve(&mut boot, &mut steps)
+}
+
+/// Serves the metrics, if the configuration asks for it. A volume comes up without them, too.
+fn serve_metrics(server: &Server<'_>) -> Option<MetricsServer> {
+    let config = server.config.metrics.as_ref()?;
+    let board = server.board.clone();
+    let source = move || Ok(metrics::encode(vec![board.observed()?])?);
+    let started = config
+        .permissions()
+        .and_then(|permissions| MetricsServer::start(&config.listen, permissions, source).context("[metrics]"));
+    started.map_err(|error| tracing::warn!("the metrics are not served: {error:#}")).ok()
 }
 
 /// Returns how long the service manager is asked to wait for a start: as long as AWS may be retried, and some time for mkfs.
