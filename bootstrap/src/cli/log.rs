@@ -1,17 +1,18 @@
 //! The log: lines on standard error, or entries with fields in the systemd journal if standard error leads there.
 
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::OnceLock;
 
+use tracing::Level;
 use tracing::level_filters::LevelFilter;
-use tracing::span::{Attributes, Id};
-use tracing::{Event, Subscriber};
-use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{FilterExt, Targets, dynamic_filter_fn};
-use tracing_subscriber::layer::{Context, SubscriberExt};
-use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+
+use super::journal::{self, Journal, ToJournal};
 
 /// Where the log goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,63 +46,50 @@ pub(super) fn start(verbose: u8, to: To) {
         .with_ansi(with_colours)
         .with_target(false)
         .without_time();
-    // A span is only a field for the journal.
+    // Spans give the journal a field. They are not printed.
     let not_in_journal = dynamic_filter_fn(|metadata, _| metadata.is_event() && JOURNAL.get().is_none());
+    // Without this hint, every event of a higher level would be looked at.
+    let not_in_journal = not_in_journal.with_max_level_hint(level);
+    let to_journal = ToJournal { journal: || JOURNAL.get(), safe, otherwise: print };
     if to == To::JournalIfThere {
         open_journal(None);
     }
     let log = tracing_subscriber::registry().with(to_stderr.with_filter(told.clone().and(not_in_journal)));
-    log.with(Journal.with_filter(told)).init();
+    log.with(to_journal.with_filter(told)).init();
 }
 
-/// From now on, logs to the journal, if standard error leads there. Each entry has the name of the volume, if it is known.
+/// Sends the log to the journal from now on, if standard error leads there. Each entry has the name of the volume, if it is
+/// known.
 ///
-/// This opens a file. So a process that closes the files that it inherited does that first.
+/// This opens a socket. A process that closes the files that it inherited must do that first.
 pub(super) fn open_journal(volume: Option<&str>) {
     if leads_to_journal()
-        && let Ok(layer) = journal()
+        && let Ok(journal) = Journal::new(Path::new(journal::SOCKET), volume)
     {
-        let _ = JOURNAL.set(layer.with_custom_fields(volume.map(|name| ("NBDCRYPT_VOLUME", name))));
+        let _ = JOURNAL.set(journal);
     }
 }
 
-/// The connection to the journal, once it is open.
-static JOURNAL: OnceLock<tracing_journald::Layer> = OnceLock::new();
+/// The journal, once it is open.
+static JOURNAL: OnceLock<Journal> = OnceLock::new();
 
-/// Returns whether standard error leads to the journal: the service manager gives its device and inode (systemd.exec(5),
-/// `$JOURNAL_STREAM`). A redirection makes them differ.
+/// Returns whether standard error leads to the journal. The service manager sets `$JOURNAL_STREAM` to the device and inode of
+/// the journal's stream (systemd.exec(5)). If standard error was redirected, it has others.
 fn leads_to_journal() -> bool {
-    let Some(stream) = std::env::var("JOURNAL_STREAM").ok() else { return false };
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
     std::fs::metadata("/proc/self/fd/2").is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
 
-/// Connects to the journal.
-fn journal() -> std::io::Result<tracing_journald::Layer> {
-    let priorities = PriorityMappings {
-        info: Priority::Informational,
-        debug: Priority::Debug,
-        trace: Priority::Debug,
-        ..PriorityMappings::new()
-    };
-    let layer = tracing_journald::layer()?.with_priority_mappings(priorities);
-    Ok(layer.with_syslog_identifier("nbdcrypt".to_owned()).with_field_prefix(Some("NBDCRYPT".to_owned())))
+/// Returns the text without the numbers of the system's errors. Characters that a terminal would obey are shown by their
+/// number.
+fn safe(text: &str) -> String {
+    engine::text::printable(&super::telling::without_number(text))
 }
 
-/// The journal as a place for events. Until it is open, it does nothing.
-struct Journal;
-
-impl<S: Subscriber + for<'span> LookupSpan<'span>> Layer<S> for Journal {
-    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
-        if let Some(journal) = JOURNAL.get() {
-            journal.on_new_span(attributes, id, context);
-        }
-    }
-
-    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
-        if let Some(journal) = JOURNAL.get() {
-            journal.on_event(event, context);
-        }
-    }
+/// Prints an event that the journal does not take.
+fn print(level: &Level, text: &str) {
+    // If standard error takes nothing either, the event is lost.
+    let _ = std::io::stderr().lock().write_all(format!("{level:>5} {text}\n").as_bytes());
 }
 
 /// Standard error for the log. Each event is one line, whatever names and labels it contains. Characters that a terminal

@@ -17,6 +17,7 @@ mod format;
 mod found;
 mod header;
 mod header_args;
+mod journal;
 mod kdf_args;
 mod key;
 mod log;
