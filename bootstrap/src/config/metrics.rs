@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::{Context, Result, bail};
-use rustix::fs::Gid;
+use anyhow::{Result, anyhow};
 
+use crate::machine::group;
 use crate::machine::socket_file::Permissions;
 
 /// Where metrics are served. Only this machine can reach it.
@@ -49,6 +49,16 @@ impl FromStr for MetricsAddress {
     }
 }
 
+impl MetricsAddress {
+    /// Returns the path of the unix socket, if it is one.
+    pub fn socket(&self) -> Option<&Path> {
+        match self {
+            Self::Unix(path) => Some(path),
+            Self::Tcp(_) => None,
+        }
+    }
+}
+
 impl fmt::Display for MetricsAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -74,18 +84,14 @@ impl MetricsConfig {
     /// Fails if there is no such group on this machine.
     pub fn permissions(&self) -> Result<Permissions> {
         let Some(name) = &self.group else { return Ok(Permissions::ONLY_THIS_USER) };
-        let found = nix::unistd::Group::from_name(name).context("the groups were not read")?;
-        let number = found.map(|group| group.gid.as_raw()).or_else(|| name.parse().ok());
-        // `u32::MAX` means "no change" to chown(2).
-        match number.filter(|number| *number != u32::MAX) {
-            Some(number) => Ok(Permissions { mode: 0o660, group: Some(Gid::from_raw(number)) }),
-            None => bail!("there is no group `{name}` (`getent group` lists the groups)"),
-        }
+        group::find(name).map(Permissions::with_group).map_err(|why| anyhow!("group = \"{name}\": {why}"))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::Gid;
+
     use super::*;
 
     #[test]

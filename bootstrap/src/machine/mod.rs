@@ -9,6 +9,7 @@ pub mod block_devices;
 pub mod bounded;
 pub mod cpu;
 pub mod disk;
+pub mod group;
 pub mod holders;
 pub mod instance_store;
 pub mod memory;

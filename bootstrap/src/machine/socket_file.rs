@@ -81,6 +81,11 @@ pub struct Permissions {
 impl Permissions {
     /// Only the user of this process may connect.
     pub const ONLY_THIS_USER: Self = Self { mode: 0o600, group: None };
+
+    /// Only the user of this process and the members of `group` may connect.
+    pub const fn with_group(group: Gid) -> Self {
+        Self { mode: 0o660, group: Some(group) }
+    }
 }
 
 /// Listens on a new socket at `path`, to which only the users in `permissions` can connect. A socket that no server listens
@@ -112,6 +117,23 @@ pub fn bind(path: &Path, permissions: Permissions) -> Result<(UnixListener, Sock
     let file = SocketFile { path: path.to_owned(), identity };
     file.permit(permissions).map_err(failed)?;
     Ok((listener, file))
+}
+
+/// Removes the socket at `path` if no server listens on it. Leaves anything else.
+///
+/// # Errors
+/// [`SocketError`], if the socket cannot be removed, or another process holds the lock for too long.
+pub fn remove_dead(path: &Path) -> Result<(), SocketError> {
+    let is_dead = || std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket()) && !is_alive(path);
+    // The lock is a file beside the socket, so it is only taken if there is something to remove.
+    if !is_dead() {
+        return Ok(());
+    }
+    let _lock = Lock::take(path)?;
+    match is_dead() {
+        true => std::fs::remove_file(path).map_err(|source| SocketError::Io { socket: path.to_owned(), source }),
+        false => Ok(()),
+    }
 }
 
 /// Returns whether a server listens on the socket. Does not wait for a server that does not accept connections.
@@ -247,6 +269,24 @@ mod tests {
         assert!(path.exists());
         drop(new);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn only_a_dead_socket_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        remove_dead(&path).unwrap();
+        remove_dead(&folder.path().join("none/socket")).unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
+        remove_dead(&path).unwrap();
+        assert!(path.exists(), "a server listens on it");
+        drop(listener);
+        remove_dead(&path).unwrap();
+        assert!(!path.exists());
+        std::fs::write(&path, "precious").unwrap();
+        remove_dead(&path).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no lock is left");
     }
 
     #[test]

@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use crate::attach::Remains;
 use crate::config::Config;
 use crate::machine::instance_store::Device;
+use crate::machine::socket_file;
 use crate::machine::trust::{self, Distrust};
 use crate::service::status::{Bind, Condition, Status};
 use crate::service::system;
@@ -61,6 +62,8 @@ pub struct State {
     pub mountpoint: Option<PathBuf>,
     /// What may exist in addition, because a step that makes it has started.
     pub begun: Option<Begun>,
+    /// The unix socket on which the server serves its metrics.
+    pub metrics: Option<PathBuf>,
 }
 
 /// Identifies a volume by its disk, its header and its mountpoint, independently of the configuration's name.
@@ -157,6 +160,9 @@ impl State {
         // The binds were mounted last, so they are unmounted first.
         let binds: Vec<&Path> = self.binds().map(|(_, target)| target.as_path()).collect();
         let mountpoints: Vec<&Path> = binds.into_iter().rev().chain(self.any_mountpoint()).collect();
+        if let Some(Err(error)) = self.metrics.as_deref().map(socket_file::remove_dead) {
+            tracing::warn!("the socket of the metrics was not removed: {error}");
+        }
         system::clean_up(&mountpoints, attachment)
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 
 use harness::nbdcrypt::told;
 use rustix::process::{Signal, kill_process};
@@ -163,6 +164,14 @@ fn metrics_show_whether_a_volume_is_as_it_should_be() {
     }
     unmount(machine.path("mnt").to_str().unwrap());
     expect(&["nbdcrypt_up{volume=\"scratch\"} 0", "nbdcrypt_degraded{volume=\"scratch\"} 1"]);
+    machine.down();
+    assert!(!socket.exists());
+
+    // The socket of a server that was killed is removed with everything else.
+    machine.up();
+    kill_process(machine.server(), Signal::KILL).unwrap();
+    assert!(wait_for(|| UnixStream::connect(&socket).is_err() && machine.status()["condition"] == "dead"));
+    assert!(socket.exists());
     machine.down();
     assert!(!socket.exists());
 

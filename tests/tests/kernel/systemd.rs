@@ -220,14 +220,17 @@ mkdir -p /run/systemd/system/nbdcrypt@.service.d
 printf '[Service]\nTimeoutStopSec=20s\n' > /run/systemd/system/nbdcrypt@.service.d/short.conf
 systemctl daemon-reload
 mkdir -p /mnt/scratch; touch /mnt/scratch/below
+printf '[metrics]\nlisten = "unix:/run/scratch.metrics"\ngroup = "daemon"\n' >> /etc/nbdcrypt/scratch.toml
 systemctl start "$unit"
+test "$(stat -c '%a %U %G' /run/scratch.metrics)" = "660 root daemon"
+curl --silent --unix-socket /run/scratch.metrics http://localhost/metrics | grep 'nbdcrypt_up{volume="scratch"} 1'
 cd /mnt/scratch; sleep infinity & holder=$!; cd - > /dev/null
 stopped=$SECONDS
 systemctl stop --no-block "$unit"
 await '[[ $(shows StatusText) == "waiting: /mnt/scratch is in use by "*"($holder)"* ]]'
 # The journal has the log with fields.
 entries() { journalctl --output=json NBDCRYPT_VOLUME=scratch SYSLOG_IDENTIFIER=nbdcrypt > entries; grep "$1" entries > entry; }
-await 'entries "told to stop, and waiting"'
+await 'entries "asked to stop, but has to wait"'
 grep '"PRIORITY" *: *"4"' entry
 grep '"CODE_FILE" *: *"bootstrap/src/service/boot/serving.rs"' entry
 grep "\"_SYSTEMD_UNIT\" *: *\"$unit.service\"" entry
@@ -238,6 +241,7 @@ test "$(shows ActiveState)" = deactivating
 kill "$holder"
 await 'test "$(shows ActiveState)" = inactive'
 nothing_is_left
+test ! -e /run/scratch.metrics
 
 round() { systemctl start "$unit"; test -d /mnt/scratch/lost+found; systemctl stop "$unit"; }
 started=$SECONDS

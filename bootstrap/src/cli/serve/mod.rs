@@ -32,10 +32,11 @@ use self::place::{Endpoint, Open, Place};
 use super::header_args::{HeaderArgs, LimitArgs};
 use super::passphrase;
 use super::plain_args::PlainArgs;
-use crate::config::{MetricsAddress, MetricsConfig, parse_duration};
+use crate::config::{MetricsAddress, parse_duration};
 use crate::keys::opening::{self, Then};
 use crate::machine::pid_file::PidFile;
-use crate::machine::{activation, cpu, disk, process};
+use crate::machine::socket_file::Permissions;
+use crate::machine::{activation, cpu, disk, group, process};
 use crate::service::metrics::{self, MetricsServer, Observed};
 use crate::service::status::Requests;
 use crate::text;
@@ -66,7 +67,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "MODE", default_value = "0600", conflicts_with = "listen", requires = "socket", value_parser = mode)]
     socket_mode: u32,
     /// The group of the unix socket: a name or a number. Its members may connect with `--socket-mode 0660`.
-    #[arg(long, value_name = "GROUP", conflicts_with = "listen", requires = "socket", value_parser = group)]
+    #[arg(long, value_name = "GROUP", conflicts_with = "listen", requires = "socket", value_parser = group::find)]
     socket_group: Option<Gid>,
     /// Listen on a TCP port, such as 127.0.0.1:10809 or localhost:10809; `:10809` is every address of this machine. Anyone
     /// who can reach the port may read and write the volume, unless `--tls require --tls-verify-peer` is given.
@@ -92,8 +93,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "ADDR", value_parser = clap::builder::ValueParser::new(str::parse::<MetricsAddress>))]
     metrics: Option<MetricsAddress>,
     /// The group of the unix socket for metrics: a name or a number. Without this option, only this user may connect.
-    #[arg(long, value_name = "GROUP", requires = "metrics")]
-    metrics_group: Option<String>,
+    #[arg(long, value_name = "GROUP", requires = "metrics", value_parser = group::find)]
+    metrics_group: Option<Gid>,
     /// The kind of volume on the disk.
     #[arg(long = "type", ignore_case = true, value_name = "TYPE", value_parser = header_or_none(), default_value = "luks", action = ArgAction::Set)]
     has_header: bool,
@@ -207,7 +208,10 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
         session: args.session.into(),
         ..Settings::default()
     };
-    // This path is checked before anybody types a passphrase.
+    // These are checked before anybody types a passphrase.
+    if args.metrics_group.is_some() && args.metrics.as_ref().is_some_and(|address| address.socket().is_none()) {
+        bail!("--metrics-group is for a unix socket: every user of this machine can connect to a port");
+    }
     if let Some(path) = &args.pid_file {
         PidFile::refuse_obstacle(path)?;
     }
@@ -222,13 +226,9 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
     runtime.block_on(listen_and_serve(&args, &names, place, &server, open_files))
 }
 
-/// Serves the metrics of all exports, if the user asks for it. An export without a name is called as its device.
+/// Serves the metrics of all exports, if the user asks for it. An export without a name has the name of its device there.
 fn serve_metrics(args: &Args, server: &Server) -> Result<Option<MetricsServer>> {
-    let Some(listen) = args.metrics.clone() else { return Ok(None) };
-    let config = MetricsConfig { listen, group: args.metrics_group.clone() };
-    if let (MetricsAddress::Tcp(_), Some(_)) = (&config.listen, &config.group) {
-        bail!("--metrics-group is for a unix socket: every user of this machine can connect to a port");
-    }
+    let Some(address) = &args.metrics else { return Ok(None) };
     let devices: Vec<String> = args.devices.iter().map(text::path).collect();
     let exports = server.exports().clone();
     let source = move || {
@@ -240,8 +240,8 @@ fn serve_metrics(args: &Args, server: &Server) -> Result<Option<MetricsServer>> 
         });
         Ok(metrics::encode(named.collect())?)
     };
-    let permissions = config.permissions().context("--metrics-group")?;
-    Ok(Some(MetricsServer::start(&config.listen, permissions, source).context("--metrics")?))
+    let permissions = args.metrics_group.map_or(Permissions::ONLY_THIS_USER, Permissions::with_group);
+    Ok(Some(MetricsServer::start(address, permissions, source).context("--metrics")?))
 }
 
 /// Returns the export name of each device.
@@ -627,17 +627,6 @@ fn mode(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Parses a group: its name, or else its number.
-fn group(text: &str) -> Result<Gid, String> {
-    let found = nix::unistd::Group::from_name(text).map_err(|error| format!("the groups were not read: {error}"))?;
-    match (found, text.parse::<u32>()) {
-        (Some(group), _) => Ok(Gid::from_raw(group.gid.as_raw())),
-        // `u32::MAX` means "no change" to chown(2).
-        (None, Ok(number)) if number != u32::MAX => Ok(Gid::from_raw(number)),
-        _ => Err("there is no such group (`getent group` lists the groups)".to_owned()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -647,15 +636,6 @@ mod tests {
         assert_eq!([mode("0660"), mode("600"), mode("0")], [Ok(0o660), Ok(0o600), Ok(0)]);
         for wrong in ["", "rw", "0888", "01777", "+600", "-1", "0o660"] {
             assert!(mode(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn a_group_is_a_name_or_a_number() {
-        assert_eq!(group("root").unwrap().as_raw(), 0);
-        assert_eq!(group("4242").unwrap().as_raw(), 4242);
-        for wrong in ["", "no such group", "4294967295", "-1"] {
-            assert!(group(wrong).unwrap_err().contains("getent group"), "{wrong}");
         }
     }
 }

@@ -116,6 +116,7 @@ pub fn run(
         wanted: Some(Wanted::of(config)),
         disk: disk_path.clone(),
         begun: Some(begun(config, &options)),
+        metrics: config.metrics.as_ref().and_then(|metrics| metrics.listen.socket().map(Path::to_owned)),
         ..State::default()
     };
     if let Err(error) = claim.record(&state) {
@@ -225,7 +226,8 @@ fn bring_up_and_serve(
     server.serve(&mut boot, &mut steps)
 }
 
-/// Serves the metrics, if the configuration asks for it. A volume comes up without them, too.
+/// Serves the metrics, if the configuration asks for it. If this fails, logs a warning, because the volume comes up without
+/// metrics, too.
 fn serve_metrics(server: &Server<'_>) -> Option<MetricsServer> {
     let config = server.config.metrics.as_ref()?;
     let board = server.board.clone();

@@ -1,15 +1,15 @@
-//! The HTTP server of the metrics. It runs in a thread of its own, and nothing waits for it.
+//! The HTTP server of the metrics. It runs in a separate thread, and no other thread waits for it, not even at the end.
 //!
 //! # Bounds
-//! It serves at most eight connections at once, and one answer on each. A client has five seconds to send a request, whose
-//! header has at most 8 KiB, and ten seconds in all. Further clients wait, in the kernel.
+//! The server serves at most eight connections at once, and gives one answer on each. A client has five seconds to send a
+//! request, whose header has at most 8 KiB, and ten seconds in all. Further clients wait in the kernel's queue.
 
 use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -19,6 +19,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use nbd_server::threads;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Semaphore, oneshot};
@@ -36,8 +37,11 @@ const ALL: Duration = Duration::from_secs(10);
 const LONGEST_HEADER: usize = 8192;
 /// The pause after a connection could not be accepted, for lack of open files or memory.
 const PAUSE: Duration = Duration::from_millis(100);
-/// The type of the answer: OpenMetrics.
-const TEXT: HeaderValue = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+/// The type of the metrics: OpenMetrics.
+const OPEN_METRICS: HeaderValue =
+    HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+/// The type of the other answers.
+const PLAIN: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 
 /// Why the metrics cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -58,14 +62,19 @@ pub enum MetricsError {
     Resource(#[from] io::Error),
 }
 
-/// Returns the metrics at the moment of the call.
-type Source = dyn Fn() -> Result<String, anyhow::Error> + Send + Sync;
+/// Where the metrics come from.
+struct Source {
+    /// Returns the metrics at the moment of the call.
+    metrics: Box<dyn Fn() -> Result<String, anyhow::Error> + Send + Sync>,
+    /// Whether a failure was logged. Clients could fill the log if every failure were logged.
+    has_warned: AtomicBool,
+}
 
-/// Serves metrics until it is dropped.
+/// Serves metrics until it is dropped. Dropping it removes the unix socket. It does not wait for an answer that is being made,
+/// because that may take as long as the kernel takes to list the mounts.
 pub struct MetricsServer {
     /// Dropped when the thread is to end.
-    stop: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+    _stop: oneshot::Sender<()>,
     _socket: Option<SocketFile>,
 }
 
@@ -81,17 +90,18 @@ enum Listener {
 }
 
 impl MetricsServer {
-    /// Listens at `address`, and answers each request with what `source` returns. A unix socket has these permissions.
+    /// Listens at `address`, and answers each request with what `metrics` returns. If `address` is a unix socket, it gets
+    /// `permissions`.
     ///
     /// # Errors
     /// [`MetricsError`], if the address cannot be used, or the thread cannot be started.
     pub fn start(
         address: &MetricsAddress,
         permissions: Permissions,
-        source: impl Fn() -> Result<String, anyhow::Error> + Send + Sync + 'static,
+        metrics: impl Fn() -> Result<String, anyhow::Error> + Send + Sync + 'static,
     ) -> Result<Self, MetricsError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let _inside = runtime.enter();
+        let inside = runtime.enter();
         let (listener, socket) = match address {
             MetricsAddress::Unix(path) => {
                 let (listener, file) = socket_file::bind(path, permissions)?;
@@ -108,28 +118,19 @@ impl MetricsServer {
                 (Listener::Tcp(listener), None)
             }
         };
-        drop(_inside);
+        drop(inside);
+        let source = Arc::new(Source { metrics: Box::new(metrics), has_warned: AtomicBool::new(false) });
         let (stop, stopped) = oneshot::channel();
-        let thread = std::thread::Builder::new().name("metrics".to_owned()).spawn(move || {
+        threads::start("metrics", move || {
             runtime.block_on(async {
                 tokio::select! {
-                    () = run(listener, Arc::new(source)) => {}
+                    () = run(listener, source) => {}
                     _ = stopped => {}
                 }
             });
-            // Connections that are still there are dropped with the runtime.
+            // Connections that are still open are dropped with the runtime.
         })?;
-        Ok(Self { stop: Some(stop), thread: Some(thread), _socket: socket })
-    }
-}
-
-impl Drop for MetricsServer {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            // A panic has been reported on standard error.
-            let _ = thread.join();
-        }
+        Ok(Self { _stop: stop, _socket: socket })
     }
 }
 
@@ -162,7 +163,7 @@ async fn run(listener: Listener, source: Arc<Source>) {
 
 async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, source: Arc<Source>) {
     let service = service_fn(|request: Request<Incoming>| {
-        let answer = answer(&request, &*source);
+        let answer = answer(&request, &source);
         async { Ok::<_, Infallible>(answer) }
     });
     let mut http = http1::Builder::new();
@@ -178,6 +179,7 @@ fn answer(request: &Request<Incoming>, source: &Source) -> Response<Full<Bytes>>
     let plain = |status, text: &str| {
         let mut response = Response::new(Full::new(Bytes::from(text.to_owned())));
         *response.status_mut() = status;
+        response.headers_mut().insert(CONTENT_TYPE, PLAIN);
         response
     };
     if request.uri().path() != "/metrics" {
@@ -188,15 +190,72 @@ fn answer(request: &Request<Incoming>, source: &Source) -> Response<Full<Bytes>>
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         return response;
     }
-    match source() {
+    match (source.metrics)() {
         Ok(text) => {
             let mut response = plain(StatusCode::OK, &text);
-            response.headers_mut().insert(CONTENT_TYPE, TEXT);
+            response.headers_mut().insert(CONTENT_TYPE, OPEN_METRICS);
             response
         }
         Err(error) => {
-            tracing::warn!("the metrics could not be made: {error:#}");
+            if !source.has_warned.swap(true, Ordering::Relaxed) {
+                tracing::warn!("the metrics could not be made, which is logged only once: {error:#}");
+            }
             plain(StatusCode::INTERNAL_SERVER_ERROR, "the metrics could not be made: see the server's log\n")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::path::Path;
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    fn start(
+        path: &Path,
+        metrics: impl Fn() -> Result<String, anyhow::Error> + Send + Sync + 'static,
+    ) -> MetricsServer {
+        MetricsServer::start(&MetricsAddress::Unix(path.to_owned()), Permissions::ONLY_THIS_USER, metrics).unwrap()
+    }
+
+    fn ask(path: &Path) -> UnixStream {
+        let mut stream = UnixStream::connect(path).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+        stream
+    }
+
+    /// The client's request is in the server's code, which waits for this test. Dropping the server returns all the same.
+    #[test]
+    fn the_end_does_not_wait_for_an_answer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let (asked, was_asked) = channel();
+        let (go_on, may_go_on) = channel::<()>();
+        let may_go_on = std::sync::Mutex::new(may_go_on);
+        let server = start(&path, move || {
+            asked.send(())?;
+            // An error, because this test drops the sender.
+            let _ = may_go_on.lock().unwrap().recv();
+            Ok(String::new())
+        });
+        let _client = ask(&path);
+        was_asked.recv().unwrap();
+        drop(server);
+        assert!(!path.exists());
+        drop(go_on);
+    }
+
+    #[test]
+    fn a_failure_of_the_source_is_an_answer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let _server = start(&path, || anyhow::bail!("/proc is missing"));
+        let mut text = String::new();
+        ask(&path).read_to_string(&mut text).unwrap();
+        assert!(text.starts_with("HTTP/1.1 500 ") && text.contains("see the server's log"), "{text}");
+        assert!(!text.contains("/proc"), "the reason is for the log only: {text}");
     }
 }

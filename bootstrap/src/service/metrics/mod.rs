@@ -1,7 +1,7 @@
 //! Metrics for Prometheus, over HTTP on a unix socket or a loopback address.
 //!
-//! They contain no secrets: names, sizes and counters. Everyone who can connect may read them. So they are served only on
-//! this machine.
+//! The metrics contain names, sizes and counters, and no secrets. Anyone who can connect may read them, so they are served
+//! only on this machine.
 
 mod http;
 mod text;

@@ -29,7 +29,7 @@ pub struct Observed {
 /// Returns the metrics of these volumes.
 ///
 /// # Errors
-/// This never fails. The signature is that of the library.
+/// Fails only if `prometheus-client` fails. Writing to a `String` cannot fail.
 pub fn encode(volumes: Vec<Observed>) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("nbdcrypt");
     registry.register_collector(Box::new(Volumes(volumes)));
@@ -131,7 +131,7 @@ impl Volumes {
     }
 }
 
-/// Returns every second bound, so that there are not too many series. The last one is infinite.
+/// Returns the counts for every second bound, to halve the number of series. The last bound is infinite.
 fn buckets(times: &Times) -> Vec<(f64, u64)> {
     let mut buckets = Vec::new();
     let mut count = 0;
