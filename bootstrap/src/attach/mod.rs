@@ -215,6 +215,13 @@ pub fn size_of(device: &Path) -> Option<u64> {
     sectors.checked_mul(512)
 }
 
+/// Returns how many requests the kernel has sent to a block device and waits for, from /sys.
+pub fn unanswered(device: &Path) -> u64 {
+    let counts = std::fs::read_to_string(holders::sys_block(device).join("inflight")).unwrap_or_default();
+    // The file has two counts: of reads, and of writes.
+    counts.split_ascii_whitespace().filter_map(|count| count.parse::<u64>().ok()).sum()
+}
+
 /// Makes the kernel write out its dirty data for `device`: the data of the filesystem on it, wherever the filesystem is
 /// mounted, and the device's own page cache (BLKFLSBUF).
 ///

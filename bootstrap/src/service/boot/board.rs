@@ -8,7 +8,8 @@ use engine::volume::Volume;
 use nbd_server::statistics::Statistics;
 
 use super::pace::{Pace, Sample};
-use crate::attach::{Method, Remains};
+use super::stall::{Change, Stall};
+use crate::attach::{self, Method, Remains};
 use crate::service::control::Answer;
 use crate::service::metrics::Observed;
 use crate::service::status::{Condition, KeyFacts, Status, VolumeFacts, age};
@@ -32,6 +33,7 @@ struct Written {
     unlocked: Option<Instant>,
     built: Built,
     pace: Pace,
+    stall: Stall,
 }
 
 /// What the steps have made so far.
@@ -52,8 +54,15 @@ pub(super) struct Built {
 impl Board {
     /// Makes a board with this status. Nothing is attached yet.
     pub(super) fn new(status: Status, key_source: &'static str) -> Self {
-        let (started, built, pace) = (Instant::now(), Built::default(), Pace::default());
-        Self(Arc::new(Mutex::new(Written { status, key_source, started, unlocked: None, built, pace })))
+        Self(Arc::new(Mutex::new(Written {
+            status,
+            key_source,
+            started: Instant::now(),
+            unlocked: None,
+            built: Built::default(),
+            pace: Pace::default(),
+            stall: Stall::default(),
+        })))
     }
 
     /// Sets what the server is doing from now on, and why it takes so long.
@@ -69,14 +78,31 @@ impl Board {
         let counts_anew = built.statistics.is_some() != written.built.statistics.is_some();
         written.built = built;
         if counts_anew {
-            written.pace = Pace::default();
-            written.sample();
+            (written.pace, written.stall) = (Pace::default(), Stall::default());
+            written.add_to_pace();
         }
     }
 
-    /// Takes a sample of the counters. Call this every [`super::pace::EVERY`].
+    /// Takes a sample of the counters, and logs if requests are no longer answered. Call this every [`super::pace::EVERY`].
     pub(super) fn sample(&self) {
-        self.lock().sample();
+        let device = self.lock().built.attachment.as_ref().map(|remains| remains.device.clone());
+        // The lock is not held while /sys is read and while something is logged.
+        let waiting = device.as_deref().map_or(0, attach::unanswered);
+        let (change, name) = {
+            let mut written = self.lock();
+            written.add_to_pace();
+            (written.add_to_stall(Instant::now(), waiting), written.status.name.clone())
+        };
+        match change {
+            None => {}
+            Some(Change::Begun) => tracing::warn!(
+                "{name} has answered no request for a minute, although the kernel waits for {waiting}: the disk hangs, or the \
+                 server does"
+            ),
+            Some(Change::Over(lasted)) => {
+                tracing::warn!("{name} answers requests again, after {}", age(lasted.as_secs()));
+            }
+        }
     }
 
     /// Returns the volume's status as it is now.
@@ -118,7 +144,12 @@ impl Board {
 }
 
 impl Written {
-    fn sample(&mut self) {
+    fn add_to_stall(&mut self, at: Instant, waiting: u64) -> Option<Change> {
+        let answered = self.built.statistics.as_ref()?.snapshot().requests;
+        self.stall.add(at, waiting, answered)
+    }
+
+    fn add_to_pace(&mut self) {
         if let Some(sample) = self.counted(Instant::now()) {
             self.pace.add(sample);
         }
@@ -165,6 +196,13 @@ impl Written {
         if let Some(passed) = passed {
             let passed = age(passed.as_secs());
             problems.push(format!("the disk failed a request {passed} ago: see `errors` below, and the server's log"));
+        }
+        if let Some(passed) = self.stall.long(now) {
+            problems.push(format!(
+                "no request was answered for {}, although the kernel waits for some: the disk hangs (see `dmesg`), or the server \
+                 does",
+                age(passed.as_secs())
+            ));
         }
         problems
     }
@@ -225,6 +263,27 @@ mod tests {
         assert!(problems(9)[0].contains("a flush failed") && problems(9)[0].contains("nbdcrypt down scratch"));
         drop(volume);
         assert_eq!(problems(0), [""; 0]);
+    }
+
+    #[test]
+    fn requests_without_a_reply_are_a_problem_for_as_long_as_they_wait() {
+        let board = board();
+        let counters = Arc::<Statistics>::default();
+        board.build(Built { statistics: Some(Arc::clone(&counters)), ..Built::default() });
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let problems = |seconds| board.lock().now(after(seconds)).problems;
+        let sample = |seconds, waiting| board.lock().add_to_stall(after(seconds), waiting);
+        assert_eq!((sample(0, 1), sample(50, 1), problems(59)), (None, None, vec![]));
+        assert_eq!(sample(60, 1), Some(Change::Begun));
+        assert!(problems(125)[0].starts_with("no request was answered for 2 min, "), "{:?}", problems(125));
+        counters.succeeded(Operation::Read, 4096);
+        assert_eq!(sample(130, 1), Some(Change::Over(Duration::from_secs(130))));
+        assert_eq!(problems(131), [""; 0]);
+        // Another device has its own requests.
+        sample(140, 1);
+        board.build(Built::default());
+        assert_eq!((sample(250, 1), problems(250)), (None, vec![]));
     }
 
     #[test]

@@ -34,6 +34,11 @@ fn status(what: &str) -> String {
 /// The main thread calls this function, because the main thread answers `down` and SIGTERM. If the main thread hangs, no more
 /// signs are sent, and systemd ends this process. While the main thread waits for mkfs, mount, umount or sync, an [`Overtime`]
 /// sends the signs. These programs wait for the disk, and a disk that hangs is no reason to end the server.
+///
+/// The threads that serve requests do not take part. A session that hangs in its own code cannot be told from one whose disk
+/// hangs: a worker that holds a lock may wait for either, and a page of a volume in memory may have to come from a slow swap
+/// disk. A server that is killed by mistake loses what the filesystem has not written, and systemd stops the filesystem's
+/// users. So `status` and the log report requests that are not answered ([`super::stall`]), and a human decides.
 #[derive(Debug)]
 pub(super) struct Watchdog {
     every: Option<Duration>,

@@ -19,6 +19,7 @@ mod manager;
 mod pace;
 mod server;
 mod serving;
+mod stall;
 mod stopping;
 
 use std::cell::{Cell, RefCell};
