@@ -23,12 +23,9 @@ use crate::key::VolumeKey;
 use crate::layout::Segment;
 use crate::luks::{Disks, LuksError};
 use crate::sector::{LBA_UNIT, Lba512, SectorSize};
-use crate::signature::{self, Survey, UNFINISHED_MARKER, UNTOUCHED_LEN, Untouched, is_unfinished};
+use crate::signature::{self, Survey, UNTOUCHED_LEN, Untouched, has_marker, put_marker};
 use crate::store::{BlockStore, read_unaligned, write_unaligned, write_zeros};
 use crate::xts::Xts;
-
-/// An explanation for people, written after the marker.
-const EXPLANATION: &[u8] = b"Formatting this disk was begun and never finished. It holds no data yet.\n";
 
 /// [`LBA_UNIT`] as an index.
 const SECTOR: usize = 512;
@@ -57,7 +54,7 @@ pub(super) struct HeaderImage {
 /// # Contract
 /// - Everything that was written to the volume before [`PendingFormat::commit`] reaches stable storage before the
 ///   header does.
-/// - If power is lost at any write before the commit ends, the disk carries the marker (see [`is_unfinished`]), or a complete
+/// - If power is lost at any write before the commit ends, the disk carries the marker (see [`has_marker`]), or a complete
 ///   volume if the commit had written sector 0.
 /// - Dropping this value leaves the marker in place, so the disk can be formatted again.
 /// - If the marker is missing, another program has written to the disk. Then neither commit nor abandon writes anything. To
@@ -109,14 +106,6 @@ pub fn is_abandoned(data: &dyn BlockStore) -> io::Result<bool> {
     let mut mark = [0; UNTOUCHED_LEN];
     read_unaligned(data, &mut mark, rest.start)?;
     Untouched::parse(&mark).map_or(Ok(false), |mark| mark.is_true(data, rest))
-}
-
-fn has_marker(store: &dyn BlockStore) -> io::Result<bool> {
-    let mut first = [0; SECTOR];
-    if store.len() >= LBA_UNIT {
-        read_unaligned(store, &mut first, 0)?;
-    }
-    Ok(is_unfinished(&first))
 }
 
 /// Returns an error if the marker is missing. Between the phases, anyone may write to the disk. If another program has made
@@ -346,11 +335,4 @@ fn blank_head(store: &dyn BlockStore) -> io::Result<()> {
 fn head_len(store: &dyn BlockStore) -> u64 {
     let unit = LBA_UNIT.max(store.alignment() as u64);
     (HEAD as u64).max(unit).min(store.len())
-}
-
-fn put_marker(head: &mut [u8]) {
-    let sector = &mut head[..SECTOR];
-    sector.fill(0);
-    sector[..UNFINISHED_MARKER.len()].copy_from_slice(UNFINISHED_MARKER);
-    sector[UNFINISHED_MARKER.len()..][..EXPLANATION.len()].copy_from_slice(EXPLANATION);
 }

@@ -9,6 +9,7 @@
 
 mod boot_sector;
 mod filesystem;
+mod marker;
 mod raid;
 mod survey;
 mod table;
@@ -19,15 +20,14 @@ use std::fmt;
 use std::io;
 
 use crate::store::ReadAt;
+pub use marker::{has_marker, is_unfinished, put_marker};
 pub use survey::{Survey, first_written, name, survey};
+pub use table::LUKS_MAGIC;
 pub use untouched::{UNTOUCHED_LEN, Untouched};
 use view::View;
 
 /// How many bytes at the start of a disk must be zero for [`examine`] to call it blank.
 const BLANK: usize = 1 << 20;
-
-/// Written to the start of the disk while it is being formatted, in place of a magic number that other tools would recognize.
-pub const UNFINISHED_MARKER: &[u8] = b"nbdcrypt: unfinished format\n";
 
 /// A signature found on a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -143,12 +143,6 @@ impl fmt::Display for Size {
         let name = UNITS[power as usize - 1];
         if tenth == 0 { write!(f, "{whole} {name}") } else { write!(f, "{whole}.{tenth} {name}") }
     }
-}
-
-/// Returns whether a disk begins with the marker of a format that was begun and not finished. `first_sector` holds at least
-/// the first 512 bytes of the disk.
-pub fn is_unfinished(first_sector: &[u8]) -> bool {
-    first_sector.starts_with(UNFINISHED_MARKER)
 }
 
 /// Returns every signature on the disk. A format with several signatures of the same name is returned once.

@@ -19,6 +19,8 @@ struct Magic(&'static str, Kind, At, &'static [u8]);
 
 /// The last ten bytes of the first page, for each possible page size.
 const SWAP: At = Start(&[0xff6, 0x1ff6, 0x3ff6, 0x7ff6, 0xfff6]);
+/// The bytes at the start of a LUKS1 header and of the first LUKS2 header.
+pub const LUKS_MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
 /// The name of a secondary LUKS2 header.
 pub(super) const LUKS2_SECOND: &str = "LUKS2 (secondary header)";
 

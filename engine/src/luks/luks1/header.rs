@@ -6,9 +6,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::luks::keyslot::{self, STRIPES, material_len};
 use crate::luks::{HeaderUuid, LuksError};
 use crate::sector::LBA_UNIT;
+use crate::signature::LUKS_MAGIC;
 
-/// `LUKS_MAGIC`. LUKS2 uses the same magic.
-pub(super) const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
+/// `LUKS_MAGIC`. LUKS2 uses the same magic for its first header.
+pub(super) const MAGIC: [u8; 6] = LUKS_MAGIC;
 /// The length of the header in bytes.
 pub(super) const HEADER_LEN: usize = 592;
 /// `LUKS_NUMKEYS`.

@@ -7,7 +7,7 @@ use super::{BrokenCopy, Header, HeaderCopy, Label, Metadata, RefusedCopy};
 use crate::luks::hash::HashAlgorithm;
 use crate::luks::{HeaderUuid, LuksError};
 use crate::signature::is_unfinished;
-use crate::signature::{self, Kind};
+use crate::signature::{self, Kind, LUKS_MAGIC};
 use crate::store::{BlockStore, read_unaligned};
 
 /// The length of the binary header in bytes. The JSON follows it.
@@ -18,7 +18,7 @@ pub(super) const HEADER_SIZES: [u64; 9] =
 /// The length of the salt in bytes. The salt makes each copy's checksum different.
 pub(super) const SALT_LEN: usize = 64;
 
-const MAGIC_PRIMARY: [u8; 6] = *b"LUKS\xba\xbe";
+const MAGIC_PRIMARY: [u8; 6] = LUKS_MAGIC;
 const MAGIC_SECONDARY: [u8; 6] = *b"SKUL\xba\xbe";
 const VERSION: u16 = 2;
 const CHECKSUM_AT: usize = 448;
