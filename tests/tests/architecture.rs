@@ -13,7 +13,7 @@ const ENGINE: &[Rule] = &[
     ("layout", &["sector"]),
     ("limits", &[]),
     ("luks", &["buffer", "key", "layout", "sector", "signature", "store", "text", "xts"]),
-    ("raid", &["layout", "sector", "store", "text"]),
+    ("raid", &["layout", "sector", "signature", "store", "text"]),
     ("sector", &[]),
     ("signature", &["store"]),
     ("store", &["buffer", "sector", "text", "xts"]),

@@ -9,7 +9,7 @@ use crate::sector::LBA_UNIT;
 use crate::text::bytes;
 
 /// Bytes from the start of a member of a new array to its data. By default, mdadm uses at least as much.
-const DATA_OFFSET: u64 = 1 << 20;
+pub(super) const DATA_OFFSET: u64 = 1 << 20;
 
 /// What was found on a disk that may be a member.
 #[derive(Clone, Debug)]

@@ -2,15 +2,17 @@
 //!
 //! A member starts with 4096 unused bytes. Then comes the superblock ([`Superblock`]), which says to which array the member
 //! belongs and which role it has there. The data starts at the data offset. [`Array`] puts the members together, or says why
-//! that is not possible. [`StripedStore`] is the array's data as one disk.
+//! that is not possible. [`StripedStore`] is the array's data as one disk. [`PendingArray`] makes an array.
 //!
 //! Source: Linux, include/uapi/linux/raid/md_p.h (`mdp_superblock_1`) and drivers/md/md.c (`super_1_load`).
 
 mod array;
+mod pending;
 mod store;
 mod superblock;
 
 pub use array::{Array, ArrayError, Found, NewArray};
+pub use pending::{PendingArray, PendingError, Together, look, remove_markers};
 pub use store::{OpenError, StripedStore, read_member, write_member};
 pub use superblock::{Name, Role, Superblock, SuperblockError};
 

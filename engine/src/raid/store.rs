@@ -75,7 +75,7 @@ impl StripedStore {
         Ok((array, store))
     }
 
-    fn over(map: Striped, members: Vec<Arc<dyn BlockStore>>) -> Self {
+    pub(super) fn over(map: Striped, members: Vec<Arc<dyn BlockStore>>) -> Self {
         let keeps_sectors = map.members().iter().all(|member| member.offset.is_multiple_of(SECTOR));
         let is_mapped = keeps_sectors && members.iter().all(|member| member.is_mapped());
         Self { map, members, is_mapped }
@@ -209,6 +209,10 @@ impl BlockStore for StripedStore {
     fn flush(&self) -> io::Result<()> {
         let outcomes: Vec<io::Result<()>> = self.members.iter().map(|member| member.flush()).collect();
         outcomes.into_iter().collect()
+    }
+
+    fn flush_failure(&self) -> Option<String> {
+        self.members.iter().find_map(|member| member.flush_failure())
     }
 
     /// Discards the range on every member, even if one of them cannot.

@@ -340,6 +340,10 @@ impl BlockStore for FileStore {
         self.latch.flush(|| self.file.sync_data())
     }
 
+    fn flush_failure(&self) -> Option<String> {
+        self.latch.failure().map(str::to_owned)
+    }
+
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         if self.read_only {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());

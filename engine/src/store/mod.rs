@@ -147,6 +147,11 @@ pub trait BlockStore: Send + Sync {
     /// store is a file or a block device, every later flush fails, too, until the store is reopened: see [`FlushLatch`].
     fn flush(&self) -> io::Result<()>;
 
+    /// Returns the error of the first flush that failed since the store was opened, if one has failed and the store remembers it.
+    fn flush_failure(&self) -> Option<String> {
+        None
+    }
+
     /// Discards the range, so that the disk may reuse its space. The range then reads as zeros or as before, and stays
     /// writable.
     ///
