@@ -11,6 +11,7 @@ use super::{tell, tell_json};
 use crate::keys::opening::{self, Then};
 use crate::machine::disk;
 use crate::text;
+use crate::volume::data_disks::DataDisks;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -28,7 +29,7 @@ pub(super) fn run(args: Args) -> Result<()> {
     // No lock is taken, since a header may be read while its volume is up.
     let disk = disk::open_to_look(path)?;
     let header = luks::dump(&disk).with_context(|| path.display().to_string())?;
-    opening::warn_of_copies(path, &disk, Then::Stays);
+    opening::warn_of_copies(&DataDisks::one(path), &disk, Then::Stays);
     if args.json {
         return tell_json(format_args!("{:#}", as_json(&header)));
     }

@@ -13,6 +13,7 @@ use super::{examples, tell};
 use crate::keys::opening::{self, Then};
 use crate::machine::{disk, new_file, random};
 use crate::text;
+use crate::volume::data_disks::DataDisks;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -122,7 +123,7 @@ fn set(args: Set) -> Result<()> {
     if let Dump::Luks1(_) = luks::dump(&disk).with_context(name)? {
         bail!("{}: {}", name(), LuksError::Luks2Only("labels and flags"));
     }
-    opening::warn_of_copies(&device, &disk, Then::Changes);
+    opening::warn_of_copies(&DataDisks::one(&device), &disk, Then::Changes);
     let flags = flags.map(|flags| flags.split(',').filter(|flag| !flag.is_empty()).map(str::to_owned).collect());
     luks2::change_settings(&disk, &luks2::Settings { label, subsystem, flags }, &mut random::fill)
         .with_context(name)?;
@@ -134,7 +135,7 @@ fn backup(device: &Path, file: &Path) -> Result<()> {
     let (disk, _lock) = disk::open_header_to_read(device)?;
     let backup = Backup::read(&disk).with_context(name)?;
     new_file::with_bytes(file, backup.bytes())?;
-    opening::warn_of_copies(device, &disk, Then::Stays);
+    opening::warn_of_copies(&DataDisks::one(device), &disk, Then::Stays);
     let len = bytes(backup.bytes().len() as u64);
     tell(format_args!("{}: header saved in {}, {len}\n", name(), text::path(file)))
 }

@@ -14,6 +14,7 @@ use crate::service::status::{Condition, Status};
 use crate::service::system::Looking;
 use crate::steps::{self, Boot, Step};
 use crate::text;
+use crate::volume::data_disks::DataDisks;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -94,7 +95,7 @@ fn clean_up(status: &Status, gone: Option<&Path>) -> Row {
 fn bring_up(config: &Config, gone: Option<&Path>) -> Result<Vec<Row>> {
     let disk = config.volume.device.resolve(Path::new(SYSFS))?;
     let looking = Looking::new(config)?.once_gone(gone.map(Path::to_owned));
-    let boot = Boot::new(config, disk, looking.outside());
+    let boot = Boot::new(config, DataDisks::one(disk), looking.outside());
     Ok(steps::all(config).iter().map(|step| Row::of(step.as_ref(), &boot)).collect())
 }
 

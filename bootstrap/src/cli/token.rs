@@ -15,6 +15,7 @@ use super::{tell, tell_json};
 use crate::keys::opening::{self, Then};
 use crate::machine::disk::HeaderLock;
 use crate::machine::{disk, random};
+use crate::volume::data_disks::DataDisks;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -72,7 +73,7 @@ impl VolumeArgs {
     fn open_luks2(&self) -> Result<(FileStore, HeaderLock)> {
         let (disk, lock) = disk::open_header(self.path())?;
         header(&disk, &self.name())?;
-        opening::warn_of_copies(self.path(), &disk, Then::Changes);
+        opening::warn_of_copies(&DataDisks::one(self.path()), &disk, Then::Changes);
         Ok((disk, lock))
     }
 }
@@ -111,7 +112,7 @@ pub(super) fn run(command: Command) -> Result<()> {
 fn list(volume: &VolumeArgs, as_json: bool) -> Result<()> {
     let disk = volume.open_to_look()?;
     let header = header(&disk, &volume.name())?;
-    opening::warn_of_copies(volume.path(), &disk, Then::Stays);
+    opening::warn_of_copies(&DataDisks::one(volume.path()), &disk, Then::Stays);
     let tokens = &header.metadata.tokens;
     if as_json {
         let row =

@@ -7,8 +7,10 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use engine::key::VolumeKey;
+use engine::layout::Striped;
 use engine::luks::HashAlgorithm;
 use engine::luks::plain::{PassphraseHash, PlainSegment};
+use engine::raid::DEFAULT_CHUNK;
 use engine::sector::{Lba512, SectorSize};
 use toml::Spanned;
 
@@ -101,6 +103,7 @@ fn volume(raw: RawVolume) -> Checked<VolumeConfig> {
         // cryptsetup's default.
         plain: plain(&raw, kind, sector_size.unwrap_or(SectorSize::B512))?,
         header: raw.header.as_ref().map(absolute).transpose()?,
+        chunk_size: raw.chunk_size.as_ref().map_or(Ok(DEFAULT_CHUNK), chunk_size)?,
         limits: LimitsConfig {
             kdf_memory: raw.max_kdf_memory.as_ref().map(kdf_memory).transpose()?,
             kdf_iterations: raw.max_kdf_iterations.as_ref().map(|count| kdf_count(count, "iterations")).transpose()?,
@@ -211,16 +214,21 @@ fn device(devices: &Spanned<Vec<Spanned<String>>>) -> Checked<Device> {
     absolute(device).map(Device::Path)
 }
 
-fn size(size: &Spanned<RawSize>) -> Checked<u64> {
-    let bytes = match size.get_ref() {
-        RawSize::Bytes(bytes) => *bytes,
+/// Returns the number of bytes.
+fn size_in_bytes(size: &Spanned<RawSize>) -> Checked<u64> {
+    match size.get_ref() {
+        RawSize::Bytes(bytes) => Ok(*bytes),
         RawSize::Text(text) => value::parse_size(text).ok_or_else(|| {
             wrong(
                 size,
                 format!("`{text}` is not a size: write digits and one of K, M, G, T (powers of 1024), as in \"2G\""),
             )
-        })?,
-    };
+        }),
+    }
+}
+
+fn size(size: &Spanned<RawSize>) -> Checked<u64> {
+    let bytes = size_in_bytes(size)?;
     // 4096 is the largest sector size. So the file ends with a whole sector, for every volume type and sector size.
     if bytes == 0 || !bytes.is_multiple_of(SectorSize::B4096.bytes_u64()) {
         return Err(wrong(
@@ -229,6 +237,20 @@ fn size(size: &Spanned<RawSize>) -> Checked<u64> {
         ));
     }
     Ok(bytes)
+}
+
+fn chunk_size(size: &Spanned<RawSize>) -> Checked<u64> {
+    let bytes = size_in_bytes(size)?;
+    match bytes.is_power_of_two() && (Striped::MIN_CHUNK..=Striped::MAX_CHUNK).contains(&bytes) {
+        true => Ok(bytes),
+        false => Err(wrong(
+            size,
+            format!(
+                "a chunk of {}: 4K, 8K and so on up to 1G are possible (powers of two)",
+                engine::text::bytes(bytes)
+            ),
+        )),
+    }
 }
 
 fn volume_type(kind: &Spanned<String>) -> Checked<VolumeType> {

@@ -129,6 +129,8 @@ pub struct VolumeConfig {
     pub sector_size: Option<SectorSize>,
     /// The disk or file with the LUKS header, if that is not the device itself. A missing file is made.
     pub header: Option<PathBuf>,
+    /// The chunk in bytes of an array that is made on several blank disks.
+    pub chunk_size: u64,
     /// The parameters of a plain volume, which has no header to store them.
     pub plain: PlainVolume,
     /// The maximum work that a header may ask for.
@@ -315,6 +317,7 @@ mod tests {
                     kind: VolumeType::Luks2,
                     sector_size: None,
                     header: None,
+                    chunk_size: engine::raid::DEFAULT_CHUNK,
                     plain: PlainVolume::default(),
                     limits: LimitsConfig::default(),
                 },

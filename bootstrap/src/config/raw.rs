@@ -29,6 +29,7 @@ pub(super) struct RawVolume {
     pub(super) kind: Option<Spanned<String>>,
     pub(super) sector_size: Option<Spanned<u64>>,
     pub(super) header: Option<Spanned<String>>,
+    pub(super) chunk_size: Option<Spanned<RawSize>>,
     pub(super) offset: Option<Spanned<u64>>,
     pub(super) skip: Option<Spanned<u64>>,
     pub(super) key_size: Option<Spanned<u64>>,

@@ -1,7 +1,5 @@
 //! Explains why a volume did not open, from what is known about this machine and the key file.
 
-use std::path::Path;
-
 use engine::key::Passphrase;
 use engine::luks::{LuksError, luks2};
 use engine::store::BlockStore;
@@ -10,6 +8,7 @@ use engine::text::human;
 use crate::config::{KeyConfig, KeyFile};
 use crate::machine::memory;
 use crate::text;
+use crate::volume::data_disks::DataDisks;
 
 /// Returns whether the error means that the passphrase is wrong.
 pub fn is_wrong_passphrase(error: &LuksError) -> bool {
@@ -30,8 +29,8 @@ pub enum Then {
 
 /// Logs a warning if one of the two copies of the LUKS2 header on `store` is broken, or if another program would use the copy
 /// that nbdcrypt refuses.
-pub fn warn_of_copies(header: &Path, store: &dyn BlockStore, then: Then) {
-    let at = text::path(header);
+pub fn warn_of_copies(header: &DataDisks, store: &dyn BlockStore, then: Then) {
+    let at = header;
     if let Some(broken) = luks2::broken(store) {
         let (copy, whole, reason) = (broken.copy, broken.copy.other(), broken.reason);
         let cure = match then {

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use engine::luks::FormatOptions;
@@ -27,7 +27,8 @@ use crate::volume::new_volume::{self, Strength};
 /// # Errors
 /// The errors of [`cpu::path`].
 pub fn machine() -> Result<Machine> {
-    Ok(Machine { cpu: cpu::path()?, memory_kib: memory::limit_kib() })
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Ok(Machine { cpu: cpu::path()?, memory_kib: memory::limit_kib(), unix_time: since_1970.as_secs() })
 }
 
 /// The real system for `plan` and `doctor`, which only ask the steps what they would do. Fetches no secret.

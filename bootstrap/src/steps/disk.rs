@@ -12,6 +12,7 @@ use engine::text::bytes;
 
 use super::{Boot, Step, Undo};
 use crate::volume::VolumeType;
+use crate::volume::array::{OpenArray, Wanted};
 use crate::volume::content;
 
 #[derive(Default)]
@@ -33,10 +34,10 @@ impl Step for Disk {
 
     fn describe(&self, boot: &Boot<'_>) -> String {
         let is_missing = |path: &Path| boot.outside.disks.exists(path).is_ok_and(|exists| !exists);
-        let path = boot.disk_path.display();
-        let disk = match boot.config.volume.size.filter(|_| is_missing(&boot.disk_path)) {
-            Some(size) => format!("make {path}, a sparse file of {} (mode 600)", bytes(size)),
-            None => format!("open {path}"),
+        let disks = &boot.data_disks;
+        let disk = match boot.config.volume.size.filter(|_| disks.paths().any(is_missing)) {
+            Some(size) => format!("make {disks}, a sparse file of {} (mode 600)", bytes(size)),
+            None => format!("open {disks}"),
         };
         match &boot.config.volume.header {
             Some(header) if is_missing(header) => format!("{disk}; make the file {} for its header", header.display()),
@@ -47,13 +48,14 @@ impl Step for Disk {
 
     fn is_done(&self, boot: &Boot<'_>) -> Result<Option<bool>> {
         let disks = boot.outside.disks;
-        let exists = disks.exists(&boot.disk_path)?;
-        if exists || boot.config.volume.size.is_none() {
-            disks.look(&boot.disk_path)?;
-            disks.refuse_if_used(&boot.disk_path)?;
-        } else {
-            disks.check_folder(&boot.disk_path)?;
-            refuse_header_without_disk(boot)?;
+        for path in boot.data_disks.paths() {
+            if disks.exists(path)? || boot.config.volume.size.is_none() {
+                disks.look(path)?;
+                disks.refuse_if_used(path)?;
+            } else {
+                disks.check_folder(path)?;
+                refuse_header_without_disk(boot)?;
+            }
         }
         match &boot.config.volume.header {
             Some(header) if disks.exists(header)? => {
@@ -69,7 +71,7 @@ impl Step for Disk {
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
         self.open(boot).map_err(|error| {
-            (boot.disk, boot.header) = (None, None);
+            (boot.disk, boot.array, boot.header) = (None, None, None);
             match self.remove_made(boot) {
                 Ok(()) => error,
                 Err(second) => error.context(format!("and {second:#}")),
@@ -78,7 +80,7 @@ impl Step for Disk {
     }
 
     fn undo(&mut self, boot: &mut Boot<'_>, why: Undo) -> Result<()> {
-        (boot.disk, boot.header) = (None, None);
+        (boot.disk, boot.array, boot.header) = (None, None, None);
         // Once the header is written, the file is a volume and stays, whatever failed later.
         if why == Undo::Failed && !boot.header_committed {
             self.remove_made(boot)?;
@@ -90,11 +92,12 @@ impl Step for Disk {
 impl Disk {
     fn open(&mut self, boot: &mut Boot<'_>) -> Result<()> {
         let disks = boot.outside.disks;
-        let path = &boot.disk_path;
-        let is_missing = !disks.exists(path)?;
-        let size = boot.config.volume.size.filter(|_| is_missing);
+        let size = match boot.data_disks.single() {
+            Some(path) if !disks.exists(path)? => boot.config.volume.size,
+            _ => None,
+        };
         if size.is_some() {
-            disks.check_folder(path)?;
+            disks.check_folder(boot.data_disks.first())?;
         }
         if let Some(header) = &boot.config.volume.header
             && !disks.exists(header)?
@@ -103,10 +106,15 @@ impl Disk {
         }
         if let Some(size) = size {
             refuse_header_without_disk(boot)?;
-            boot.disk = Some(self.make(boot, path, size)?);
+            boot.disk = Some(self.make(boot, boot.data_disks.first(), size)?);
             boot.disk_made = true;
-        } else {
+        } else if let Some(path) = boot.data_disks.single() {
             boot.disk = Some(disks.open(path)?);
+        } else {
+            let members: Result<Vec<_>> = boot.data_disks.paths().map(|path| disks.open(path)).collect();
+            let array = open_array(boot, members?)?;
+            boot.disk = Some(Arc::clone(&array.store));
+            boot.array = Some(array);
         }
         if let Some(header) = &boot.config.volume.header {
             boot.header = Some(match disks.exists(header)? {
@@ -142,6 +150,19 @@ impl Disk {
     }
 }
 
+/// Opens the array of these disks, or lays out a new one. Writes nothing.
+///
+/// # Errors
+/// Fails if the disks neither form an array nor are blank.
+pub(super) fn open_array(boot: &Boot<'_>, members: Vec<Arc<dyn BlockStore>>) -> Result<OpenArray> {
+    let wanted = Wanted {
+        name: boot.config.name.as_str(),
+        chunk: boot.config.volume.chunk_size,
+        now: boot.outside.machine.unix_time,
+    };
+    OpenArray::open(&boot.data_disks, members, &wanted, &mut |bytes| boot.outside.keys.random(bytes))
+}
+
 /// Checks that the detached header of a missing disk does not exist either.
 fn refuse_header_without_disk(boot: &Boot<'_>) -> Result<()> {
     if let Some(header) = &boot.config.volume.header
@@ -150,7 +171,7 @@ fn refuse_header_without_disk(boot: &Boot<'_>) -> Result<()> {
         bail!(
             "{} is missing, but its header {} exists: is the filesystem of the missing file mounted? For a new volume, move \
              the header away",
-            boot.disk_path.display(),
+            boot.data_disks,
             header.display()
         );
     }

@@ -45,7 +45,7 @@ impl Step for MakeFilesystem {
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
         let volume = need(boot.volume.as_ref(), "the open volume")?;
         if boot.pending.is_none() {
-            let (wanted, at) = (&self.wanted.kind, boot.disk_path.display());
+            let (wanted, at) = (&self.wanted.kind, &boot.data_disks);
             let segment = need(boot.facts.as_ref(), "the volume's facts")?.segment;
             match content::of_plaintext(volume, segment)? {
                 content::Plaintext::Holds(found) if found.iter().any(|mark| mark.name == wanted) => return Ok(()),
@@ -69,11 +69,11 @@ impl Step for MakeFilesystem {
                         let disk_len = need(boot.disk.as_ref(), "the open disk")?.len();
                         let whole = new_volume::sector_size(Some(segment.sector_size), disk_len - segment.offset);
                         whole.with_context(|| format!("no new volume can be begun on {at}"))?;
-                        content::refuse_unless_free(
-                            &boot.disk_path,
-                            need(boot.disk.as_ref(), "the open disk")?.as_ref(),
-                            Look::All(&[]),
-                        )?;
+                        let disk = need(boot.disk.as_ref(), "the open disk")?.as_ref();
+                        match boot.data_disks.single() {
+                            Some(path) => content::refuse_unless_free(path, disk, Look::All(&[]))?,
+                            None => content::refuse_unless_blank_array(&boot.data_disks, disk, Look::All(&[]))?,
+                        }
                     }
                 }
             }

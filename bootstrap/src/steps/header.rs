@@ -28,14 +28,26 @@ impl Step for CommitHeader {
     }
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
-        let Some(pending) = &boot.pending else { return Ok(()) };
+        let makes_array = boot.array.as_ref().is_some_and(|array| array.pending.is_some());
+        if boot.pending.is_none() && !makes_array {
+            return Ok(());
+        }
         let _locks = boot.lock_headers()?;
-        // mkfs has flushed the device; the commit flushes the disk before it writes.
-        pending.commit(boot.disks()?).with_context(|| {
-            format!("{}: the new volume's header could not be written", boot.header_path().display())
-        })?;
-        boot.pending = None;
-        boot.header_committed = true;
+        if let Some(array) = &boot.array {
+            array.write(&boot.data_disks)?;
+        }
+        if let Some(pending) = &boot.pending {
+            // mkfs has flushed the device; the commit flushes the disk before it writes.
+            let committed = pending.commit(boot.disks()?);
+            committed
+                .with_context(|| format!("{}: the new volume's header could not be written", boot.header_disk()))?;
+            boot.pending = None;
+            boot.header_committed = true;
+        }
+        if let Some(array) = &mut boot.array {
+            array.complete(&boot.data_disks);
+            boot.disk_made = makes_array;
+        }
         Ok(())
     }
 }

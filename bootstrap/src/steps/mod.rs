@@ -29,7 +29,6 @@ mod volume;
 mod tests;
 
 use std::cell::Cell;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
@@ -44,6 +43,8 @@ use uuid::Uuid;
 use crate::config::Config;
 use crate::keys::KmsToken;
 use crate::volume::VolumeType;
+use crate::volume::array::OpenArray;
+use crate::volume::data_disks::DataDisks;
 pub use outside::Outside;
 use outside::{Attached, HeaderLock};
 
@@ -101,11 +102,14 @@ pub enum Undo {
 pub struct Boot<'o> {
     /// The configuration.
     pub config: &'o Config,
-    /// The path of the configured disk on this machine.
-    pub disk_path: PathBuf,
+    /// The configured disks on this machine.
+    pub data_disks: DataDisks,
     /// The system around the steps.
     pub outside: Outside<'o>,
+    /// The open disk, or the data of the open array.
     disk: Option<Arc<dyn BlockStore>>,
+    /// The array, if there are several disks.
+    array: Option<OpenArray>,
     /// The header's disk, if the header is detached.
     header: Option<Arc<dyn BlockStore>>,
     passphrase: Option<Passphrase>,
@@ -117,7 +121,7 @@ pub struct Boot<'o> {
     header_committed: bool,
     /// What the disks hold, if a plan has looked at them.
     foreseen: Cell<Option<Foreseen>>,
-    /// Whether the disk is a file that this run made.
+    /// Whether the disk is a file or an array that this run made.
     disk_made: bool,
     /// Whether this run made the filesystem.
     filesystem_made: bool,
@@ -161,12 +165,13 @@ pub struct Facts {
 
 impl<'o> Boot<'o> {
     /// Starts a boot in which no step has run yet.
-    pub fn new(config: &'o Config, disk_path: PathBuf, outside: Outside<'o>) -> Self {
+    pub fn new(config: &'o Config, data_disks: DataDisks, outside: Outside<'o>) -> Self {
         Self {
             config,
-            disk_path,
+            data_disks,
             outside,
             disk: None,
+            array: None,
             header: None,
             passphrase: None,
             token: None,
@@ -186,11 +191,20 @@ impl<'o> Boot<'o> {
     /// are wiped.
     fn lock_headers(&self) -> Result<Vec<Box<dyn HeaderLock>>> {
         let disks = self.disks()?;
-        let mut locks = vec![self.outside.disks.lock_header(&self.disk_path, disks.data())?];
-        if disks.is_detached() {
-            locks.push(self.outside.disks.lock_header(self.header_path(), disks.header())?);
+        let mut locks = match &self.array {
+            Some(array) => self.lock_members(array)?,
+            None => vec![self.outside.disks.lock_header(self.data_disks.first(), disks.data())?],
+        };
+        if let Some(header) = &self.config.volume.header {
+            locks.push(self.outside.disks.lock_header(header, disks.header())?);
         }
         Ok(locks)
+    }
+
+    /// Locks the members of an array against other processes.
+    fn lock_members(&self, array: &OpenArray) -> Result<Vec<Box<dyn HeaderLock>>> {
+        let members = self.data_disks.paths().zip(&array.members);
+        members.map(|(path, member)| self.outside.disks.lock_header(path, &**member)).collect()
     }
 
     /// Returns the open disks of header and data.
@@ -202,9 +216,9 @@ impl<'o> Boot<'o> {
         }
     }
 
-    /// Returns the path of the header's disk. This is the data disk, unless the header is detached.
-    fn header_path(&self) -> &Path {
-        self.config.volume.header.as_ref().unwrap_or(&self.disk_path)
+    /// Returns the disk of the header. This is the data disk, unless the header is detached.
+    fn header_disk(&self) -> DataDisks {
+        self.config.volume.header.as_ref().map_or_else(|| self.data_disks.clone(), DataDisks::one)
     }
 
     /// Returns the attached device, once there is one.
@@ -220,7 +234,7 @@ impl<'o> Boot<'o> {
     /// Returns what this run made on the disk, if it made anything. If the user meant another disk, which holds data,
     /// this text explains why the filesystem is empty.
     pub fn news(&self) -> Option<String> {
-        let (name, disk) = (&self.config.name, self.disk_path.display());
+        let (name, disk) = (&self.config.name, &self.data_disks);
         if self.made()? == Made::Volume {
             let header = self.config.volume.header.as_ref();
             let header = header.map(|header| format!(", with its header in {}", header.display())).unwrap_or_default();

@@ -38,6 +38,8 @@ pub struct Machine {
     pub cpu: CpuPath,
     /// The memory in KiB that this process may use.
     pub memory_kib: u64,
+    /// The time, in seconds since 1970.
+    pub unix_time: u64,
 }
 
 /// The source of the secret, and of new keys.

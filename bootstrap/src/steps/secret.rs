@@ -53,6 +53,6 @@ fn request(boot: &Boot<'_>) -> Result<SecretRequest> {
     if !is_volume(boot, &disks, Look::All(&[]))? {
         return Ok(SecretRequest::New { volume: new_volume::new_uuid(&mut |bytes| boot.outside.keys.random(bytes))? });
     }
-    let name = || boot.header_path().display().to_string();
+    let name = || boot.header_disk().to_string();
     keys::request_for(&boot.config.key, disks.header()).with_context(name)
 }

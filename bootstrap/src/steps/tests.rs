@@ -89,7 +89,7 @@ impl Fake {
             disks: self,
             devices: self,
             filesystems: self,
-            machine: Machine { cpu: CpuPath::Portable, memory_kib: 1 << 20 },
+            machine: Machine { cpu: CpuPath::Portable, memory_kib: 1 << 20, unix_time: 1_800_000_000 },
         }
     }
 
@@ -402,7 +402,16 @@ fn up_and(fake: &Fake, then: impl FnOnce(&mut [Box<dyn Step>], &mut Boot<'_>)) -
 }
 
 fn up_as(config: &Config, fake: &Fake, then: impl FnOnce(&mut [Box<dyn Step>], &mut Boot<'_>)) -> Result<()> {
-    let mut boot = Boot::new(config, DISK.into(), fake.outside());
+    up_on(DataDisks::one(DISK), config, fake, then)
+}
+
+fn up_on(
+    disks: DataDisks,
+    config: &Config,
+    fake: &Fake,
+    then: impl FnOnce(&mut [Box<dyn Step>], &mut Boot<'_>),
+) -> Result<()> {
+    let mut boot = Boot::new(config, disks, fake.outside());
     let mut steps = all(config);
     up(&mut steps, &mut boot, &mut |_, _| Ok(()))?;
     then(&mut steps, &mut boot);
@@ -458,7 +467,7 @@ fn a_missing_disk_in_dev_is_not_made() {
         let mut config = config();
         config.volume.header = header.map(PathBuf::from);
         let fake = Fake::without_disk();
-        let mut boot = Boot::new(&config, disk.into(), fake.outside());
+        let mut boot = Boot::new(&config, DataDisks::one(disk), fake.outside());
         let mut steps = all(&config);
         let error = up(&mut steps, &mut boot, &mut |_, _| Ok(())).unwrap_err();
         assert!(format!("{error:#}").contains("is no place for files"), "{error:#}");
@@ -582,7 +591,7 @@ fn a_killed_start_leaves_a_volume_or_a_formattable_disk() {
     let config = config();
     for count in 0..all(&config).len() {
         let fake = Fake::new();
-        let mut boot = Boot::new(&config, DISK.into(), fake.outside());
+        let mut boot = Boot::new(&config, DataDisks::one(DISK), fake.outside());
         for step in &mut all(&config)[..count] {
             step.run(&mut boot).unwrap();
         }
@@ -837,7 +846,7 @@ fn only_what_is_new_is_told() {
 #[test]
 fn a_plan_says_what_up_would_do() {
     let plan = |config: &Config, fake: &Fake| -> Vec<(&'static str, String, String)> {
-        let boot = Boot::new(config, DISK.into(), fake.outside());
+        let boot = Boot::new(config, DataDisks::one(DISK), fake.outside());
         let row = |step: &dyn Step| {
             let outlook = step.is_done(&boot).map_or_else(|error| format!("{error:#}"), |done| format!("{done:?}"));
             (step.name(), outlook, step.describe(&boot))
@@ -879,4 +888,167 @@ fn a_plan_says_what_up_would_do() {
     assert_eq!(find(&again, "volume"), "Some(false): unlock the LUKS2 volume");
     assert_eq!(find(&again, "header"), "Some(true): the volume has its header");
     assert!(find(&again, "filesystem").starts_with("None: make a filesystem of type ext4 if"), "{again:?}");
+}
+
+const MEMBERS: [&str; 3] = ["/dev/a", "/dev/b", "/dev/c"];
+
+/// Makes a machine with three blank disks.
+fn with_members() -> Fake {
+    let fake = Fake::without_disk();
+    for path in MEMBERS {
+        fake.0.borrow_mut().disks.insert(path.into(), Arc::new(MemoryStore::zeroed(8 << 20)));
+    }
+    fake
+}
+
+fn members(paths: [&str; 3]) -> DataDisks {
+    DataDisks::new(paths.map(PathBuf::from)).unwrap()
+}
+
+/// Brings up the volume on the array and takes it down. The disks have other names than at the last boot.
+fn array_up_and_down(config: &Config, fake: &Fake) -> Result<()> {
+    up_on(members(["/dev/c", "/dev/a", "/dev/b"]), config, fake, |steps, boot| {
+        down(steps, boot, &mut |_, _| ()).unwrap();
+    })
+}
+
+fn plain() -> Config {
+    let mut config = config();
+    config.volume.kind = VolumeType::Plain;
+    config
+}
+
+fn is_blank(fake: &Fake, path: &str) -> bool {
+    fake.0.borrow().disks[Path::new(path)].snapshot().iter().all(|byte| *byte == 0)
+}
+
+#[test]
+fn a_new_array_is_opened_again_whatever_the_order_of_its_disks() {
+    for config in [config(), detached(), plain()] {
+        let fake = with_members();
+        fake.0.borrow_mut().passphrase = (0..64).collect();
+        let mut news = None;
+        up_on(members(MEMBERS), &config, &fake, |steps, boot| {
+            news = boot.news();
+            down(steps, boot, &mut |_, _| ()).unwrap();
+        })
+        .unwrap();
+        let news = news.unwrap();
+        assert!(news.contains("made a new, empty volume on the array of /dev/a, /dev/b and /dev/c"), "{news}");
+        let before = MEMBERS.map(|path| fake.0.borrow().disks[Path::new(path)].snapshot());
+        assert!(before.iter().all(|bytes| bytes[..4096] == [0; 4096] && bytes[4096..4100] == [0xfc, 0x4e, 0x2b, 0xa9]));
+        fake.0.borrow_mut().calls.clear();
+        array_up_and_down(&config, &fake).unwrap();
+        assert!(!fake.0.borrow().calls.iter().any(|call| call == "mkfs" || call == "calibrate"));
+        assert_eq!(MEMBERS.map(|path| fake.0.borrow().disks[Path::new(path)].snapshot()), before);
+    }
+}
+
+#[test]
+fn whatever_fails_nothing_is_left_of_an_array() {
+    for config in [config(), detached()] {
+        let calls = {
+            let fake = with_members();
+            up_on(members(MEMBERS), &config, &fake, |_, _| ()).unwrap();
+            fake.0.borrow().calls.len()
+        };
+        for fault in 0..calls {
+            let fake = with_members();
+            fake.0.borrow_mut().fail = Some(fault);
+            let error = up_on(members(MEMBERS), &config, &fake, |_, _| panic!("it went on")).unwrap_err();
+            let what = fake.0.borrow().calls[fault].clone();
+            assert!(format!("{error:#}").contains(&what), "{error:#}");
+            assert_eq!(fake.leftovers(), (false, vec![], vec![]), "after a fault at {what}");
+            assert!(what == "mount" || MEMBERS.iter().all(|path| is_blank(&fake, path)), "after a fault at {what}");
+            fake.0.borrow_mut().fail = None;
+            array_up_and_down(&config, &fake).unwrap_or_else(|error| panic!("after a fault at {what}: {error:#}"));
+        }
+    }
+}
+
+/// A killed start leaves an array with its volume, or disks on which both can be made.
+#[test]
+fn a_start_with_an_array_is_repeated_after_a_kill() {
+    for config in [config(), detached()] {
+        for count in 0..all(&config).len() {
+            let fake = with_members();
+            let mut boot = Boot::new(&config, members(MEMBERS), fake.outside());
+            let mut steps = all(&config);
+            for step in &mut steps[..count] {
+                step.run(&mut boot).unwrap();
+            }
+            let header_is_new = boot.pending.is_some();
+            drop(boot);
+            fake.0.borrow_mut().mounted.clear();
+            let again = array_up_and_down(&config, &fake);
+            again.unwrap_or_else(|error| panic!("after {count} steps, {header_is_new}: {error:#}"));
+        }
+    }
+}
+
+#[test]
+fn a_start_with_an_array_is_repeated_on_disks_without_discards() {
+    for config in [config(), detached()] {
+        for failing in ["attach", "mkfs"] {
+            let fake = with_members();
+            fake.0.borrow_mut().keeps_all = true;
+            for _ in 0..2 {
+                fake.0.borrow_mut().fail_at = Some(failing);
+                let error = up_on(members(MEMBERS), &config, &fake, |_, _| panic!("it went on")).unwrap_err();
+                assert!(format!("{error:#}").contains("injected fault"), "{error:#}");
+            }
+            fake.0.borrow_mut().fail_at = None;
+            array_up_and_down(&config, &fake).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_another_process_takes_meanwhile_is_kept() {
+    let theirs = {
+        let fake = Fake::new();
+        up_and_down(&fake).unwrap();
+        fake.disk().snapshot()[..8 << 20].to_vec()
+    };
+    // Before the array is begun, before the volume is begun, and before the header is written.
+    for (locks, refusal) in [(0, "/dev/b is not blank: it holds LUKS2"), (1, "another program"), (2, "another program")]
+    {
+        let fake = with_members();
+        fake.0.borrow_mut().meanwhile = Some(Meanwhile { path: "/dev/b", locks, bytes: theirs.clone() });
+        let error =
+            format!("{:#}", up_on(members(MEMBERS), &config(), &fake, |_, _| panic!("it went on")).unwrap_err());
+        assert!(error.contains(refusal) && error.contains("/dev/b"), "{locks}: {error}");
+        let kept = fake.0.borrow().disks[Path::new("/dev/b")].snapshot();
+        assert!(kept[..4096] == theirs[..4096], "{locks}");
+    }
+}
+
+#[test]
+fn a_disk_that_is_not_blank_is_named_and_kept() {
+    let fake = with_members();
+    fake.0.borrow().disks[Path::new("/dev/b")].write_at(b"XFSB\0\0\x10\0", 0).unwrap();
+    let plan = all(&config())[1].is_done(&Boot::new(&config(), members(MEMBERS), fake.outside())).map(drop);
+    plan.unwrap();
+    let error = format!("{:#}", up_on(members(MEMBERS), &config(), &fake, |_, _| ()).unwrap_err());
+    assert!(error.contains("/dev/b is not blank: it holds xfs"), "{error}");
+    assert!(is_blank(&fake, "/dev/a") && is_blank(&fake, "/dev/c"));
+}
+
+#[test]
+fn a_plan_tells_of_an_array() {
+    let fake = with_members();
+    let config = config();
+    let plan = |fake: &Fake| -> Vec<String> {
+        let boot = Boot::new(&config, members(MEMBERS), fake.outside());
+        let row = |step: &dyn Step| {
+            format!("{:?}: {}", step.is_done(&boot).map_err(|error| format!("{error:#}")), step.describe(&boot))
+        };
+        all(&config).iter().map(|step| row(step.as_ref())).collect()
+    };
+    let before = plan(&fake).join("\n");
+    assert!(before.contains("open the array of /dev/a, /dev/b and /dev/c"), "{before}");
+    assert!(before.contains("make a new LUKS2 volume on the array of"), "{before}");
+    assert!(MEMBERS.iter().all(|path| is_blank(&fake, path)), "a plan changes nothing");
+    array_up_and_down(&config, &fake).unwrap();
+    assert!(plan(&fake).join("\n").contains("unlock the LUKS2 volume"));
 }

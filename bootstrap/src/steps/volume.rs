@@ -13,7 +13,7 @@ use engine::volume::Volume;
 use engine::xts::Xts;
 use uuid::Uuid;
 
-use super::disk::header_len;
+use super::disk::{header_len, open_array};
 use super::{Boot, Facts, Foreseen, Step, Undo, need};
 use crate::config::{KeyConfig, KeyFile};
 use crate::keys::opening::{self, Then};
@@ -35,7 +35,7 @@ impl Step for Unlock {
             return "open the plain volume (it has no header, so a wrong key is not noticed)".to_owned();
         }
         match foresee(boot) {
-            Ok(Foreseen::New) => format!("make a new {kind} volume on {}", boot.disk_path.display()),
+            Ok(Foreseen::New) => format!("make a new {kind} volume on {}", boot.data_disks),
             Ok(Foreseen::There(found)) => format!("unlock the {found} volume"),
             // The plan shows the error as the step's obstacle.
             Err(_) => format!("unlock the LUKS volume, or make a new {kind} volume if the disk is blank"),
@@ -49,21 +49,29 @@ impl Step for Unlock {
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
         // The passphrase is used once, and wiped at the end of this step.
         let passphrase = need(boot.passphrase.take(), "the secret")?;
-        if boot.config.volume.kind == VolumeType::Plain {
-            return open_plain(boot, &passphrase);
-        }
-        if is_volume(boot, &boot.disks()?, Look::All(&[]))? {
-            unlock(boot, &passphrase)
-        } else {
-            begin(boot, &passphrase)
-        }
+        let is_plain = boot.config.volume.kind == VolumeType::Plain;
+        let is_there = is_plain || is_volume(boot, &boot.disks()?, Look::All(&[]))?;
+        begin_array(boot)?;
+        let opened = match (is_plain, is_there) {
+            (true, _) => open_plain(boot, &passphrase),
+            (false, true) => unlock(boot, &passphrase),
+            (false, false) => begin(boot, &passphrase),
+        };
+        opened.map_err(|error| match abandon_array(boot) {
+            Ok(()) => error,
+            Err(second) => error.context(format!("and {second:#}")),
+        })
     }
 
     fn undo(&mut self, boot: &mut Boot<'_>, why: Undo) -> Result<()> {
         boot.volume = None;
-        if let (Some(pending), Undo::Failed) = (boot.pending.take(), why) {
-            abandon(boot, pending)?;
+        if why == Undo::Failed {
+            if let Some(pending) = boot.pending.take() {
+                abandon(boot, pending)?;
+            }
+            abandon_array(boot)?;
         }
+        boot.pending = None;
         Ok(())
     }
 }
@@ -84,11 +92,21 @@ pub(super) fn foresee(boot: &Boot<'_>) -> Result<Foreseen> {
 
 fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
     let disks = boot.outside.disks;
-    let (path, volume) = (&boot.disk_path, &boot.config.volume);
-    let data: Arc<dyn BlockStore> = match (disks.exists(path)?, volume.size) {
-        (true, _) => disks.look(path)?,
-        (false, Some(size)) => Arc::new(ToBeMade(size)),
-        (false, None) => bail!("{} does not exist", path.display()),
+    let volume = &boot.config.volume;
+    let mut members: Vec<Arc<dyn BlockStore>> = Vec::new();
+    for path in boot.data_disks.paths() {
+        members.push(match (disks.exists(path)?, volume.size) {
+            (true, _) => disks.look(path)?,
+            (false, Some(size)) => Arc::new(ToBeMade(size)),
+            (false, None) => bail!("{} does not exist", path.display()),
+        });
+    }
+    let (data, is_new_array) = match members.as_slice() {
+        [disk] => (Arc::clone(disk), false),
+        _ => {
+            let array = open_array(boot, members)?;
+            (array.store, array.pending.is_some())
+        }
     };
     if volume.kind == VolumeType::Plain {
         return Ok(Foreseen::There("plain"));
@@ -102,10 +120,14 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
         Some(header) => Disks::detached(header.as_ref(), data.as_ref()),
         None => data.as_ref().into(),
     };
-    if !is_volume(boot, &both, Look::All(&[]))? {
+    let is_volume = match is_new_array {
+        true => is_volume_beside_new_array(boot, &both)?,
+        false => is_volume(boot, &both, Look::All(&[]))?,
+    };
+    if !is_volume {
         check_sector_size(boot, &both)?;
         check_room(boot, &both)?;
-        for path in [Some(path), volume.header.as_ref()].into_iter().flatten() {
+        for path in boot.data_disks.paths().chain(volume.header.as_deref()) {
             if disks.exists(path)? {
                 let blank = || format!("{} is blank, so a new volume would be made on it", path.display());
                 disks.refuse_if_read_only(path).with_context(blank)?;
@@ -114,8 +136,8 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
         return Ok(Foreseen::New);
     }
     let limits = boot.config.volume.limits.limits(boot.outside.machine.memory_kib);
-    let locked = luks::read(both, &limits).with_context(|| boot.header_path().display().to_string())?;
-    opening::warn_of_copies(boot.header_path(), both.header(), Then::Stays);
+    let locked = luks::read(both, &limits).with_context(|| boot.header_disk().to_string())?;
+    opening::warn_of_copies(&boot.header_disk(), both.header(), Then::Stays);
     Ok(Foreseen::There(match locked {
         LockedVolume::Luks1(_) => "LUKS1",
         LockedVolume::Luks2(_) => "LUKS2",
@@ -127,30 +149,62 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
 /// # Errors
 /// Fails if the disk holds anything else, and says what.
 pub(super) fn is_volume(boot: &Boot<'_>, disks: &Disks<'_>, look: Look<'_>) -> Result<bool> {
+    if boot.array.as_ref().is_some_and(|array| array.pending.is_some()) {
+        return is_volume_beside_new_array(boot, disks);
+    }
     match look.at(disks.header())? {
         content if content::is_luks(&content) => Ok(true),
         header @ (Content::Blank | Content::Unfinished) => {
             if disks.is_detached() {
                 // The disk may hold the data of a volume whose header was lost, or is in another file.
-                content::refuse_unless_blank(&boot.disk_path, disks.data(), look).map_err(|refusal| match header {
+                content::refuse_unless_blank(&boot.data_disks, disks.data(), look).map_err(|refusal| match header {
                     Content::Unfinished => refusal.context(format!(
                         "making a volume with the header {} was interrupted. If that was on this disk, the disk holds \
                          only the beginning of its filesystem",
-                        boot.header_path().display()
+                        boot.header_disk()
                     )),
                     _ => refusal,
                 })?;
             }
             Ok(false)
         }
-        content => Err(content::refusal(boot.header_path(), disks.header(), &content)),
+        content => Err(content::refusal(&boot.header_disk(), disks.header(), &content)),
     }
+}
+
+/// Returns whether there is a LUKS volume, if the array is yet to be made. Only a detached header can then be one. The members were
+/// examined when the array was laid out.
+fn is_volume_beside_new_array(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<bool> {
+    if !disks.is_detached() {
+        return Ok(false);
+    }
+    match Look::All(&[]).at(disks.header())? {
+        content if content::is_luks(&content) => Ok(true),
+        Content::Blank | Content::Unfinished => Ok(false),
+        content => Err(content::refusal(&boot.header_disk(), disks.header(), &content)),
+    }
+}
+
+/// Takes the members of an array that is yet to be made.
+fn begin_array(boot: &Boot<'_>) -> Result<()> {
+    let Some(array) = boot.array.as_ref().filter(|array| array.pending.is_some()) else { return Ok(()) };
+    let _locks = boot.lock_headers()?;
+    array.begin(&boot.data_disks)
+}
+
+/// Undoes the beginning of a new array, unless the array is complete.
+fn abandon_array(boot: &mut Boot<'_>) -> Result<()> {
+    let Some(mut array) = boot.array.take_if(|array| array.pending.is_some()) else { return Ok(()) };
+    let locks = boot.lock_members(&array);
+    let abandoned = locks.and_then(|_locks| array.abandon(&boot.data_disks));
+    boot.array = Some(array);
+    abandoned.with_context(|| format!("{} could not be undone", boot.data_disks))
 }
 
 /// Undoes the beginning of a new volume: makes its disk blank again, unless another process uses or has changed the disk.
 fn abandon(boot: &Boot<'_>, pending: PendingFormat) -> Result<()> {
     let result = boot.lock_headers().and_then(|_locks| Ok(pending.abandon(boot.disks()?)?));
-    result.with_context(|| format!("{} could not be made blank again", boot.header_path().display()))
+    result.with_context(|| format!("{} could not be made blank again", boot.header_disk()))
 }
 
 fn open_plain(boot: &mut Boot<'_>, secret: &Passphrase) -> Result<()> {
@@ -169,22 +223,22 @@ fn open_plain(boot: &mut Boot<'_>, secret: &Passphrase) -> Result<()> {
              `keyfile-size = {0}` under [volume] takes the first {0} bytes of a longer secret. For a passphrase, name \
              its `hash`, and set `hash-key-file = true` if it is in a file",
             plain.key_len,
-            boot.disk_path.display(),
+            boot.data_disks,
             8 * plain.key_len
         )
     })?;
     let disk_len = need(boot.disk.as_ref(), "the open disk")?.len();
-    let segment = plain.segment(disk_len).with_context(|| boot.disk_path.display().to_string())?;
+    let segment = plain.segment(disk_len).with_context(|| boot.data_disks.to_string())?;
     let cipher = plain.cipher(&key, boot.outside.machine.cpu)?;
     open(boot, cipher, Facts { kind: VolumeType::Plain, key_bits: key.bits(), segment, keyslot: None })
 }
 
 fn unlock(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
-    let name = || boot.header_path().display().to_string();
+    let name = || boot.header_disk().to_string();
     let disks = boot.disks()?;
     let locked =
         luks::read(disks, &boot.config.volume.limits.limits(boot.outside.machine.memory_kib)).with_context(name)?;
-    opening::warn_of_copies(boot.header_path(), disks.header(), Then::Stays);
+    opening::warn_of_copies(&boot.header_disk(), disks.header(), Then::Stays);
     let unlocked = locked.unlock(disks.header(), passphrase).map_err(|error| {
         let keyslot = |other: &Passphrase| locked.unlock(disks.header(), other).map(|unlocked| unlocked.keyslot);
         opening::explained(error, opening::key_file_of(&boot.config.key), passphrase, keyslot)
@@ -212,10 +266,10 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
         options.tokens = vec![token.to_json()];
     }
     let disks = boot.disks()?;
-    let name = || boot.header_path().display().to_string();
-    for (path, disk) in [(boot.header_path(), disks.header()), (&boot.disk_path, disks.data())] {
+    let name = || boot.header_disk().to_string();
+    for (place, disk) in [(boot.header_disk(), disks.header()), (boot.data_disks.clone(), disks.data())] {
         if disk.is_read_only() {
-            bail!("{} is blank but read-only, so no volume can be made on it", path.display());
+            bail!("{place} is blank but read-only, so no volume can be made on it");
         }
     }
     let locks = boot.lock_headers()?;
@@ -244,7 +298,7 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
 fn check_sector_size(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<()> {
     let volume = &boot.config.volume;
     let fits = new_volume::sector_size(volume.sector_size, disks.data().len());
-    fits.map(drop).with_context(|| format!("`sector-size` under [volume] does not fit {}", boot.disk_path.display()))
+    fits.map(drop).with_context(|| format!("`sector-size` under [volume] does not fit {}", boot.data_disks))
 }
 
 /// Fails if a new volume does not fit the disks.
@@ -253,7 +307,7 @@ fn check_room(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<()> {
     let sector_size = new_volume::sector_size(volume.sector_size, disks.data().len())?;
     // Only the sizes matter here. It would take time to calibrate the key derivation, so the cheapest one is used.
     let options = new_volume::options(volume.kind, sector_size, Strength::Random, Uuid::nil())?;
-    options.check_room(*disks, VolumeKey::AES_256).with_context(|| boot.disk_path.display().to_string())
+    options.check_room(*disks, VolumeKey::AES_256).with_context(|| boot.data_disks.to_string())
 }
 
 /// Stands for a file of this many bytes that does not exist yet. All its bytes read as zeros.
@@ -289,10 +343,10 @@ impl BlockStore for ToBeMade {
 /// Opens the volume that `facts` describe on the open disk.
 fn open(boot: &mut Boot<'_>, cipher: Xts, facts: Facts) -> Result<()> {
     let disk = placed(Arc::clone(need(boot.disk.as_ref(), "the open disk")?), &facts.segment)
-        .with_context(|| boot.disk_path.display().to_string())?;
+        .with_context(|| boot.data_disks.to_string())?;
     boot.disk = Some(Arc::clone(&disk));
     let volume = Volume::with_cipher(disk, facts.segment, cipher);
-    boot.volume = Some(Arc::new(volume.with_context(|| boot.disk_path.display().to_string())?));
+    boot.volume = Some(Arc::new(volume.with_context(|| boot.data_disks.to_string())?));
     boot.facts = Some(facts);
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Examines what a disk or a volume contains, so that nothing is overwritten by mistake.
 
+use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 
@@ -10,6 +11,7 @@ use engine::signature::{self, Content, Kind, Signature, Survey, UNTOUCHED_LEN, U
 use engine::store::{BlockStore, Medium, read_unaligned};
 use engine::volume::Volume;
 
+use super::data_disks::DataDisks;
 use crate::machine::random;
 
 /// How closely to examine a disk.
@@ -108,13 +110,13 @@ pub fn is_luks(content: &Content) -> bool {
 pub fn refuse_unless_free(path: &Path, disk: &dyn BlockStore, look: Look<'_>) -> Result<()> {
     match look.at(disk)? {
         Content::Blank | Content::Unfinished => Ok(()),
-        content if is_too_small(disk) => Err(wrong_file(path, disk, &content)),
+        content if is_too_small(disk) => Err(wrong_file(path.display(), disk, &content)),
         content => {
             let at = path.display();
             Err(anyhow!(
                 "{}. Nothing was changed. To destroy everything on it and make the volume, run `nbdcrypt format --wipe {at}` \
                  with the same options; otherwise choose another device",
-                not_blank(path, &content)
+                not_blank(&at, &content)
             ))
         }
     }
@@ -137,22 +139,42 @@ pub fn refuse_to_remove(path: &Path, disk: &dyn BlockStore) -> Result<()> {
 ///
 /// # Errors
 /// If the disk contains anything else. The text names it and says what to do.
-pub fn refuse_unless_blank(path: &Path, disk: &dyn BlockStore, look: Look<'_>) -> Result<()> {
+pub fn refuse_unless_blank(disks: &DataDisks, disk: &dyn BlockStore, look: Look<'_>) -> Result<()> {
     match look.at(disk)? {
         Content::Blank => Ok(()),
         // A caller that looks only at the ends has examined the whole disk before.
         Content::Unfinished if matches!(look, Look::Ends) || luks::is_abandoned(disk)? => Ok(()),
-        content => Err(refusal(path, disk, &content).context(
+        content => Err(refusal(disks, disk, &content).context(
             "the header is blank, so a new one would be made with a new key; but the disk for the data is not blank",
         )),
     }
 }
 
-/// Returns the error of `up` for a disk that is not blank. `up` destroys nothing, so the text says how to empty the disk.
-pub fn refusal(path: &Path, disk: &dyn BlockStore, content: &Content) -> anyhow::Error {
-    if is_too_small(disk) {
-        return wrong_file(path, disk, content);
+/// Checks that nothing was written to an array.
+///
+/// # Errors
+/// If the array contains anything. The text names it and says what to do.
+pub fn refuse_unless_blank_array(disks: &DataDisks, array: &dyn BlockStore, look: Look<'_>) -> Result<()> {
+    match look.at(array)? {
+        Content::Blank => Ok(()),
+        content => Err(refusal(disks, array, &content)),
     }
+}
+
+/// Returns the error of `up` for a disk, or an array, that is not blank. `up` destroys nothing, so the text says how to empty it.
+pub fn refusal(disks: &DataDisks, disk: &dyn BlockStore, content: &Content) -> anyhow::Error {
+    if is_too_small(disk) {
+        return wrong_file(disks, disk, content);
+    }
+    let Some(path) = disks.single() else {
+        let members: Vec<_> = disks.paths().map(|path| format!("`blkdiscard {}`", path.display())).collect();
+        return anyhow!(
+            "{}. Nothing was changed: a volume is made only on a blank array. If everything on it may be destroyed, empty its \
+             disks with {} and try again; otherwise name other devices",
+            not_blank(disks, content),
+            members.join(", ")
+        );
+    };
     let at = path.display();
     // In a file, holes read as zeros, so they count as blank.
     let is_file =
@@ -167,7 +189,7 @@ pub fn refusal(path: &Path, disk: &dyn BlockStore, content: &Content) -> anyhow:
     anyhow!(
         "{}. Nothing was changed: a volume is made only on a blank disk. If everything on it may be destroyed, empty it with \
          {empty} and try again; otherwise name another device",
-        not_blank(path, content)
+        not_blank(disks, content)
     )
 }
 
@@ -178,14 +200,14 @@ fn is_too_small(disk: &dyn BlockStore) -> bool {
     disk.len() < LEAST
 }
 
-fn wrong_file(path: &Path, disk: &dyn BlockStore, content: &Content) -> anyhow::Error {
+fn wrong_file(disks: impl fmt::Display, disk: &dyn BlockStore, content: &Content) -> anyhow::Error {
     anyhow!(
         "{}, and its {} are too few for a volume. Nothing was changed. Is it another file than you meant, such as the key file?",
-        not_blank(path, content),
+        not_blank(disks, content),
         engine::text::bytes(disk.len())
     )
 }
 
-fn not_blank(path: &Path, content: &Content) -> String {
-    format!("{} is not blank: it holds {content}", path.display())
+fn not_blank(disks: impl fmt::Display, content: &Content) -> String {
+    format!("{disks} is not blank: it holds {content}")
 }

@@ -24,6 +24,7 @@ use crate::keys::{self, KmsToken, rewrap};
 use crate::machine::disk::HeaderLock;
 use crate::machine::{disk, process, random};
 use crate::text;
+use crate::volume::data_disks::DataDisks;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -203,7 +204,7 @@ impl VolumeArgs {
     fn read(&self, limits: &Limits) -> Result<(FileStore, LockedVolume)> {
         let disk = disk::open(self.path(), Access::ReadWrite, Caching::PageCache)?;
         let volume = luks::read_for_keys(&disk, limits)?;
-        opening::warn_of_copies(self.path(), &disk, Then::Changes);
+        opening::warn_of_copies(&DataDisks::one(self.path()), &disk, Then::Changes);
         Ok((disk, volume))
     }
 
@@ -506,7 +507,7 @@ fn test(args: &Test, name: &str) -> Result<()> {
     let Test { header, opener, .. } = args;
     let (configured, limits) = opener.load()?;
     let (disk, volume) = header.look(&limits)?;
-    opening::warn_of_copies(header.path(), &disk, Then::Stays);
+    opening::warn_of_copies(&DataDisks::one(header.path()), &disk, Then::Stays);
     if let Some(slot) = args.key_slot.filter(|slot| !is_in_use(&volume, *slot)) {
         return Err(LuksError::NoSuchKeyslot(slot).into());
     }
@@ -545,7 +546,7 @@ fn rewrap(args: Rewrap) -> Result<()> {
     let name = args.header.name();
     let config = Config::load(&args.config)?;
     let disk = disk::open(args.header.path(), Access::ReadWrite, Caching::PageCache)?;
-    opening::warn_of_copies(args.header.path(), &disk, Then::Changes);
+    opening::warn_of_copies(&DataDisks::one(args.header.path()), &disk, Then::Changes);
     let lock = || disk::lock_header(args.header.path(), disk.file());
     let rewrapped = rewrap::rewrap(&config.key, config.volume.limits, &disk, &lock, args.new_kms_key.clone())?;
     if let Err(error) = &rewrapped.read_back {
@@ -570,7 +571,7 @@ fn set_priority(args: &SetPriority) -> Result<()> {
     if let Dump::Luks1(_) = luks::dump(&disk)? {
         return Err(luks::LuksError::Luks2Only("priorities of keyslots").into());
     }
-    opening::warn_of_copies(args.header.path(), &disk, Then::Changes);
+    opening::warn_of_copies(&DataDisks::one(args.header.path()), &disk, Then::Changes);
     let priority = match args.priority {
         Priority::Ignore => luks2::Priority::Ignore,
         Priority::Normal => luks2::Priority::Normal,
@@ -585,7 +586,7 @@ fn list(args: &List) -> Result<()> {
     // No lock is taken, since a header may be read while its volume is up.
     let disk = disk::open_to_look(path)?;
     let rows = rows(&luks::dump(&disk).with_context(name)?);
-    opening::warn_of_copies(path, &disk, Then::Stays);
+    opening::warn_of_copies(&DataDisks::one(path), &disk, Then::Stays);
     if args.json {
         return tell_json(format_args!("{:#}", Value::Array(rows)));
     }

@@ -16,6 +16,7 @@ use crate::machine::disk;
 use crate::machine::instance_store::SYSFS;
 use crate::machine::memory;
 use crate::text;
+use crate::volume::data_disks::DataDisks;
 
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
@@ -40,7 +41,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         Some((_, header)) => Disks::detached(header, &data),
         None => Disks::from(&data),
     };
-    opening::warn_of_copies(path, disks.header(), Then::Stays);
+    opening::warn_of_copies(&DataDisks::one(path), disks.header(), Then::Stays);
     let ways = verify::ways(&config, disks, memory::limit_kib());
     if args.json {
         tell_json(format_args!("{:#}", Value::Array(ways.iter().map(|way| row(path, way)).collect())))?;

@@ -40,6 +40,7 @@ use crate::machine::{activation, cpu, disk, group, process};
 use crate::service::metrics::{self, MetricsServer, Observed};
 use crate::service::status::Requests;
 use crate::text;
+use crate::volume::data_disks::DataDisks;
 
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("where"))]
@@ -382,7 +383,7 @@ fn look<'a>(args: &'a Args, path: &'a Path) -> Result<Found<'a>> {
             };
             let header_path = args.header.header.as_deref().unwrap_or(path);
             let locked = luks::read(disks, &args.limits.limits()).with_context(|| text::path(header_path))?;
-            opening::warn_of_copies(header_path, disks.header(), Then::Stays);
+            opening::warn_of_copies(&DataDisks::one(header_path), disks.header(), Then::Stays);
             let segment = locked.segment();
             (FoundKind::Luks { header: header.map(Box::new), header_path, locked }, segment)
         }

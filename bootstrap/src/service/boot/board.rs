@@ -3,7 +3,6 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use engine::store::Medium;
 use engine::volume::Volume;
 use nbd_server::statistics::Statistics;
 
@@ -183,8 +182,7 @@ impl Written {
         let mut problems = Vec::new();
         let (name, config) = (&self.status.name, crate::text::path(&self.status.config));
         if let Some(volume) = self.built.volume.upgrade()
-            && let Medium::File { latch, .. } = volume.store().medium()
-            && let Some(failure) = latch.failure()
+            && let Some(failure) = volume.store().flush_failure()
         {
             problems.push(format!(
                 "a flush failed ({failure}), so data may be lost, and every later flush fails, too: check the disk, then run \
@@ -213,7 +211,7 @@ mod tests {
     use std::io;
 
     use engine::sector::SectorSize;
-    use engine::store::{Access, Caching, FileStore};
+    use engine::store::{Access, Caching, FileStore, Medium};
     use nbd_server::statistics::{Blame, Operation};
 
     use super::*;

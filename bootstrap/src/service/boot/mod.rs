@@ -40,6 +40,7 @@ use crate::service::run_dir::{Begun, Claim, State, Wanted};
 use crate::service::status::{Condition, algorithm};
 use crate::service::system::{self, LongWork, RealDevices, RealDisks, RealFilesystems, RealKeys};
 use crate::steps::{self, Boot, Outside};
+use crate::volume::data_disks::DataDisks;
 use board::Board;
 use calling_off::CallingOff;
 use coming_up::Watched;
@@ -188,7 +189,7 @@ fn bring_up_and_serve(
         filesystems: &RealFilesystems { watch: &watched, keeper: Some(Path::new(KEEPER)), gone: None },
         machine: system::machine()?,
     };
-    let mut boot = Boot::new(config, disk_path, outside);
+    let mut boot = Boot::new(config, DataDisks::one(disk_path), outside);
     let mut steps = steps::all(config);
 
     let mut since = Instant::now();

@@ -9,6 +9,7 @@ use crate::machine::process;
 use crate::service::run_dir::RunDir;
 use crate::service::system::Looking;
 use crate::steps::{self, Boot};
+use crate::volume::data_disks::DataDisks;
 
 /// The steps that check something before they run.
 const LOOKING: [&str; 3] = ["mountpoint", "disk", "volume"];
@@ -26,7 +27,7 @@ pub(super) fn checks(config: &Config, run_dir: &Path) -> Vec<Check> {
         Ok(looking) => looking,
         Err(error) => return vec![Check::fail("volume", format!("{error:#}"), "use another machine")],
     };
-    let boot = Boot::new(config, disk, looking.outside());
+    let boot = Boot::new(config, DataDisks::one(disk), looking.outside());
     let steps = steps::all(config);
     let asked = steps.iter().filter(|step| LOOKING.contains(&step.name()));
     asked

@@ -1,0 +1,233 @@
+//! Several disks as one: opens the array that they form, or lays out a new array on blank disks.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use engine::raid::{self, NewArray, OpenError, PendingArray, PendingError, Together};
+use engine::signature::{self, Content, Survey};
+use engine::store::BlockStore;
+
+use super::content::{self, Look};
+use super::data_disks::DataDisks;
+
+/// Bytes that an array's name can have.
+const NAME_LEN: usize = 32;
+
+/// The open members of an array.
+pub struct OpenArray {
+    /// The array's data.
+    pub store: Arc<dyn BlockStore>,
+    /// The members, in the order of their paths.
+    pub members: Vec<Arc<dyn BlockStore>>,
+    /// The array does not exist on the members yet.
+    pub pending: Option<PendingArray>,
+}
+
+/// What a new array is to be like.
+pub struct Wanted<'w> {
+    /// The volume's name, which becomes the array's.
+    pub name: &'w str,
+    /// The chunk in bytes.
+    pub chunk: u64,
+    /// The seconds since 1970.
+    pub now: u64,
+}
+
+impl OpenArray {
+    /// Opens the array that the members form. If all of them are blank, lays out a new array. Writes nothing.
+    ///
+    /// # Errors
+    /// Fails if the members neither form an array nor are blank. The text names the member and says what is wrong.
+    pub fn open(
+        disks: &DataDisks,
+        members: Vec<Arc<dyn BlockStore>>,
+        wanted: &Wanted<'_>,
+        random: &mut dyn FnMut(&mut [u8]) -> std::io::Result<()>,
+    ) -> Result<Self> {
+        match raid::look(&members).map_err(|error| explained(disks, error))? {
+            Together::Array(opened) => {
+                return Ok(Self { store: Arc::new(opened.1), members, pending: None });
+            }
+            Together::Unfinished => {}
+            Together::NoArray => refuse_unless_free(disks, &members, Look::All(&[]))?,
+        }
+        let mut uuid = || {
+            let mut bytes = [0; 16];
+            random(&mut bytes).map(|()| uuid::Builder::from_random_bytes(bytes).into_uuid())
+        };
+        let mut sizes = Vec::with_capacity(members.len());
+        for member in &members {
+            sizes.push((member.len(), uuid()?));
+        }
+        let name = wanted.name[..wanted.name.floor_char_boundary(NAME_LEN)].to_owned();
+        let new = NewArray { uuid: uuid()?, name, now: wanted.now, chunk: wanted.chunk, members: sizes };
+        let pending = PendingArray::new(&members, &new).map_err(|error| explained(disks, error.into()))?;
+        Ok(Self { store: Arc::new(pending.store()), members, pending: Some(pending) })
+    }
+
+    /// Takes the members for a new array, after another look at their ends. They must be locked. Does nothing if the array
+    /// exists.
+    ///
+    /// # Errors
+    /// Fails if a member is no longer free, or cannot be written to.
+    pub fn begin(&self, disks: &DataDisks) -> Result<()> {
+        let Some(pending) = &self.pending else { return Ok(()) };
+        for (path, member) in disks.paths().zip(&self.members) {
+            if member.is_read_only() {
+                bail!("{} is blank but read-only, so no array can be made on it", path.display());
+            }
+        }
+        // A member of an array that was begun before has the marker, and perhaps a superblock.
+        if !matches!(raid::look(&self.members).map_err(|error| explained(disks, error))?, Together::Unfinished) {
+            refuse_unless_free(disks, &self.members, Look::Ends)?;
+        }
+        pending.begin().map_err(|error| named(disks, error))
+    }
+
+    /// Writes the superblocks of a new array. They are durable afterwards, and so is everything in the array.
+    ///
+    /// # Errors
+    /// Fails if another program has written to a member, or if a member fails.
+    pub fn write(&self, disks: &DataDisks) -> Result<()> {
+        self.pending.as_ref().map_or(Ok(()), |pending| pending.write().map_err(|error| named(disks, error)))
+    }
+
+    /// Removes what shows that the array was not complete. What cannot be removed does no harm, and is logged.
+    pub fn complete(&mut self, disks: &DataDisks) {
+        self.pending = None;
+        if self.members.iter().any(|member| member.is_read_only()) {
+            return;
+        }
+        if let Err(error) = raid::remove_markers(&self.members) {
+            let error = named(disks, error);
+            tracing::warn!("the mark of an unfinished format could not be removed, which does no harm: {error:#}");
+        }
+    }
+
+    /// Undoes the beginning of a new array. Members that hold nothing else become blank again.
+    ///
+    /// # Errors
+    /// Fails if another program has written to a member, or if a member fails.
+    pub fn abandon(&mut self, disks: &DataDisks) -> Result<()> {
+        let Some(pending) = self.pending.take() else { return Ok(()) };
+        let data = signature::first_written(&*self.store, 0..self.store.len(), &Survey::default());
+        let is_blank = data.context("the array's data could not be read")?.is_none();
+        pending.abandon(is_blank).map_err(|error| named(disks, error))
+    }
+}
+
+/// Checks that each disk may become a member of a new array.
+fn refuse_unless_free(disks: &DataDisks, members: &[Arc<dyn BlockStore>], look: Look<'_>) -> Result<()> {
+    for (path, member) in disks.paths().zip(members) {
+        match look.at(&**member)? {
+            Content::Blank | Content::Unfinished => {}
+            content => {
+                return Err(content::refusal(&DataDisks::one(path), &**member, &content).context(format!(
+                    "{disks} is not an array, so a new array would be made, but not all of them are blank"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn explained(disks: &DataDisks, error: OpenError) -> anyhow::Error {
+    let disk = match &error {
+        OpenError::Read { disk, .. } => Some(*disk),
+        OpenError::Array(error) => error.disk(),
+    };
+    let place = disk.and_then(|disk| disks.paths().nth(disk)).map(|path| path.display().to_string());
+    let all = disks.to_string();
+    match place {
+        Some(place) => anyhow!(error).context(place).context(format!("{all} cannot be opened")),
+        None => anyhow!(error).context(format!("{all} cannot be opened")),
+    }
+}
+
+fn named(disks: &DataDisks, error: PendingError) -> anyhow::Error {
+    let place = disks.paths().nth(error.disk()).map(|path| path.display().to_string()).unwrap_or_default();
+    anyhow!(error).context(place)
+}
+
+#[cfg(test)]
+mod tests {
+    use engine::store::MemoryStore;
+
+    use super::*;
+
+    const LEN: usize = 8 << 20;
+
+    fn disks(count: usize) -> (DataDisks, Vec<Arc<dyn BlockStore>>) {
+        let paths = (0..count).map(|n| format!("/dev/d{n}").into());
+        let members = (0..count).map(|_| Arc::new(MemoryStore::zeroed(LEN)) as Arc<dyn BlockStore>).collect();
+        (DataDisks::new(paths).unwrap(), members)
+    }
+
+    fn open(disks: &DataDisks, members: &[Arc<dyn BlockStore>]) -> Result<OpenArray> {
+        let mut random = |bytes: &mut [u8]| crate::machine::random::fill(bytes);
+        let wanted = Wanted { name: "scratch", chunk: 64 << 10, now: 1 };
+        OpenArray::open(disks, members.to_vec(), &wanted, &mut random)
+    }
+
+    fn made(disks: &DataDisks, members: &[Arc<dyn BlockStore>]) {
+        let mut array = open(disks, members).unwrap();
+        array.begin(disks).unwrap();
+        array.store.write_at(&[5; 4096], 0).unwrap();
+        array.write(disks).unwrap();
+        array.complete(disks);
+    }
+
+    #[test]
+    fn a_member_that_does_not_belong_is_named_and_nothing_is_written() {
+        let (names, members) = disks(2);
+        made(&names, &members);
+        let (_, others) = disks(2);
+        made(&names, &others);
+        let blank: Arc<dyn BlockStore> = Arc::new(MemoryStore::zeroed(LEN));
+        let small: Arc<dyn BlockStore> = Arc::new(MemoryStore::zeroed(4 << 20));
+        let mut superblock = [0; 4096];
+        members[1].read_at(&mut superblock, 4096).unwrap();
+        small.write_at(&superblock, 4096).unwrap();
+        let ext4: Arc<dyn BlockStore> = Arc::new(MemoryStore::zeroed(LEN));
+        ext4.write_at(&[0x53, 0xef], 1024 + 0x38).unwrap();
+        for (second, says) in [
+            (&blank, "/dev/d1: there is no md superblock"),
+            (&others[1], "/dev/d1: it belongs to the array"),
+            (&members[0], "/dev/d1: it has the same role 0"),
+            (&small, "/dev/d1: the array's data on it ends at"),
+            (&ext4, "/dev/d1: there is no md superblock"),
+        ] {
+            let pair = [Arc::clone(&members[0]), Arc::clone(second)];
+            let error = format!("{:#}", open(&names, &pair).err().unwrap());
+            assert!(error.contains(says) && error.contains("the array of /dev/d0 and /dev/d1"), "{error}");
+        }
+        let error = format!("{:#}", open(&names, &[blank, ext4]).err().unwrap());
+        assert!(error.contains("/dev/d1 is not blank: it holds ext2 filesystem"), "{error}");
+        let one = DataDisks::one("/dev/d0");
+        let error = format!("{:#}", open(&one, &members[..1]).err().unwrap());
+        assert!(error.contains("the array has 2 members, of which only 1 are there (missing roles: 1)"), "{error}");
+    }
+
+    #[test]
+    fn members_are_found_in_any_order() {
+        let (names, members) = disks(3);
+        made(&names, &members);
+        let turned = [Arc::clone(&members[2]), Arc::clone(&members[0]), Arc::clone(&members[1])];
+        let array = open(&names, &turned).unwrap();
+        let mut data = [0; 4096];
+        array.store.read_at(&mut data, 0).unwrap();
+        assert!(array.pending.is_none() && data == [5; 4096]);
+    }
+
+    #[test]
+    fn a_disk_that_was_written_to_meanwhile_is_kept() {
+        let (names, members) = disks(2);
+        let array = open(&names, &members).unwrap();
+        members[1].write_at(&[0x53, 0xef], 1024 + 0x38).unwrap();
+        let error = format!("{:#}", array.begin(&names).unwrap_err());
+        assert!(error.contains("/dev/d1 is not blank"), "{error}");
+        let mut first = [0; 512];
+        members[0].read_at(&mut first, 0).unwrap();
+        assert_eq!(first, [0; 512]);
+    }
+}
