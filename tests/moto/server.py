@@ -2,7 +2,7 @@
 
 moto behaves as AWS does, with gaps that matter here. Its KMS encrypts and decrypts under keys that are disabled or
 pending deletion, or whose policy denies it. It answers AccessDeniedException for a ciphertext of another key, and for
-many bytes that are not a ciphertext. This server closes these gaps. The right answers are in the KMS Developer Guide,
+many bytes that are not a ciphertext. It cannot decrypt what a multi-Region key encrypted. This server closes these gaps. The right answers are in the KMS Developer Guide,
 "Key states of AWS KMS keys", and in the KMS API Reference, `Decrypt`, "Errors".
 
 Where requests are checked, moto looks only at actions. This server also looks at resources and conditions, at the policies
@@ -19,6 +19,7 @@ import uuid
 from moto.core.exceptions import JsonRESTError
 from moto.iam import access_control
 from moto.kms import models
+from moto.kms.responses import KmsResponse
 from moto.kms.utils import _deserialize_ciphertext_blob
 from moto.s3.models import FakeBucket, s3_backends
 from moto.server import ThreadedMotoServer
@@ -45,7 +46,7 @@ def check_policy(key, action):
 def decrypt(self, ciphertext_blob, encryption_context, key_id=None):
     try:
         key_id_within = _deserialize_ciphertext_blob(ciphertext_blob).key_id
-        uuid.UUID(key_id_within)
+        uuid.UUID(key_id_within.removeprefix("mrk-"))
     except Exception:
         raise Refused("InvalidCiphertextException", "")
     key = self.keys.get(key_id_within)
@@ -65,6 +66,20 @@ def encrypt(self, key_id, plaintext, encryption_context):
     return moto_encrypt(self, key_id, plaintext, encryption_context)
 
 
+def generate_key_id(multi_region=False):
+    """As long as any other key's id. moto's are longer, and do not fit into its ciphertexts."""
+    return f"mrk-{uuid.uuid4().hex}" if multi_region else str(uuid.uuid4())
+
+
+def check_key_id(self, key_id):
+    if not key_id.startswith("mrk-"):
+        moto_check_key_id(self, key_id)
+    elif key_id not in self.kms_backend.keys:
+        raise Refused("NotFoundException", f"Key {key_id} does not exist")
+
+
+models.generate_key_id = generate_key_id
+moto_check_key_id, KmsResponse._validate_cmk_id = KmsResponse._validate_cmk_id, check_key_id
 moto_decrypt, models.KmsBackend.decrypt = models.KmsBackend.decrypt, decrypt
 moto_encrypt, models.KmsBackend.encrypt = models.KmsBackend.encrypt, encrypt
 

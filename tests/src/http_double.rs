@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-/// A request's method and path, and its headers in lower case.
+/// A request's method and path, its headers in lower case, and its body.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// `GET`.
@@ -17,6 +17,8 @@ pub struct Request {
     pub path: String,
     /// The headers, each as `name: value`.
     pub headers: Vec<String>,
+    /// The body, in which bytes that are not UTF-8 are replaced.
+    pub body: String,
 }
 
 /// A port of the loopback interface that refuses connections for as long as this value lives. The port stays taken, so that
@@ -102,8 +104,9 @@ fn serve(stream: TcpStream, asked: &Mutex<Vec<Request>>, answer: &dyn Fn(&Reques
         }
     }
     let len = headers.iter().find_map(|header| header.strip_prefix("content-length: ")?.parse().ok());
-    reader.take(len.unwrap_or(0)).read_to_end(&mut Vec::new())?;
-    let request = Request { method, path, headers };
+    let mut body = Vec::new();
+    reader.take(len.unwrap_or(0)).read_to_end(&mut body)?;
+    let request = Request { method, path, headers, body: String::from_utf8_lossy(&body).into_owned() };
     let (status, headers, body) = answer(&request);
     asked.lock().unwrap().push(request);
     write!(writer, "HTTP/1.1 {status}\r\nConnection: close\r\n")?;

@@ -121,7 +121,13 @@ impl Moto {
 
     /// Sets the key's policy.
     pub fn set_key_policy(&self, key: &str, policy: &Value) {
-        self.kms("PutKeyPolicy", &json!({ "KeyId": key, "PolicyName": "default", "Policy": policy.to_string() }));
+        self.set_key_policy_in(REGION, key, policy);
+    }
+
+    /// Sets the policy of a key in this region.
+    pub fn set_key_policy_in(&self, region: &str, key: &str, policy: &Value) {
+        let parameters = json!({ "KeyId": key, "PolicyName": "default", "Policy": policy.to_string() });
+        self.kms_in(region, "PutKeyPolicy", &parameters);
     }
 
     /// Sets the bucket's policy.
@@ -177,14 +183,32 @@ impl Moto {
         );
     }
 
+    /// Makes a multi-Region key with a replica in another region. Returns the id, which is the same for both, and the ARNs.
+    pub fn make_multi_region_key(&self, other: &str) -> (String, [String; 2]) {
+        let key: Value = serde_json::from_str(&self.kms("CreateKey", &json!({ "MultiRegion": true }))).unwrap();
+        let metadata = &key["KeyMetadata"];
+        self.kms("ReplicateKey", &json!({ "KeyId": metadata["KeyId"], "ReplicaRegion": other }));
+        let [id, arn] = ["KeyId", "Arn"].map(|name| metadata[name].as_str().unwrap());
+        (id.to_owned(), [arn.to_owned(), arn.replace(REGION, other)])
+    }
+
     /// Sends KMS a request and returns the answer.
     pub fn kms(&self, action: &str, parameters: &Value) -> String {
+        self.kms_in(REGION, action, parameters)
+    }
+
+    /// Sends KMS in this region a request and returns the answer.
+    pub fn kms_in(&self, region: &str, action: &str, parameters: &Value) -> String {
         let target = format!("X-Amz-Target: TrentService.{action}\r\n");
-        self.request("POST", "/", "kms", &target, parameters.to_string().as_bytes())
+        self.request_in(region, "POST", "/", "kms", &target, parameters.to_string().as_bytes())
     }
 
     /// Sends one request, which must succeed, and returns the answer's body.
     fn request(&self, method: &str, path: &str, service: &str, headers: &str, body: &[u8]) -> String {
+        self.request_in(REGION, method, path, service, headers, body)
+    }
+
+    fn request_in(&self, region: &str, method: &str, path: &str, service: &str, headers: &str, body: &[u8]) -> String {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         let binary = "Content-Type: application/octet-stream\r\n".to_owned();
         let headers = if headers.contains("Content-Type") { headers.to_owned() } else { binary + headers };
@@ -193,7 +217,7 @@ impl Moto {
             stream,
             "{method} {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Length: {}\r\n\
              {headers}\
-             Authorization: AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/20200101/{REGION}/{service}/aws4_request, \
+             Authorization: AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/20200101/{region}/{service}/aws4_request, \
              SignedHeaders=host, Signature=0\r\n\r\n",
             self.address,
             body.len()

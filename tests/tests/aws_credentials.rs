@@ -16,8 +16,14 @@ const MARKER: &str = "MarkerOfASecret";
 fn services() -> HttpDouble {
     HttpDouble::start(|request| match request.method.as_str() {
         "GET" => ok("ciphertext"),
-        _ => ok(r#"{"KeyId": "k", "Plaintext": "c2VzYW1l"}"#),
+        _ => decrypted(request),
     })
+}
+
+/// Returns the answer of KMS in the region that the request is signed for.
+fn decrypted(request: &Request) -> Answer {
+    let (_, region) = request.signed_by().unwrap();
+    ok(&format!(r#"{{"KeyId": "arn:aws:kms:{region}:111122223333:key/1", "Plaintext": "c2VzYW1l"}}"#))
 }
 
 fn ok(body: &str) -> Answer {
@@ -420,7 +426,7 @@ fn credentials_that_aws_refuses_are_fetched_again() {
                     vec![],
                     "<Error><Code>ExpiredToken</Code><Message>m</Message></Error>".to_owned(),
                 ),
-                (_, true) => ok(r#"{"KeyId": "k", "Plaintext": "c2VzYW1l"}"#),
+                (_, true) => decrypted(request),
                 (_, false) => (status, vec![], format!(r#"{{"__type": "{code}", "message": "m"}}"#)),
             }
         });
@@ -435,7 +441,7 @@ fn credentials_that_aws_refuses_are_fetched_again() {
         let kms = HttpDouble::start(move |request| {
             let is_new = request.signed_by().is_some_and(|(key, _)| key == "asiasecond");
             match is_new {
-                true => ok(r#"{"KeyId": "k", "Plaintext": "c2VzYW1l"}"#),
+                true => decrypted(request),
                 false => (status, vec![], format!(r#"{{"__type": "{code}", "message": "m"}}"#)),
             }
         });

@@ -265,6 +265,62 @@ fn policies_for_a_plain_volume_are_exact() {
     Account::new("type = \"plain\"", PLAIN).each_printed_policy_is_exact();
 }
 
+/// With a list of keys, the policies allow to decrypt with each key, and to encrypt with the first one only.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto, root and FUSE: run `make test`")]
+fn policies_cover_every_key_of_a_list() {
+    const OTHER: &str = "us-east-1";
+    let account = Account::new("", OBJECT);
+    let (id, [first, second]) = account.moto.make_multi_region_key(OTHER);
+    let list = OBJECT.replace("\"alias/volumes\"", &format!("[\"{first}\", \"{second}\"]"));
+    account.configure("", &list);
+    let printed = account.printed()["policies"].clone();
+    let set = |role: &Value, keys: [&Value; 2]| {
+        account.moto.enforce_policies(false);
+        account.moto.set_role_policy("machine", role);
+        account.moto.set_key_policy(&id, keys[0]);
+        account.moto.set_key_policy_in(OTHER, &id, keys[1]);
+        account.moto.enforce_policies(true);
+    };
+    let comes_up = || {
+        account.succeeds(&account.machine, &["up", "scratch.toml"]);
+        account.succeeds(&account.machine, &["down", "scratch.toml"]);
+    };
+    let is_denied = || account.is_denied(&account.machine, &["up", "scratch.toml"], &second);
+    let without = |policy: &Value, sid: &str| {
+        let mut policy = policy.clone();
+        let statements = policy["Statement"].as_array_mut().unwrap();
+        let before = statements.len();
+        statements.retain(|statement| statement["Sid"] != sid);
+        assert_eq!(statements.len(), before - 1, "{sid}: {policy}");
+        policy
+    };
+    let (role, keys) = (&printed["instance-role"], [&printed["kms-key"], &printed["kms-key-2"]]);
+    account.apply(&[("provisioner", printed["provisioner"].clone()), ("bucket", printed["bucket"].clone())]);
+    set(role, keys);
+    account.succeeds(&account.maker, &["provision", "scratch.toml"]);
+    comes_up();
+
+    // Without the first key, everything depends on the second one.
+    account.moto.enforce_policies(false);
+    account.moto.kms("DisableKey", &json!({ "KeyId": id }));
+    account.moto.enforce_policies(true);
+    comes_up();
+    // Only the role's policy counts.
+    let default = json!({ "Version": "2012-10-17", "Statement": [{
+        "Effect": "Allow", "Principal": { "AWS": format!("arn:aws:iam::{ACCOUNT}:root") }, "Action": "kms:*", "Resource": "*"
+    }] });
+    set(role, [&default; 2]);
+    comes_up();
+    set(&without(role, "UnlockVolume2"), [&default; 2]);
+    is_denied();
+    // Only the key's policy counts. The bucket's policy lets the role read.
+    set(&nothing("instance-role"), keys);
+    comes_up();
+    set(&nothing("instance-role"), [keys[0], &without(keys[1], "UnlockVolume")]);
+    is_denied();
+}
+
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, root and FUSE: run `make test`")]
 fn each_command_needs_exactly_its_actions() {

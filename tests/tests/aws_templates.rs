@@ -67,6 +67,7 @@ fn templates_are_valid() {
         ("", object.to_owned()),
         ("", format!("object = \"token\"\n{arn}")),
         ("", "object = \"token\"\nkms-key = \"alias/x\"".to_owned()),
+        ("", format!("{object}\nkms-key = [\"alias/x\", \"arn:aws:kms:us-east-1:123456789012:alias/y\"]")),
     ] {
         let text = format!("[volume]\ndevices = [\"instance-store\"]\n{volume}\n[key]\nsource = \"aws\"\n{key}\n");
         let name = format!("template{}.json", templates.len());

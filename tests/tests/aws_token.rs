@@ -269,6 +269,66 @@ fn another_volumes_token_is_refused_with_the_reason() {
     instance.succeeds("down");
 }
 
+/// Two tokens hold the secret, each encrypted under another key. If one key cannot be used, the other one can.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto, cryptsetup, root and FUSE: run `make test`")]
+fn the_next_token_is_tried_if_the_first_cannot_be_used() {
+    let moto = Moto::start();
+    let [first, second] = ["alias/volumes", "alias/second"].map(|alias| moto.make_key(alias));
+    let instance = Instance::new(&moto, "");
+    instance.succeeds("up");
+    fs::write(instance.path("mnt/file"), "kept").unwrap();
+    instance.succeeds("down");
+    let config = fs::read_to_string(instance.path("scratch.toml")).unwrap();
+    instance.0.file("scratch.toml", config.replace("\"alias/volumes\"", "[\"alias/volumes\", \"alias/second\"]"));
+
+    let own = instance.token();
+    let context = &own["encryption-context"];
+    let asked = json!({ "CiphertextBlob": own["ciphertext"], "EncryptionContext": context });
+    let secret: Value = serde_json::from_str(&moto.kms("Decrypt", &asked)).unwrap();
+    let asked = json!({ "KeyId": second, "Plaintext": secret["Plaintext"], "EncryptionContext": context });
+    let encrypted: Value = serde_json::from_str(&moto.kms("Encrypt", &asked)).unwrap();
+    let mut other = own.clone();
+    (other["ciphertext"], other["kms-key"]) = (encrypted["CiphertextBlob"].clone(), encrypted["KeyId"].clone());
+    instance.0.file("other.json", other.to_string());
+    instance.0.shell("cryptsetup token import --token-id 1 --json-file other.json disk");
+
+    let comes_up = || {
+        instance.succeeds("up");
+        assert_eq!(fs::read_to_string(instance.path("mnt/file")).unwrap(), "kept");
+        instance.succeeds("down");
+    };
+    comes_up();
+    moto.kms("DisableKey", &json!({ "KeyId": first }));
+    comes_up();
+    moto.kms("DisableKey", &json!({ "KeyId": second }));
+    let words = [
+        "token 0 with alias/volumes: alias/volumes is disabled",
+        "token 1 with alias/second: alias/second is disabled",
+    ];
+    instance.refused("up", &words);
+    moto.kms("EnableKey", &json!({ "KeyId": second }));
+
+    // A token that is malformed, or of another volume, is left out.
+    let mut broken = own.clone();
+    broken["ciphertext"] = json!("?");
+    instance.replace_token(&broken);
+    comes_up();
+    let mut of_another = own.clone();
+    of_another["encryption-context"]["luks-uuid"] = json!("00000000-0000-0000-0000-000000000000");
+    instance.replace_token(&of_another);
+    comes_up();
+    // A token without a keyslot opens nothing, although KMS decrypts it.
+    moto.kms("EnableKey", &json!({ "KeyId": first }));
+    let context = &own["encryption-context"];
+    let asked = json!({ "KeyId": first, "Plaintext": "b2xk", "EncryptionContext": context });
+    let encrypted: Value = serde_json::from_str(&moto.kms("Encrypt", &asked)).unwrap();
+    let mut old = own.clone();
+    (old["ciphertext"], old["keyslots"]) = (encrypted["CiphertextBlob"].clone(), json!([]));
+    instance.replace_token(&old);
+    comes_up();
+}
+
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, root and FUSE: run `make test`")]
 fn a_refusal_by_kms_leaves_no_volume_behind() {

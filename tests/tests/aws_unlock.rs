@@ -191,6 +191,25 @@ fn a_ciphertext_of_another_key_is_refused() {
     refused(&account.client, &elsewhere, &["KMS denies access", "us-west-2", "another account or region"]);
 }
 
+/// A ciphertext of one region is decrypted with the replica in another one, if the first key cannot be used.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
+fn a_replica_decrypts_if_the_first_key_is_disabled() {
+    let mut account = Account::new("replica");
+    let (id, [first, second]) = MOTO.make_multi_region_key("us-east-1");
+    account.alias = first.clone();
+    account.put_secret(&MOTO, PASSWORD, "");
+    let config = account.config(&format!("kms-key = [\"{first}\", \"{second}\"]"));
+    assert_eq!(unlocked(&account.client, &config), PASSWORD);
+    MOTO.kms("DisableKey", &json!({ "KeyId": id }));
+    assert_eq!(unlocked(&account.client, &config), PASSWORD);
+    let by_id = account.config(&format!("kms-key = \"{id}\"\nkms-region = \"us-east-1\""));
+    assert_eq!(unlocked(&account.client, &by_id), PASSWORD);
+    MOTO.kms_in("us-east-1", "DisableKey", &json!({ "KeyId": id }));
+    let config = account.config(&format!("kms-key = [\"{first}\", \"{second}\"]"));
+    refused(&account.client, &config, &["2 ways", &format!("{first} is disabled"), &format!("{second} is disabled")]);
+}
+
 #[test]
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
 fn data_that_is_not_a_ciphertext_is_refused() {
@@ -329,12 +348,15 @@ fn s3_in(region: &'static str, elsewhere: fn(&Request) -> Answer) -> HttpDouble 
     })
 }
 
+/// Returns the answer of KMS that it decrypted the secret `sesame` with this key.
+fn decrypted(key: &str) -> Answer {
+    ("200 OK", vec![], json!({ "KeyId": key, "Plaintext": "c2VzYW1l" }).to_string())
+}
+
 /// Starts KMS in one region.
 fn kms_in(region: &'static str) -> HttpDouble {
     HttpDouble::start(move |request| match request.signed_by() {
-        Some((_, signed)) if signed == region => {
-            ("200 OK", vec![], r#"{"KeyId": "k", "Plaintext": "c2VzYW1l"}"#.to_owned())
-        }
+        Some((_, signed)) if signed == region => decrypted(&format!("arn:aws:kms:{region}:111122223333:key/mrk-1")),
         _ => ("400 Bad Request", vec![], r#"{"__type": "AccessDeniedException", "message": "not here"}"#.to_owned()),
     })
 }
@@ -359,7 +381,10 @@ fn bucket_and_key_may_be_in_two_regions() {
         (Some(REGION), "kms-key = \"arn:aws:kms:us-west-2:111122223333:alias/x\"".to_owned()),
         (Some("us-west-2"), String::new()),
         (Some(REGION), "kms-key = \"alias/x\"\nkms-region = \"us-west-2\"".to_owned()),
-        (Some(REGION), "kms-key = \"arn:aws:kms:eu-west-1:1:key/1\"\nkms-region = \"us-west-2\"".to_owned()),
+        (
+            Some(REGION),
+            "kms-key = \"arn:aws:kms:eu-west-1:111122223333:key/mrk-1\"\nkms-region = \"us-west-2\"".to_owned(),
+        ),
         (None, "kms-region = \"us-west-2\"".to_owned()),
     ] {
         for elsewhere in redirected {
@@ -389,6 +414,189 @@ fn bucket_and_key_may_be_in_two_regions() {
     );
     assert_eq!(unlocked(&client, &config(&client, "s3://bucket/key", &more)), "sesame");
     assert_eq!(s3.requests().len(), 1);
+}
+
+/// The replicas of a multi-Region key, in two regions, as a list in the configuration.
+const REPLICAS: &str = "kms-key = [\"arn:aws:kms:eu-west-1:111122223333:key/mrk-1\", \
+                        \"arn:aws:kms:us-east-1:111122223333:key/mrk-1\"]";
+
+/// Starts S3, and KMS in all regions. `answer` gets the region that a request to KMS is signed for.
+fn kms_with(answer: impl Fn(&str) -> Answer + Send + Sync + 'static) -> HttpDouble {
+    HttpDouble::start(move |request| match (request.method.as_str(), request.signed_by()) {
+        ("POST", Some((_, region))) => answer(region),
+        _ => ("200 OK", vec![], "ciphertext".to_owned()),
+    })
+}
+
+/// Returns the regions in which KMS was asked, in order.
+fn kms_regions(service: &HttpDouble) -> Vec<String> {
+    let asked = service.requests();
+    let of_kms = asked.iter().filter(|request| request.method == "POST");
+    of_kms.map(|request| request.signed_by().unwrap().1.to_owned()).collect()
+}
+
+fn replica(region: &str) -> Answer {
+    decrypted(&format!("arn:aws:kms:{region}:111122223333:key/mrk-1"))
+}
+
+fn refusal(code: &str) -> Answer {
+    ("400 Bad Request", vec![], json!({ "__type": code, "message": "m" }).to_string())
+}
+
+#[test]
+fn the_next_key_is_tried_in_its_own_region() {
+    let cut: Answer = ("200 OK", vec!["Content-Length: 1000".to_owned()], "{\"KeyId\"".to_owned());
+    for first in [
+        cut,
+        ("503 Service Unavailable", vec![], String::new()),
+        refusal("ThrottlingException"),
+        refusal("KMSInternalException"),
+        refusal("DisabledException"),
+        refusal("KMSInvalidStateException"),
+        refusal("NotFoundException"),
+        refusal("AccessDeniedException"),
+        // The region is not enabled for this account.
+        refusal("UnrecognizedClientException"),
+        decrypted("arn:aws:kms:eu-west-1:999999999999:key/mrk-1"),
+    ] {
+        let what = format!("{first:?}");
+        let kms = kms_with(move |region| if region == "eu-west-1" { first.clone() } else { replica(region) });
+        let mut client = user();
+        client.set("AWS_REGION", REGION);
+        let more = format!("{REPLICAS}\nendpoint-url = \"{}\"", kms.endpoint());
+        assert_eq!(unlocked(&client, &config(&client, "s3://bucket/key", &more)), "sesame", "{what}");
+        // The first key is not asked again before the second one.
+        assert_eq!(kms_regions(&kms), ["eu-west-1", "us-east-1"], "{what}");
+        // Each request names the key of its region.
+        let asked = kms.requests();
+        for request in asked.iter().filter(|request| request.method == "POST") {
+            let region = request.signed_by().unwrap().1;
+            assert!(request.body.contains(&format!("arn:aws:kms:{region}:111122223333:key/mrk-1")), "{}", request.body);
+        }
+    }
+    // The first key is enough.
+    let kms = kms_with(replica);
+    let mut client = user();
+    client.set("AWS_REGION", REGION);
+    let more = format!("{REPLICAS}\nendpoint-url = \"{}\"", kms.endpoint());
+    assert_eq!(unlocked(&client, &config(&client, "s3://bucket/key", &more)), "sesame");
+    assert_eq!(kms_regions(&kms), ["eu-west-1"]);
+}
+
+/// The first region does not use up the time: both are asked again until one answers.
+#[test]
+fn keys_take_turns_until_one_answers() {
+    let count = AtomicUsize::new(0);
+    let kms = kms_with(move |region| match (region, count.fetch_add(1, Ordering::Relaxed)) {
+        ("us-east-1", 5..) => replica(region),
+        _ => refusal("ThrottlingException"),
+    });
+    let mut client = user();
+    client.set("AWS_REGION", REGION);
+    let more = format!("{REPLICAS}\nendpoint-url = \"{}\"", kms.endpoint());
+    let config = config(&client, "s3://bucket/key", &more);
+    let text = std::fs::read_to_string(&config).unwrap().replace("\"2s\"", "\"300s\"");
+    std::fs::write(&config, text).unwrap();
+    assert_eq!(unlocked(&client, &config), "sesame");
+    let both = ["eu-west-1", "us-east-1"];
+    assert_eq!(kms_regions(&kms), [both, both, both].concat());
+}
+
+/// S3 and KMS share `retry-for`. Here S3 uses it up, and each key is then asked only once.
+#[test]
+fn one_deadline_is_for_s3_and_all_keys_together() {
+    let service = HttpDouble::start(|request| match request.method.as_str() {
+        "GET" => {
+            std::thread::sleep(Duration::from_millis(1500));
+            ("200 OK", vec![], "ciphertext".to_owned())
+        }
+        _ => refusal("ThrottlingException"),
+    });
+    let mut client = user();
+    client.set("AWS_REGION", REGION);
+    let config = config(&client, "s3://bucket/key", &format!("{REPLICAS}\nendpoint-url = \"{}\"", service.endpoint()));
+    let text = std::fs::read_to_string(&config).unwrap().replace("\"2s\"", "\"1s\"");
+    std::fs::write(&config, text).unwrap();
+    let error = refused(&client, &config, &[]);
+    // On a very slow machine, even S3's answer is late.
+    let asked = kms_regions(&service);
+    assert!(asked == ["eu-west-1", "us-east-1"] || asked.is_empty(), "{asked:?}: {error}");
+}
+
+#[test]
+fn a_refusal_by_every_key_is_one_error() {
+    let kms = kms_with(|region| match region {
+        "eu-west-1" => refusal("InvalidCiphertextException"),
+        _ => refusal("AccessDeniedException"),
+    });
+    let mut client = user();
+    client.set("AWS_REGION", REGION);
+    let more = format!("{REPLICAS}\nendpoint-url = \"{}\"", kms.endpoint());
+    let words = [
+        "2 ways to the secret",
+        "(1) arn:aws:kms:eu-west-1:111122223333:key/mrk-1: KMS cannot decrypt s3://bucket/key",
+        "(2) arn:aws:kms:us-east-1:111122223333:key/mrk-1: KMS denies access",
+    ];
+    let error = refused(&client, &config(&client, "s3://bucket/key", &more), &words);
+    assert_eq!(kms_regions(&kms).len(), 2, "{error}");
+    assert!(!error.contains("times in"), "{error}");
+}
+
+#[test]
+fn an_answer_for_another_key_is_refused() {
+    let key = "arn:aws:kms:eu-central-1:111122223333:key/1";
+    for (configured, answered, is_right) in [
+        (key, key, true),
+        (key, "arn:aws:kms:eu-central-1:111122223333:key/2", false),
+        (key, "arn:aws:kms:eu-central-1:999999999999:key/1", false),
+        (key, "", false),
+        ("1", key, true),
+        ("1", "arn:aws:kms:eu-central-1:111122223333:key/2", false),
+        ("alias/x", key, true),
+        ("alias/x", "arn:aws:kms:us-east-1:111122223333:key/1", false),
+        ("arn:aws:kms:eu-central-1:111122223333:alias/x", key, true),
+        ("arn:aws:kms:eu-central-1:111122223333:alias/x", "arn:aws:kms:eu-central-1:999999999999:key/1", false),
+    ] {
+        let kms = kms_with(move |_| decrypted(answered));
+        let mut client = user();
+        client.set("AWS_REGION", REGION);
+        let more = format!("kms-key = \"{configured}\"\nendpoint-url = \"{}\"", kms.endpoint());
+        let config = config(&client, "s3://bucket/key", &more);
+        match is_right {
+            true => assert_eq!(unlocked(&client, &config), "sesame", "{configured} {answered}"),
+            false => {
+                refused(&client, &config, &[answered, configured, "answer is not used", "kms-endpoint-url"]);
+                assert_eq!(kms_regions(&kms).len(), 1);
+            }
+        }
+    }
+}
+
+/// S3 sends the checksum that it stores. The object is damaged on its way, once.
+#[test]
+fn an_object_with_a_wrong_checksum_is_read_again() {
+    // The CRC-32 of "ciphertext", in base64.
+    let right = "x-amz-checksum-crc32: /HcmdQ==";
+    let count = AtomicUsize::new(0);
+    let service = HttpDouble::start(move |request| match request.method.as_str() {
+        "GET" if count.fetch_add(1, Ordering::Relaxed) == 0 => {
+            ("200 OK", vec![right.to_owned()], "cipherTEXT".to_owned())
+        }
+        "GET" => ("200 OK", vec![right.to_owned()], "ciphertext".to_owned()),
+        _ => decrypted("k"),
+    });
+    let mut client = user();
+    client.set("AWS_REGION", REGION);
+    // The usual settings of AWS tools can turn the check off.
+    client.set("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required");
+    let config = config(&client, "s3://bucket/key", &format!("endpoint-url = \"{}\"", service.endpoint()));
+    let text = std::fs::read_to_string(&config).unwrap().replace("\"2s\"", "\"300s\"");
+    std::fs::write(&config, text).unwrap();
+    let output = unlock(&client, &config);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.stdout, b"sesame", "{said}");
+    assert!(said.contains("s3://bucket/key was damaged on its way from S3"), "{said}");
+    assert!(service.requests()[0].headers.contains(&"x-amz-checksum-mode: enabled".to_owned()));
 }
 
 #[test]
@@ -543,7 +751,7 @@ fn a_wrong_clock_is_corrected_from_the_services_time() {
 fn the_aws_clis_proxy_and_certificate_settings_are_used() {
     let service = HttpDouble::start(|request| match request.method.as_str() {
         "GET" => ("200 OK", vec![], "ciphertext".to_owned()),
-        _ => ("200 OK", vec![], r#"{"KeyId": "k", "Plaintext": "c2VzYW1l"}"#.to_owned()),
+        _ => decrypted("arn:aws:kms:us-west-2:111122223333:key/1"),
     });
     let mut client = user();
     let hosts = ["bucket.s3.eu-central-1.amazonaws.com", "kms.us-west-2.amazonaws.com"];

@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::{tell, tell_json};
-use crate::config::Config;
+use crate::config::{Config, KeyConfig};
 use crate::keys::policy::{self, Job, Policies, Who};
 
 #[derive(Debug, clap::Args)]
@@ -46,7 +46,7 @@ pub(super) fn run(args: Args) -> Result<()> {
     if args.json {
         return tell_json(serde_json::to_string_pretty(&as_json(&config, &policies))?);
     }
-    for (_, title, policy) in documents(&policies) {
+    for (_, title, policy) in documents(&config, &policies) {
         tell(format_args!("# {title}\n"))?;
         tell_json(serde_json::to_string_pretty(policy)?)?;
         tell("\n")?;
@@ -58,20 +58,29 @@ pub(super) fn run(args: Args) -> Result<()> {
 }
 
 /// Returns the policies that are not `None`, each with its name in JSON and its title.
-fn documents(policies: &Policies) -> Vec<(&'static str, &'static str, &Value)> {
-    let all = [
-        ("instance-role", "The policy of the instance's role", Some(&policies.instance)),
-        ("provisioner", "The policy of the role that runs `nbdcrypt provision`", policies.provisioner.as_ref()),
-        ("kms-key", "The policy of the KMS key", Some(&policies.key)),
-        ("bucket", "The policy of the bucket", policies.bucket.as_ref()),
-    ];
-    all.into_iter().filter_map(|(name, title, policy)| Some((name, title, policy?))).collect()
+fn documents<'p>(config: &Config, policies: &'p Policies) -> Vec<(String, String, &'p Value)> {
+    let names = match &config.key {
+        KeyConfig::Aws(aws) if aws.kms_keys.len() > 1 => &aws.kms_keys[..],
+        _ => &[],
+    };
+    let of_key = |(number, policy): (usize, &'p Value)| {
+        let name = if number == 0 { "kms-key".to_owned() } else { format!("kms-key-{}", number + 1) };
+        let which = names.get(number).map(|key| format!(" {key}")).unwrap_or_default();
+        (name, format!("The policy of the KMS key{which}"), policy)
+    };
+    let one = |name: &str, title: &str, policy: &'p Value| (name.to_owned(), title.to_owned(), policy);
+    let mut all = vec![one("instance-role", "The policy of the instance's role", &policies.instance)];
+    let provisioner = "The policy of the role that runs `nbdcrypt provision`";
+    all.extend(policies.provisioner.as_ref().map(|policy| one("provisioner", provisioner, policy)));
+    all.extend(policies.keys.iter().enumerate().map(of_key));
+    all.extend(policies.bucket.as_ref().map(|policy| one("bucket", "The policy of the bucket", policy)));
+    all
 }
 
 fn as_json(config: &Config, policies: &Policies) -> Value {
     let calls: Map<_, _> =
         Job::ALL.into_iter().map(|job| (job.name().to_owned(), policy::calls(config, job).into())).collect();
     let documents: Map<_, _> =
-        documents(policies).into_iter().map(|(name, _, policy)| (name.to_owned(), policy.clone())).collect();
+        documents(config, policies).into_iter().map(|(name, _, policy)| (name, policy.clone())).collect();
     json!({ "calls": calls, "policies": documents, "notes": policies.notes })
 }

@@ -15,8 +15,8 @@ use engine::sector::{Lba512, SectorSize};
 use toml::Spanned;
 
 use super::metrics::{MetricsAddress, MetricsConfig};
-use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawMetrics, RawSize, RawVolume};
-use super::value::{self, KeyFile, S3Object, SecretLocation, VolumeName};
+use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawKmsKeys, RawMetrics, RawSize, RawVolume};
+use super::value::{self, KeyFile, KmsArn, S3Object, SecretLocation, VolumeName};
 use super::{AttachConfig, AwsKeyConfig, BindConfig, Config, FilesystemConfig, KeyConfig, LimitsConfig, VolumeConfig};
 use crate::attach::Method;
 use crate::machine::instance_store::Device;
@@ -333,7 +333,7 @@ fn aws_key(raw: RawKey) -> Checked<AwsKeyConfig> {
                 .into(),
         },
         raw_key: None,
-        kms_key: non_empty(raw.kms_key, "a KMS key's id, its ARN, or alias/NAME")?,
+        kms_keys: raw.kms_key.map_or(Ok(Vec::new()), |keys| kms_keys(keys, raw.kms_region.as_ref()))?,
         encryption_context: raw.encryption_context.map(Spanned::into_inner).unwrap_or_default(),
         region: region(raw.region)?,
         s3_region: region(raw.s3_region)?,
@@ -347,6 +347,44 @@ fn aws_key(raw: RawKey) -> Checked<AwsKeyConfig> {
             })
         })?,
     })
+}
+
+/// Returns the KMS keys in the order of the file. `region` is `kms-region`.
+fn kms_keys(raw: Spanned<RawKmsKeys>, region: Option<&Spanned<String>>) -> Checked<Vec<String>> {
+    let span = raw.span();
+    let listed = match raw.into_inner() {
+        RawKmsKeys::One(key) => vec![Spanned::new(span, key)],
+        RawKmsKeys::List(keys) if (1..=AwsKeyConfig::MAX_KMS_KEYS).contains(&keys.len()) => keys,
+        RawKmsKeys::List(keys) => {
+            let message = format!("{} KMS keys: 1 to {} are possible", keys.len(), AwsKeyConfig::MAX_KMS_KEYS);
+            return Err(Wrong { span, message });
+        }
+    };
+    let is_list = listed.len() > 1;
+    let mut keys: Vec<String> = Vec::new();
+    for key in listed {
+        let text = key.get_ref();
+        if text.is_empty() {
+            let message = "empty: write a KMS key's id, its ARN, or alias/NAME, or leave it out".to_owned();
+            return Err(wrong(&key, message));
+        }
+        if keys.contains(text) {
+            return Err(wrong(&key, format!("`{}` is in the list twice", text.escape_debug())));
+        }
+        let elsewhere =
+            |region: &&Spanned<String>| KmsArn::parse(text).is_some_and(|arn| arn.region != region.get_ref());
+        if let Some(region) = region.filter(|_| is_list).filter(elsewhere) {
+            let message = format!(
+                "`kms-region` would move every key of the list to {}, also {}; leave `kms-region` out: each key is in the \
+                 region that its ARN names",
+                region.get_ref(),
+                text.escape_debug()
+            );
+            return Err(wrong(region, message));
+        }
+        keys.push(key.into_inner());
+    }
+    Ok(keys)
 }
 
 fn endpoint(url: &Spanned<String>) -> Checked<String> {

@@ -29,7 +29,7 @@ use crate::volume::plain::PlainVolume;
 
 pub use error::{ConfigError, Fault};
 pub use metrics::{MetricsAddress, MetricsConfig};
-pub use value::{KeyFile, S3Object, SecretLocation, VolumeName, parse_duration, parse_size};
+pub use value::{KeyFile, KmsArn, S3Object, SecretLocation, VolumeName, parse_duration, parse_size};
 
 /// One volume: where its data is, what unlocks it, how the kernel sees it, and what is mounted where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -189,9 +189,10 @@ pub enum KeyConfig {
 pub struct AwsKeyConfig {
     /// Where the ciphertext is stored: an object in S3, or a token in the header.
     pub object: SecretLocation,
-    /// The KMS key: its id, its ARN, an alias or an alias ARN. `provision` requires it. If it is set, a ciphertext made
-    /// under another key is refused.
-    pub kms_key: Option<String>,
+    /// The KMS keys: each an id, an ARN, an alias or an alias ARN. The first key makes new ciphertexts, and `provision`
+    /// requires one. A secret is decrypted with the first key that works. If the list is not empty, a ciphertext made under
+    /// any other key is refused.
+    pub kms_keys: Vec<String>,
     /// If set, the plaintext is the volume key itself, with this many bytes. Otherwise it is a text whose trailing
     /// newlines are ignored.
     pub raw_key: Option<usize>,
@@ -201,7 +202,7 @@ pub struct AwsKeyConfig {
     pub region: Option<String>,
     /// Overrides the bucket's region that S3 reports.
     pub s3_region: Option<String>,
-    /// Overrides the region in the KMS key's ARN.
+    /// Overrides the region in the KMS key's ARN. Does not differ from an ARN's region if there are several keys.
     pub kms_region: Option<String>,
     /// Overrides `AWS_PROFILE`.
     pub profile: Option<String>,
@@ -216,6 +217,8 @@ pub struct AwsKeyConfig {
 impl AwsKeyConfig {
     /// The default of `retry-for`. The network of a booting instance needs much less time.
     pub const DEFAULT_RETRY_FOR: Duration = Duration::from_secs(120);
+    /// The maximum number of KMS keys. Each is asked at least once, also after `retry-for`, so the number bounds that time.
+    pub const MAX_KMS_KEYS: usize = 8;
 }
 
 /// How the kernel sees the volume as a block device.
@@ -564,6 +567,27 @@ mod tests {
     #[test]
     fn a_device_is_refused_for_fuse() {
         refused(with("", "", "method = \"fuse\"\ndevice = \"/dev/nbd0\"", ""), "10:10", &["fuse"]);
+    }
+
+    #[test]
+    fn a_kms_key_is_one_text_or_a_list() {
+        let keys = |line: &str| match with("", line, "", "").unwrap().key {
+            KeyConfig::Aws(aws) => aws.kms_keys,
+            KeyConfig::File(_) => panic!(),
+        };
+        assert_eq!(keys(""), [""; 0]);
+        assert_eq!(keys("kms-key = \"alias/x\""), ["alias/x"]);
+        let list = "kms-key = [\"arn:aws:kms:eu-west-1:1:key/mrk-1\", \"arn:aws:kms:us-east-1:1:key/mrk-1\"]";
+        assert_eq!(keys(list), ["arn:aws:kms:eu-west-1:1:key/mrk-1", "arn:aws:kms:us-east-1:1:key/mrk-1"]);
+        refused(with("", "kms-key = []", "", ""), "7:11", &["0 KMS keys", "1 to 8"]);
+        refused(with("", "kms-key = [\"a\", \"\"]", "", ""), "7:17", &["alias/NAME"]);
+        refused(with("", "kms-key = [\"a\", \"a\"]", "", ""), "7:17", &["`a`", "twice"]);
+        refused(with("", "kms-key = [\"a\", 1]", "", ""), "7:17", &["integer `1`"]);
+        refused(with("", "kms-key = 1", "", ""), "7:11", &["a KMS key such as"]);
+        // One region for keys in several regions.
+        refused(with("", &format!("kms-region = \"eu-west-1\"\n{list}"), "", ""), "7:14", &["us-east-1", "kms-region"]);
+        let single = with("", "kms-region = \"a-1\"\nkms-key = \"arn:aws:kms:b-1:1:key/2\"", "", "");
+        assert!(single.is_ok());
     }
 
     #[test]

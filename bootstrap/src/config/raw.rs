@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error, Visitor};
+use serde::de::{Deserializer, Error, SeqAccess, Visitor};
 use toml::Spanned;
 
 #[derive(Deserialize)]
@@ -50,7 +50,7 @@ pub(super) struct RawKey {
     pub(super) random: Option<bool>,
     pub(super) path: Option<Spanned<String>>,
     pub(super) object: Option<Spanned<String>>,
-    pub(super) kms_key: Option<Spanned<String>>,
+    pub(super) kms_key: Option<Spanned<RawKmsKeys>>,
     pub(super) encryption_context: Option<Spanned<BTreeMap<String, String>>>,
     pub(super) region: Option<Spanned<String>>,
     pub(super) s3_region: Option<Spanned<String>>,
@@ -88,6 +88,40 @@ pub(super) struct RawFilesystem {
 pub(super) struct RawMetrics {
     pub(super) listen: Spanned<String>,
     pub(super) group: Option<Spanned<String>>,
+}
+
+/// The KMS keys in the file: one, or a list.
+pub(super) enum RawKmsKeys {
+    One(String),
+    List(Vec<Spanned<String>>),
+}
+
+impl<'de> Deserialize<'de> for RawKmsKeys {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct KeysVisitor;
+
+        impl<'de> Visitor<'de> for KeysVisitor {
+            type Value = RawKmsKeys;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a KMS key such as \"alias/NAME\", or a list of KMS keys")
+            }
+
+            fn visit_str<E: Error>(self, key: &str) -> Result<RawKmsKeys, E> {
+                Ok(RawKmsKeys::One(key.to_owned()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<RawKmsKeys, A::Error> {
+                let mut keys = Vec::new();
+                while let Some(key) = list.next_element()? {
+                    keys.push(key);
+                }
+                Ok(RawKmsKeys::List(keys))
+            }
+        }
+
+        deserializer.deserialize_any(KeysVisitor)
+    }
 }
 
 /// A size in the file: `"2G"`, or a number of bytes.

@@ -67,6 +67,31 @@ impl fmt::Display for S3Object {
     }
 }
 
+/// The ARN of a KMS key or alias: `arn:PARTITION:kms:REGION:ACCOUNT:RESOURCE` (Service Authorization Reference, "Resource
+/// types defined by AWS Key Management Service").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KmsArn<'a> {
+    /// The partition, such as `aws` or `aws-cn`.
+    pub partition: &'a str,
+    /// The region. The ARN of a multi-Region key's replica contains the replica's own region.
+    pub region: &'a str,
+    /// The number of the account.
+    pub account: &'a str,
+    /// `key/ID` or `alias/NAME`.
+    pub resource: &'a str,
+}
+
+impl<'a> KmsArn<'a> {
+    /// Splits an ARN into its parts. Returns `None` for a text that is not an ARN of KMS.
+    pub fn parse(text: &'a str) -> Option<Self> {
+        let parts: Vec<&str> = text.splitn(6, ':').collect();
+        match parts[..] {
+            ["arn", partition, "kms", region, account, resource] => Some(Self { partition, region, account, resource }),
+            _ => None,
+        }
+    }
+}
+
 /// Where the ciphertext of a secret is stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SecretLocation {

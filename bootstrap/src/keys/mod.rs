@@ -74,11 +74,11 @@ pub enum KeyError {
 pub enum SecretRequest {
     /// The secret that the configuration names.
     Configured,
-    /// The secret in the header's token.
+    /// The secret in one of the header's tokens. They are tried in order.
     Unwrap {
-        /// The token.
-        token: KmsToken,
-        /// The UUID of the volume to which the token belongs.
+        /// The tokens with their numbers. At least one.
+        tokens: Vec<(u32, KmsToken)>,
+        /// The UUID of the volume to which the tokens belong.
         volume: Uuid,
     },
     /// A new secret, with a token for a header that is about to be made.
@@ -135,8 +135,11 @@ pub fn request_for(config: &KeyConfig, header: &dyn BlockStore) -> Result<Secret
         return Ok(SecretRequest::Configured);
     }
     let Dump::Luks2(header) = luks::dump(header)? else { return Err(NoTokenSecret::Missing) };
-    let token = KmsToken::find(&header).map_err(NoTokenSecret::Unusable)?.ok_or(NoTokenSecret::Missing)?;
-    Ok(SecretRequest::Unwrap { token, volume: header.binary.uuid.parsed()? })
+    let tokens = KmsToken::usable(&header).map_err(NoTokenSecret::Unusable)?;
+    if tokens.is_empty() {
+        return Err(NoTokenSecret::Missing);
+    }
+    Ok(SecretRequest::Unwrap { tokens, volume: header.binary.uuid.parsed()? })
 }
 
 /// Gets or makes a secret. Blocks, as [`KeySource::passphrase`] does.
@@ -146,8 +149,8 @@ pub fn request_for(config: &KeyConfig, header: &dyn BlockStore) -> Result<Secret
 pub fn secret(config: &KeyConfig, request: &SecretRequest) -> Result<Secret, KeyError> {
     match (request, config) {
         (SecretRequest::Configured, _) => Ok(Secret { passphrase: source(config).passphrase()?, token: None }),
-        (SecretRequest::Unwrap { token, volume }, KeyConfig::Aws(aws)) => {
-            let passphrase = AwsKey::new(aws.clone()).unwrap_token(token, *volume)?;
+        (SecretRequest::Unwrap { tokens, volume }, KeyConfig::Aws(aws)) => {
+            let passphrase = AwsKey::new(aws.clone()).unwrap_tokens(tokens, *volume)?;
             Ok(Secret { passphrase, token: None })
         }
         (SecretRequest::New { volume }, KeyConfig::Aws(aws)) => {

@@ -3,7 +3,7 @@
 use engine::key::Passphrase;
 use zeroize::Zeroizing;
 
-use crate::config::{AwsKeyConfig, Config, KeyConfig, KeyFile, SecretLocation};
+use crate::config::{Config, KeyConfig, KeyFile, SecretLocation};
 use crate::keys::{AwsKey, AwsKeyError};
 
 /// The number of random bytes in a secret: as many as in an AES-256 key, so that the secret needs no expensive key
@@ -62,7 +62,7 @@ pub enum ProvisionError {
 /// [`ProvisionError`], if the configuration does not describe a secret in S3, or AWS reports an error.
 pub fn provision(config: &Config, replace: bool) -> Result<Provisioned, ProvisionError> {
     let aws = match &config.key {
-        KeyConfig::Aws(AwsKeyConfig { kms_key: None, .. }) => return Err(ProvisionError::NoKmsKey),
+        KeyConfig::Aws(aws) if aws.kms_keys.is_empty() => return Err(ProvisionError::NoKmsKey),
         KeyConfig::Aws(aws) if aws.object == SecretLocation::Token => return Err(ProvisionError::InHeader),
         KeyConfig::Aws(aws) => aws,
         KeyConfig::File(file) => return Err(ProvisionError::NotAws { file: file.clone() }),

@@ -9,7 +9,7 @@ use engine::luks::{self, LockedVolume, LuksError, luks2};
 use engine::store::BlockStore;
 
 use crate::config::{AwsKeyConfig, KeyConfig, KeyFile, LimitsConfig, SecretLocation};
-use crate::keys::{self, AwsKey, AwsKeyError, KeyError, NoTokenSecret};
+use crate::keys::{self, AwsKey, AwsKeyError, KeyError, KmsToken, NoTokenSecret};
 use crate::machine::disk::{DiskError, HeaderLock};
 use crate::machine::{memory, random};
 
@@ -85,7 +85,7 @@ impl From<AwsKeyError> for RewrapError {
     }
 }
 
-/// Encrypts the secret of the volume on `header` again, under `kms_key` or else the configured key. The header is changed
+/// Encrypts the secret of the volume on `header` again, under `kms_key` or else the first configured key. The header is changed
 /// under `lock`. Blocks.
 ///
 /// # Errors
@@ -105,7 +105,10 @@ pub fn rewrap(
     if aws.raw_key.is_some() {
         return Err(RewrapError::Plain(aws.object.clone()));
     }
-    let Some(kms_key) = kms_key.or_else(|| aws.kms_key.clone()) else { return Err(RewrapError::NoKmsKey) };
+    let kms_keys = kms_key.map_or_else(|| aws.kms_keys.clone(), |key| vec![key]);
+    if kms_keys.is_empty() {
+        return Err(RewrapError::NoKmsKey);
+    }
     let volume = luks::read_for_keys(header, &limits.limits(memory::limit_kib())).map_err(|error| {
         match (error, &aws.object) {
             (LuksError::NotLuks, object @ SecretLocation::Object(_)) => RewrapError::NoHeader(object.clone()),
@@ -113,12 +116,14 @@ pub fn rewrap(
         }
     })?;
     let secret = keys::secret(config, &keys::request_for(config, header)?)?.passphrase;
-    volume.unlock(header, &secret).map_err(RewrapError::Opens)?;
-    let anew = AwsKey::new(AwsKeyConfig { kms_key: Some(kms_key), ..aws.clone() });
+    let keyslot = volume.unlock(header, &secret).map_err(RewrapError::Opens)?.keyslot;
+    let anew = AwsKey::new(AwsKeyConfig { kms_keys, ..aws.clone() });
     match (&aws.object, &volume) {
         (SecretLocation::Token, LockedVolume::Luks2(_)) => {
             let found = luks2::read_header(header)?;
-            let id = keys::KmsToken::number(&found).ok_or(NoTokenSecret::Missing)?;
+            // If there are several tokens, the secret may be of any of them.
+            let id = KmsToken::of_keyslot(&found, keyslot).or_else(|| KmsToken::number(&found));
+            let id = id.ok_or(NoTokenSecret::Missing)?;
             let token = anew.wrap_token(&secret, found.binary.uuid.parsed()?)?;
             // The lock is taken only now, so that cryptsetup does not have to wait for AWS.
             let _lock = lock()?;

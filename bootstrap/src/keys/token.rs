@@ -33,12 +33,32 @@ pub struct KmsToken {
 }
 
 impl KmsToken {
-    /// Returns the header's first token of this type.
+    /// Returns the header's tokens of this type that open a keyslot, in their order, each with its number. A malformed token
+    /// is left out if there is another one. Returns an empty list if there is no token of this type.
     ///
     /// # Errors
-    /// If the token is malformed. The text says how.
-    pub fn find(header: &Header) -> Result<Option<Self>, String> {
-        Self::all(header).into_iter().next().map(|(_, token)| token).transpose()
+    /// If there are only malformed tokens. The text says how they are malformed.
+    pub fn usable(header: &Header) -> Result<Vec<(u32, Self)>, String> {
+        let opens = |id: &u32| header.metadata.tokens.get(id).is_some_and(|token| !token.keyslots.is_empty());
+        let mut all = Self::all(header);
+        // If a keyslot is removed, its token stays, and names no keyslot.
+        if all.iter().any(|(id, _)| opens(id)) {
+            all.retain(|(id, _)| opens(id));
+        }
+        let (mut usable, mut malformed) = (Vec::new(), Vec::new());
+        for (id, token) in all {
+            match token {
+                Ok(token) => usable.push((id, token)),
+                Err(why) => malformed.push((id, why)),
+            }
+        }
+        if usable.is_empty() && !malformed.is_empty() {
+            return Err(listed(malformed));
+        }
+        for (id, why) in malformed {
+            tracing::warn!("token {id} in the LUKS2 header is left out: {why}");
+        }
+        Ok(usable)
     }
 
     /// Returns the header's tokens of this type, each with its number. A malformed token is an error that says how.
@@ -48,7 +68,7 @@ impl KmsToken {
         tokens.map(|(id, _)| (*id, Self::from_json(json(*id)))).collect()
     }
 
-    /// Returns the number of the token that [`KmsToken::find`] returns.
+    /// Returns the number of the header's first token of this type.
     pub fn number(header: &Header) -> Option<u32> {
         header.metadata.tokens.iter().find(|(_, token)| token.kind == KIND).map(|(id, _)| *id)
     }
@@ -128,6 +148,14 @@ impl KmsToken {
                 self.encryption_context
             )),
         }
+    }
+}
+
+/// Returns the texts about several tokens, each with the token's number. The text about only one token stays as it is.
+pub(super) fn listed(mut texts: Vec<(u32, String)>) -> String {
+    match texts.len() {
+        1 => texts.remove(0).1,
+        _ => texts.into_iter().map(|(id, text)| format!("token {id}: {text}")).collect::<Vec<_>>().join("; "),
     }
 }
 

@@ -33,7 +33,7 @@ pub enum Opens {
 /// Blocks, as [`super::KeySource::passphrase`] does.
 ///
 /// `memory_kib` is the memory in KiB that this process may use. If the secret is in the header, every token of the type
-/// `aws-kms` is tried, although `up` uses only the first such token.
+/// `aws-kms` is tried, although `up` stops at the first one that KMS decrypts.
 pub fn ways(config: &Config, disks: Disks<'_>, memory_kib: u64) -> Vec<Way> {
     let described = source(&config.key).describe();
     let requests = match is_in_header(&config.key) {
@@ -57,7 +57,9 @@ fn of_tokens(disks: Disks<'_>) -> Result<Vec<(String, Result<SecretRequest>)>> {
         return Err(NoTokenSecret::Missing.into());
     }
     let request = |(id, token): (u32, Result<KmsToken, String>)| {
-        let request = token.map(|token| SecretRequest::Unwrap { token, volume }).map_err(NoTokenSecret::Unusable);
+        let request = token
+            .map(|token| SecretRequest::Unwrap { tokens: vec![(id, token)], volume })
+            .map_err(NoTokenSecret::Unusable);
         (format!("the password in token {id}, decrypted by KMS"), request.map_err(anyhow::Error::from))
     };
     Ok(tokens.into_iter().map(request).collect())

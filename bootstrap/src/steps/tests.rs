@@ -129,7 +129,8 @@ impl Keys for Fake {
                 },
                 volume,
             )),
-            SecretRequest::Unwrap { token, volume } => {
+            SecretRequest::Unwrap { tokens, volume } => {
+                let (_, token) = tokens.into_iter().next().unwrap();
                 token.check(volume, &BTreeMap::new()).map_err(anyhow::Error::msg)?;
                 return Ok(Secret { passphrase: Passphrase::new(token.ciphertext), token: None });
             }

@@ -558,10 +558,14 @@ fn rewrap(args: Rewrap) -> Result<()> {
     };
     tell(format_args!("{location}: the secret is now encrypted under {}\n", rewrapped.key_arn))?;
     if let Some(key) = args.new_kms_key {
-        let config = text::path(&args.config);
-        tell(format_args!(
-            "{config}: write `kms-key = \"{key}\"` under [key], or `nbdcrypt up` will refuse the secret\n"
-        ))?;
+        let path = text::path(&args.config);
+        let what = match &config.key {
+            KeyConfig::Aws(aws) if aws.kms_keys.len() > 1 => {
+                format!("put \"{key}\" at the start of the list `kms-key` under [key]")
+            }
+            _ => format!("write `kms-key = \"{key}\"` under [key]"),
+        };
+        tell(format_args!("{path}: {what}, or `nbdcrypt up` will refuse the secret\n"))?;
     }
     Ok(())
 }

@@ -5,6 +5,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use engine::text::printable;
+
 use super::http;
 use super::region::partition;
 use super::retry::Course;
@@ -186,6 +188,20 @@ pub(super) enum AwsError {
         /// The bucket's region, if S3 named it.
         right: Option<String>,
     },
+    /// The bytes that arrived do not have the checksum that S3 stores with the object.
+    #[error(
+        "{object} was damaged on its way from S3 at {endpoint}: {detail}. If this happens again, compare the object with its \
+         checksum: aws s3api get-object-attributes --bucket {} --key {} --object-attributes Checksum",
+        object.bucket, object.key
+    )]
+    Damaged {
+        /// The object.
+        object: S3Object,
+        /// Scheme, host and port.
+        endpoint: String,
+        /// The two checksums.
+        detail: String,
+    },
     /// The object has no bytes.
     #[error("{object} is empty, so it contains no ciphertext; was its upload interrupted?")]
     Empty {
@@ -263,6 +279,26 @@ pub(super) enum AwsError {
         object: SecretLocation,
         /// The key as it is configured.
         key: String,
+    },
+    /// The answer of KMS does not name the configured key.
+    #[error(
+        "KMS in {region} answered for the key {}, and not for {key}: the answer is not used; check `kms-key` and \
+         `kms-endpoint-url` under [key]",
+        printable(answered)
+    )]
+    OtherKeyAnswered {
+        /// The key as it is configured.
+        key: String,
+        /// The key that the answer names. May be empty.
+        answered: String,
+        /// The region that was asked.
+        region: String,
+    },
+    /// Several ways to the secret were tried, and all failed.
+    #[error("{} ways to the secret were tried, and none works: {}", tried.len(), listed(tried))]
+    Each {
+        /// The name of each way, and its error.
+        tried: Vec<(String, Self)>,
     },
     /// The ciphertext is damaged, or was made with another encryption context. KMS does not say which of the two.
     #[error(
@@ -344,6 +380,7 @@ impl AwsError {
     pub(super) fn course(&self) -> Course {
         match self {
             Self::Unreachable { .. }
+            | Self::Damaged { .. }
             | Self::Busy { .. }
             | Self::NoRegion { transient: true }
             | Self::NoCredentials { transient: true, .. }
@@ -354,6 +391,20 @@ impl AwsError {
             | Self::KmsDenied { course, .. } => *course,
             _ => Course::Final,
         }
+    }
+
+    /// Returns whether the error concerns this machine: its credentials, region or certificates. Another service or key would
+    /// then not help.
+    pub(super) fn is_of_this_machine(&self) -> bool {
+        matches!(
+            self,
+            Self::Runtime(_)
+                | Self::NoRegion { .. }
+                | Self::NoCredentials { .. }
+                | Self::Credentials { .. }
+                | Self::Profile(_)
+                | Self::CaBundle { .. }
+        )
     }
 
     /// Returns the error without the count of attempts.
@@ -368,9 +419,16 @@ impl AwsError {
     pub(super) fn is_denial(&self) -> bool {
         match self {
             Self::GaveUp { last, .. } => last.is_denial(),
+            Self::Each { tried } => tried.iter().all(|(_, error)| error.is_denial()),
             error => matches!(error, Self::S3Denied { .. } | Self::KmsDenied { .. }),
         }
     }
+}
+
+/// Returns the errors of several ways, each with its number and name.
+fn listed(tried: &[(String, AwsError)]) -> String {
+    let line = |(number, (name, error)): (usize, &(String, AwsError))| format!("({}) {name}: {error}", number + 1);
+    tried.iter().enumerate().map(line).collect::<Vec<_>>().join("; ")
 }
 
 /// A service of AWS.

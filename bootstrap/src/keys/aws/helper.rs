@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use tracing::level_filters::LevelFilter;
 use zeroize::Zeroizing;
 
+use super::kms::Ciphertext;
 use super::probe::Finding;
 use super::work;
 use crate::config::AwsKeyConfig;
@@ -65,11 +66,11 @@ pub(super) enum Task {
     Fetch,
     /// Check whether AWS would give the secret, without decrypting it.
     Probe {
-        /// The ciphertext in the header's token, if there is one.
-        ciphertext: Option<Vec<u8>>,
+        /// The ciphertexts in the header's tokens.
+        ciphertexts: Vec<Ciphertext>,
     },
-    /// Decrypt this ciphertext.
-    Decrypt(Vec<u8>),
+    /// Decrypt the first of these ciphertexts that can be decrypted.
+    Decrypt(Vec<Ciphertext>),
     /// Encrypt the secret, and decrypt it again to check that this machine can decrypt it.
     Encrypt,
     /// Encrypt the secret and put it into S3.

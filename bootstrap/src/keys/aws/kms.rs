@@ -5,77 +5,113 @@ use std::mem;
 use aws_sdk_kms::primitives::Blob;
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::answer::{self, Answer, answer, common};
 use super::credentials::Kind;
 use super::error::{At, AwsError, Context, Service};
+use super::key_id::is_the_key;
 use super::retry::Patience;
-use super::session::Session;
+use super::session::{KmsKey, Session};
 use crate::config::{AwsKeyConfig, SecretLocation};
 
-/// Returns the plaintext of a ciphertext, unchanged.
+/// A ciphertext of the secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Ciphertext {
+    /// A name for errors, if there are several ciphertexts.
+    pub(super) name: String,
+    pub(super) bytes: Vec<u8>,
+}
+
+/// A way to get an answer: a KMS key, and the ciphertext that it should decrypt.
+struct Way<'w> {
+    key: &'w KmsKey,
+    ciphertext: &'w [u8],
+    name: String,
+}
+
+impl<'w> Way<'w> {
+    /// Returns the way that makes a new ciphertext: under the first key.
+    fn to_encrypt(session: &'w Session) -> Vec<Self> {
+        let way = |key| Self { key, ciphertext: &[], name: String::new() };
+        session.kms_keys().iter().take(1).map(way).collect()
+    }
+
+    /// Returns the ways to decrypt one of the ciphertexts: each ciphertext with each key.
+    fn to_decrypt(session: &'w Session, ciphertexts: &'w [Ciphertext]) -> Vec<Self> {
+        let keys = session.kms_keys();
+        let way = |ciphertext: &'w Ciphertext, key: &'w KmsKey| {
+            let with = key.name.as_deref().filter(|_| keys.len() > 1 || ciphertext.name.is_empty());
+            let name = match (ciphertext.name.as_str(), with) {
+                ("", Some(key)) => key.to_owned(),
+                (name, Some(key)) => format!("{name} with {key}"),
+                (name, None) => name.to_owned(),
+            };
+            Self { key, ciphertext: &ciphertext.bytes, name }
+        };
+        ciphertexts.iter().flat_map(|ciphertext| keys.iter().map(move |key| way(ciphertext, key))).collect()
+    }
+}
+
+/// Returns the plaintext of the first ciphertext that a key decrypts, unchanged. The ciphertexts and the keys take turns, in
+/// their order.
 pub(super) async fn decrypt(
     session: &Session,
     patience: Patience,
     config: &AwsKeyConfig,
-    ciphertext: &[u8],
+    ciphertexts: &[Ciphertext],
 ) -> Result<Zeroizing<Vec<u8>>, AwsError> {
-    let request = session
-        .kms
-        .decrypt()
-        .ciphertext_blob(Blob::new(ciphertext))
-        .set_key_id(config.kms_key.clone())
-        .set_encryption_context(context(config));
-    let send = async || request.clone().send().await;
+    let ways = Way::to_decrypt(session, ciphertexts);
+    let send = async |way: &Way<'_>| {
+        let request = way.key.client.decrypt().ciphertext_blob(Blob::new(way.ciphertext));
+        request.set_key_id(way.key.name.clone()).set_encryption_context(context(config)).send().await
+    };
     // The copies of the answer in HTTP and TLS are freed without being wiped, and disappear when this process ends. KMS
     // does not encrypt an empty text, so an answer always contains a plaintext (KMS API Reference, `Encrypt`, `Plaintext`).
-    ask(session, patience, config, "kms:Decrypt", send, |decrypted| {
-        Some(Zeroizing::new(decrypted.plaintext?.into_inner()))
+    ask(session, patience, config, "kms:Decrypt", &ways, send, |decrypted| {
+        (decrypted.key_id, decrypted.plaintext.map(|plaintext| Zeroizing::new(plaintext.into_inner())))
     })
     .await
+    .map(|(plaintext, _)| plaintext)
 }
 
 /// The error code of a dry run that would have succeeded (KMS API Reference, `Decrypt`, `DryRun`).
 const DRY_RUN: &str = "DryRunOperationException";
 
-/// Checks whether KMS would decrypt the ciphertext for this machine, by a dry run: KMS answers without a plaintext.
+/// Checks whether KMS would decrypt the ciphertext for this machine with this key, by a dry run: KMS answers without a
+/// plaintext.
 pub(super) async fn may_decrypt(
     session: &Session,
     patience: Patience,
     config: &AwsKeyConfig,
+    key: &KmsKey,
     ciphertext: &[u8],
 ) -> Result<(), AwsError> {
-    let request = session
-        .kms
-        .decrypt()
-        .ciphertext_blob(Blob::new(ciphertext))
-        .set_key_id(config.kms_key.clone())
-        .set_encryption_context(context(config))
-        .dry_run(true);
-    let send = async || request.clone().send().await;
+    let send = async |way: &Way<'_>| {
+        let request = way.key.client.decrypt().ciphertext_blob(Blob::new(way.ciphertext)).dry_run(true);
+        request.set_key_id(way.key.name.clone()).set_encryption_context(context(config)).send().await
+    };
     // A server without support for dry runs decrypts the ciphertext. The plaintext is not used, and disappears with this
     // process.
-    would_succeed(ask(session, patience, config, "kms:Decrypt", send, |_| Some(())).await)
+    let ways = [Way { key, ciphertext, name: String::new() }];
+    would_succeed(ask(session, patience, config, "kms:Decrypt", &ways, send, |out| (out.key_id, Some(()))).await)
 }
 
 /// Checks whether KMS would encrypt a secret for this machine, by a dry run.
 pub(super) async fn may_encrypt(session: &Session, patience: Patience, config: &AwsKeyConfig) -> Result<(), AwsError> {
-    let request = session
-        .kms
-        .encrypt()
-        .plaintext(Blob::new(*b"not a secret"))
-        .set_key_id(config.kms_key.clone())
-        .set_encryption_context(context(config))
-        .dry_run(true);
-    let send = async || request.clone().send().await;
-    would_succeed(ask(session, patience, config, "kms:Encrypt", send, |_| Some(())).await)
+    let send = async |way: &Way<'_>| {
+        let request = way.key.client.encrypt().plaintext(Blob::new(*b"not a secret")).dry_run(true);
+        request.set_key_id(way.key.name.clone()).set_encryption_context(context(config)).send().await
+    };
+    let ways = Way::to_encrypt(session);
+    would_succeed(ask(session, patience, config, "kms:Encrypt", &ways, send, |out| (out.key_id, Some(()))).await)
 }
 
-fn would_succeed(answer: Result<(), AwsError>) -> Result<(), AwsError> {
+fn would_succeed(answer: Result<((), String), AwsError>) -> Result<(), AwsError> {
     match answer {
         Err(AwsError::Refused { code, .. }) if code == DRY_RUN => Ok(()),
-        answer => answer,
+        answer => answer.map(|_| ()),
     }
 }
 
@@ -87,12 +123,12 @@ pub(super) async fn encrypt(
     secret: &[u8],
 ) -> Result<(Vec<u8>, String), AwsError> {
     // The request is made again for each attempt, so that no copy of the secret is kept between attempts.
-    let send = async || {
-        let request = session.kms.encrypt().plaintext(Blob::new(secret));
-        request.set_key_id(config.kms_key.clone()).set_encryption_context(context(config)).send().await
+    let send = async |way: &Way<'_>| {
+        let request = way.key.client.encrypt().plaintext(Blob::new(secret));
+        request.set_key_id(way.key.name.clone()).set_encryption_context(context(config)).send().await
     };
-    ask(session, patience, config, "kms:Encrypt", send, |encrypted| {
-        Some((encrypted.ciphertext_blob?.into_inner(), encrypted.key_id.unwrap_or_else(|| key(config))))
+    ask(session, patience, config, "kms:Encrypt", &Way::to_encrypt(session), send, |encrypted| {
+        (encrypted.key_id, encrypted.ciphertext_blob.map(Blob::into_inner))
     })
     .await
 }
@@ -104,38 +140,53 @@ pub(super) async fn new_key(
     config: &AwsKeyConfig,
     len: usize,
 ) -> Result<(Vec<u8>, String), AwsError> {
-    let request = session
-        .kms
-        .generate_data_key_without_plaintext()
-        .set_key_id(config.kms_key.clone())
-        .set_encryption_context(context(config))
+    let send = async |way: &Way<'_>| {
+        let request = way.key.client.generate_data_key_without_plaintext().set_key_id(way.key.name.clone());
         // A volume key has at most 64 bytes.
-        .number_of_bytes(i32::try_from(len).unwrap_or(i32::MAX));
-    let send = async || request.clone().send().await;
-    ask(session, patience, config, "kms:GenerateDataKeyWithoutPlaintext", send, |made| {
-        Some((made.ciphertext_blob?.into_inner(), made.key_id.unwrap_or_else(|| key(config))))
+        let request = request.number_of_bytes(i32::try_from(len).unwrap_or(i32::MAX));
+        request.set_encryption_context(context(config)).send().await
+    };
+    ask(session, patience, config, "kms:GenerateDataKeyWithoutPlaintext", &Way::to_encrypt(session), send, |made| {
+        (made.key_id, made.ciphertext_blob.map(Blob::into_inner))
     })
     .await
 }
 
-/// Sends a request to KMS, and repeats the request as long as that may help. Returns what `read` finds in the answer. `read`
-/// returns `None` for an answer that is not complete.
+/// Sends a request to KMS in each of the ways, in turn, and repeats the requests as long as that may help. `read` returns the
+/// `KeyId` of an answer, and what else the caller needs of it, or `None` for an answer that is not complete. Returns what
+/// `read` found, and the `KeyId`.
+///
+/// An answer that names another key than the configured one is an error.
 async fn ask<O, E, T>(
     session: &Session,
     patience: Patience,
     config: &AwsKeyConfig,
     action: &'static str,
-    send: impl AsyncFn() -> Result<O, SdkError<E, HttpResponse>>,
-    read: impl Fn(O) -> Option<T>,
-) -> Result<T, AwsError>
+    ways: &[Way<'_>],
+    send: impl AsyncFn(&Way<'_>) -> Result<O, SdkError<E, HttpResponse>>,
+    read: impl Fn(O) -> (Option<String>, Option<T>),
+) -> Result<(T, String), AwsError>
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
 {
-    let asked = Asked::new(config, session, action);
+    let names: Vec<String> = ways.iter().map(|way| way.name.clone()).collect();
+    let keys: Vec<&KmsKey> = ways.iter().map(|way| way.key).collect();
     session
-        .ask(patience, Service::Kms, async || {
-            let answered = send().await.map_err(|error| failure(&error, session, &asked))?;
-            read(answered).ok_or_else(|| answer::cut(Service::Kms, session.endpoint(Service::Kms)))
+        .ask_kms(patience, &keys, &names, async |number| {
+            let way = &ways[number];
+            let asked = Asked::new(config, session, way.key, action);
+            let answered = send(way).await.map_err(|error| failure(&error, way.key, &asked))?;
+            let (key_id, found) = read(answered);
+            let found = found.ok_or_else(|| answer::cut(Service::Kms, way.key.endpoint()))?;
+            let key_id = key_id.unwrap_or_default();
+            match &way.key.name {
+                Some(name) if !is_the_key(name, &key_id, &way.key.region) => Err(AwsError::OtherKeyAnswered {
+                    key: name.clone(),
+                    answered: key_id,
+                    region: way.key.region.clone(),
+                }),
+                _ => Ok((found, key_id)),
+            }
         })
         .await
 }
@@ -163,13 +214,14 @@ struct Asked {
 }
 
 impl Asked {
-    fn new(config: &AwsKeyConfig, session: &Session, action: &'static str) -> Self {
+    fn new(config: &AwsKeyConfig, session: &Session, key: &KmsKey, action: &'static str) -> Self {
+        let of_object = || format!("the KMS key that {} was made under", config.object);
         Self {
             object: config.object.clone(),
-            configured_key: config.kms_key.clone(),
-            key: key(config),
+            configured_key: key.name.clone(),
+            key: key.name.clone().unwrap_or_else(of_object),
             context: Context(config.encryption_context.clone()),
-            region: session.at(Service::Kms).region,
+            region: key.region.clone(),
             credentials: session.credentials_kind(),
             action,
         }
@@ -182,16 +234,11 @@ fn context(config: &AwsKeyConfig) -> Option<std::collections::HashMap<String, St
     (!pairs.is_empty()).then(|| pairs.iter().map(|(key, value)| (key.clone(), value.clone())).collect())
 }
 
-/// Returns the configured key, or else a description of it.
-fn key(config: &AwsKeyConfig) -> String {
-    config.kms_key.clone().unwrap_or_else(|| format!("the KMS key that {} was made under", config.object))
-}
-
-fn failure<E>(error: &SdkError<E, HttpResponse>, session: &Session, asked: &Asked) -> AwsError
+fn failure<E>(error: &SdkError<E, HttpResponse>, key: &KmsKey, asked: &Asked) -> AwsError
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
 {
-    match answer(error, Service::Kms, session.endpoint(Service::Kms)) {
+    match answer(error, Service::Kms, key.endpoint()) {
         Ok(answer) => meaning(answer, asked),
         Err(error) => error,
     }

@@ -10,6 +10,7 @@ mod credentials;
 mod error;
 mod helper;
 mod http;
+mod key_id;
 mod kms;
 mod probe;
 mod profile;
@@ -24,12 +25,13 @@ use std::time::Duration;
 use engine::key::Passphrase;
 use uuid::Uuid;
 
-use super::token::KmsToken;
+use super::token::{self, KmsToken};
 use super::{KeyError, KeySource};
 use crate::config::AwsKeyConfig;
 pub use error::MAX_CIPHERTEXT;
 pub use helper::{AwsKeyError, SUBCOMMAND, absolute_aws_files, answer};
 use helper::{Made, Outcome, Task};
+use kms::Ciphertext;
 pub use probe::{About, Finding, Outlook};
 pub(super) use region::partition;
 
@@ -74,32 +76,50 @@ impl AwsKey {
         stored(made(&self.config, Task::StoreNewKey { len, replace }, None)?)
     }
 
-    /// Returns the secret in a token, after checking that the token belongs to this volume. Blocks, as
-    /// [`KeySource::passphrase`] does.
+    /// Returns the secret in the first of these tokens that KMS decrypts. The tokens have their numbers. A token that does not
+    /// belong to this volume is left out. Blocks, as [`KeySource::passphrase`] does.
     ///
     /// # Errors
-    /// [`AwsKeyError::Token`], if the token belongs to another volume or configuration. Any other [`AwsKeyError`], if AWS reports
-    /// an error.
-    pub fn unwrap_token(&self, token: &KmsToken, volume: Uuid) -> Result<Passphrase, AwsKeyError> {
-        token.check(volume, &self.config.encryption_context).map_err(AwsKeyError::Token)?;
-        // The request names the configured key and not the token's key, because anyone who can write to the disk can choose the
-        // token's content.
-        let config = AwsKeyConfig { encryption_context: token.encryption_context.clone(), ..self.config.clone() };
-        secret(&config, Task::Decrypt(token.ciphertext.clone()))
+    /// [`AwsKeyError::Token`], if all tokens belong to another volume or configuration. Any other [`AwsKeyError`], if AWS
+    /// reports an error.
+    pub fn unwrap_tokens(&self, tokens: &[(u32, KmsToken)], volume: Uuid) -> Result<Passphrase, AwsKeyError> {
+        let (mut ciphertexts, mut refused) = (Vec::new(), Vec::new());
+        for (id, token) in tokens {
+            match token.check(volume, &self.config.encryption_context) {
+                Ok(()) => ciphertexts.push(ciphertext(*id, token)),
+                Err(why) => refused.push((*id, why)),
+            }
+        }
+        if ciphertexts.is_empty() {
+            return Err(AwsKeyError::Token(token::listed(refused)));
+        }
+        for (id, why) in refused {
+            tracing::warn!("token {id} in the LUKS2 header is left out: {why}");
+        }
+        if let [ciphertext] = &mut ciphertexts[..] {
+            // An error need not say which token it was.
+            ciphertext.name.clear();
+        }
+        // The request names the configured keys and not the token's key, because anyone who can write to the disk can choose
+        // the token's content. `check` has compared the context.
+        let encryption_context = KmsToken::context_for(volume, &self.config.encryption_context);
+        let config = AwsKeyConfig { encryption_context, ..self.config.clone() };
+        secret(&config, Task::Decrypt(ciphertexts))
     }
 
     /// Checks whether AWS would give the secret: gets credentials, reads the object in S3, and asks KMS for a dry run.
-    /// Decrypts nothing, and repeats no request. `token` is the volume's token, if the secret is in an existing header.
-    /// Blocks for less than half a minute.
+    /// Decrypts nothing, and repeats no request. `tokens` are the volume's tokens with their numbers, if the secret is in an
+    /// existing header. Blocks for 16 seconds at most, and for 8 seconds more for each token and KMS key.
     ///
     /// # Errors
     /// [`AwsKeyError`], if the helper fails. A refusal by AWS is not an error, but one of the findings.
-    pub fn probe(&self, token: Option<KmsToken>) -> Result<Vec<Finding>, AwsKeyError> {
-        let (mut config, mut ciphertext) = (self.config.clone(), None);
-        if let Some(token) = token {
-            (config.encryption_context, ciphertext) = (token.encryption_context, Some(token.ciphertext));
+    pub fn probe(&self, tokens: &[(u32, KmsToken)]) -> Result<Vec<Finding>, AwsKeyError> {
+        let mut config = self.config.clone();
+        if let Some((_, token)) = tokens.first() {
+            config.encryption_context = token.encryption_context.clone();
         }
-        match helper::ask(&config, Task::Probe { ciphertext }, None)? {
+        let ciphertexts = tokens.iter().map(|(id, token)| ciphertext(*id, token)).collect();
+        match helper::ask(&config, Task::Probe { ciphertexts }, None)? {
             Outcome::Found(findings) => Ok(findings),
             Outcome::Secret(_) | Outcome::Made(_) => {
                 Err(AwsKeyError::Answer("it is not a list of findings".to_owned()))
@@ -118,6 +138,10 @@ impl AwsKey {
         let Made { ciphertext, key_arn, .. } = made(&config, Task::Encrypt, Some(secret))?;
         Ok(KmsToken { ciphertext, key_arn, encryption_context: config.encryption_context })
     }
+}
+
+fn ciphertext(id: u32, token: &KmsToken) -> Ciphertext {
+    Ciphertext { name: format!("token {id}"), bytes: token.ciphertext.clone() }
 }
 
 fn secret(config: &AwsKeyConfig, task: Task) -> Result<Passphrase, AwsKeyError> {

@@ -5,9 +5,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
-use super::error::{AwsError, Service};
+use super::error::AwsError;
+use super::kms::Ciphertext;
 use super::retry::Patience;
-use super::session::Session;
+use super::session::{KmsKey, Session};
 use super::{kms, s3};
 use crate::config::{AwsKeyConfig, SecretLocation};
 
@@ -35,6 +36,8 @@ pub enum About {
 pub enum Outlook {
     /// `up` would work.
     Well,
+    /// `up` would work, but not in this way.
+    Less,
     /// `up` would fail.
     Ill,
     /// This is not known yet.
@@ -61,52 +64,89 @@ impl Finding {
     }
 }
 
-/// Asks for credentials, for the object, and for a dry run of the decryption. `ciphertext` is the ciphertext in the
-/// token, if the secret is in the header of an existing volume.
-pub(super) async fn findings(config: &AwsKeyConfig, ciphertext: Option<Vec<u8>>) -> Vec<Finding> {
+/// Asks for credentials, for the object, and for dry runs of the decryption. `ciphertexts` are those in the tokens, if the
+/// secret is in the header of an existing volume.
+pub(super) async fn findings(config: &AwsKeyConfig, ciphertexts: Vec<Ciphertext>) -> Vec<Finding> {
     let patience = Patience::from_now(Duration::ZERO);
     let session = match within(Session::open(config, patience)).await {
         Ok(session) => session,
         Err(why) => return vec![Finding::of(About::Credentials, Err(why))],
     };
     let mut found = vec![Finding::of(About::Credentials, Ok(format!("from {}", session.credentials_source())))];
-    let ciphertext = match &config.object {
-        SecretLocation::Token => ciphertext,
+    let ciphertexts = match &config.object {
+        SecretLocation::Token => ciphertexts,
         SecretLocation::Object(object) => {
             let got = within(s3::get(&session, patience, object)).await;
-            let region = session.at(Service::S3).region;
+            let region = session.at_s3().region;
             let said = got.as_ref().map(|_| format!("{object} can be read, in {region}")).map_err(Clone::clone);
             found.push(Finding::of(About::S3, said));
-            got.ok()
+            got.into_iter().map(|bytes| Ciphertext { name: String::new(), bytes }).collect()
         }
     };
-    found.push(of_kms(config, &session, patience, ciphertext).await);
+    found.extend(of_kms(config, &session, patience, &ciphertexts).await);
     found.extend(session.clock_ahead().map(of_clock));
     found
 }
 
-async fn of_kms(config: &AwsKeyConfig, session: &Session, patience: Patience, ciphertext: Option<Vec<u8>>) -> Finding {
-    let region = session.at(Service::Kms).region;
-    let key = config.kms_key.as_deref().unwrap_or("the key of the ciphertext");
-    match (ciphertext, &config.object) {
-        (Some(ciphertext), _) => {
-            let allowed = within(kms::may_decrypt(session, patience, config, &ciphertext)).await;
-            let said = format!("KMS in {region} would decrypt the secret with {key} (a dry run)");
-            Finding::of(About::Kms, allowed.map(|()| said))
+async fn of_kms(
+    config: &AwsKeyConfig,
+    session: &Session,
+    patience: Patience,
+    ciphertexts: &[Ciphertext],
+) -> Vec<Finding> {
+    if !ciphertexts.is_empty() {
+        let mut found = Vec::new();
+        for key in session.kms_keys() {
+            found.push(Finding::of(About::Kms, decrypts(config, session, patience, key, ciphertexts).await));
         }
-        (None, SecretLocation::Token) => {
-            let allowed = within(kms::may_encrypt(session, patience, config)).await;
-            let said = format!(
-                "KMS in {region} would encrypt a new secret with {key} (a dry run). Whether it would decrypt the secret can \
-                 be told once the volume exists"
-            );
-            Finding::of(About::Kms, allowed.map(|()| said))
-        }
-        (None, SecretLocation::Object(_)) => {
-            let found = "not asked, since there is no ciphertext to ask about".to_owned();
-            Finding { about: About::Kms, outlook: Outlook::Unknown, found }
+        return settled(found);
+    }
+    let (Some(key), SecretLocation::Token) = (session.kms_keys().first(), &config.object) else {
+        let found = "not asked, since there is no ciphertext to ask about".to_owned();
+        return vec![Finding { about: About::Kms, outlook: Outlook::Unknown, found }];
+    };
+    let allowed = within(kms::may_encrypt(session, patience, config)).await;
+    let said = format!(
+        "KMS in {} would encrypt a new secret with {} (a dry run). Whether it would decrypt the secret can be told once the \
+         volume exists",
+        key.region,
+        named(key)
+    );
+    vec![Finding::of(About::Kms, allowed.map(|()| said))]
+}
+
+/// Returns whether KMS would decrypt any of the ciphertexts with this key. The error is about the first ciphertext.
+async fn decrypts(
+    config: &AwsKeyConfig,
+    session: &Session,
+    patience: Patience,
+    key: &KmsKey,
+    ciphertexts: &[Ciphertext],
+) -> Result<String, String> {
+    let mut first_error = None;
+    for ciphertext in ciphertexts {
+        match within(kms::may_decrypt(session, patience, config, key, &ciphertext.bytes)).await {
+            Ok(()) => {
+                return Ok(format!("KMS in {} would decrypt the secret with {} (a dry run)", key.region, named(key)));
+            }
+            Err(why) => first_error = first_error.or(Some(why)),
         }
     }
+    Err(first_error.unwrap_or_default())
+}
+
+fn named(key: &KmsKey) -> &str {
+    key.name.as_deref().unwrap_or("the key of the ciphertext")
+}
+
+/// One key that decrypts is enough for `up`.
+fn settled(mut found: Vec<Finding>) -> Vec<Finding> {
+    if found.iter().any(|finding| finding.outlook == Outlook::Well) {
+        for finding in found.iter_mut().filter(|finding| finding.outlook == Outlook::Ill) {
+            finding.outlook = Outlook::Less;
+        }
+    }
+    found
 }
 
 fn of_clock(ahead: i64) -> Finding {
@@ -125,6 +165,22 @@ async fn within<T>(asked: impl Future<Output = Result<T, AwsError>>) -> Result<T
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_key_that_decrypts_is_enough() {
+        let finding = |decrypts: bool| {
+            Finding::of(About::Kms, if decrypts { Ok("") } else { Err("") }.map(str::to_owned).map_err(str::to_owned))
+        };
+        let outlooks = |decrypts: &[bool]| -> Vec<Outlook> {
+            settled(decrypts.iter().map(|decrypts| finding(*decrypts)).collect())
+                .iter()
+                .map(|finding| finding.outlook)
+                .collect()
+        };
+        assert_eq!(outlooks(&[true, true]), [Outlook::Well, Outlook::Well]);
+        assert_eq!(outlooks(&[false, true]), [Outlook::Less, Outlook::Well]);
+        assert_eq!(outlooks(&[false, false]), [Outlook::Ill, Outlook::Ill]);
+    }
 
     #[test]
     fn a_clock_that_is_minutes_off_is_ill() {

@@ -6,13 +6,14 @@ use aws_config::profile::ProfileFileRegionProvider;
 use aws_config::provider_config::ProviderConfig;
 
 use super::error::AwsError;
-use crate::config::{AwsKeyConfig, SecretLocation};
+use crate::config::{AwsKeyConfig, KmsArn, SecretLocation};
 
 /// The region in which each service is asked first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Regions {
-    /// `kms-region`, or the region in the key's ARN, or the general region.
-    pub(super) kms: String,
+    /// For each KMS key: `kms-region`, or the region in the key's ARN, or the general region. One region if no key is
+    /// configured.
+    pub(super) kms: Vec<String>,
     /// `s3-region`, or the general region, or the region of KMS. S3 says which region the bucket is in.
     pub(super) s3: String,
     /// The general region, or the region of KMS.
@@ -38,7 +39,7 @@ pub(super) async fn find(
     let profile = ProfileFileRegionProvider::builder().configure(provider).build();
     let of_profile = profile.region().await.map(|region| region.to_string());
     usual = usual.or(of_profile);
-    if usual.is_none() && named_for_kms(config).is_none() {
+    if usual.is_none() && named_for_kms(config).contains(&None) {
         let instance = imds::region::ImdsRegionProvider::builder().configure(provider).build();
         usual = instance.region().await.map(|region| region.to_string());
     }
@@ -50,26 +51,28 @@ fn from_environment(variable: &dyn Fn(&str) -> Option<String>) -> Option<String>
 }
 
 fn choose(config: &AwsKeyConfig, usual: Option<String>) -> Option<Regions> {
-    let kms = named_for_kms(config).or_else(|| usual.clone())?;
-    let sts = usual.clone().unwrap_or_else(|| kms.clone());
-    let s3 = config.s3_region.clone().or(usual).unwrap_or_else(|| kms.clone());
+    let kms: Vec<String> =
+        named_for_kms(config).into_iter().map(|named| named.or_else(|| usual.clone())).collect::<Option<_>>()?;
+    let first = kms.first()?;
+    let sts = usual.clone().unwrap_or_else(|| first.clone());
+    let s3 = config.s3_region.clone().or(usual).unwrap_or_else(|| first.clone());
     let s3_is_fixed = config.s3_region.is_some() && config.object != SecretLocation::Token;
     Some(Regions { kms, s3, sts, s3_is_fixed })
 }
 
-fn named_for_kms(config: &AwsKeyConfig) -> Option<String> {
-    let of_arn = || config.kms_key.as_deref().and_then(of_arn).map(ToOwned::to_owned);
-    config.kms_region.clone().or_else(of_arn)
+/// Returns the region that the configuration names for each KMS key, if it names one.
+fn named_for_kms(config: &AwsKeyConfig) -> Vec<Option<String>> {
+    let named = |key: Option<&str>| config.kms_region.clone().or_else(|| key.and_then(of_arn).map(ToOwned::to_owned));
+    match &config.kms_keys[..] {
+        [] => vec![named(None)],
+        keys => keys.iter().map(|key| named(Some(key))).collect(),
+    }
 }
 
-/// Returns the region in the ARN of a key or an alias, in any partition: `arn:PARTITION:kms:REGION:ACCOUNT:key/ID`. The
-/// ARN of a multi-Region key's replica contains the replica's own region.
+/// Returns the region in the ARN of a key or an alias, in any partition.
 fn of_arn(key: &str) -> Option<&str> {
-    let parts: Vec<&str> = key.splitn(6, ':').collect();
-    match parts[..] {
-        ["arn", partition, "kms", region, _, _] if partition.starts_with("aws") && is_region(region) => Some(region),
-        _ => None,
-    }
+    let arn = KmsArn::parse(key).filter(|arn| arn.partition.starts_with("aws") && is_region(arn.region))?;
+    Some(arn.region)
 }
 
 /// Returns whether a text can be the name of a region. It becomes part of a host name, so it must not contain anything
@@ -94,7 +97,7 @@ mod tests {
     use crate::config::{Config, KeyConfig};
     use std::path::Path;
 
-    fn chosen(more: &str, usual: Option<&str>) -> Option<(String, String, bool)> {
+    fn chosen(more: &str, usual: Option<&str>) -> Option<(Vec<String>, String, bool)> {
         let text =
             format!("[volume]\ndevices = [\"/x\"]\n[key]\nsource = \"aws\"\nobject = \"s3://bucket/key\"\n{more}\n");
         let KeyConfig::Aws(aws) = Config::parse(&text, Path::new("/etc/x.toml")).unwrap().key else { panic!() };
@@ -114,9 +117,14 @@ mod tests {
             ("kms-region = \"a-1\"\ns3-region = \"b-2\"", None, "a-1", "b-2", true),
             ("kms-key = \"arn:aws:kms:x-1:1:key/2\"\nkms-region = \"a-1\"", Some("u-1"), "a-1", "u-1", false),
         ] {
-            assert_eq!(chosen(more, usual), Some((kms.to_owned(), s3.to_owned(), fixed)), "{more}");
+            assert_eq!(chosen(more, usual), Some((vec![kms.to_owned()], s3.to_owned(), fixed)), "{more}");
         }
         assert_eq!(chosen("", None), None);
+        // Each key of a list has its own region.
+        let list = "kms-key = [\"arn:aws:kms:x-1:1:key/mrk-2\", \"arn:aws:kms:y-1:1:key/mrk-2\", \"alias/z\"]";
+        let each = |regions: [&str; 3]| regions.map(ToOwned::to_owned).to_vec();
+        assert_eq!(chosen(list, Some("u-1")), Some((each(["x-1", "y-1", "u-1"]), "u-1".to_owned(), false)));
+        assert_eq!(chosen(list, None), None);
         assert_eq!(chosen("s3-region = \"b-2\"", None), None);
     }
 

@@ -3,6 +3,7 @@
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
+use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumMode};
 
 use super::answer::{self, Answer, answer, causes, common};
 use super::credentials::Kind;
@@ -14,7 +15,10 @@ use crate::config::S3Object;
 /// Returns the object's bytes, 1 to [`MAX_CIPHERTEXT`].
 pub(super) async fn get(session: &Session, patience: Patience, object: &S3Object) -> Result<Vec<u8>, AwsError> {
     where_it_is(session, patience, async |s3| {
-        let sent = s3.get_object().bucket(&object.bucket).key(&object.key).send().await;
+        // S3 sends the checksum that it stores with the object. The SDK compares it with the bytes, unless a profile turns this
+        // off and the request does not name it (S3 User Guide, "Checking object integrity").
+        let request = s3.get_object().bucket(&object.bucket).key(&object.key).checksum_mode(ChecksumMode::Enabled);
+        let sent = request.send().await;
         let found = sent.map_err(|error| failure(&error, session, object, "s3:GetObject"))?;
         let too_large = || AwsError::TooLarge { object: object.clone() };
         // If the announced length is too large, nothing is read.
@@ -24,8 +28,7 @@ pub(super) async fn get(session: &Session, patience: Patience, object: &S3Object
         let mut body = found.body;
         let mut bytes = Vec::new();
         while let Some(piece) = body.next().await {
-            let piece = piece
-                .map_err(|error| AwsError::unreachable(Service::S3, session.endpoint(Service::S3), causes(&error)))?;
+            let piece = piece.map_err(|error| broken(causes(&error), session.s3_endpoint(), object))?;
             if bytes.len() + piece.len() > MAX_CIPHERTEXT {
                 return Err(too_large());
             }
@@ -37,6 +40,15 @@ pub(super) async fn get(session: &Session, patience: Patience, object: &S3Object
         Ok(bytes)
     })
     .await
+}
+
+/// Returns the error for a body that could not be read completely.
+fn broken(detail: String, endpoint: String, object: &S3Object) -> AwsError {
+    // The SDK's error type is in a crate of its own, so this looks at its text.
+    match detail.contains("checksum mismatch") {
+        true => AwsError::Damaged { object: object.clone(), endpoint, detail },
+        false => AwsError::unreachable(Service::S3, endpoint, detail),
+    }
 }
 
 /// Writes the object. Unless `replace` is set, an existing object is kept, even if another program makes it meanwhile.
@@ -53,6 +65,8 @@ pub(super) async fn put(
     let put = where_it_is(session, patience, async |s3| {
         let mut request =
             s3.put_object().bucket(&object.bucket).key(&object.key).body(ByteStream::from(bytes.to_vec()));
+        // S3 compares the checksum with the bytes that arrive, and stores it.
+        request = request.checksum_algorithm(ChecksumAlgorithm::Crc32);
         if !replace {
             // S3 User Guide, "How to prevent object overwrites with conditional writes".
             request = request.if_none_match("*");
@@ -93,7 +107,7 @@ async fn where_it_is<T>(
     mut attempt: impl AsyncFnMut(aws_sdk_s3::Client) -> Result<T, AwsError>,
 ) -> Result<T, AwsError> {
     session
-        .ask(patience, Service::S3, async || match attempt(session.s3()).await {
+        .ask_s3(patience, async || match attempt(session.s3()).await {
             Err(AwsError::WrongRegion { right: Some(region), .. }) if session.follow_bucket(&region) => {
                 attempt(session.s3()).await
             }
@@ -106,8 +120,8 @@ fn failure<E>(error: &SdkError<E, HttpResponse>, session: &Session, object: &S3O
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
 {
-    match answer(error, Service::S3, session.endpoint(Service::S3)) {
-        Ok(answer) => meaning(answer, session.at(Service::S3), session.credentials_kind(), object, action),
+    match answer(error, Service::S3, session.s3_endpoint()) {
+        Ok(answer) => meaning(answer, session.at_s3(), session.credentials_kind(), object, action),
         Err(error) => error,
     }
 }

@@ -23,7 +23,7 @@ use super::clock::Clock;
 use super::credentials::{self, Found, Kind};
 use super::error::{At, AwsError, Service};
 use super::region::Regions;
-use super::retry::{Course, Patience, retried};
+use super::retry::{Course, Patience, in_turn, retried};
 use super::{http, profile, region};
 use crate::config::AwsKeyConfig;
 
@@ -41,14 +41,29 @@ pub(super) struct Session {
     /// The client, and the region in which the bucket is assumed to be.
     s3: Mutex<(aws_sdk_s3::Client, String)>,
     s3_is_fixed: bool,
-    pub(super) kms: aws_sdk_kms::Client,
-    kms_region: String,
+    /// At least one.
+    kms: Vec<KmsKey>,
     credentials: Current,
     /// Set when AWS refuses the credentials and others may work.
     is_stale: AtomicBool,
     s3_endpoint: Endpoint,
-    kms_endpoint: Endpoint,
     clock: Clock,
+}
+
+/// A KMS key, and the client of KMS in the key's region.
+pub(super) struct KmsKey {
+    pub(super) client: aws_sdk_kms::Client,
+    pub(super) region: String,
+    /// The key to name in requests. `None` means any key that KMS lets this machine use.
+    pub(super) name: Option<String>,
+    endpoint: Endpoint,
+}
+
+impl KmsKey {
+    /// Returns the address to which the last request went.
+    pub(super) fn endpoint(&self) -> String {
+        self.endpoint.uri()
+    }
 }
 
 impl Session {
@@ -101,56 +116,77 @@ impl Session {
         }
 
         let kms_url = config.kms_endpoint_url.clone().or_else(|| configured_endpoint(&sdk, "KMS"));
-        let kms_endpoint = Endpoint::default();
-        let mut kms = aws_sdk_kms::config::Builder::from(&sdk)
-            .region(Region::new(regions.kms.clone()))
-            .credentials_provider(shared)
-            .interceptor(kms_endpoint.clone())
-            .interceptor(clock.clone());
-        if let Some(url) = kms_url {
-            if url.starts_with("http://") && !is_loopback(&url) {
-                let url = http::without_userinfo(&url);
-                tracing::warn!("KMS at {url} answers without TLS: the password crosses the network in the clear");
-            }
-            kms = kms.endpoint_url(url);
+        if let Some(url) = kms_url.as_ref().filter(|url| url.starts_with("http://") && !is_loopback(url)) {
+            let url = http::without_userinfo(url);
+            tracing::warn!("KMS at {url} answers without TLS: the password crosses the network in the clear");
         }
+        let kms_key = |(number, region): (usize, String)| {
+            let endpoint = Endpoint::default();
+            let mut kms = aws_sdk_kms::config::Builder::from(&sdk)
+                .region(Region::new(region.clone()))
+                .credentials_provider(shared.clone())
+                .interceptor(endpoint.clone())
+                .interceptor(clock.clone());
+            if let Some(url) = &kms_url {
+                kms = kms.endpoint_url(url.clone());
+            }
+            let name = config.kms_keys.get(number).cloned();
+            KmsKey { client: aws_sdk_kms::Client::from_conf(kms.build()), region, name, endpoint }
+        };
+        let kms = regions.kms.into_iter().enumerate().map(kms_key).collect();
         Ok(Self {
             config: config.clone(),
             provider,
             s3: Mutex::new((aws_sdk_s3::Client::from_conf(s3.build()), regions.s3)),
             s3_is_fixed: regions.s3_is_fixed,
-            kms: aws_sdk_kms::Client::from_conf(kms.build()),
-            kms_region: regions.kms,
+            kms,
             credentials,
             is_stale: AtomicBool::new(false),
             s3_endpoint,
-            kms_endpoint,
             clock,
         })
     }
 
-    /// Makes attempts until one succeeds or fails permanently, or the time is over. Before each attempt, credentials that have
-    /// expired or that AWS refused are renewed.
-    pub(super) async fn ask<T>(
+    /// Makes requests to S3 until one succeeds or fails permanently, or the time is over. Before each attempt, credentials that
+    /// have expired or that AWS refused are renewed.
+    pub(super) async fn ask_s3<T>(
         &self,
         patience: Patience,
-        service: Service,
         mut attempt: impl AsyncFnMut() -> Result<T, AwsError>,
     ) -> Result<T, AwsError> {
-        retried(
-            patience,
-            CREDENTIALS + ATTEMPT,
-            || self.overdue(service),
-            async || {
-                self.renew().await?;
-                let result = timeout(ATTEMPT, attempt()).await.unwrap_or_else(|_| Err(self.overdue(service)));
-                if result.as_ref().is_err_and(|error| error.course() == Course::Renew) {
-                    self.is_stale.store(true, Ordering::Relaxed);
-                }
-                result
-            },
-        )
+        let overdue = || overdue(Service::S3, self.s3_endpoint.uri());
+        retried(patience, CREDENTIALS + ATTEMPT, &overdue, async || self.attempt(&overdue, attempt()).await).await
+    }
+
+    /// Makes requests to KMS as [`Session::ask_s3`] does. The keys take turns (see [`in_turn`]); `names` are their names for
+    /// errors. `attempt` gets the index of the key. One key may occur several times.
+    pub(super) async fn ask_kms<T>(
+        &self,
+        patience: Patience,
+        keys: &[&KmsKey],
+        names: &[String],
+        mut attempt: impl AsyncFnMut(usize) -> Result<T, AwsError>,
+    ) -> Result<T, AwsError> {
+        let endpoint = |way: usize| keys.get(way).map(|key| key.endpoint()).unwrap_or_default();
+        let overdue = |way| overdue(Service::Kms, endpoint(way));
+        in_turn(patience, CREDENTIALS + ATTEMPT, names, overdue, async |way| {
+            self.attempt(|| overdue(way), attempt(way)).await
+        })
         .await
+    }
+
+    /// Makes one attempt. Renews the credentials first, if they can no longer be used.
+    async fn attempt<T>(
+        &self,
+        overdue: impl Fn() -> AwsError,
+        attempt: impl Future<Output = Result<T, AwsError>>,
+    ) -> Result<T, AwsError> {
+        self.renew().await?;
+        let result = timeout(ATTEMPT, attempt).await.unwrap_or_else(|_| Err(overdue()));
+        if result.as_ref().is_err_and(|error| error.course() == Course::Renew) {
+            self.is_stale.store(true, Ordering::Relaxed);
+        }
+        result
     }
 
     /// Renews the credentials if they can no longer be used.
@@ -183,21 +219,19 @@ impl Session {
         true
     }
 
-    /// Returns the service with the region in which it is asked.
-    pub(super) fn at(&self, service: Service) -> At {
-        let region = match service {
-            Service::S3 => self.s3.lock().unwrap_or_else(PoisonError::into_inner).1.clone(),
-            Service::Kms | Service::Sts => self.kms_region.clone(),
-        };
-        At { service, region }
+    /// Returns S3 with the region in which it is asked.
+    pub(super) fn at_s3(&self) -> At {
+        At { service: Service::S3, region: self.s3.lock().unwrap_or_else(PoisonError::into_inner).1.clone() }
     }
 
-    /// Returns the address to which the last request to the service went.
-    pub(super) fn endpoint(&self, service: Service) -> String {
-        match service {
-            Service::S3 => self.s3_endpoint.uri(),
-            Service::Kms | Service::Sts => self.kms_endpoint.uri(),
-        }
+    /// Returns the address to which the last request to S3 went.
+    pub(super) fn s3_endpoint(&self) -> String {
+        self.s3_endpoint.uri()
+    }
+
+    /// Returns the KMS keys in their order. There is at least one.
+    pub(super) fn kms_keys(&self) -> &[KmsKey] {
+        &self.kms
     }
 
     /// Returns how long the credentials are valid.
@@ -214,11 +248,10 @@ impl Session {
     pub(super) fn clock_ahead(&self) -> Option<i64> {
         self.clock.ahead()
     }
+}
 
-    fn overdue(&self, service: Service) -> AwsError {
-        let detail = format!("no answer within {} s", ATTEMPT.as_secs());
-        AwsError::unreachable(service, self.endpoint(service), detail)
-    }
+fn overdue(service: Service, endpoint: String) -> AwsError {
+    AwsError::unreachable(service, endpoint, format!("no answer within {} s", ATTEMPT.as_secs()))
 }
 
 /// Returns the other settings of environment and profile: endpoints, dual stack, FIPS.

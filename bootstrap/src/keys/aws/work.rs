@@ -4,6 +4,7 @@ use engine::key::Passphrase;
 
 use super::error::AwsError;
 use super::helper::{Made, Outcome, Task};
+use super::kms::Ciphertext;
 use super::retry::Patience;
 use super::session::Session;
 use super::{kms, probe, s3};
@@ -26,8 +27,8 @@ pub(super) fn run(config: &AwsKeyConfig, task: Task, secret: &Passphrase) -> Res
         match task {
             Task::FindCredentials => work().await.map(|_| Outcome::Made(Made::default())),
             Task::Fetch => work().await?.fetch().await.map(Outcome::Secret),
-            Task::Probe { ciphertext } => Ok(Outcome::Found(probe::findings(config, ciphertext).await)),
-            Task::Decrypt(ciphertext) => work().await?.decrypt(&ciphertext).await.map(Outcome::Secret),
+            Task::Probe { ciphertexts } => Ok(Outcome::Found(probe::findings(config, ciphertexts).await)),
+            Task::Decrypt(ciphertexts) => work().await?.decrypt(&ciphertexts).await.map(Outcome::Secret),
             Task::Encrypt => work().await?.encrypt(secret).await.map(Outcome::Made),
             Task::Store { replace } => work().await?.store(secret, replace).await.map(Outcome::Made),
             Task::StoreNewKey { len, replace } => work().await?.store_new_key(len, replace).await.map(Outcome::Made),
@@ -44,12 +45,16 @@ struct Work<'w> {
 impl Work<'_> {
     async fn fetch(&self) -> Result<Passphrase, AwsError> {
         let ciphertext = s3::get(&self.session, self.patience, self.object()?).await?;
-        self.decrypt(&ciphertext).await
+        self.decrypt_one(ciphertext).await
     }
 
-    /// Decrypts a ciphertext with KMS and returns the password.
-    async fn decrypt(&self, ciphertext: &[u8]) -> Result<Passphrase, AwsError> {
-        let mut plaintext = kms::decrypt(&self.session, self.patience, self.config, ciphertext).await?;
+    async fn decrypt_one(&self, ciphertext: Vec<u8>) -> Result<Passphrase, AwsError> {
+        self.decrypt(&[Ciphertext { name: String::new(), bytes: ciphertext }]).await
+    }
+
+    /// Decrypts one of the ciphertexts with KMS and returns the password.
+    async fn decrypt(&self, ciphertexts: &[Ciphertext]) -> Result<Passphrase, AwsError> {
+        let mut plaintext = kms::decrypt(&self.session, self.patience, self.config, ciphertexts).await?;
         let password = Passphrase::new(match self.config.raw_key {
             // Newlines at the end of a key belong to it.
             Some(_) => std::mem::take(&mut *plaintext),
@@ -63,7 +68,7 @@ impl Work<'_> {
 
     async fn encrypt(&self, secret: &Passphrase) -> Result<Made, AwsError> {
         let (ciphertext, key_arn) = kms::encrypt(&self.session, self.patience, self.config, secret.expose()).await?;
-        let back = self.decrypt(&ciphertext).await?;
+        let back = self.decrypt_one(ciphertext.clone()).await?;
         if back.expose() != secret.expose() {
             return Err(AwsError::Token("it does not decrypt to what was encrypted".to_owned()));
         }
@@ -94,7 +99,7 @@ impl Work<'_> {
         is_right: impl Fn(&Passphrase) -> bool,
     ) -> Result<Made, AwsError> {
         if replace {
-            match self.decrypt(&ciphertext).await {
+            match self.decrypt_one(ciphertext.clone()).await {
                 Ok(found) if is_right(&found) => {}
                 Ok(_) => return Err(AwsError::NotReplacedByAnother { object: object.clone() }),
                 Err(why) => return Err(AwsError::NotReplaced { object: object.clone(), why: Box::new(why) }),

@@ -1,12 +1,13 @@
 //! The policies as a CloudFormation template, for a role and a bucket that exist.
 //!
 //! CloudFormation sets a key's policy only together with the key. So if the configuration names the key by an alias,
-//! the template makes the key. Otherwise the template shows the key's policy under `Metadata`.
+//! the template makes the key. Otherwise the template shows the key's policy under `Metadata`. There it also shows the policies
+//! of all keys after the first.
 
 use serde_json::{Value, json};
 
 use super::name::{KeyName, KmsKey};
-use super::{Names, NotAws, Who, aws};
+use super::{NamedKey, Names, NotAws, Who, aws, numbered};
 use crate::config::{Config, SecretLocation};
 
 /// Returns a CloudFormation template with the policies, in JSON.
@@ -15,19 +16,25 @@ use crate::config::{Config, SecretLocation};
 /// [`NotAws`], if the secret is not in AWS.
 pub fn cloudformation(config: &Config, who: &Who) -> Result<Value, NotAws> {
     let aws = aws(config)?;
-    let key = KmsKey::of(aws);
-    let account = || who.account.clone().or_else(|| key.account.clone()).unwrap_or("${AWS::AccountId}".to_owned());
-    let region = || key.region.clone().unwrap_or("${AWS::Region}".to_owned());
-    let arn = |end: &str| format!("arn:${{AWS::Partition}}:kms:{}:{}:{end}", region(), account());
+    let keys = KmsKey::all(aws);
+    let of_key = |(number, key): (usize, &KmsKey)| {
+        let account = who.account.as_deref().unwrap_or("${AWS::AccountId}");
+        let named = NamedKey::new(key, "${AWS::Partition}", "${AWS::Region}", account, "key/${KmsKeyId}");
+        match number {
+            // The administrators of the first key are those of the stack.
+            0 => {
+                let account = "${AWS::AccountId}".to_owned();
+                match named.alias {
+                    Some(_) => NamedKey { arn: "${Key.Arn}".to_owned(), alias: None, account },
+                    None => NamedKey { account, ..named },
+                }
+            }
+            _ => named,
+        }
+    };
     let names = Names {
         partition: "${AWS::Partition}".to_owned(),
-        account: "${AWS::AccountId}".to_owned(),
-        key: match &key.name {
-            KeyName::Alias(_) => "${Key.Arn}".to_owned(),
-            KeyName::Key(end) => arn(end),
-            KeyName::Any => arn("key/${KmsKeyId}"),
-        },
-        alias: None,
+        keys: keys.iter().enumerate().map(of_key).collect(),
         role: "arn:${AWS::Partition}:iam::${AWS::AccountId}:role/${Role}".to_owned(),
         provisioner: "arn:${AWS::Partition}:iam::${AWS::AccountId}:role/${Provisioner}".to_owned(),
         literal: |text| text.replace("${", "${!"),
@@ -59,8 +66,9 @@ pub fn cloudformation(config: &Config, who: &Who) -> Result<Value, NotAws> {
             "Properties": { "Bucket": object.bucket, "PolicyDocument": substituted(policy) }
         });
     }
-    let policy = substituted(&policies.key);
-    match key.name {
+    let mut of_keys = keys.iter().zip(&policies.keys).map(|(key, policy)| (&key.name, substituted(policy)));
+    let Some((name, policy)) = of_keys.next() else { return Ok(template) };
+    match name {
         KeyName::Alias(alias) => {
             template["Resources"]["Key"] = json!({
                 "Type": "AWS::KMS::Key",
@@ -73,6 +81,10 @@ pub fn cloudformation(config: &Config, who: &Who) -> Result<Value, NotAws> {
                     "KeyPolicy": policy
                 }
             });
+            if keys.len() > 1 {
+                // Only the replicas of a multi-Region key decrypt what it encrypted.
+                template["Resources"]["Key"]["Properties"]["MultiRegion"] = true.into();
+            }
             template["Resources"]["Alias"] = json!({
                 "Type": "AWS::KMS::Alias",
                 "Properties": { "AliasName": alias, "TargetKeyId": { "Ref": "Key" } }
@@ -83,6 +95,10 @@ pub fn cloudformation(config: &Config, who: &Who) -> Result<Value, NotAws> {
             template["Parameters"]["KmsKeyId"] = parameter("The id of the KMS key.", None);
             template["Metadata"]["KeyPolicy"] = policy;
         }
+    }
+    // The other keys are in other regions, where this stack makes nothing.
+    for (number, (_, policy)) in of_keys.enumerate() {
+        template["Metadata"][numbered("KeyPolicy", number + 1)] = policy;
     }
     Ok(template)
 }
@@ -132,6 +148,14 @@ mod tests {
         assert_eq!(marked, json!(["a${$}{b}", { "Fn::Sub": "${Key}${!a}" }]));
         let arn = with("kms-key = \"arn:aws:kms:eu-west-1:123456789012:key/1\"");
         assert!(arn["Resources"].get("Key").is_none() && arn["Metadata"]["KeyPolicy"].is_object());
+        let list = with("kms-key = [\"alias/x\", \"arn:aws:kms:us-east-1:123456789012:key/mrk-1\"]");
+        let statements = &list["Resources"]["InstancePolicy"]["Properties"]["PolicyDocument"]["Statement"];
+        assert_eq!(statements[1]["Resource"], json!({ "Fn::Sub": "${Key.Arn}" }));
+        let other = "arn:${AWS::Partition}:kms:us-east-1:123456789012:key/mrk-1";
+        assert_eq!(statements[2]["Resource"], json!({ "Fn::Sub": other }));
+        assert_eq!(list["Resources"]["Key"]["Properties"]["MultiRegion"], true);
+        assert!(alias["Resources"]["Key"]["Properties"].get("MultiRegion").is_none());
+        assert_eq!(list["Metadata"]["KeyPolicy2"]["Statement"][1]["Sid"], "UnlockVolume");
         for template in [alias, arn] {
             let notes = template["Metadata"]["Notes"].to_string();
             assert!(notes.contains("A KMS key has only") && notes.contains("A bucket has only"), "{notes}");

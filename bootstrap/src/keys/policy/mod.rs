@@ -121,8 +121,8 @@ pub struct Policies {
     pub instance: Value,
     /// For the user who runs `nbdcrypt provision`. `None` if `up` makes the secret.
     pub provisioner: Option<Value>,
-    /// For the KMS key.
-    pub key: Value,
+    /// For each KMS key, in the order of the configuration.
+    pub keys: Vec<Value>,
     /// For the bucket. `None` if there is no bucket.
     pub bucket: Option<Value>,
     /// Advice about the policies. Each text is a paragraph.
@@ -135,32 +135,22 @@ pub struct Policies {
 /// [`NotAws`], if the secret is not in AWS.
 pub fn policies(config: &Config, who: &Who) -> Result<Policies, NotAws> {
     let aws = aws(config)?;
-    let key = KmsKey::of(aws);
-    let account = who.account.clone().or_else(|| key.account.clone()).unwrap_or_else(|| "ACCOUNT-ID".to_owned());
-    let region = key.region.clone().unwrap_or_else(|| "REGION".to_owned());
-    let end = match &key.name {
-        // A policy cannot name a key by its alias (see `note_on_key`).
-        KeyName::Alias(_) => "key/*",
-        KeyName::Key(key) => key,
-        KeyName::Any => "key/KEY-ID",
-    };
+    let keys = KmsKey::all(aws);
+    let partition = keys.first().map(|key| key.partition).unwrap_or_default();
+    let of_key = keys.iter().find_map(|key| key.account.clone());
+    let account = who.account.clone().or(of_key).unwrap_or_else(|| "ACCOUNT-ID".to_owned());
     let role = |name: &Option<String>, other: &str| {
-        format!("arn:{}:iam::{account}:role/{}", key.partition, name.as_deref().unwrap_or(other))
+        format!("arn:{partition}:iam::{account}:role/{}", name.as_deref().unwrap_or(other))
     };
     let names = Names {
-        partition: key.partition.to_owned(),
-        key: format!("arn:{}:kms:{region}:{account}:{end}", key.partition),
-        alias: match &key.name {
-            KeyName::Alias(alias) => Some(alias.clone()),
-            KeyName::Key(_) | KeyName::Any => None,
-        },
+        partition: partition.to_owned(),
+        keys: keys.iter().map(|key| NamedKey::new(key, key.partition, "REGION", &account, "key/KEY-ID")).collect(),
         role: role(&who.role, "ROLE"),
         provisioner: role(&who.provisioner, "PROVISIONER"),
-        account,
         literal: str::to_owned,
     };
     let mut policies = names.policies(config, aws);
-    policies.notes.splice(0..0, note_on_key(&key));
+    policies.notes.splice(0..0, keys.iter().filter_map(note_on_key));
     Ok(policies)
 }
 
@@ -171,14 +161,37 @@ fn aws(config: &Config) -> Result<&AwsKeyConfig, NotAws> {
     }
 }
 
+/// A KMS key in the policies, written for the output format.
+struct NamedKey {
+    /// The key's ARN, or a pattern that matches it.
+    arn: String,
+    /// The alias by which requests name the key, if `arn` is only a pattern.
+    alias: Option<String>,
+    /// The number of the key's account.
+    account: String,
+}
+
+impl NamedKey {
+    /// Makes the names of a key from what the configuration says. `region`, `account` and `any` (the end of an ARN) stand for
+    /// what it does not say.
+    fn new(key: &KmsKey, partition: &str, region: &str, account: &str, any: &str) -> Self {
+        let region = key.region.as_deref().unwrap_or(region);
+        let account = key.account.as_deref().unwrap_or(account);
+        let (end, alias) = match &key.name {
+            // A policy cannot name a key by its alias (see `note_on_key`).
+            KeyName::Alias(alias) => ("key/*", Some(alias.clone())),
+            KeyName::Key(end) => (end.as_str(), None),
+            KeyName::Any => (any, None),
+        };
+        Self { arn: format!("arn:{partition}:kms:{region}:{account}:{end}"), alias, account: account.to_owned() }
+    }
+}
+
 /// The names in the policies, written for the output format.
 struct Names {
     partition: String,
-    account: String,
-    /// The key's ARN, or a pattern that matches it.
-    key: String,
-    /// The alias by which requests name the key, if `key` is only a pattern.
-    alias: Option<String>,
+    /// The KMS keys, in the order of the configuration. The first one makes new ciphertexts.
+    keys: Vec<NamedKey>,
     /// The ARN of the instance's role.
     role: String,
     /// The ARN of the role that makes the secret.
@@ -210,14 +223,19 @@ impl Names {
         };
         let (instance, provisioner) = (uses(&[Job::Up, Job::FirstUp]), uses(&[Job::Provision]));
         let of_role = |actions: &[&str]| {
-            let statements = actions.iter().map(|action| match (action.starts_with("kms:"), &object_arn) {
-                (false, Some(object)) => json!({
+            let statements = actions.iter().flat_map(|action| match (action.starts_with("kms:"), &object_arn) {
+                (false, Some(object)) => vec![json!({
                     "Sid": sid(action), "Effect": "Allow", "Action": action, "Resource": object
-                }),
-                _ => with_condition(
-                    json!({ "Sid": sid(action), "Effect": "Allow", "Action": action, "Resource": self.key }),
-                    self.condition(aws, true),
-                ),
+                })],
+                _ => {
+                    let of_one = |(number, key): (usize, &NamedKey)| {
+                        let statement = json!({
+                            "Sid": numbered(sid(action), number), "Effect": "Allow", "Action": action, "Resource": key.arn
+                        });
+                        with_condition(statement, self.condition(aws, key.alias.as_deref()))
+                    };
+                    self.keys.iter().enumerate().filter(|(number, _)| is_used(action, *number)).map(of_one).collect()
+                }
             });
             document(statements.collect())
         };
@@ -227,17 +245,20 @@ impl Names {
                     "Sid": sid(action), "Effect": "Allow", "Principal": { "AWS": principal }, "Action": action,
                     "Resource": "*"
                 }),
-                self.condition(aws, false),
+                self.condition(aws, None),
             )
         };
-        let root = format!("arn:{}:iam::{}:root", self.partition, self.account);
-        let mut key = vec![json!({
-            "Sid": "AdministerKey", "Effect": "Allow", "Principal": { "AWS": root }, "Action": ADMINISTRATION,
-            "Resource": "*"
-        })];
-        let is_kms = |action: &&&str| action.starts_with("kms:");
-        key.extend(instance.iter().filter(is_kms).map(|action| of_key(&self.role, action)));
-        key.extend(provisioner.iter().filter(is_kms).map(|action| of_key(&self.provisioner, action)));
+        let policy_of_key = |(number, key): (usize, &NamedKey)| {
+            let root = format!("arn:{}:iam::{}:root", self.partition, key.account);
+            let mut statements = vec![json!({
+                "Sid": "AdministerKey", "Effect": "Allow", "Principal": { "AWS": root }, "Action": ADMINISTRATION,
+                "Resource": "*"
+            })];
+            let is_here = |action: &&&str| action.starts_with("kms:") && is_used(action, number);
+            statements.extend(instance.iter().filter(is_here).map(|action| of_key(&self.role, action)));
+            statements.extend(provisioner.iter().filter(is_here).map(|action| of_key(&self.provisioner, action)));
+            document(statements)
+        };
         let bucket = object.as_ref().zip(object_arn.as_ref()).map(|((bucket, _), object)| {
             let allow = |principal: &str, action: &str| {
                 json!({
@@ -258,7 +279,7 @@ impl Names {
         Policies {
             instance: of_role(&instance),
             provisioner: (!provisioner.is_empty()).then(|| of_role(&provisioner)),
-            key: document(key),
+            keys: self.keys.iter().enumerate().map(policy_of_key).collect(),
             bucket,
             notes: notes(config, aws),
         }
@@ -268,10 +289,11 @@ impl Names {
         (self.literal)(text)
     }
 
-    /// Returns the condition of a statement about KMS: the encryption context, and the alias if `by_alias` is set.
-    fn condition(&self, aws: &AwsKeyConfig, by_alias: bool) -> Map<String, Value> {
+    /// Returns the condition of a statement about KMS: the encryption context, and the alias that requests name, if there is
+    /// one.
+    fn condition(&self, aws: &AwsKeyConfig, alias: Option<&str>) -> Map<String, Value> {
         let mut equal = Map::new();
-        if let (true, Some(alias)) = (by_alias, &self.alias) {
+        if let Some(alias) = alias {
             equal.insert("kms:RequestAlias".to_owned(), self.literally(&in_value(alias)).into());
         }
         for (name, value) in &aws.encryption_context {
@@ -299,6 +321,20 @@ fn with_condition(mut statement: Value, condition: Map<String, Value>) -> Value 
         statement["Condition"] = condition.into();
     }
     statement
+}
+
+/// Returns whether the commands call this action of KMS with the key that has this number. Only the first key makes new
+/// ciphertexts.
+fn is_used(action: &str, number: usize) -> bool {
+    number == 0 || action == DECRYPT
+}
+
+/// Returns a name for the key with this number: the name itself for the first key. A policy's statements have different names.
+fn numbered(name: &str, number: usize) -> String {
+    match number {
+        0 => name.to_owned(),
+        number => format!("{name}{}", number + 1),
+    }
 }
 
 /// Returns the name of the statement that allows an action.
@@ -338,6 +374,13 @@ fn notes(config: &Config, aws: &AwsKeyConfig) -> Vec<String> {
          statements, which `aws kms get-key-policy --key-id KEY` shows. Otherwise they lose their access."
             .to_owned(),
     ];
+    if aws.kms_keys.len() > 1 {
+        notes.push(
+            "Each KMS key has its own policy, also each replica of a multi-Region key. The first key in `kms-key` makes new \
+             ciphertexts, and each of the keys may decrypt them."
+                .to_owned(),
+        );
+    }
     if matches!(aws.object, SecretLocation::Object(_)) {
         notes.push(
             "A bucket has only one policy. The printed policy replaces all of it. If anyone else uses the bucket, first add \
@@ -422,7 +465,7 @@ mod tests {
         );
         // The key's policy is about one key only.
         assert_eq!(
-            policies.key["Statement"][1],
+            policies.keys[0]["Statement"][1],
             json!({ "Sid": "UnlockVolume", "Effect": "Allow",
                     "Principal": { "AWS": "arn:aws:iam::123456789012:role/ROLE" }, "Action": "kms:Decrypt",
                     "Resource": "*",
@@ -448,6 +491,42 @@ mod tests {
         }
     }
 
+    /// The first key encrypts, and every key decrypts.
+    #[test]
+    fn every_key_of_a_list_has_its_policies() {
+        let list = "object = \"s3://my-bucket/key\"\nkms-key = [\"arn:aws:kms:eu-west-1:123456789012:key/mrk-1\", \
+                    \"arn:aws:kms:us-east-1:999999999999:key/mrk-1\", \"arn:aws:kms:us-west-2:123456789012:alias/x\"]";
+        let policies = policies(&config("", list), &Who::default()).unwrap();
+        let allowed = |policy: &Value| -> Vec<(Value, Value, Value)> {
+            let statements = policy["Statement"].as_array().unwrap().iter();
+            statements.map(|one| (one["Sid"].clone(), one["Action"].clone(), one["Resource"].clone())).collect()
+        };
+        let row = |sid: &str, action: &str, resource: &str| (json!(sid), json!(action), json!(resource));
+        assert_eq!(
+            allowed(&policies.instance)[1..],
+            [
+                row("UnlockVolume", DECRYPT, "arn:aws:kms:eu-west-1:123456789012:key/mrk-1"),
+                row("UnlockVolume2", DECRYPT, "arn:aws:kms:us-east-1:999999999999:key/mrk-1"),
+                row("UnlockVolume3", DECRYPT, "arn:aws:kms:us-west-2:123456789012:key/*"),
+            ]
+        );
+        assert_eq!(
+            policies.instance["Statement"][3]["Condition"],
+            json!({ "StringEquals": { "kms:RequestAlias": "alias/x" } })
+        );
+        let provisioner = allowed(policies.provisioner.as_ref().unwrap());
+        assert_eq!(provisioner[0], row("EncryptSecret", ENCRYPT, "arn:aws:kms:eu-west-1:123456789012:key/mrk-1"));
+        assert_eq!(provisioner.len(), 2);
+        let of_keys: Vec<Vec<Value>> = policies
+            .keys
+            .iter()
+            .map(|policy| allowed(policy).into_iter().skip(1).map(|(sid, ..)| sid).collect())
+            .collect();
+        assert_eq!(of_keys, [vec!["UnlockVolume", "EncryptSecret"], vec!["UnlockVolume"], vec!["UnlockVolume"]]);
+        assert_eq!(policies.keys[1]["Statement"][0]["Principal"]["AWS"], "arn:aws:iam::999999999999:root");
+        assert!(policies.notes.iter().any(|note| note.starts_with("Each KMS key has its own policy")));
+    }
+
     #[test]
     fn kms_makes_a_plain_key_only_without_a_hash() {
         let calls = |volume: &str, job| calls(&config(volume, ALIAS), job);
@@ -460,7 +539,7 @@ mod tests {
     #[test]
     fn administrators_of_the_key_cannot_decrypt() {
         for key in [ALIAS, TOKEN] {
-            let policy = policies(&config("", key), &Who::default()).unwrap().key;
+            let policy = policies(&config("", key), &Who::default()).unwrap().keys.remove(0);
             let root = &policy["Statement"][0];
             assert!(root["Principal"]["AWS"].as_str().unwrap().ends_with(":root"));
             for action in root["Action"].as_array().unwrap() {

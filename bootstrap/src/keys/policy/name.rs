@@ -1,9 +1,9 @@
 //! Names of KMS keys, and how names that users chose are escaped in policies.
 
-use crate::config::AwsKeyConfig;
+use crate::config::{AwsKeyConfig, KmsArn};
 use crate::keys::aws;
 
-/// What `kms-key` names.
+/// What an entry of `kms-key` names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum KeyName {
     /// `alias/NAME`, or the ARN of an alias.
@@ -18,6 +18,8 @@ pub(super) enum KeyName {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct KmsKey {
     pub(super) name: KeyName,
+    /// The key as it is configured. Empty if none is.
+    pub(super) configured: String,
     /// The partition, such as `aws`. It follows from the region.
     pub(super) partition: &'static str,
     pub(super) region: Option<String>,
@@ -25,14 +27,18 @@ pub(super) struct KmsKey {
 }
 
 impl KmsKey {
-    /// Returns the key that the configuration names.
-    pub(super) fn of(config: &AwsKeyConfig) -> Self {
-        let configured = config.kms_key.as_deref().unwrap_or_default();
-        // arn:PARTITION:kms:REGION:ACCOUNT:key/ID
-        let parts: Vec<&str> = configured.splitn(6, ':').collect();
-        let (region, account, name) = match parts[..] {
-            ["arn", _, "kms", region, account, name] => (Some(region.to_owned()), Some(account.to_owned()), name),
-            _ => (None, None, configured),
+    /// Returns the keys that the configuration names, in their order. If it names none, returns any key.
+    pub(super) fn all(config: &AwsKeyConfig) -> Vec<Self> {
+        match &config.kms_keys[..] {
+            [] => vec![Self::of(config, "")],
+            keys => keys.iter().map(|key| Self::of(config, key)).collect(),
+        }
+    }
+
+    fn of(config: &AwsKeyConfig, configured: &str) -> Self {
+        let (region, account, name) = match KmsArn::parse(configured) {
+            Some(arn) => (Some(arn.region.to_owned()), Some(arn.account.to_owned()), arn.resource),
+            None => (None, None, configured),
         };
         let region = config.kms_region.clone().or(region).or_else(|| config.region.clone());
         let name = match name {
@@ -41,7 +47,8 @@ impl KmsKey {
             key if key.starts_with("key/") => KeyName::Key(key.to_owned()),
             id => KeyName::Key(format!("key/{id}")),
         };
-        Self { name, partition: aws::partition(region.as_deref().unwrap_or_default()), region, account }
+        let partition = aws::partition(region.as_deref().unwrap_or_default());
+        Self { name, configured: configured.to_owned(), partition, region, account }
     }
 }
 
@@ -72,7 +79,7 @@ mod tests {
         let text =
             format!("[volume]\ndevices = [\"/x\"]\n[key]\nsource = \"aws\"\nobject = \"s3://bucket/key\"\n{more}\n");
         let KeyConfig::Aws(aws) = Config::parse(&text, Path::new("/etc/x.toml")).unwrap().key else { panic!() };
-        KmsKey::of(&aws)
+        KmsKey::all(&aws).remove(0)
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use serde_json::Value;
 
-use super::{Names, NotAws, Who, aws};
+use super::name::{KeyName, KmsKey};
+use super::{NamedKey, Names, NotAws, Who, aws};
 use crate::config::{Config, SecretLocation};
 
 /// Returns a Terraform file with the policies.
@@ -11,21 +12,31 @@ use crate::config::{Config, SecretLocation};
 /// [`NotAws`], if the secret is not in AWS.
 pub fn terraform(config: &Config, who: &Who) -> Result<String, NotAws> {
     let aws = aws(config)?;
+    let keys = KmsKey::all(aws);
+    let account = who.account.as_deref().map(literal);
+    let account = account.unwrap_or_else(|| "${data.aws_caller_identity.current.account_id}".to_owned());
+    let of_key = |(number, key): (usize, &KmsKey)| NamedKey {
+        // Terraform looks an alias up, so the policy names exactly one key.
+        arn: format!("${{data.aws_kms_key.{}.arn}}", data_name(number)),
+        alias: None,
+        account: match (&key.account, number) {
+            (Some(account), 1..) => literal(account),
+            _ => account.clone(),
+        },
+    };
     let names = Names {
         partition: "${data.aws_partition.current.partition}".to_owned(),
-        account: who
-            .account
-            .as_deref()
-            .map(literal)
-            .unwrap_or_else(|| "${data.aws_caller_identity.current.account_id}".to_owned()),
-        // Terraform looks the alias up, so the policy names exactly one key.
-        key: "${data.aws_kms_key.volume.arn}".to_owned(),
-        alias: None,
+        keys: keys.iter().enumerate().map(of_key).collect(),
         role: "${data.aws_iam_role.instance.arn}".to_owned(),
         provisioner: "${data.aws_iam_role.provisioner.arn}".to_owned(),
         literal,
     };
-    let policies = names.policies(config, aws);
+    let mut policies = names.policies(config, aws);
+    if keys.len() > 1 {
+        policies
+            .notes
+            .push("The argument `region` needs version 6 of Terraform's AWS provider, or a newer one.".to_owned());
+    }
     let mut blocks = vec![
         // One paragraph is one line: no note contains a line break.
         policies.notes.iter().map(|note| format!("# {note}\n")).collect::<Vec<_>>().join("#\n"),
@@ -34,12 +45,17 @@ pub fn terraform(config: &Config, who: &Who) -> Result<String, NotAws> {
         "data \"aws_caller_identity\" \"current\" {}\n".to_owned(),
         "data \"aws_iam_role\" \"instance\" {\n  name = var.role\n}\n".to_owned(),
     ];
-    match &aws.kms_key {
-        Some(key) => blocks.push(data_key(&quoted(&literal(key)))),
-        None => {
-            blocks.push(variable("kms_key", "The KMS key: its id, its ARN, or alias/NAME.", None));
-            blocks.push(data_key("var.kms_key"));
-        }
+    // Several keys are in several regions.
+    let region = |key: &KmsKey| key.region.as_deref().filter(|_| keys.len() > 1).map(|region| quoted(&literal(region)));
+    for (number, key) in keys.iter().enumerate() {
+        let id = match key.name {
+            KeyName::Any => {
+                blocks.push(variable("kms_key", "The KMS key: its id, its ARN, or alias/NAME.", None));
+                "var.kms_key".to_owned()
+            }
+            KeyName::Alias(_) | KeyName::Key(_) => quoted(&literal(&key.configured)),
+        };
+        blocks.push(data_key(&data_name(number), &id, region(key)));
     }
     let name = quoted(&format!("nbdcrypt-{}", config.name));
     if let Some(policy) = &policies.provisioner {
@@ -51,8 +67,12 @@ pub fn terraform(config: &Config, who: &Who) -> Result<String, NotAws> {
     }
     let places = [("name", name), ("role", "data.aws_iam_role.instance.id".to_owned())];
     blocks.push(resource("aws_iam_role_policy", "instance", &places, &policies.instance));
-    let places = [("key_id", "data.aws_kms_key.volume.id".to_owned())];
-    blocks.push(resource("aws_kms_key_policy", "volume", &places, &policies.key));
+    for (number, (key, policy)) in keys.iter().zip(&policies.keys).enumerate() {
+        let name = data_name(number);
+        let id = ("key_id", format!("data.aws_kms_key.{name}.id"));
+        let places: Vec<_> = [id].into_iter().chain(region(key).map(|region| ("region", region))).collect();
+        blocks.push(resource("aws_kms_key_policy", &name, &places, policy));
+    }
     if let (Some(policy), SecretLocation::Object(object)) = (&policies.bucket, &aws.object) {
         let places = [("bucket", quoted(&literal(&object.bucket)))];
         blocks.push(resource("aws_s3_bucket_policy", "secret", &places, policy));
@@ -70,8 +90,17 @@ fn variable(name: &str, about: &str, default: Option<&str>) -> String {
     format!("variable \"{name}\" {{\n  type        = string\n  description = {}\n{default}}}\n", quoted(about))
 }
 
-fn data_key(id: &str) -> String {
-    format!("data \"aws_kms_key\" \"volume\" {{\n  key_id = {id}\n}}\n")
+/// Returns the name of the block about the KMS key with this number.
+fn data_name(number: usize) -> String {
+    match number {
+        0 => "volume".to_owned(),
+        number => format!("volume_{}", number + 1),
+    }
+}
+
+fn data_key(name: &str, id: &str, region: Option<String>) -> String {
+    let region = region.map(|region| format!("  region = {region}\n")).unwrap_or_default();
+    format!("data \"aws_kms_key\" \"{name}\" {{\n  key_id = {id}\n{region}}}\n")
 }
 
 fn resource(kind: &str, name: &str, places: &[(&str, String)], policy: &Value) -> String {
@@ -135,6 +164,27 @@ mod tests {
         assert!(text.contains(":s3:::my-bucket/a$${$}{b}\\U00000007\""), "{text}");
         assert!(text.contains("key_id = \"alias/x\"") && text.contains("default     = \"web\""), "{text}");
         assert!(text.contains("\"${data.aws_kms_key.volume.arn}\""), "{text}");
+    }
+
+    #[test]
+    fn each_key_is_looked_up_in_its_region() {
+        let list = "object = \"s3://my-bucket/a\"\nkms-key = [\"arn:aws:kms:eu-west-1:123456789012:key/mrk-1\", \
+                    \"arn:aws:kms:us-east-1:123456789012:key/mrk-1\"]";
+        let text = terraform(&config("", list), &Who::default()).unwrap();
+        for block in [
+            "data \"aws_kms_key\" \"volume\" {\n  key_id = \"arn:aws:kms:eu-west-1:123456789012:key/mrk-1\"\n  region = \
+             \"eu-west-1\"\n}",
+            "data \"aws_kms_key\" \"volume_2\" {\n  key_id = \"arn:aws:kms:us-east-1:123456789012:key/mrk-1\"\n  region = \
+             \"us-east-1\"\n}",
+            "resource \"aws_kms_key_policy\" \"volume_2\" {\n  key_id = data.aws_kms_key.volume_2.id\n  region = \
+             \"us-east-1\"\n",
+            "\"Resource\" : \"${data.aws_kms_key.volume_2.arn}\"",
+            "version 6",
+        ] {
+            assert!(text.contains(block), "{block}\n{text}");
+        }
+        let single = terraform(&config("", "object = \"s3://my-bucket/a\"\nkms-key = \"alias/x\""), &Who::default());
+        assert!(!single.unwrap().contains("region"));
     }
 
     /// `terraform apply` replaces the policies of a key and a bucket that others may use.

@@ -42,20 +42,23 @@ fn file(path: &Path) -> Check {
 }
 
 fn of_aws(config: &Config, aws: &AwsKeyConfig) -> Vec<Check> {
-    let found = match AwsKey::new(aws.clone()).probe(token(config)) {
+    let found = match AwsKey::new(aws.clone()).probe(&tokens(config)) {
         Ok(findings) => findings,
         Err(error) => return vec![Check::fail("AWS", error.to_string(), "see docs/aws.md")],
     };
     found.into_iter().map(check).collect()
 }
 
-/// Returns the token of the volume, if the secret is in the header and the volume exists.
-fn token(config: &Config) -> Option<KmsToken> {
-    let device = config.volume.device.resolve(Path::new(SYSFS)).ok()?;
-    let header = disk::open_to_look(config.volume.header.as_ref().unwrap_or(&device)).ok()?;
-    match keys::request_for(&config.key, &header).ok()? {
-        SecretRequest::Unwrap { token, .. } => Some(token),
-        SecretRequest::Configured | SecretRequest::New { .. } => None,
+/// Returns the tokens of the volume with their numbers, if the secret is in the header and the volume exists.
+fn tokens(config: &Config) -> Vec<(u32, KmsToken)> {
+    let found = || {
+        let device = config.volume.device.resolve(Path::new(SYSFS)).ok()?;
+        let header = disk::open_to_look(config.volume.header.as_ref().unwrap_or(&device)).ok()?;
+        keys::request_for(&config.key, &header).ok()
+    };
+    match found() {
+        Some(SecretRequest::Unwrap { tokens, .. }) => tokens,
+        Some(SecretRequest::Configured | SecretRequest::New { .. }) | None => Vec::new(),
     }
 }
 
@@ -84,6 +87,7 @@ fn check(finding: Finding) -> Check {
     };
     match outlook {
         Outlook::Well => Check::ok(name, found),
+        Outlook::Less => Check::warn(name, found, cure),
         Outlook::Ill => Check::fail(name, found, cure),
         Outlook::Unknown => Check::new(name, State::Unknown, found),
     }
