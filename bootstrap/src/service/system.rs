@@ -348,13 +348,12 @@ impl Filesystems for RealFilesystems<'_> {
         let BindConfig { folder, target } = bind;
         let paths = [mountpoint, folder.as_path(), target.as_path()].map(Path::as_os_str);
         let args = [&["bind-mount".as_ref(), "--".as_ref()], &paths[..]].concat();
-        match programs::run_while(&program, &args, WHOLE_FILESYSTEM, &mut || self.watch.may_go_on()) {
+        // A request to stop does not interrupt this: the filesystem is mounted already, so the volume is stopped as one that is up.
+        match programs::run(&program, &args, WHOLE_FILESYSTEM) {
             Ok(_) => Ok(()),
-            // As in `mount`.
-            Err(ProgramError::Interrupted { .. } | ProgramError::TimedOut { .. })
-                if mounts::at(device, target)? == mounts::At::Mounted =>
-            {
-                Ok(())
+            Err(ProgramError::TimedOut { .. }) if mounts::at(device, target)? == mounts::At::Mounted => Ok(()),
+            Err(ProgramError::TimedOut { .. }) => {
+                bail!("this took longer than {} minutes", WHOLE_FILESYSTEM.as_secs() / 60)
             }
             Err(ProgramError::Failed { said, .. }) if !said.is_empty() => {
                 bail!("{}", said.strip_prefix("nbdcrypt: ").unwrap_or(&said))

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
-use super::{Boot, Step, Undo, need};
+use super::{Boot, Step, Undo, is_mounted, need};
 use crate::config::{BindConfig, FilesystemConfig};
 
 pub(super) struct Bind {
@@ -41,18 +41,10 @@ impl Step for Bind {
     }
 
     fn complete(&mut self, boot: &mut Boot<'_>) -> Result<bool> {
-        let device = need(boot.attached.as_ref(), "the attached device")?.device();
-        let at = &self.bind.target;
-        match boot.outside.filesystems.mounted_on(at)? {
-            Some(mount) if mount.source == device => Ok(false),
-            Some(mount) => bail!(
-                "{} from {} is mounted on {at}; unmount that first (umount {at})",
-                mount.filesystem,
-                mount.source.display(),
-                at = at.display()
-            ),
-            None => self.run(boot).map(|()| true),
+        if is_mounted(boot, &self.bind.target)? {
+            return Ok(false);
         }
+        self.run(boot).map(|()| true)
     }
 
     fn undo(&mut self, boot: &mut Boot<'_>, _why: Undo) -> Result<()> {

@@ -29,9 +29,10 @@ mod volume;
 mod tests;
 
 use std::cell::Cell;
+use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use engine::key::Passphrase;
 use engine::layout::Segment;
 use engine::luks::{Disks, PendingFormat};
@@ -260,6 +261,24 @@ impl<'o> Boot<'o> {
     /// Returns what the steps have found out about the volume, once it is open.
     pub fn facts(&self) -> Option<&Facts> {
         self.facts.as_ref()
+    }
+}
+
+/// Returns whether the volume's device is mounted at `at`.
+///
+/// # Errors
+/// Fails if something else is mounted there.
+fn is_mounted(boot: &Boot<'_>, at: &Path) -> Result<bool> {
+    let device = need(boot.attached.as_ref(), "the attached device")?.device();
+    match boot.outside.filesystems.mounted_on(at)? {
+        Some(mount) if mount.source == device => Ok(true),
+        Some(mount) => bail!(
+            "{} from {} is mounted on {at}; unmount that first (umount {at})",
+            mount.filesystem,
+            mount.source.display(),
+            at = at.display()
+        ),
+        None => Ok(false),
     }
 }
 

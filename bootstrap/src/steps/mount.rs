@@ -1,8 +1,8 @@
 //! The step `mount`: mounts the filesystem.
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 
-use super::{Boot, Step, Undo, need};
+use super::{Boot, Step, Undo, is_mounted, need};
 use crate::config::FilesystemConfig;
 use crate::steps::block_size;
 
@@ -59,18 +59,10 @@ impl Step for Mount {
     }
 
     fn complete(&mut self, boot: &mut Boot<'_>) -> Result<bool> {
-        let device = need(boot.attached.as_ref(), "the attached device")?.device();
-        let at = &self.wanted.mountpoint;
-        match boot.outside.filesystems.mounted_on(at)? {
-            Some(mount) if mount.source == device => Ok(false),
-            Some(mount) => bail!(
-                "{} from {} is mounted on {at}; unmount that first (umount {at})",
-                mount.filesystem,
-                mount.source.display(),
-                at = at.display()
-            ),
-            None => self.run(boot).map(|()| true),
+        if is_mounted(boot, &self.wanted.mountpoint)? {
+            return Ok(false);
         }
+        self.run(boot).map(|()| true)
     }
 
     fn undo(&mut self, boot: &mut Boot<'_>, _why: Undo) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::Command;
 
 use harness::nbdcrypt::told;
 use rustix::process::{Signal, kill_process};
@@ -100,6 +101,50 @@ fn a_bind_in_use_keeps_the_volume_up() {
     drop(held);
     machine.down();
     machine.assert_nothing_left();
+}
+
+/// No process uses the folder, so the error names none.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE and mkfs.ext4: run `make test`")]
+fn a_mount_within_a_bind_keeps_the_volume_up() {
+    let machine = machine();
+    machine.up();
+    machine.shell("mkdir bound/one/within; mount -t tmpfs none bound/one/within");
+    machine.fails("down", &["scratch stays up", "bound/one"]);
+    assert_eq!(machine.status()["condition"], "up");
+    write_and_sync(&machine.path("bound/two/still"), b"up");
+    unmount(machine.path("bound/one/within").to_str().unwrap());
+    machine.down();
+    machine.assert_nothing_left();
+}
+
+/// A program may use the filesystem before the last step is done. The server does not end below it.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE and mkfs.ext4: run `make test`")]
+fn a_start_that_fails_waits_for_those_who_use_the_filesystem() {
+    let machine = Machine::new();
+    machine.up();
+    fs::create_dir(machine.path("mnt/a")).unwrap();
+    symlink("/etc", machine.path("mnt/a/one")).unwrap();
+    machine.down();
+    let one = machine.path("bound/one").display().to_string();
+    machine.configure(&format!("{}bind = {{ \"a/one\" = \"{one}\" }}\n", machine.default_config()));
+    // The user must open the folder between the mount and the bind mount. If he is too late, the start is repeated.
+    let script = "until { exec 3< mnt/a; } 2> /dev/null; do test ! -e stop || exit 0; done; sleep 1; touch released";
+    for attempt in 0.. {
+        let mut user = Command::new("bash").args(["-c", script]).current_dir(machine.folder.path()).spawn().unwrap();
+        machine.fails("up", &["the volume's folder a/one", "mnt/a/one is a symbolic link"]);
+        machine.assert_nothing_left();
+        let released = machine.path("released").exists();
+        fs::write(machine.path("stop"), "").unwrap();
+        assert!(user.wait().unwrap().success());
+        fs::remove_file(machine.path("stop")).unwrap();
+        if released {
+            break;
+        }
+        assert!(!machine.path("released").exists(), "the server did not wait");
+        assert!(attempt < 100, "the folder was never opened in time");
+    }
 }
 
 #[test]

@@ -209,6 +209,14 @@ fn bring_up_and_serve(
     });
     if let Err(error) = came_up {
         server.note(&boot);
+        // Somebody may use the filesystem already, so that it could not be unmounted. The server must not end below it.
+        if boot.attached().is_some() {
+            tracing::error!(
+                "the start failed, and its steps are undone as soon as nobody uses the filesystem: {error:#}"
+            );
+            watched.is_up.set(true);
+            server.stop(&mut boot, &mut steps)?;
+        }
         return Err(server.conclude(error));
     }
     drop(overtime);

@@ -60,7 +60,7 @@ impl Server<'_> {
                         // Bind mounts may have been unmounted before the one that is in use. They come back, so that the
                         // volume stays up as it was.
                         if boot.is_mounted()
-                            && error.is::<FilesystemInUse>()
+                            && !error.is::<StillWritten>()
                             && let Err(why) = steps::complete(steps, boot)
                         {
                             tracing::error!("not everything that was unmounted could be mounted again: {why:#}");
@@ -94,7 +94,7 @@ impl Server<'_> {
     ///
     /// # Errors
     /// Fails if the device ends unexpectedly meanwhile.
-    fn stop(&self, boot: &mut Boot<'_>, steps: &mut [Box<dyn Step>]) -> Result<()> {
+    pub(super) fn stop(&self, boot: &mut Boot<'_>, steps: &mut [Box<dyn Step>]) -> Result<()> {
         let mut stopping = Stopping::new();
         manager::stopping();
         let _overtime = Overtime::begin(OVERTIME);
@@ -170,6 +170,9 @@ impl Server<'_> {
         match completed {
             Ok(true) => Answer::Up(format!("{} (it was attached and not mounted)", summary(self.config, boot))),
             Ok(false) => Answer::Up(summary(self.config, boot)),
+            Err(error) if boot.is_mounted() => {
+                Answer::Failed(format!("not everything of {name} is mounted: {error:#}"))
+            }
             Err(error) => Answer::Failed(format!("{name} is attached but not mounted: {error:#}")),
         }
     }
