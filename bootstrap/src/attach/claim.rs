@@ -17,6 +17,9 @@ use crate::machine::programs;
 /// closed, and a service that starts gets a copy of every mount.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// The longest pause between two looks at the users, each of which reads much of /proc.
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
 /// Waits until no other process has `device` open, and opens `device` exclusively. Nobody can then mount the device while the
 /// claim is held. Then makes the kernel write the device's dirty data. Returns `None` if the device no longer belongs to this
 /// process.
@@ -28,6 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// [`DetachError::Failed`], if the device's node cannot be opened, or is missing and cannot be made.
 pub(super) fn claim(device: &Path, is_ours: impl Fn() -> bool) -> Result<Option<File>, DetachError> {
     let deadline = Instant::now() + PATIENCE;
+    let mut pause = Duration::from_millis(20);
     loop {
         let opened = Node::of(device).map(|node| {
             let exclusively = OFlags::EXCL.bits().cast_signed();
@@ -54,7 +58,8 @@ pub(super) fn claim(device: &Path, is_ours: impl Fn() -> bool) -> Result<Option<
             return Err(DetachError::Held { device: device.to_owned(), holders });
         }
         drop(claim);
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 

@@ -135,8 +135,8 @@ pub fn open_as_allowed(path: &Path, caching: Caching) -> Result<FileStore, DiskE
 }
 
 /// Opens `path`. For writing, makes this process the only user of the disk: a block device is opened exclusively, a file is
-/// locked. If another process uses the disk, waits up to three seconds. If the disk is mounted or another device is built on
-/// it, fails at once, because waiting would not help.
+/// locked. If another process uses the disk, or a mount in another mount namespace, waits up to three seconds. If the disk is
+/// mounted here or another device is built on it, fails at once, because waiting would not help.
 ///
 /// # Errors
 /// [`DiskError`], if `path` is missing, not a disk, in use, or may not be opened.
@@ -162,13 +162,14 @@ fn open_within(patience: Duration, path: &Path, access: Access, caching: Caching
     let start = Instant::now();
     let store = loop {
         match FileStore::open(path, access, caching) {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => match holders::lasting_user_of(path) {
-                None if start.elapsed() < patience => std::thread::sleep(LOCK_PAUSE),
-                by => {
-                    let by = by.unwrap_or_else(unknown_user);
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                let user = holders::lasting_user_of(path);
+                if user.as_ref().is_some_and(|user| !user.may_end_soon) || start.elapsed() >= patience {
+                    let by = user.map_or_else(unknown_user, |user| user.text);
                     return Err(DiskError::InUse { path: path.to_owned(), by });
                 }
-            },
+                std::thread::sleep(LOCK_PAUSE);
+            }
             opened => break opened.map_err(|error| translate(path, error))?,
         }
     };
@@ -369,7 +370,7 @@ fn lock_by_name(path: &Path, operation: FlockOperation) -> io::Result<File> {
 pub fn refuse_if_used(path: &Path) -> Result<(), DiskError> {
     let metadata = std::fs::metadata(path).map_err(|error| translate(path, error))?;
     let by = match metadata.file_type().is_block_device() {
-        true => holders::lasting_user_of(path),
+        true => holders::lasting_user_of(path).map(|user| user.text),
         false => holders::loop_device_on(path)
             .map(|device| format!("the loop device {device} is on it (losetup -d {device})")),
     };

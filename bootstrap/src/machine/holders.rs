@@ -92,17 +92,26 @@ pub fn holders_of(device: &Path) -> Vec<Holder> {
     lasting.chain(processes(&nodes)).collect()
 }
 
-/// Describes a lasting user of a block device or of one of its partitions, and says what to do about it. Returns `None` if this
-/// process sees none.
-pub fn lasting_user_of(device: &Path) -> Option<String> {
+/// A user of a block device or of one of its partitions.
+pub struct LastingUser {
+    /// The user, and what to do about it.
+    pub text: String,
+    /// The use may end in a moment: see [`Holder::may_end_soon`].
+    pub may_end_soon: bool,
+}
+
+/// Returns a lasting user of a block device or of one of its partitions, or `None` if this process sees none. A use that does not
+/// end by itself comes first.
+pub fn lasting_user_of(device: &Path) -> Option<LastingUser> {
     let nodes = Node::all_of(device);
-    let (node, holder) = lasting_users(&nodes).into_iter().min_by_key(|(node, _)| node.partition.is_some())?;
+    let users = lasting_users(&nodes).into_iter();
+    let (node, holder) = users.min_by_key(|(node, holder)| (holder.may_end_soon(), node.partition.is_some()))?;
     let part = node.partition.as_ref().map(|name| format!("of its partition {name}, ")).unwrap_or_default();
     let cure = match &holder {
         Holder::Mount { at, seen_by: None, .. } => format!(" (umount {})", text::path(at)),
         _ => String::new(),
     };
-    Some(format!("{part}{holder}{cure}"))
+    Some(LastingUser { text: format!("{part}{holder}{cure}"), may_end_soon: holder.may_end_soon() })
 }
 
 /// Returns the loop device whose backing file is at `path`.
@@ -188,6 +197,8 @@ impl Node {
 
     /// Returns the disk, and then its partitions.
     fn all_of(device: &Path) -> Vec<Self> {
+        // The kernel's lists name no symbolic links, such as those in /dev/disk/by-id.
+        let device = &device.canonicalize().unwrap_or_else(|_| device.to_owned());
         let by_number = mounts::number_of(device).map(|number| Path::new("/sys/dev/block").join(number));
         let sys = by_number.filter(|sys| sys.exists()).unwrap_or_else(|| sys_block(device));
         let partitions = entries(&sys).filter(|name| sys.join(name).join("partition").exists());
@@ -246,8 +257,12 @@ fn every_mount() -> Vec<(Mount, Option<u32>)> {
     let mut namespaces = HashSet::new();
     namespaces.extend(fs::read_link("/proc/self/ns/mnt"));
     for process in Process::all() {
-        if fs::read_link(process.at("ns/mnt")).is_ok_and(|namespace| namespaces.insert(namespace)) {
-            let theirs = mounts::of_process(&process.at("")).unwrap_or_default();
+        let Ok(namespace) = fs::read_link(process.at("ns/mnt")) else { continue };
+        // If the process has ended meanwhile, another process in its namespace is asked.
+        if !namespaces.contains(&namespace)
+            && let Ok(theirs) = mounts::of_process(&process.at(""))
+        {
+            namespaces.insert(namespace);
             mounts.extend(theirs.into_iter().map(|mount| (mount, Some(process.0))));
         }
     }

@@ -1,9 +1,10 @@
 //! Choosing a disk: what is taken, what is refused, and what is made on it.
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use harness::nbdcrypt::told;
 
@@ -294,4 +295,23 @@ fn a_read_only_disk_is_brought_up_read_only() {
     machine.fails("up", &["blank but read-only"]);
     drop(attached);
     machine.assert_nothing_left();
+}
+
+/// A service or a container that starts gets a copy of every mount. For that time, a disk that was just unmounted is in use.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root and unshare: run `make test`")]
+fn copies_of_a_mount_of_the_disk_are_waited_for() {
+    let machine = Machine::new();
+    machine.disk_with(0, &machine.ext4());
+    let disk = LoopDisk::new(&machine, "losetup --find --show disk");
+    let script = "mkdir there; mount \"$0\" there; echo; sleep 1";
+    let mut holder = Command::new("unshare");
+    holder.args(["--mount", "--propagation", "private", "sh", "-c", script, &disk.path]);
+    let mut holder = holder.current_dir(machine.folder.path()).stdout(Stdio::piped()).spawn().unwrap();
+    holder.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
+    let key = machine.path("key").display().to_string();
+    let quick = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", &key];
+    let output = machine.run(&[&["format", "--wipe", &disk.path], &quick[..]].concat());
+    assert!(output.status.success(), "{}", told(&output));
+    assert!(holder.wait().unwrap().success());
 }

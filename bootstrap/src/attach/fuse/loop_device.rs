@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use engine::sector::SectorSize;
 
-use crate::attach::claim::claim;
+use crate::attach::claim::{LONGEST_PAUSE, claim};
 use crate::attach::error::{AttachError, DetachError};
 use crate::attach::node::{Node, fault_of_node};
 use crate::machine::holders::{Holder, backing_file, holders_of, kernel_name, sys_block};
@@ -113,12 +113,14 @@ pub(super) fn detach_stale(device: &Path, file: &Path) -> Result<(), DetachError
     }
     clear(device)?;
     let deadline = Instant::now() + PATIENCE;
+    let mut pause = Duration::from_millis(2);
     while shows(device, file) {
         let holders = holders_of(device);
         if !holders.iter().all(Holder::may_end_soon) || Instant::now() > deadline {
             return Err(DetachError::Held { device: device.to_owned(), holders });
         }
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
     Ok(())
 }
