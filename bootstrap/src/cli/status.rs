@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
-use super::{found, tell, tell_json};
+use super::{found, is_broken_pipe, tell, tell_json};
 use crate::service::run_dir::RunDir;
 use crate::service::status::{Health, Status};
 
@@ -51,15 +51,19 @@ pub(super) fn run(args: Args, base: &Path) -> Result<ExitCode> {
         }
     }
     let worst = all.iter().map(Status::health).max().unwrap_or(Health::NotUp);
-    if args.json {
+    let shown = if args.json {
         let rows: Vec<_> = all.iter().map(|status| Row { health: status.health(), status }).collect();
-        tell_json(serde_json::to_string_pretty(&rows)?)?;
+        tell_json(serde_json::to_string_pretty(&rows)?)
     } else if all.is_empty() && args.volume.is_none() && std::io::stdout().is_terminal() {
-        tell("no volume is up\n")?;
+        tell("no volume is up\n")
     } else {
-        all.iter().try_for_each(tell)?;
+        all.iter().try_for_each(tell)
+    };
+    match shown {
+        // The exit code is the same if the reader has seen enough, as in `nbdcrypt status | grep -q dead`.
+        Err(error) if !is_broken_pipe(&error) => Err(error),
+        _ => Ok(worst.exit_code().into()),
     }
-    Ok(worst.exit_code().into())
 }
 
 /// Returns a message saying that the volume is not up. If the volume's last server has logged something, the message names

@@ -50,8 +50,8 @@ fn generate(config_path: &Path, to: &Path, written: &mut HashMap<PathBuf, PathBu
     // Only a mount unit can belong to two volumes, because its name comes from the mountpoint.
     if let Some((unit, first)) = files.iter().find_map(|file| written.get_key_value(&file.path)) {
         bail!(
-            "{} and {} have the same mountpoint, and systemd can have only one {}: change `mountpoint` in one of them, or \
-             move one of them to another folder",
+            "{} and {} mount something on the same folder, and systemd can have only one {}: change `mountpoint` or `bind` in \
+             one of them, or move one of them to another folder",
             first.display(),
             config_path.display(),
             unit.display()
