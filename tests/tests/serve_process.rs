@@ -325,6 +325,22 @@ fn the_exit_code_is_that_of_the_command() {
     assert_eq!(output.status.signal(), Some(9), "{}", told(&output));
 }
 
+/// A program can go back to the beginning of a file on its standard input, even after another program has read the file.
+#[test]
+fn the_command_cannot_read_the_key_again() {
+    let bench = workbench();
+    let key = || fs::File::open(bench.path("key")).unwrap();
+    let serve = |key_file: &str| {
+        let mut command = Command::new(binary());
+        command.args(["serve", "--key-file", key_file, "disk", "--run", "cat /dev/stdin"]).current_dir(bench.path("."));
+        let output = command.stdin(key()).env("TMPDIR", bench.path("tmp")).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", told(&output));
+        output.stdout
+    };
+    assert_eq!(serve("-"), b"");
+    assert_eq!(serve("key"), fs::read(bench.path("key")).unwrap(), "any other input is the command's");
+}
+
 /// The command gets the user's environment and limits. It gets no file of the server, and nothing that a service manager told
 /// only the server.
 #[test]

@@ -54,7 +54,7 @@ pub(crate) fn finish(export: &Export, request: Request, outcome: Result<Answer, 
 /// Counts a request that the protocol refused, and whose reply exists already.
 pub(crate) fn count_refused(export: &Export, reply: &Reply) {
     let error = reply.error().map_or("EINVAL", ErrorCode::name);
-    export.statistics().has_failed(Operation::Unknown, error, Blame::Client, Instant::now());
+    export.statistics().has_failed(Operation::Refused, error, Blame::Client, Instant::now());
 }
 
 /// Returns what a command is counted as.

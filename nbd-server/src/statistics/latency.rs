@@ -1,6 +1,8 @@
-//! How long requests take: from the moment at which the server has received all of a request until its reply is ready.
+//! How long requests take: from the moment at which the server takes on a request that it has received completely until the
+//! reply is ready.
 //!
-//! The time in the kernel and in sockets is not part of it, and neither is the time that the client needs to read the reply.
+//! The time before that is not part of it: in the kernel, in sockets, and while the requests in flight take as much memory as one
+//! connection may use. Neither is the time that the client needs to read the reply.
 //! Requests that break the rules of the protocol are not measured.
 //!
 //! # Cost

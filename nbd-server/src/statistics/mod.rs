@@ -26,8 +26,9 @@ pub enum Operation {
     Cache,
     /// A query of the allocation.
     BlockStatus,
-    /// A request that breaks the rules of the protocol, so that it was not looked at further.
-    Unknown,
+    /// A request that was refused before it was carried out: a write to a read-only export, a range past the end, or a request
+    /// that breaks the rules of the protocol.
+    Refused,
 }
 
 impl Operation {
@@ -40,7 +41,7 @@ impl Operation {
         Self::WriteZeroes,
         Self::Cache,
         Self::BlockStatus,
-        Self::Unknown,
+        Self::Refused,
     ];
 
     /// Returns the operation's name, which is one word.
@@ -53,7 +54,7 @@ impl Operation {
             Self::WriteZeroes => "write-zeroes",
             Self::Cache => "cache",
             Self::BlockStatus => "block-status",
-            Self::Unknown => "unknown",
+            Self::Refused => "refused",
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{ExitCode, ExitStatus};
+use std::process::{ExitCode, ExitStatus, Stdio};
 
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Rlimit, Signal};
@@ -18,12 +18,14 @@ pub(super) struct Captive {
 impl Captive {
     /// Starts the command in a shell. It learns the address of the export in variables with the names that nbdkit uses.
     ///
-    /// The command gets this process's environment, which holds no secret of a volume: keys come from files or the terminal.
+    /// The command gets this process's environment, which holds no secret of a volume: keys come from files or the terminal. The
+    /// caller chooses its standard input.
     ///
     /// # Errors
     /// Fails if the shell cannot be started.
     pub(super) fn start(
         script: &OsStr,
+        input: Stdio,
         uri: &str,
         endpoint: &Endpoint,
         export: &str,
@@ -36,6 +38,7 @@ impl Captive {
             Endpoint::Nameless => ("".into(), String::new()),
         };
         shell.env("uri", uri).env("nbd", uri).env("exportname", export).env("unixsocket", socket).env("port", port);
+        shell.stdin(input);
         let mut shell = tokio::process::Command::from(shell);
         let child = process::with_open_files(open_files, || shell.spawn());
         Ok(Self { child: child.context("the shell for --run could not be started")? })

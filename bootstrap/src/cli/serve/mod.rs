@@ -8,7 +8,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -554,7 +554,12 @@ fn captive(
     let first = endpoints.first().zip(names.first());
     let with_uri = first.and_then(|(endpoint, name)| Some((endpoint, name, endpoint.uri(args.tls, name)?)));
     let (endpoint, name, uri) = with_uri.context("the export has no address for the command of --run")?;
-    Captive::start(script, &uri, endpoint, name, open_files)
+    let input = match args.key_files.iter().any(|file| file.as_os_str() == "-") {
+        // The command could read the key again: a file on standard input has a beginning to go back to.
+        true => Stdio::null(),
+        false => Stdio::inherit(),
+    };
+    Captive::start(script, input, &uri, endpoint, name, open_files)
 }
 
 /// Prints the address of each export on each socket as an NBD URI.

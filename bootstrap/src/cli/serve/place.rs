@@ -104,7 +104,8 @@ impl Place {
                     format!("could not make a folder in {at} for the socket of --run (TMPDIR chooses another place)")
                 })?;
                 let path = folder.path().join("nbd.sock");
-                let (listener, file) = unix_socket(&path, Permissions::ONLY_THIS_USER)?;
+                let socket = unix_socket(&path, Permissions::ONLY_THIS_USER);
+                let (listener, file) = socket.context("no socket for --run (TMPDIR chooses its folder)")?;
                 Ok(Open {
                     listeners: listener.into(),
                     endpoints: vec![Endpoint::Unix(path)],
