@@ -13,6 +13,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::journal::{self, Journal, ToJournal};
+use super::telling;
 
 /// Where the log goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,10 +81,14 @@ fn leads_to_journal() -> bool {
     std::fs::metadata("/proc/self/fd/2").is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
 
-/// Returns the text without the numbers of the system's errors. Characters that a terminal would obey are shown by their
-/// number.
+/// Returns the text as it is logged. Characters that a terminal would obey are shown by their number.
 fn safe(text: &str) -> String {
-    engine::text::printable(&super::telling::without_number(text))
+    engine::text::printable(&tidy(text))
+}
+
+/// Returns the text without the numbers of the system's errors, and without a cause that the text before it has quoted.
+fn tidy(text: &str) -> String {
+    telling::once(&telling::without_number(text))
 }
 
 /// Prints an event that the journal does not take.
@@ -103,12 +108,12 @@ struct SafeStderr {
 impl SafeStderr {
     /// Returns the event as it is printed.
     fn shown(self, event: &[u8]) -> String {
-        let text = super::telling::without_number(&String::from_utf8_lossy(event));
+        let text = String::from_utf8_lossy(event);
         let (line, end) = text.strip_suffix('\n').map_or((&*text, ""), |line| (line, "\n"));
         let safe = match self.with_colours {
             // The subscriber lets no ESC of a message through, so each ESC belongs to a colour.
-            true => line.split('\u{1b}').map(engine::text::printable).collect::<Vec<_>>().join("\u{1b}"),
-            false => engine::text::printable(line),
+            true => tidy(line).split('\u{1b}').map(engine::text::printable).collect::<Vec<_>>().join("\u{1b}"),
+            false => safe(line),
         };
         safe + end
     }
@@ -134,5 +139,17 @@ mod tests {
         let event = " WARN disk\u{202e}\n: Operation not permitted (os error 1)\n".as_bytes();
         let shown = SafeStderr { with_colours: false }.shown(event);
         assert_eq!(shown, " WARN disk\\u{202e}\\u{a}: Operation not permitted\n");
+    }
+
+    /// `{:#}` of an error repeats a cause that the error's own text contains.
+    #[test]
+    fn a_cause_is_logged_once() {
+        let denied = "Operation not permitted (os error 1)";
+        let said = format!("could not listen on /x: {denied}: {denied}");
+        assert_eq!(safe(&said), "could not listen on /x: Operation not permitted");
+        for with_colours in [false, true] {
+            let shown = SafeStderr { with_colours }.shown(format!(" WARN {said}\n").as_bytes());
+            assert_eq!(shown, " WARN could not listen on /x: Operation not permitted\n");
+        }
     }
 }

@@ -54,7 +54,7 @@ fn is_missing_permission(error: &anyhow::Error) -> bool {
 }
 
 /// Returns the text without a part that repeats the part before it, as in `a: b: b`.
-fn once(text: &str) -> String {
+pub(super) fn once(text: &str) -> String {
     let mut parts: Vec<&str> = text.split(": ").collect();
     parts.dedup();
     parts.join(": ")

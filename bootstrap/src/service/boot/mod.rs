@@ -242,9 +242,8 @@ fn serve_metrics(server: &Server<'_>) -> Option<MetricsServer> {
     let config = server.config.metrics.as_ref()?;
     let board = server.board.clone();
     let source = move || Ok(metrics::encode(vec![board.observed()?])?);
-    let started = config
-        .permissions()
-        .and_then(|permissions| MetricsServer::start(&config.listen, permissions, source).context("[metrics]"));
+    let started =
+        config.permissions().and_then(|permissions| Ok(MetricsServer::start(&config.listen, permissions, source)?));
     started.map_err(|error| tracing::warn!("the metrics are not served: {error:#}")).ok()
 }
 
