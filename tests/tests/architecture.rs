@@ -15,7 +15,7 @@ const ENGINE: &[Rule] = &[
     ("luks", &["buffer", "key", "layout", "sector", "signature", "store", "text", "xts"]),
     ("raid", &["layout", "sector", "signature", "store", "text"]),
     ("sector", &[]),
-    ("signature", &["store"]),
+    ("signature", &["sector", "store"]),
     ("store", &["buffer", "sector", "text", "xts"]),
     ("text", &[]),
     ("volume", &["buffer", "key", "layout", "sector", "store", "text", "xts"]),
