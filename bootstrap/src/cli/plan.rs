@@ -8,7 +8,9 @@ use super::advice::Settings;
 use super::found::{self, Asked};
 use super::{tell, tell_json, telling};
 use crate::config::Config;
-use crate::machine::instance_store::SYSFS;
+use crate::machine::root::Root;
+use crate::machine::selection;
+use crate::service::late_disks;
 use crate::service::run_dir::RunDir;
 use crate::service::status::{Condition, Status};
 use crate::service::system::Looking;
@@ -93,10 +95,22 @@ fn clean_up(status: &Status, gone: Option<&Path>) -> Row {
 
 /// Returns what the steps of `up` would do. What a dead server left on the device `gone` counts as cleaned up.
 fn bring_up(config: &Config, gone: Option<&Path>) -> Result<Vec<Row>> {
-    let disk = config.volume.device.resolve(Path::new(SYSFS))?;
+    let outlook = late_disks::look(&config.volume, &Root::of_this_machine(), &selection::use_of);
+    let waits = late_disks::would_wait(&config.volume, &outlook);
+    let mut rows: Vec<Row> =
+        waits.map(|does| Row { step: "disk", outlook: "to do", does, obstacle: None }).into_iter().collect();
+    let disks = match outlook.found {
+        Ok(found) => DataDisks::new(found).context("no disk is selected")?,
+        Err(error) => {
+            let does = format!("open {}", config.volume.devices.describe());
+            rows.push(Row { step: "disk", outlook: "not possible", does, obstacle: Some(error.to_string()) });
+            return Ok(rows);
+        }
+    };
     let looking = Looking::new(config)?.once_gone(gone.map(Path::to_owned));
-    let boot = Boot::new(config, DataDisks::one(disk), looking.outside());
-    Ok(steps::all(config).iter().map(|step| Row::of(step.as_ref(), &boot)).collect())
+    let boot = Boot::new(config, disks, looking.outside());
+    rows.extend(steps::all(config).iter().map(|step| Row::of(step.as_ref(), &boot)));
+    Ok(rows)
 }
 
 /// Prints the plan.

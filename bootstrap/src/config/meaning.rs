@@ -15,11 +15,11 @@ use engine::sector::{Lba512, SectorSize};
 use toml::Spanned;
 
 use super::metrics::{MetricsAddress, MetricsConfig};
-use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawKmsKeys, RawMetrics, RawSize, RawVolume};
+use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawKmsKeys, RawMetrics, RawSerials, RawSize, RawVolume};
 use super::value::{self, KeyFile, KmsArn, S3Object, SecretLocation, VolumeName};
 use super::{AttachConfig, AwsKeyConfig, BindConfig, Config, FilesystemConfig, KeyConfig, LimitsConfig, VolumeConfig};
 use crate::attach::Method;
-use crate::machine::instance_store::Device;
+use crate::machine::selection::Selection;
 use crate::volume::VolumeType;
 use crate::volume::new_volume::Strength;
 use crate::volume::plain::{PlainCipher, PlainVolume};
@@ -81,22 +81,23 @@ fn name(name: &Spanned<String>) -> Checked<VolumeName> {
 }
 
 fn volume(raw: RawVolume) -> Checked<VolumeConfig> {
-    let device = device(&raw.devices)?;
-    if let (Device::InstanceStore, Some(size)) = (&device, &raw.size) {
-        return Err(wrong(size, "`size` is for a regular file; an instance-store disk is used as a whole".to_owned()));
+    let devices = selection(raw.devices.as_ref(), raw.serial.as_ref())?;
+    if let (Selection::InstanceStore | Selection::Serials { .. }, Some(size)) = (&devices, &raw.size) {
+        return Err(wrong(size, "`size` is for a regular file; a disk is used as a whole".to_owned()));
     }
     let kind = raw.kind.as_ref().map_or(Ok(VolumeType::Luks2), volume_type)?;
     if let (VolumeType::Plain, Some(header)) = (kind, &raw.header) {
         return Err(wrong(header, "a plain volume has no header".to_owned()));
     }
-    if let (Device::Path(disk), Some(header)) = (&device, &raw.header)
-        && disk == Path::new(header.get_ref())
+    if let (Selection::Paths(disks), Some(header)) = (&devices, &raw.header)
+        && disks.iter().any(|disk| disk == Path::new(header.get_ref()))
     {
         return Err(wrong(header, "`header` names the disk itself: leave it out if the header is there".to_owned()));
     }
     let sector_size = raw.sector_size.as_ref().map(|size| sector_size(size, kind)).transpose()?;
     Ok(VolumeConfig {
-        device,
+        devices,
+        wait_for: raw.wait_for.as_ref().map_or(Ok(VolumeConfig::DEFAULT_WAIT_FOR), wait_for)?,
         size: raw.size.as_ref().map(size).transpose()?,
         kind,
         sector_size,
@@ -201,17 +202,118 @@ fn kdf_count(count: &Spanned<u64>, of: &str) -> Checked<NonZeroU32> {
     number.ok_or_else(|| wrong(count, format!("{} {of}: 1 to {} are possible", count.get_ref(), u32::MAX)))
 }
 
-fn device(devices: &Spanned<Vec<Spanned<String>>>) -> Checked<Device> {
-    let [device, more @ ..] = devices.get_ref().as_slice() else {
-        return Err(wrong(devices, "name a disk or file, or \"instance-store\"".to_owned()));
+/// Returns which disks or files `devices` and `serial` select together.
+fn selection(
+    devices: Option<&Spanned<Vec<Spanned<String>>>>,
+    serial: Option<&Spanned<RawSerials>>,
+) -> Checked<Selection> {
+    let named = devices.map(named).transpose()?;
+    let Some(written) = serial else {
+        return named.ok_or_else(|| Wrong {
+            span: 0..0,
+            message: "[volume] names no disk: write `devices`, such as devices = [\"instance-store\"], or `serial`"
+                .to_owned(),
+        });
     };
-    if let Some(second) = more.first() {
+    let serials = serials(written)?;
+    match &named {
+        None | Some(Selection::InstanceStore | Selection::Serials { .. }) => {}
+        Some(Selection::Paths(paths)) => {
+            if let Some(path) = paths.iter().find(|path| !path.starts_with("/dev")) {
+                let message = format!("{} is not in /dev, and only a disk has a serial number", path.display());
+                return Err(wrong(written, message));
+            }
+            if let Some(path) = paths.iter().find(|path| is_partition(path)) {
+                let message = format!(
+                    "{} is a partition, and the disk with this serial number would be taken as a whole; for a partition, leave \
+                     `serial` out and use its name in /dev/disk/by-partuuid",
+                    path.display()
+                );
+                return Err(wrong(written, message));
+            }
+            if paths.len() != serials.len() {
+                let message = format!(
+                    "{} serial numbers for {} devices: write one for each, or leave `devices` out",
+                    serials.len(),
+                    paths.len()
+                );
+                return Err(wrong(written, message));
+            }
+        }
+    }
+    Ok(Selection::Serials { serials, instance_store: named == Some(Selection::InstanceStore) })
+}
+
+/// Returns what `devices` names.
+fn named(devices: &Spanned<Vec<Spanned<String>>>) -> Checked<Selection> {
+    let list = devices.get_ref();
+    let is_store = |device: &Spanned<String>| device.get_ref() == "instance-store";
+    if list.iter().any(is_store) {
+        return match list.iter().find(|device| !is_store(device)).or(list.get(1)) {
+            None => Ok(Selection::InstanceStore),
+            Some(other) => Err(wrong(
+                other,
+                "\"instance-store\" stands for every instance-store disk: name nothing else".to_owned(),
+            )),
+        };
+    }
+    if list.is_empty() {
+        return Err(wrong(devices, "name a disk or file, or \"instance-store\"".to_owned()));
+    }
+    if let Some(second) = list.get(1) {
         return Err(wrong(second, "more than one device: striping is not supported yet; name one".to_owned()));
     }
-    if device.get_ref() == "instance-store" {
-        return Ok(Device::InstanceStore);
+    list.iter().map(absolute).collect::<Checked<_>>().map(Selection::Paths)
+}
+
+/// Checks the serial numbers.
+fn serials(written: &Spanned<RawSerials>) -> Checked<Vec<String>> {
+    let RawSerials(serials) = written.get_ref();
+    if serials.is_empty() {
+        return Err(wrong(
+            written,
+            "an empty list names no disk: write a serial number, as `nbdcrypt devices` shows it".to_owned(),
+        ));
     }
-    absolute(device).map(Device::Path)
+    for (index, serial) in serials.iter().enumerate() {
+        if serial.trim().is_empty() || serial.trim() != serial || serial.chars().any(char::is_control) {
+            let message =
+                format!("`{}` is not a serial number: write it as `nbdcrypt devices` shows it", serial.escape_debug());
+            return Err(wrong(written, message));
+        }
+        if serials[..index].contains(serial) {
+            return Err(wrong(written, format!("`{serial}` twice: each disk is named once")));
+        }
+    }
+    Ok(serials.clone())
+}
+
+/// Returns whether this is the name of a partition, as the kernel and udev make them: the disk's name, and a number. The number
+/// follows a `p` if the disk's name ends in a digit.
+fn is_partition(path: &Path) -> bool {
+    if path.starts_with("/dev/disk/by-partuuid") || path.starts_with("/dev/disk/by-partlabel") {
+        return true;
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let disk = name.trim_end_matches(|c: char| c.is_ascii_digit());
+    if disk.len() == name.len() {
+        return false;
+    }
+    let after_digit = disk.strip_suffix('p').is_some_and(|disk| disk.ends_with(|c: char| c.is_ascii_digit()));
+    let after_letters = ["sd", "vd", "xvd", "hd"].iter().any(|kind| {
+        let letters = disk.strip_prefix(kind);
+        letters.is_some_and(|letters| !letters.is_empty() && letters.chars().all(|c| c.is_ascii_lowercase()))
+    });
+    let in_dev = path.parent() == Some(Path::new("/dev"));
+    (in_dev && (after_digit || after_letters)) || disk.ends_with("-part")
+}
+
+fn wait_for(text: &Spanned<String>) -> Checked<Duration> {
+    let wait = value::parse_duration(text.get_ref()).filter(|wait| *wait <= VolumeConfig::LONGEST_WAIT_FOR);
+    wait.ok_or_else(|| {
+        let longest = VolumeConfig::LONGEST_WAIT_FOR.as_secs() / 3600;
+        wrong(text, format!("`{}` is not a time to wait; write \"0s\" to {longest}h, such as \"30s\"", text.get_ref()))
+    })
 }
 
 /// Returns the number of bytes.

@@ -20,7 +20,7 @@ use engine::luks::Limits;
 use engine::sector::SectorSize;
 
 use crate::attach::Method;
-use crate::machine::instance_store::Device;
+use crate::machine::selection::Selection;
 use crate::machine::trust::{self, Distrust};
 use crate::text;
 use crate::volume::VolumeType;
@@ -119,15 +119,17 @@ fn suggestion(message: &str) -> Option<String> {
 /// Where the volume's data is, and what kind of volume it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeConfig {
-    /// The disk or file.
-    pub device: Device,
-    /// The length in bytes of the sparse file that is made if `device` does not exist. It is a multiple of 4096.
+    /// The disks or files.
+    pub devices: Selection,
+    /// How long to wait for a disk that is not there yet.
+    pub wait_for: Duration,
+    /// The length in bytes of the sparse file that is made if the file in `devices` does not exist. It is a multiple of 4096.
     pub size: Option<u64>,
     /// The format that is made on a blank device, and expected on any other device.
     pub kind: VolumeType,
     /// The encryption unit for a new LUKS volume, if one is configured.
     pub sector_size: Option<SectorSize>,
-    /// The disk or file with the LUKS header, if that is not the device itself. A missing file is made.
+    /// The disk or file with the LUKS header, if the header is not in `devices`. A missing file is made.
     pub header: Option<PathBuf>,
     /// The chunk in bytes of an array that is made on several blank disks.
     pub chunk_size: u64,
@@ -135,6 +137,13 @@ pub struct VolumeConfig {
     pub plain: PlainVolume,
     /// The maximum work that a header may ask for.
     pub limits: LimitsConfig,
+}
+
+impl VolumeConfig {
+    /// The default of `wait-for`. The kernel and udev need a few seconds for the disks of a booting instance.
+    pub const DEFAULT_WAIT_FOR: Duration = Duration::from_secs(30);
+    /// The maximum of `wait-for`.
+    pub const LONGEST_WAIT_FOR: Duration = Duration::from_secs(24 * 3600);
 }
 
 /// The limits on the work that a header may ask for, if the user sets them.
@@ -315,7 +324,8 @@ mod tests {
             Config {
                 name: VolumeName::new("scratch").unwrap(),
                 volume: VolumeConfig {
-                    device: Device::Path("/dev/vdb".into()),
+                    devices: Selection::Paths(vec!["/dev/vdb".into()]),
+                    wait_for: Duration::from_secs(30),
                     size: None,
                     kind: VolumeType::Luks2,
                     sector_size: None,
@@ -473,11 +483,51 @@ mod tests {
         let devices = |list: &str, more: &str| {
             parse(&format!("[volume]\ndevices = {list}\n{more}\n[key]\nsource = \"file\"\npath = \"/k\"\n"))
         };
-        assert_eq!(devices("[\"instance-store\"]", "").unwrap().volume.device, Device::InstanceStore);
+        assert_eq!(devices("[\"instance-store\"]", "").unwrap().volume.devices, Selection::InstanceStore);
+        refused(devices("[\"instance-store\", \"/dev/a\"]", ""), "2:30", &["every instance-store disk"]);
         refused(devices("[]", ""), "2:11", &["instance-store"]);
         refused(devices("[\"/dev/a\", \"/dev/b\"]", ""), "2:22", &["striping is not supported yet"]);
         refused(devices("[\"vdb\"]", ""), "2:12", &["absolute"]);
         refused(devices("[\"instance-store\"]", "size = \"2G\""), "3:8", &["regular file"]);
+    }
+
+    #[test]
+    fn a_serial_number_selects_the_disk() {
+        let volume = |lines: &str| parse(&format!("[volume]\n{lines}\n[key]\nsource = \"file\"\npath = \"/k\"\n"));
+        let selected = |lines: &str| volume(lines).unwrap().volume.devices;
+        let serials = |serials: &[&str], instance_store: bool| {
+            let serials = serials.iter().map(|serial| (*serial).to_owned()).collect();
+            Selection::Serials { serials, instance_store }
+        };
+        assert_eq!(selected("serial = \"AWS1\""), serials(&["AWS1"], false));
+        assert_eq!(selected("serial = [\"B\", \"A\"]"), serials(&["B", "A"], false));
+        assert_eq!(selected("devices = [\"/dev/nvme1n1\"]\nserial = \"AWS1\""), serials(&["AWS1"], false));
+        assert_eq!(selected("devices = [\"instance-store\"]\nserial = [\"AWS1\"]"), serials(&["AWS1"], true));
+        refused(volume(""), "1:1", &["`devices`", "`serial`"]);
+        refused(volume("serial = 7"), "2:10", &["integer `7`", "a serial number such as"]);
+        refused(volume("serial = []"), "2:10", &["names no disk"]);
+        refused(volume("serial = \"\""), "2:10", &["not a serial number"]);
+        refused(volume("serial = \"a\\nb\""), "2:10", &["not a serial number"]);
+        refused(volume("serial = [\"A\", \"A\"]"), "2:10", &["`A` twice"]);
+        refused(volume("serial = \"A\"\nsize = \"2G\""), "3:8", &["regular file"]);
+        refused(volume("devices = [\"/secretfs\"]\nserial = \"A\""), "3:10", &["/secretfs", "not in /dev"]);
+        refused(volume("devices = [\"/dev/a\"]\nserial = [\"A\", \"B\"]"), "3:10", &["2 serial numbers", "1 device"]);
+        for part in ["/dev/nvme1n1p1", "/dev/sda1", "/dev/disk/by-id/nvme-X-part1", "/dev/disk/by-partuuid/1"] {
+            refused(volume(&format!("devices = [\"{part}\"]\nserial = \"A\"")), "3:10", &[part, "partition"]);
+        }
+        for disk in ["/dev/nvme1n1", "/dev/sda", "/dev/vdb", "/dev/disk/by-id/nvme-X", "/dev/xvda", "/dev/mmcblk0"] {
+            volume(&format!("devices = [\"{disk}\"]\nserial = \"A\"")).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_wait_for_a_disk_is_a_duration() {
+        let waits = |text: &str| with(&format!("wait-for = \"{text}\""), "", "", "");
+        assert_eq!(waits("0s").unwrap().volume.wait_for, Duration::ZERO);
+        assert_eq!(waits("5m").unwrap().volume.wait_for, Duration::from_secs(300));
+        for wrong in ["5", "forever", "25h"] {
+            refused(waits(wrong), "3:12", &[wrong, "\"30s\""]);
+        }
     }
 
     #[test]

@@ -23,7 +23,9 @@ pub(super) struct RawConfig {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct RawVolume {
     pub(super) name: Option<Spanned<String>>,
-    pub(super) devices: Spanned<Vec<Spanned<String>>>,
+    pub(super) devices: Option<Spanned<Vec<Spanned<String>>>>,
+    pub(super) serial: Option<Spanned<RawSerials>>,
+    pub(super) wait_for: Option<Spanned<String>>,
     pub(super) size: Option<Spanned<RawSize>>,
     #[serde(rename = "type")]
     pub(super) kind: Option<Spanned<String>>,
@@ -121,6 +123,37 @@ impl<'de> Deserialize<'de> for RawKmsKeys {
         }
 
         deserializer.deserialize_any(KeysVisitor)
+    }
+}
+
+/// A serial number in the file, or a list of serial numbers.
+pub(super) struct RawSerials(pub(super) Vec<String>);
+
+impl<'de> Deserialize<'de> for RawSerials {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SerialsVisitor;
+
+        impl<'de> Visitor<'de> for SerialsVisitor {
+            type Value = RawSerials;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a serial number such as \"AWS22C1F2A3B4C5D6E7F\", or a list of them")
+            }
+
+            fn visit_str<E: Error>(self, serial: &str) -> Result<RawSerials, E> {
+                Ok(RawSerials(vec![serial.to_owned()]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<RawSerials, A::Error> {
+                let mut serials = Vec::new();
+                while let Some(serial) = list.next_element()? {
+                    serials.push(serial);
+                }
+                Ok(RawSerials(serials))
+            }
+        }
+
+        deserializer.deserialize_any(SerialsVisitor)
     }
 }
 

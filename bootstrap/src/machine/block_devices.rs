@@ -1,10 +1,15 @@
 //! The disks of a machine, as `/sys/block` and `/dev/disk/by-id` show them.
 
 use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use crate::machine::instance_store;
+use crate::machine::mounts;
 use crate::machine::root::Root;
+
+/// The content of `/sys/block/NAME/device/model` for an instance-store disk (EC2 User Guide, "NVMe instance store
+/// volumes").
+pub(crate) const INSTANCE_STORE: &str = "Amazon EC2 NVMe Instance Storage";
 
 /// The content of `/sys/block/NAME/device/model` for an EBS volume on a Nitro instance (EC2 User Guide, "Map Amazon EBS
 /// volumes to NVMe device names").
@@ -23,7 +28,7 @@ pub enum Origin {
 }
 
 /// A disk.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockDevice {
     /// Its node, such as `/dev/nvme1n1`.
     pub path: PathBuf,
@@ -51,6 +56,18 @@ impl BlockDevice {
         };
         self.by_id.iter().find(has_serial).or(self.by_id.first()).map(PathBuf::as_path)
     }
+
+    /// Returns the line under `[volume]` that names this disk for good. Returns `None` if the disk has neither a name in
+    /// `/dev/disk/by-id` nor a serial number.
+    pub fn naming(&self) -> Option<String> {
+        let quoted = |text: &str| format!("{text:?}");
+        let serial = self.serial.as_deref().map(|serial| format!("serial = {}", quoted(serial)));
+        let by_id = self.lasting_name().map(|name| format!("devices = [{}]", quoted(&name.to_string_lossy())));
+        match (by_id, serial) {
+            (Some(by_id), Some(serial)) => Some(format!("{by_id}, or {serial}")),
+            (by_id, serial) => by_id.or(serial),
+        }
+    }
 }
 
 /// Returns the disks by name, with `nvme2n1` before `nvme10n1`. Disks are devices with hardware behind them, arrays (`md`)
@@ -64,6 +81,37 @@ pub fn list(root: &Root) -> Vec<BlockDevice> {
         .map(|name| device(root, name))
         .filter(|disk| disk.size > 0)
         .collect()
+}
+
+/// Returns the disk that `path` leads to. For the path of a partition, this is the disk that the partition is on. Returns `None`
+/// for a file, and for a device that [`list`] leaves out.
+pub fn at(root: &Root, path: &Path) -> Option<BlockDevice> {
+    let name = kernel_name(root, path)?;
+    let disks = root.names("/sys/block");
+    let is_part = |disk: &&String| root.has(sys(disk).join(&name).join("partition"));
+    let disk = disks.iter().find(|disk| **disk == name).or_else(|| disks.iter().find(is_part))?;
+    is_disk(root, disk).then(|| device(root, disk))
+}
+
+/// Returns whether `path` is a name that always leads to the same disk or partition: a name in /dev/disk/by-id or
+/// /dev/disk/by-partuuid, or a symbolic link to such a name.
+pub fn is_lasting_name(root: &Root, path: &Path) -> bool {
+    let folders = ["/dev/disk/by-id", "/dev/disk/by-partuuid"].map(Path::new);
+    root.links(path).iter().any(|name| name.parent().is_some_and(|folder| folders.contains(&folder)))
+}
+
+/// Returns the kernel's name of the block device at `path`, such as `nvme1n1` or `nvme1n1p1`.
+fn kernel_name(root: &Root, path: &Path) -> Option<String> {
+    if root.is_this_machine() {
+        // A node can have any name, so its number counts.
+        let is_device = fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device());
+        let number = mounts::number_of(path).filter(|_| is_device)?;
+        let sys = fs::read_link(Path::new("/sys/dev/block").join(number)).ok()?;
+        return Some(sys.file_name()?.to_string_lossy().into_owned());
+    }
+    let node = root.links(path).pop()?;
+    let name = node.strip_prefix("/dev").ok()?.to_str()?.to_owned();
+    root.has(&node).then_some(name)
 }
 
 fn sys(name: &str) -> PathBuf {
@@ -85,7 +133,7 @@ fn device(root: &Root, name: &str) -> BlockDevice {
     BlockDevice {
         path: Path::new("/dev").join(name),
         origin: match model.as_deref() {
-            Some(instance_store::MODEL) => Origin::InstanceStore,
+            Some(INSTANCE_STORE) if name.starts_with("nvme") => Origin::InstanceStore,
             Some(EBS) => Origin::Ebs,
             _ => Origin::Other,
         },

@@ -9,9 +9,10 @@ pub mod block_devices;
 pub mod bounded;
 pub mod cpu;
 pub mod disk;
+#[cfg(test)]
+pub(crate) mod fake;
 pub mod group;
 pub mod holders;
-pub mod instance_store;
 pub mod memory;
 pub mod modules;
 pub mod mounts;
@@ -23,5 +24,6 @@ pub mod process;
 pub mod programs;
 pub mod random;
 pub mod root;
+pub mod selection;
 pub mod socket_file;
 pub mod trust;

@@ -3,6 +3,7 @@
 pub mod boot;
 pub mod control;
 pub mod doctor;
+pub mod late_disks;
 pub mod metrics;
 pub mod run_dir;
 pub mod status;

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::attach::Remains;
 use crate::config::Config;
-use crate::machine::instance_store::Device;
+use crate::machine::selection::Selection;
 use crate::machine::socket_file;
 use crate::machine::trust::{self, Distrust};
 use crate::service::status::{Bind, Condition, Status};
@@ -70,7 +70,7 @@ pub struct State {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Wanted {
-    /// The disk or file, or `instance-store`.
+    /// The disk or file, or how it is selected, such as `instance-store`.
     pub disk: PathBuf,
     /// The disk or file of a detached header.
     pub header: Option<PathBuf>,
@@ -84,9 +84,12 @@ pub struct Wanted {
 impl Wanted {
     /// Returns what this configuration asks for. Paths are resolved.
     pub fn of(config: &Config) -> Self {
-        let disk = match &config.volume.device {
-            Device::Path(path) => real(path),
-            Device::InstanceStore => PathBuf::from("instance-store"),
+        let disk = match &config.volume.devices {
+            Selection::Paths(paths) => {
+                let paths: Vec<_> = paths.iter().map(|path| real(path).into_os_string()).collect();
+                PathBuf::from(paths.join(", ".as_ref()))
+            }
+            other => PathBuf::from(other.describe()),
         };
         let mountpoint = config.filesystem.as_ref().map(|filesystem| real_parent(&filesystem.mountpoint));
         let binds = config.filesystem.iter().flat_map(|filesystem| &filesystem.binds);

@@ -17,6 +17,8 @@ use crate::config::{BindConfig, Config, FilesystemConfig, VolumeConfig};
 use crate::keys::{self, KeySource, Secret, SecretRequest};
 use crate::machine::bare_folder::{self, Protection};
 use crate::machine::programs::{self, ProgramError, QUICK, WHOLE_FILESYSTEM};
+use crate::machine::root::Root;
+use crate::machine::selection::Selection;
 use crate::machine::{cpu, disk, holders, memory, mounts, new_file, random};
 use crate::steps::Outside;
 use crate::steps::outside::{Attached, Devices, Disks, Filesystems, Folder, HeaderLock, Machine};
@@ -57,7 +59,7 @@ impl Looking {
         };
         Ok(Self {
             keys: RealKeys { source: keys::source(&config.key), fetch: &no_secret, strength: config.strength },
-            disks: RealDisks { caching: Caching::PageCache },
+            disks: RealDisks { caching: Caching::PageCache, root: Root::of_this_machine() },
             devices: RealDevices { options },
             filesystems: RealFilesystems { watch: &NoWork, keeper: None, gone: None },
             machine: machine()?,
@@ -99,10 +101,12 @@ impl LongWork for NoWork {
 }
 
 /// Files and block devices.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct RealDisks {
     /// Whether disks are opened with the page cache or with direct I/O.
     pub caching: Caching,
+    /// The machine whose disks these are.
+    pub root: Root,
 }
 
 impl Disks for RealDisks {
@@ -132,6 +136,14 @@ impl Disks for RealDisks {
 
     fn refuse_if_used(&self, path: &Path) -> Result<()> {
         Ok(disk::refuse_if_used(path)?)
+    }
+
+    fn confirm(&self, wanted: &Selection, path: &Path) -> Result<()> {
+        Ok(wanted.confirm(&self.root, path)?)
+    }
+
+    fn refuse_unless_meant(&self, wanted: &Selection, path: &Path) -> Result<()> {
+        Ok(wanted.refuse_unless_meant(&self.root, path)?)
     }
 
     fn refuse_if_read_only(&self, path: &Path) -> Result<()> {

@@ -17,7 +17,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use crate::config::{Config, KeyConfig, KeyFile, VolumeName};
-use crate::machine::instance_store::Device;
+use crate::machine::selection::Selection;
 
 /// A file for systemd.
 #[derive(Debug, PartialEq, Eq)]
@@ -58,9 +58,10 @@ fn mountpoints(config: &Config) -> Vec<&Path> {
 const HEAD: &str = "# Made by nbdcrypt-generator.\n";
 
 fn drop_in(config: &Config, path: &Path) -> String {
-    let disk = match &config.volume.device {
-        Device::Path(path) => Some(path.as_path()),
-        Device::InstanceStore => None,
+    // A disk that is selected by what it is has no name before it is there. The server waits for it.
+    let disks = match &config.volume.devices {
+        Selection::Paths(paths) => paths.as_slice(),
+        Selection::InstanceStore | Selection::Serials { .. } => &[],
     };
     let key = match &config.key {
         KeyConfig::File(KeyFile::Path(path)) => Some(path.as_path()),
@@ -72,12 +73,13 @@ fn drop_in(config: &Config, path: &Path) -> String {
     let mut text = format!("{HEAD}[Unit]\n");
     // /dev and /run are always there. systemd itself makes /run/credentials for the service.
     let is_elsewhere = |path: &&Path| !path.starts_with("/dev") && !path.starts_with("/run");
-    let files = [Some(path), disk, header, key].into_iter().flatten().chain(parents);
+    let devices = || disks.iter().map(PathBuf::as_path).chain(header);
+    let files = std::iter::once(path).chain(devices()).chain(key).chain(parents);
     for file in files.filter(is_elsewhere) {
         let _ = writeln!(text, "RequiresMountsFor={}", quoted(file));
     }
     // The device is wanted and not required, so that the server starts and can report what is wrong with a disk.
-    for device in [disk, header].into_iter().flatten().filter(|path| path.starts_with("/dev")) {
+    for device in devices().filter(|path| path.starts_with("/dev")) {
         let device = unit_of_path(device, "device");
         let _ = writeln!(text, "Wants={device}\nAfter={device}");
     }

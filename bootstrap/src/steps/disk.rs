@@ -10,6 +10,7 @@ use engine::luks::{luks1, luks2};
 use engine::store::BlockStore;
 use engine::text::bytes;
 
+use super::volume::refuse_unless_meant;
 use super::{Boot, Step, Undo};
 use crate::volume::VolumeType;
 use crate::volume::array::{OpenArray, Wanted};
@@ -110,9 +111,15 @@ impl Disk {
             boot.disk_made = true;
         } else if let Some(path) = boot.data_disks.single() {
             boot.disk = Some(disks.open(path)?);
+            disks.confirm(&boot.config.volume.devices, path)?;
         } else {
             let members: Result<Vec<_>> = boot.data_disks.paths().map(|path| disks.open(path)).collect();
-            let array = open_array(boot, members?)?;
+            let members = members?;
+            boot.data_disks.paths().try_for_each(|path| disks.confirm(&boot.config.volume.devices, path))?;
+            let array = open_array(boot, members)?;
+            if array.pending.is_some() {
+                refuse_unless_meant(boot)?;
+            }
             boot.disk = Some(Arc::clone(&array.store));
             boot.array = Some(array);
         }

@@ -3,7 +3,8 @@
 use anyhow::{Context, Result, anyhow, bail};
 use engine::signature;
 
-use super::{Boot, Foreseen, Step, need, volume};
+use super::volume::{foresee, refuse_unless_meant};
+use super::{Boot, Foreseen, Step, need};
 use crate::config::FilesystemConfig;
 use crate::steps::block_size;
 use crate::volume::VolumeType;
@@ -27,7 +28,7 @@ impl Step for MakeFilesystem {
 
     fn describe(&self, boot: &Boot<'_>) -> String {
         let kind = &self.wanted.kind;
-        match volume::foresee(boot) {
+        match foresee(boot) {
             Ok(Foreseen::New) => format!("make a filesystem of type {kind} in the new volume"),
             // What the volume holds can be seen only with the secret.
             _ => format!("make a filesystem of type {kind} if the volume turns out to be blank"),
@@ -35,7 +36,7 @@ impl Step for MakeFilesystem {
     }
 
     fn is_done(&self, boot: &Boot<'_>) -> Result<Option<bool>> {
-        let is_new = matches!(volume::foresee(boot), Ok(Foreseen::New));
+        let is_new = matches!(foresee(boot), Ok(Foreseen::New));
         if is_new {
             boot.outside.filesystems.check_mkfs(&self.wanted.kind)?;
         }
@@ -66,6 +67,7 @@ impl Step for MakeFilesystem {
                 content::Plaintext::NeverWritten => {
                     // Without a header, only a blank disk shows that the configuration names the right disk.
                     if boot.config.volume.kind == VolumeType::Plain {
+                        refuse_unless_meant(boot)?;
                         let disk_len = need(boot.disk.as_ref(), "the open disk")?.len();
                         let whole = new_volume::sector_size(Some(segment.sector_size), disk_len - segment.offset);
                         whole.with_context(|| format!("no new volume can be begun on {at}"))?;

@@ -15,6 +15,7 @@ use crate::attach::{EndedSignal, Remains};
 use crate::config;
 use crate::keys::{Secret, SecretRequest};
 use crate::machine::mounts;
+use crate::machine::selection::Selection;
 
 /// The system around the steps.
 #[derive(Clone, Copy)]
@@ -115,6 +116,18 @@ pub trait Disks {
     /// # Errors
     /// Fails if the disk has such a user, and names it.
     fn refuse_if_used(&self, path: &Path) -> Result<()>;
+
+    /// Checks that the name of a selected disk still leads to such a disk. Call this once the disk is open.
+    ///
+    /// # Errors
+    /// Fails if it leads to another disk now.
+    fn confirm(&self, wanted: &Selection, path: &Path) -> Result<()>;
+
+    /// Checks that the configuration means exactly this disk, so that a blank one may become a volume. Opens nothing.
+    ///
+    /// # Errors
+    /// Fails if the disk is an EBS volume, and its name in the configuration can be that of another disk after a reboot.
+    fn refuse_unless_meant(&self, wanted: &Selection, path: &Path) -> Result<()>;
 
     /// Checks that writing to the disk is possible. Opens nothing.
     ///

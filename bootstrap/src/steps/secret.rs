@@ -51,6 +51,7 @@ fn request(boot: &Boot<'_>) -> Result<SecretRequest> {
     }
     let disks = boot.disks()?;
     if !is_volume(boot, &disks, Look::All(&[]))? {
+        volume::refuse_unless_meant(boot)?;
         return Ok(SecretRequest::New { volume: new_volume::new_uuid(&mut |bytes| boot.outside.keys.random(bytes))? });
     }
     let name = || boot.header_disk().to_string();

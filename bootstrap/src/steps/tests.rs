@@ -21,6 +21,7 @@ use crate::attach::{EndedSignal, Method, Remains};
 use crate::config::{BindConfig, FilesystemConfig, VolumeConfig};
 use crate::keys::{KmsToken, Secret, SecretRequest};
 use crate::machine::mounts::Mount;
+use crate::machine::selection::Selection;
 use crate::volume::VolumeType;
 use crate::volume::new_volume::{self, Strength};
 
@@ -78,6 +79,14 @@ impl Fake {
         let mut world = self.0.borrow_mut();
         world.calls.push(what.to_owned());
         if world.fail == Some(world.calls.len() - 1) || world.fail_at == Some(what) {
+            bail!("injected fault at {what}");
+        }
+        Ok(())
+    }
+
+    /// Fails if a test asks for that. The call is not recorded.
+    fn call_if_failing(&self, what: &str) -> Result<()> {
+        if self.0.borrow().fail_at == Some(what) {
             bail!("injected fault at {what}");
         }
         Ok(())
@@ -190,6 +199,14 @@ impl Disks for Fake {
 
     fn refuse_if_used(&self, _path: &Path) -> Result<()> {
         Ok(())
+    }
+
+    fn confirm(&self, _wanted: &Selection, _path: &Path) -> Result<()> {
+        self.call_if_failing("confirm disk")
+    }
+
+    fn refuse_unless_meant(&self, _wanted: &Selection, _path: &Path) -> Result<()> {
+        self.call_if_failing("is meant")
     }
 
     fn refuse_if_read_only(&self, _path: &Path) -> Result<()> {
@@ -460,6 +477,53 @@ fn the_mountpoint_is_protected_before_the_mount_unless_told_otherwise() {
         up_as(&config, &fake, |_, _| ()).unwrap();
         assert_eq!(fake.0.borrow().protected, BTreeMap::from([("/mnt".into(), protect)]));
     }
+}
+
+/// A blank EBS volume with the name of another disk is refused before its secret is made, and before anything is written.
+#[test]
+fn a_blank_disk_that_is_not_meant_is_left_alone() {
+    for (config, text) in [(config(), "volume"), (detached(), "volume"), (plain(), "filesystem")] {
+        let fake = Fake::new();
+        fake.0.borrow_mut().passphrase = (0..64).collect();
+        fake.0.borrow_mut().fail_at = Some("is meant");
+        let blank = fake.disk().snapshot();
+        let error = up_as(&config, &fake, |_, _| ()).unwrap_err();
+        assert!(error.to_string().contains("injected fault at is meant"), "{error:#}");
+        assert!(fake.disk().snapshot() == blank, "{text}");
+        assert!(!fake.0.borrow().calls.iter().any(|call| call == "mkfs"), "{text}");
+        if config.volume.kind == VolumeType::Luks2 {
+            let boot = Boot::new(&config, DataDisks::one(DISK), fake.outside());
+            let steps = all(&config);
+            let step = steps.iter().find(|step| step.name() == "volume").unwrap();
+            assert!(step.is_done(&boot).unwrap_err().to_string().contains("is meant"), "the plan says so, too");
+        }
+    }
+    // An array of such disks, even one that gets no filesystem.
+    let mut bare = plain();
+    bare.filesystem = None;
+    for config in [config(), bare] {
+        let fake = with_members();
+        fake.0.borrow_mut().passphrase = (0..64).collect();
+        fake.0.borrow_mut().fail_at = Some("is meant");
+        let error = up_on(members(MEMBERS), &config, &fake, |_, _| ()).unwrap_err();
+        assert!(error.to_string().contains("injected fault at is meant"), "{error:#}");
+        assert!(MEMBERS.iter().all(|path| is_blank(&fake, path)));
+    }
+    // A volume that is there already is opened.
+    let fake = Fake::new();
+    up_and_down(&fake).unwrap();
+    fake.0.borrow_mut().fail_at = Some("is meant");
+    up_and_down(&fake).unwrap();
+}
+
+/// The disk was removed, and another one got its name, after it was found and before it was opened.
+#[test]
+fn a_disk_that_was_replaced_is_not_used() {
+    let fake = Fake::new();
+    fake.0.borrow_mut().fail_at = Some("confirm disk");
+    let error = up_and_down(&fake).unwrap_err();
+    assert!(error.to_string().contains("confirm disk"), "{error:#}");
+    assert!(fake.content() == Content::Blank && !fake.0.borrow().calls.iter().any(|call| call == "fetch secret"));
 }
 
 #[test]

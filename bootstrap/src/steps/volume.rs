@@ -105,6 +105,9 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
         [disk] => (Arc::clone(disk), false),
         _ => {
             let array = open_array(boot, members)?;
+            if array.pending.is_some() {
+                refuse_unless_meant(boot)?;
+            }
             (array.store, array.pending.is_some())
         }
     };
@@ -125,6 +128,7 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
         false => is_volume(boot, &both, Look::All(&[]))?,
     };
     if !is_volume {
+        refuse_unless_meant(boot)?;
         check_sector_size(boot, &both)?;
         check_room(boot, &both)?;
         for path in boot.data_disks.paths().chain(volume.header.as_deref()) {
@@ -252,7 +256,15 @@ fn unlock(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     open(boot, cipher, Facts { kind, key_bits: key.bits(), segment, keyslot: Some(keyslot) })
 }
 
+/// Checks that the configuration means exactly the blank disks on which a new volume is about to be made.
+pub(super) fn refuse_unless_meant(boot: &Boot<'_>) -> Result<()> {
+    let volume = &boot.config.volume;
+    let mut paths = boot.data_disks.paths().chain(volume.header.as_deref());
+    paths.try_for_each(|path| boot.outside.disks.refuse_unless_meant(&volume.devices, path))
+}
+
 fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
+    refuse_unless_meant(boot)?;
     new_volume::check_strength(boot.config.strength, passphrase.expose().len())?;
     let keys = boot.outside.keys;
     let mut random = |bytes: &mut [u8]| keys.random(bytes);

@@ -11,6 +11,7 @@ use crate::machine::bounded::Pending;
 use crate::machine::disk::{self, DiskError};
 use crate::machine::holders::Holder;
 use crate::machine::root::Root;
+use crate::machine::selection::{Selection, Use};
 use crate::text;
 
 /// The longest time to examine all disks. One disk takes about a second, and all disks are examined at the same time.
@@ -84,13 +85,33 @@ pub fn all(root: &Root, users_of: &dyn Fn(&Path) -> Vec<Holder>) -> Vec<Candidat
         Ok(pending) => pending.wait(deadline).unwrap_or(Err(Unseen::NoAnswer)),
         Err(error) => Err(Unseen::Failed(error.to_string())),
     };
-    let instance_stores = disks.iter().filter(|(disk, ..)| disk.origin == Origin::InstanceStore).count();
-    let judged = disks.into_iter().map(|(disk, users, pending)| {
-        let seen = seen(pending);
-        let (take, why) = judge(&disk, &users, &seen, instance_stores);
-        Candidate { disk, users, seen, take, why }
+    let disks: Vec<_> = disks.into_iter().map(|(disk, users, pending)| (disk, users, seen(pending))).collect();
+    let use_of = |path: &Path| {
+        let known = disks.iter().find(|(disk, ..)| disk.path == path);
+        known.map_or(Use::Free, |(_, users, seen)| in_use(users, seen))
+    };
+    let chosen = Selection::InstanceStore.find(root, &use_of).unwrap_or_default();
+    let judged = disks.iter().map(|(disk, users, seen)| {
+        let (take, why) = judge(disk, users, seen, chosen.contains(&disk.path));
+        (take, why)
     });
-    judged.collect()
+    let judged: Vec<_> = judged.collect();
+    let both = disks.into_iter().zip(judged);
+    both.map(|((disk, users, seen), (take, why))| Candidate { disk, users, seen, take, why }).collect()
+}
+
+/// Returns whether a disk with these users is in use.
+fn in_use(users: &[Holder], seen: &Result<Seen, Unseen>) -> Use {
+    match users.iter().filter(|user| user.is_lasting()).min_by_key(|user| user.may_end_soon()) {
+        Some(user) if user.may_end_soon() => Use::Brief(user.to_string()),
+        Some(user) => Use::Lasting(user.to_string()),
+        None if seen.as_ref().is_ok_and(|seen| seen.is_claimed) => Use::Brief(
+            users
+                .first()
+                .map_or_else(|| "the kernel or a program has opened it exclusively".to_owned(), ToString::to_string),
+        ),
+        None => Use::Free,
+    }
 }
 
 /// Examines a disk as `up` does. If the disk is in use, examines only its two ends.
@@ -106,23 +127,16 @@ fn look(node: &Path, is_used: bool) -> Result<Seen, Unseen> {
     Ok(Seen { content, is_claimed: disk::is_claimed(node) })
 }
 
-/// Returns whether `up` would take the disk, and why. `instance_stores` is the number of the machine's instance-store
-/// disks.
-fn judge(disk: &BlockDevice, users: &[Holder], seen: &Result<Seen, Unseen>, instance_stores: usize) -> (Take, String) {
-    if let Some(user) = users.iter().find(|user| user.is_lasting()) {
+/// Returns whether `up` would take the disk, and why. `is_chosen` says whether `devices = ["instance-store"]` chooses it.
+fn judge(disk: &BlockDevice, users: &[Holder], seen: &Result<Seen, Unseen>, is_chosen: bool) -> (Take, String) {
+    if let Use::Lasting(user) | Use::Brief(user) = in_use(users, seen) {
         return (Take::No, format!("it is in use: {user}"));
     }
-    let Seen { content, is_claimed } = match seen {
+    let Seen { content, .. } = match seen {
         Ok(seen) => seen,
         Err(unseen @ Unseen::NoNode) => return (Take::No, unseen.to_string()),
         Err(unseen) => return (Take::Unknown, unseen.to_string()),
     };
-    if *is_claimed {
-        let by = users
-            .first()
-            .map_or_else(|| "the kernel or a program has opened it exclusively".to_owned(), ToString::to_string);
-        return (Take::No, format!("it is in use: {by}"));
-    }
     let does = match content {
         content if is_luks(content) => "`up` opens its volume",
         Content::Blank | Content::Unfinished if disk.read_only => {
@@ -132,62 +146,37 @@ fn judge(disk: &BlockDevice, users: &[Holder], seen: &Result<Seen, Unseen>, inst
         Content::Unfinished => "an earlier run began to make a volume on it, and `up` makes that volume again",
         content => return (Take::No, format!("it holds {content}, and `up` does not overwrite data")),
     };
-    match (disk.origin, instance_stores) {
-        (Origin::InstanceStore, 1) => (Take::Yes, does.to_owned()),
-        _ => (Take::IfNamed, format!("{does}, if the configuration names it: {}", naming(disk))),
+    if is_chosen {
+        return (Take::Yes, does.to_owned());
     }
-}
-
-/// Returns how a configuration should name the disk.
-fn naming(disk: &BlockDevice) -> String {
-    match disk.lasting_name() {
-        Some(name) => format!("devices = [\"{}\"]", text::path(name)),
-        None => format!("devices = [\"{}\"], which may be another disk after a reboot", text::path(&disk.path)),
+    match disk.naming() {
+        Some(naming) => (Take::IfNamed, format!("{does}, if the configuration names it: {naming}")),
+        None if disk.origin == Origin::Ebs && !is_luks(content) => (
+            Take::No,
+            "it is a blank EBS volume without a name in /dev/disk/by-id, so the configuration cannot say that it is meant"
+                .to_owned(),
+        ),
+        None => {
+            let path = text::path(&disk.path);
+            (
+                Take::IfNamed,
+                format!("{does}, if the configuration names it: devices = [\"{path}\"], which may be another disk after a reboot"),
+            )
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::io::Write;
-    use std::os::unix::fs::symlink;
-
-    use tempfile::TempDir;
 
     use super::*;
-    use crate::machine::instance_store::MODEL;
-
-    const SIZE: u64 = 32 << 20;
-
-    /// A fake machine: a folder with its files.
-    struct Machine(TempDir);
+    use crate::machine::block_devices::INSTANCE_STORE as MODEL;
+    use crate::machine::fake::{EBS, Machine, SIZE};
 
     impl Machine {
-        fn new() -> Self {
-            Self(tempfile::tempdir().unwrap())
-        }
-
-        fn file(&self, path: &str, text: &str) {
-            let path = self.0.path().join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        }
-
-        /// Adds a disk whose first bytes are `content`.
-        fn disk(&self, name: &str, model: &str, serial: &str, content: &[u8]) {
-            self.file(&format!("sys/block/{name}/size"), &format!("{}\n", SIZE / 512));
-            self.file(&format!("sys/block/{name}/device/model"), &format!("{model:<40}\n"));
-            self.file(&format!("sys/block/{name}/device/serial"), &format!("{serial:<20}\n"));
-            let by_id = self.0.path().join("dev/disk/by-id");
-            fs::create_dir_all(&by_id).unwrap();
-            symlink(format!("../../{name}"), by_id.join(format!("nvme-{}_{serial}", model.replace(' ', "_")))).unwrap();
-            let mut node = fs::File::create(self.0.path().join("dev").join(name)).unwrap();
-            node.write_all(content).unwrap();
-            node.set_len(SIZE).unwrap();
-        }
-
         fn all(&self, users_of: &dyn Fn(&Path) -> Vec<Holder>) -> Vec<Candidate> {
-            all(&Root::at(self.0.path()), users_of)
+            all(&self.root(), users_of)
         }
     }
 
@@ -226,7 +215,8 @@ mod tests {
             .collect();
         let blank = "it is blank, so `up` makes a volume on it";
         let by_id = "/dev/disk/by-id/nvme-Amazon_Elastic_Block_Store_vol0ccc";
-        let if_named = format!("{blank}, if the configuration names it: devices = [\"{by_id}\"]");
+        let if_named =
+            format!("{blank}, if the configuration names it: devices = [\"{by_id}\"], or serial = \"vol0ccc\"");
         assert_eq!(
             rows,
             [
@@ -251,15 +241,62 @@ mod tests {
         }
     }
 
+    /// The listing says `yes` of exactly the disks that `devices = ["instance-store"]` takes, and names each other disk in a way that
+    /// leads to it.
+    #[test]
+    fn the_listing_says_what_up_does() {
+        let free = |machine: &Machine, used: &'static [&str]| {
+            let mount = Holder::Mount { at: "/mnt".into(), filesystem: "xfs".to_owned(), seen_by: None };
+            let is_used = move |path: &Path| used.iter().any(|name| path.ends_with(name));
+            let users_of = |path: &Path| if is_used(path) { vec![mount.clone()] } else { Vec::new() };
+            let listed = machine.all(&users_of);
+            let taken: Vec<_> = listed.iter().filter(|found| found.take == Take::Yes).collect();
+            let taken: Vec<_> = taken.iter().map(|found| found.disk.path.clone()).collect();
+            let use_of = |path: &Path| if is_used(path) { Use::Lasting("a mount".to_owned()) } else { Use::Free };
+            assert_eq!(Selection::InstanceStore.find(&machine.root(), &use_of).unwrap_or_default(), taken);
+            for found in listed.iter().filter(|found| found.take == Take::IfNamed) {
+                let serials = vec![found.disk.serial.clone().unwrap()];
+                let selection = Selection::Serials { serials, instance_store: false };
+                assert_eq!(selection.find(&machine.root(), &use_of).unwrap(), std::slice::from_ref(&found.disk.path));
+                selection.refuse_unless_meant(&machine.root(), &found.disk.path).unwrap();
+                let by_id = found.disk.lasting_name().unwrap();
+                Selection::Paths(vec![by_id.into()]).refuse_unless_meant(&machine.root(), by_id).unwrap();
+                assert!(found.why.contains(by_id.to_str().unwrap()), "{}", found.why);
+            }
+            taken.len()
+        };
+        let machine = Machine::new();
+        machine.disk("nvme0n1", EBS, "vol0a", &[]);
+        assert_eq!(free(&machine, &[]), 0);
+        machine.disk("nvme1n1", MODEL, "AWS1", &[]);
+        assert_eq!([free(&machine, &[]), free(&machine, &["nvme1n1"])], [1, 0]);
+        machine.disk("nvme2n1", MODEL, "AWS2", &[]);
+        assert_eq!([free(&machine, &["nvme1n1"]), free(&machine, &["nvme1n1", "nvme2n1"])], [1, 0]);
+        free(&machine, &[]);
+    }
+
+    #[test]
+    fn a_blank_ebs_volume_without_a_lasting_name_is_not_taken() {
+        let machine = Machine::new();
+        machine.disk("nvme1n1", EBS, "", &[]);
+        fs::remove_dir_all(machine.at("dev/disk")).unwrap();
+        let found = &machine.all(&nobody)[0];
+        assert!(found.take == Take::No && found.why.contains("blank EBS volume"), "{}", found.why);
+        machine.disk("nvme1n1", "Other", "", &[]);
+        fs::remove_dir_all(machine.at("dev/disk")).unwrap();
+        let found = &machine.all(&nobody)[0];
+        assert!(found.take == Take::IfNamed && found.why.contains("/dev/nvme1n1"), "{}", found.why);
+    }
+
     #[test]
     fn what_cannot_be_seen_is_not_judged() {
         let machine = Machine::new();
         machine.disk("nvme1n1", MODEL, "AWS1", &[]);
-        fs::remove_file(machine.0.path().join("dev/nvme1n1")).unwrap();
+        fs::remove_file(machine.at("dev/nvme1n1")).unwrap();
         let found = &machine.all(&nobody)[0];
         assert_eq!((found.take, &found.seen), (Take::No, &Err(Unseen::NoNode)));
         let disk = &found.disk;
-        let judged = |seen| judge(disk, &[], &seen, 1);
+        let judged = |seen| judge(disk, &[], &seen, true);
         assert_eq!(judged(Err(Unseen::NeedsRoot)), (Take::Unknown, "only root can see what it holds".to_owned()));
         assert_eq!(judged(Err(Unseen::NoAnswer)).0, Take::Unknown);
         let seen = |content, is_claimed| Ok(Seen { content, is_claimed });
@@ -267,7 +304,7 @@ mod tests {
         assert!(take == Take::No && why.contains("opened it exclusively"), "{why}");
         assert_eq!(judged(seen(Content::Unfinished, false)).0, Take::Yes);
         let read_only = BlockDevice { read_only: true, ..disk.clone() };
-        assert_eq!(judge(&read_only, &[], &seen(Content::Blank, false), 1).0, Take::No);
+        assert_eq!(judge(&read_only, &[], &seen(Content::Blank, false), true).0, Take::No);
     }
 
     #[test]

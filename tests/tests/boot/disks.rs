@@ -3,10 +3,11 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use harness::nbdcrypt::told;
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::machine::{LoopDisk, MIB, Machine, write_and_sync};
 
@@ -213,7 +214,7 @@ fn no_file_is_made_in_dev_for_a_missing_disk() {
         for config in
             [good.replace(&disk, path), good.replace("size = \"32M\"", &format!("size = \"32M\"\nheader = \"{path}\""))]
         {
-            machine.configure(&config);
+            machine.configure(&config.replace("[volume]", "[volume]\nwait-for = \"0s\""));
             for verb in ["plan", "up"] {
                 machine.refused(verb, &[path, "no file is made there", "lsblk"]);
             }
@@ -314,4 +315,118 @@ fn copies_of_a_mount_of_the_disk_are_waited_for() {
     let output = machine.run(&[&["format", "--wipe", &disk.path], &quick[..]].concat());
     assert!(output.status.success(), "{}", told(&output));
     assert!(holder.wait().unwrap().success());
+}
+
+/// A name in /dev that this test makes.
+struct Node(PathBuf);
+
+impl Node {
+    /// Returns a name that does not exist yet.
+    fn missing() -> Self {
+        Self(PathBuf::from(format!("/dev/nbdcrypt-late-{}", std::process::id())))
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// `up` waits for a disk until it is there, and says so. `down` and SIGTERM end the wait.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE, mkfs.ext4 and losetup: run `make test`")]
+fn a_disk_that_appears_late_is_waited_for() {
+    let machine = Machine::new();
+    machine.shell("truncate -s 32M image");
+    let attached = LoopDisk::new(&machine, "losetup --find --show image");
+    let node = Node::missing();
+    let path = node.0.display().to_string();
+    let volume = format!("devices = [\"{path}\"]\nwait-for = \"2h\"");
+    let disk = machine.path("disk").display().to_string();
+    let config = machine.default_config();
+    machine.configure(&config.replace(&format!("devices = [\"{disk}\"]\nsize = \"32M\""), &volume));
+    let planned = machine.on_config("plan");
+    assert!(told(&planned).contains(&format!("wait up to 7200 s for {path}")), "{}", told(&planned));
+    for how in ["down", "SIGTERM", "it appears"] {
+        let config = machine.path("scratch.toml");
+        let mut up = machine.command(&["up", config.to_str().unwrap()]);
+        let front = up.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let status = machine.await_doing(&format!("waiting up to 7200 s for {path}"));
+        assert_eq!(status["disk"], path.as_str(), "{status}");
+        match how {
+            "down" => assert!(machine.down().contains("the start was called off")),
+            "SIGTERM" => kill_process(Pid::from_child(&front), Signal::TERM).unwrap(),
+            _ => std::os::unix::fs::symlink(&attached.path, &node.0).unwrap(),
+        }
+        let output = front.wait_with_output().unwrap();
+        assert!(told(&output).contains(&format!("waiting up to 7200 s for {path}")), "the log: {}", told(&output));
+        if how == "it appears" {
+            assert!(output.status.success(), "{}", told(&output));
+        } else {
+            assert_eq!(output.status.code(), Some(1), "{how}: {}", told(&output));
+            assert!(told(&output).contains("everything was undone"), "{how}: {}", told(&output));
+            assert!(machine.status().is_null() && machine.mounts() == 0, "{how}: {}", machine.status());
+        }
+    }
+    machine.down();
+}
+
+/// The wait has a bound. Then the error names what there is.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root: run `make test`")]
+fn a_disk_that_does_not_appear_is_an_error() {
+    let machine = Machine::new();
+    let config = machine.default_config();
+    let disk = machine.path("disk").display().to_string();
+    let configure = |volume: &str| {
+        machine.configure(&config.replace(&format!("devices = [\"{disk}\"]\nsize = \"32M\""), volume));
+    };
+    for wait in ["0s", "1s"] {
+        let wait = format!("wait-for = \"{wait}\"");
+        configure(&format!("devices = [\"/dev/nbdcrypt-no-such-disk\"]\n{wait}"));
+        machine.refused("up", &["/dev/nbdcrypt-no-such-disk does not exist"]);
+        configure(&format!("serial = \"nbdcrypt-none\"\n{wait}"));
+        machine.refused("up", &["no disk has the serial number nbdcrypt-none"]);
+        configure(&format!("devices = [\"instance-store\"]\nserial = \"nbdcrypt-none\"\n{wait}"));
+        machine.refused("up", &["no disk has the serial number nbdcrypt-none"]);
+    }
+    for verb in ["plan", "doctor"] {
+        machine.fails(
+            verb,
+            &["no disk has the serial number nbdcrypt-none", "wait up to 1 s for the disk with the serial"],
+        );
+    }
+}
+
+/// A mount namespace plays an EC2 instance: the loop device of this test is an EBS volume there.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root and losetup: run `make test`")]
+fn a_blank_ebs_volume_is_not_made_a_volume_by_chance() {
+    let machine = Machine::new();
+    machine.shell("truncate -s 32M image");
+    let attached = LoopDisk::new(&machine, "losetup --find --show image");
+    let disk = machine.path("disk").display().to_string();
+    let config = machine.default_config();
+    machine.configure(&config.replace(&format!("{disk}\"]\nsize = \"32M\""), &format!("{}\"]", attached.path)));
+    machine.shell(&format!(
+        r#"cat > script <<'END'
+            set -eu
+            number=$(lsblk --noheadings --nodeps --output MAJ:MIN {device} | tr -d ' ')
+            mount -t tmpfs none /sys/dev/block; ln -s ../../block/nvme1n1 "/sys/dev/block/$number"
+            mount -t tmpfs none /sys/block; mkdir -p /sys/block/nvme1n1/device; echo 65536 > /sys/block/nvme1n1/size
+            echo 'Amazon Elastic Block Store' > /sys/block/nvme1n1/device/model
+            echo vol0abc > /sys/block/nvme1n1/device/serial
+            for verb in up plan doctor; do
+                if $nbdcrypt $verb scratch.toml > $verb 2>&1; then exit 9; fi
+                grep -F 'is blank, and it is an EBS volume (vol0abc)' $verb
+                grep -F 'serial = "vol0abc"' $verb
+            done
+END
+        unshare --mount --propagation private bash script
+        cmp --bytes 33554432 image /dev/zero"#,
+        device = attached.path
+    ));
+    drop(attached);
+    machine.assert_nothing_left();
 }

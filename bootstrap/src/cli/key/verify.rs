@@ -13,8 +13,9 @@ use crate::config::Config;
 use crate::keys::opening::{self, Then};
 use crate::keys::verify::{self, Opens, Way};
 use crate::machine::disk;
-use crate::machine::instance_store::SYSFS;
 use crate::machine::memory;
+use crate::machine::root::Root;
+use crate::machine::selection;
 use crate::text;
 use crate::volume::data_disks::DataDisks;
 
@@ -29,7 +30,9 @@ pub(in crate::cli) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let config = Config::load(&args.config)?;
-    let device = config.volume.device.resolve(Path::new(SYSFS))?;
+    // `verify` also works while the volume is up, so the disk may be in use.
+    let found = config.volume.devices.find(&Root::of_this_machine(), &|_| selection::Use::Free)?;
+    let device = selection::first(found);
     let data = disk::open_to_look(&device)?;
     let header: Option<(&Path, FileStore)> = match &config.volume.header {
         Some(path) => Some((path, disk::open_to_look(path)?)),

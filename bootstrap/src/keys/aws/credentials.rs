@@ -28,7 +28,7 @@ use super::error::{AwsError, Service};
 use super::profile::ChosenProfile;
 use super::retry::Course;
 use crate::config::AwsKeyConfig;
-use crate::machine::instance_store::SYSFS;
+use crate::machine::root::SYSFS;
 
 /// Credentials that expire sooner than this are renewed before they are used.
 const MARGIN: Duration = Duration::from_secs(5);

@@ -11,7 +11,7 @@ mod terraform;
 use serde_json::{Map, Value, json};
 
 use crate::config::{AwsKeyConfig, Config, KeyConfig, KeyFile, SecretLocation};
-use crate::machine::instance_store::Device;
+use crate::machine::selection::Selection;
 use crate::volume::VolumeType;
 use name::{KeyName, KmsKey, in_resource, in_value};
 
@@ -389,13 +389,13 @@ fn notes(config: &Config, aws: &AwsKeyConfig) -> Vec<String> {
                 .to_owned(),
         );
     }
-    match (&aws.object, &config.volume.device) {
-        (SecretLocation::Token, Device::InstanceStore) => notes.push(
+    match (&aws.object, &config.volume.devices) {
+        (SecretLocation::Token, Selection::InstanceStore | Selection::Serials { instance_store: true, .. }) => notes.push(
             "An instance store is blank after each stop, so `up` makes the volume and its secret again, and the role \
              always needs kms:Encrypt."
                 .to_owned(),
         ),
-        (SecretLocation::Token, Device::Path(_)) => notes.push(
+        (SecretLocation::Token, Selection::Paths(_) | Selection::Serials { .. }) => notes.push(
             "Only `up` on a blank disk and `key rewrap` need kms:Encrypt (EncryptSecret). On a disk that keeps its data, \
              remove it from the role and from the key's policy after the first `up`. An instance store is blank after \
              each stop, so there it must stay."

@@ -70,6 +70,11 @@ impl Board {
         (written.status.condition, written.status.doing) = (condition, doing);
     }
 
+    /// Sets the disk of the ciphertext, once it is found.
+    pub(super) fn set_disk(&self, disk: std::path::PathBuf) {
+        self.lock().status.disk = disk;
+    }
+
     /// Sets what the steps have made.
     pub(super) fn build(&self, built: Built) {
         let mut written = self.lock();

@@ -1,9 +1,11 @@
 //! Handles events while a volume is coming up: waits for the secret, and notices when the start is called off.
 
 use std::cell::{Cell, RefCell};
-use std::sync::mpsc::Sender;
+use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, Sender};
+use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::Progress;
 use super::board::Board;
@@ -12,10 +14,14 @@ use super::events::{Event, answer};
 use super::manager;
 use super::server::Server;
 use crate::keys::{self, Secret, SecretRequest};
+use crate::machine::root::Root;
+use crate::machine::selection;
 use crate::service::control::{Answer, Question};
+use crate::service::late_disks;
 use crate::service::status::Condition;
 use crate::service::system::LongWork;
 use crate::steps::NotUndone;
+use crate::volume::data_disks::DataDisks;
 
 impl Server<'_> {
     /// Waits for the secret. A separate thread gets it, since a source may be retried for minutes and a signal must end the
@@ -36,6 +42,31 @@ impl Server<'_> {
             }
             self.may_go_on()?;
         }
+    }
+
+    /// Waits until the disks of the volume are there, and records them.
+    ///
+    /// # Errors
+    /// Fails if a disk is missing, or if the start is called off.
+    pub(super) fn await_disks(&self, root: &Root, watched: &Watched<'_, '_>) -> Result<DataDisks> {
+        let (volume, started) = (&self.config.volume, Instant::now());
+        let tell = |what: &str| {
+            tracing::warn!("{what}");
+            watched.begins(what);
+        };
+        let mut pause = || {
+            match self.happened.recv_timeout(late_disks::PAUSE) {
+                Ok(event) => self.not_now(event)?,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(error @ RecvTimeoutError::Disconnected) => return Err(error.into()),
+            }
+            self.may_go_on()
+        };
+        let look = || late_disks::look(volume, root, &selection::use_of);
+        let found = late_disks::wait(volume.wait_for, &|| started.elapsed(), &look, &tell, &mut pause)?;
+        let found = DataDisks::new(found).context("no disk is selected")?;
+        self.record_disk(found.single().map_or_else(|| found.to_string().into(), Path::to_owned))?;
+        Ok(found)
     }
 
     /// Handles the events that arrived during the last step, and checks whether the start is called off.

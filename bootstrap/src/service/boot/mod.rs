@@ -6,9 +6,9 @@
 //!
 //! # Bounds
 //! A start is called off by a signal, by `nbdcrypt down`, and by the end of the front process. This also works while mkfs or
-//! mount runs, and while the server waits for the secret. mount, umount, sync and blockdev have a limit of 15 minutes each.
+//! mount runs, and while the server waits for a disk or the secret. mount, umount, sync and blockdev have a limit of 15 minutes each.
 //! A stop by `nbdcrypt down` is tried once. A stop by SIGTERM is tried until it succeeds (`stopping`). The server keeps
-//! asking systemd to extend the timeout for 15 minutes, and for `retry-for` longer at a start. After that, systemd's
+//! asking systemd to extend the timeout for 15 minutes, and for `wait-for` and `retry-for` longer at a start. After that, systemd's
 //! `TimeoutStartSec=` and `TimeoutStopSec=` apply.
 
 mod board;
@@ -33,14 +33,14 @@ use engine::store::Caching;
 use crate::attach::{self, Remains};
 use crate::config::{Config, KeyConfig};
 use crate::keys;
-use crate::machine::instance_store::SYSFS;
 use crate::machine::random;
+use crate::machine::root::Root;
+use crate::machine::selection::{self, Selection};
 use crate::service::metrics::{self, MetricsServer};
 use crate::service::run_dir::{Begun, Claim, State, Wanted};
 use crate::service::status::{Condition, algorithm};
 use crate::service::system::{self, LongWork, RealDevices, RealDisks, RealFilesystems, RealKeys};
 use crate::steps::{self, Boot, Outside};
-use crate::volume::data_disks::DataDisks;
 use board::Board;
 use calling_off::CallingOff;
 use coming_up::Watched;
@@ -97,13 +97,6 @@ pub fn run(
         }
         state.clean_up().context("could not clean up what a dead server had left")?;
     }
-    let disk_path = match config.volume.device.resolve(Path::new(SYSFS)) {
-        Ok(path) => path,
-        Err(error) => {
-            claim.remove()?;
-            return Err(error.into());
-        }
-    };
     let identifier = match identifier(&config.name.to_string()) {
         Ok(identifier) => identifier,
         Err(error) => {
@@ -116,7 +109,10 @@ pub fn run(
         pid: std::process::id(),
         config: config_path.to_owned(),
         wanted: Some(Wanted::of(config)),
-        disk: disk_path.clone(),
+        disk: match &config.volume.devices {
+            Selection::Paths(paths) => selection::first(paths.clone()),
+            selected => PathBuf::from(selected.describe()),
+        },
         begun: Some(begun(config, &options)),
         metrics: config.metrics.as_ref().and_then(|metrics| metrics.listen.socket().map(Path::to_owned)),
         ..State::default()
@@ -139,7 +135,7 @@ pub fn run(
         happened,
         waiting: RefCell::default(),
     };
-    let result = bring_up_and_serve(&server, disk_path, options, &events, waiting, overtime, progress);
+    let result = bring_up_and_serve(&server, options, &events, waiting, overtime, progress);
     // The folder stays if something could not be undone, so that `down` can clean up.
     if (result.is_ok() || !server.has_made_something())
         && let Err(error) = server.claim.remove()
@@ -151,7 +147,6 @@ pub fn run(
 
 fn bring_up_and_serve(
     server: &Server<'_>,
-    disk_path: PathBuf,
     options: attach::Options,
     events: &std::sync::mpsc::Sender<events::Event>,
     waiting: Waiting,
@@ -171,9 +166,14 @@ fn bring_up_and_serve(
     if waiting == Waiting::Front {
         events::watch_front(events, &server.off)?;
     }
+    let root = Root::of_this_machine();
     let progress = RefCell::new(progress);
     let watched = Watched { board: &server.board, off: &server.off, progress: &progress, is_up: Cell::new(false) };
     let _metrics = serve_metrics(server);
+    let data_disks = match server.await_disks(&root, &watched) {
+        Ok(found) => found,
+        Err(error) => return Err(server.conclude(error)),
+    };
     let source = keys::source(&config.key);
     let fetching = format!("getting the secret: {}", source.describe());
     let fetch = |request| {
@@ -184,12 +184,12 @@ fn bring_up_and_serve(
     let devices = RealDevices { options };
     let outside = Outside {
         keys: &keys,
-        disks: &RealDisks { caching: Caching::Direct },
+        disks: &RealDisks { caching: Caching::Direct, root: root.clone() },
         devices: &devices,
         filesystems: &RealFilesystems { watch: &watched, keeper: Some(Path::new(KEEPER)), gone: None },
         machine: system::machine()?,
     };
-    let mut boot = Boot::new(config, DataDisks::one(disk_path), outside);
+    let mut boot = Boot::new(config, data_disks, outside);
     let mut steps = steps::all(config);
 
     let mut since = Instant::now();
@@ -247,13 +247,14 @@ fn serve_metrics(server: &Server<'_>) -> Option<MetricsServer> {
     started.map_err(|error| tracing::warn!("the metrics are not served: {error:#}")).ok()
 }
 
-/// Returns how long the service manager is asked to wait for a start: as long as AWS may be retried, and some time for mkfs.
+/// Returns how long the service manager is asked to wait for a start: as long as a disk is awaited and AWS is retried, and some
+/// time for mkfs.
 fn longest_start(config: &Config) -> Duration {
     let retried = match &config.key {
         KeyConfig::Aws(key) => key.retry_for,
         KeyConfig::File(_) => Duration::ZERO,
     };
-    OVERTIME.saturating_add(retried)
+    OVERTIME.saturating_add(retried).saturating_add(config.volume.wait_for)
 }
 
 fn begun(config: &Config, options: &attach::Options) -> Begun {

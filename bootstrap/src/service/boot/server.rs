@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
@@ -47,6 +48,22 @@ impl Server<'_> {
         let mut state = self.state.borrow_mut();
         if state.attachment != attachment || state.mountpoint != mountpoint {
             (state.attachment, state.mountpoint) = (attachment, mountpoint);
+            self.claim.record(&state).with_context(|| {
+                format!("the state of the volume could not be written to {}", self.claim.dir().path().display())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Records the disk of the ciphertext, once it is found.
+    ///
+    /// # Errors
+    /// Fails if the state cannot be written, for example because /run is full.
+    pub(super) fn record_disk(&self, disk: PathBuf) -> Result<()> {
+        let mut state = self.state.borrow_mut();
+        if state.disk != disk {
+            self.board.set_disk(disk.clone());
+            state.disk = disk;
             self.claim.record(&state).with_context(|| {
                 format!("the state of the volume could not be written to {}", self.claim.dir().path().display())
             })?;

@@ -7,9 +7,8 @@ use std::path::Path;
 use super::{Check, State};
 use crate::config::{AwsKeyConfig, Config, KeyConfig, KeyFile};
 use crate::keys::{self, About, AwsKey, Finding, KmsToken, Outlook, SecretRequest};
-use crate::machine::disk;
-use crate::machine::instance_store::SYSFS;
-use crate::machine::{process, trust};
+use crate::machine::root::Root;
+use crate::machine::{disk, process, selection, trust};
 use crate::text;
 
 pub(super) fn checks(config: &Config) -> Vec<Check> {
@@ -52,7 +51,8 @@ fn of_aws(config: &Config, aws: &AwsKeyConfig) -> Vec<Check> {
 /// Returns the tokens of the volume with their numbers, if the secret is in the header and the volume exists.
 fn tokens(config: &Config) -> Vec<(u32, KmsToken)> {
     let found = || {
-        let device = config.volume.device.resolve(Path::new(SYSFS)).ok()?;
+        let found = config.volume.devices.find(&Root::of_this_machine(), &selection::use_of).ok()?;
+        let device = selection::first(found);
         let header = disk::open_to_look(config.volume.header.as_ref().unwrap_or(&device)).ok()?;
         keys::request_for(&config.key, &header).ok()
     };
