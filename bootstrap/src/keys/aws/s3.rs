@@ -100,7 +100,7 @@ async fn refuse_existing(session: &Session, patience: Patience, object: &S3Objec
     .await
 }
 
-/// Makes attempts, as [`Session::ask`] does. If S3 says that the bucket is in another region, asks there at once.
+/// Makes attempts, as [`Session::ask_s3`] does. If S3 says that the bucket is in another region, asks there at once.
 async fn where_it_is<T>(
     session: &Session,
     patience: Patience,
