@@ -1,7 +1,7 @@
 //! `nbdcrypt-bench storm`: what happens if a whole fleet boots at once. KMS grants an account only so many requests a second
 //! in a Region, so most of the fleet is throttled, and its retries decide when the last instance is up.
 //!
-//! [`fleet`] simulates the instances, with the pauses that nbdcrypt makes ([`policy`]). [`real`] starts real clients instead,
+//! `fleet` simulates the instances, with the pauses that nbdcrypt makes (`policy`). `real` starts real clients instead,
 //! and compares them with the simulation.
 
 mod bucket;
