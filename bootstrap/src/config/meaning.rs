@@ -85,6 +85,13 @@ fn volume(raw: RawVolume) -> Checked<VolumeConfig> {
     if let (Selection::InstanceStore | Selection::Serials { .. }, Some(size)) = (&devices, &raw.size) {
         return Err(wrong(size, "`size` is for a regular file; a disk is used as a whole".to_owned()));
     }
+    let is_one_path = matches!(&devices, Selection::Paths(paths) if paths.len() == 1);
+    if let (Selection::Paths(_), Some(size), false) = (&devices, &raw.size, is_one_path) {
+        return Err(wrong(size, "`size` makes a single file; the disks or files of an array must be there".to_owned()));
+    }
+    if let (Some(chunk), true) = (&raw.chunk_size, is_one_path) {
+        return Err(wrong(chunk, "`chunk-size` is for an array, and `devices` names a single disk".to_owned()));
+    }
     let kind = raw.kind.as_ref().map_or(Ok(VolumeType::Luks2), volume_type)?;
     if let (VolumeType::Plain, Some(header)) = (kind, &raw.header) {
         return Err(wrong(header, "a plain volume has no header".to_owned()));
@@ -260,8 +267,10 @@ fn named(devices: &Spanned<Vec<Spanned<String>>>) -> Checked<Selection> {
     if list.is_empty() {
         return Err(wrong(devices, "name a disk or file, or \"instance-store\"".to_owned()));
     }
-    if let Some(second) = list.get(1) {
-        return Err(wrong(second, "more than one device: striping is not supported yet; name one".to_owned()));
+    for (index, device) in list.iter().enumerate() {
+        if list[..index].iter().any(|other| other.get_ref() == device.get_ref()) {
+            return Err(wrong(device, format!("`{}` twice: each disk of an array is named once", device.get_ref())));
+        }
     }
     list.iter().map(absolute).collect::<Checked<_>>().map(Selection::Paths)
 }

@@ -486,7 +486,16 @@ mod tests {
         assert_eq!(devices("[\"instance-store\"]", "").unwrap().volume.devices, Selection::InstanceStore);
         refused(devices("[\"instance-store\", \"/dev/a\"]", ""), "2:30", &["every instance-store disk"]);
         refused(devices("[]", ""), "2:11", &["instance-store"]);
-        refused(devices("[\"/dev/a\", \"/dev/b\"]", ""), "2:22", &["striping is not supported yet"]);
+        let both = devices("[\"/dev/a\", \"/dev/b\"]", "chunk-size = \"64K\"").unwrap().volume;
+        assert_eq!(both.devices, Selection::Paths(vec!["/dev/a".into(), "/dev/b".into()]));
+        assert_eq!(both.chunk_size, 64 << 10);
+        refused(devices("[\"/dev/a\", \"/dev/a\"]", ""), "2:22", &["`/dev/a` twice"]);
+        refused(devices("[\"/a\", \"/b\"]", "size = \"2G\""), "3:8", &["a single file"]);
+        refused(devices("[\"/dev/a\"]", "chunk-size = \"64K\""), "3:14", &["a single disk"]);
+        for wrong in ["2K", "48K", "2G"] {
+            let chunk = format!("chunk-size = \"{wrong}\"");
+            refused(devices("[\"instance-store\"]", &chunk), "3:14", &["powers of two"]);
+        }
         refused(devices("[\"vdb\"]", ""), "2:12", &["absolute"]);
         refused(devices("[\"instance-store\"]", "size = \"2G\""), "3:8", &["regular file"]);
     }

@@ -48,16 +48,6 @@ pub enum SelectionError {
         /// The disks, each with its user.
         Vec<String>,
     ),
-    /// There are several disks. Only striping could combine the disks into one volume.
-    #[error(
-        "{} disks ({}): striping is not supported yet; name one of them under [volume] devices",
-        found.len(),
-        list(found)
-    )]
-    Several {
-        /// The disks, in order.
-        found: Vec<PathBuf>,
-    },
     /// No disk has this serial number.
     #[error("no disk has the serial number {}; {}", printable(serial), known(disks))]
     NoSuchSerial {
@@ -178,7 +168,7 @@ impl Selection {
             Self::InstanceStore => instance_store(root, use_of, &mut late),
             Self::Serials { serials, instance_store } => by_serial(root, serials, *instance_store, &mut late),
         };
-        Outlook { found: found.and_then(refuse_several), late }
+        Outlook { found, late }
     }
 
     /// Returns the disks that are there now, as [`Selection::look`] does.
@@ -227,6 +217,14 @@ impl Selection {
         Err(SelectionError::NotMeant { path: path.to_owned(), serial: disk.serial, naming })
     }
 
+    /// Returns the path, if a single disk is selected by its path.
+    pub fn single(&self) -> Option<&Path> {
+        match self {
+            Self::Paths(paths) => paths.first().filter(|_| paths.len() == 1).map(PathBuf::as_path),
+            Self::InstanceStore | Self::Serials { .. } => None,
+        }
+    }
+
     /// Describes the selection, for a record or a message.
     pub fn describe(&self) -> String {
         match self {
@@ -240,22 +238,12 @@ impl Selection {
     }
 }
 
-/// Returns the first of the disks, for a caller that can use only one.
-pub fn first(found: Vec<PathBuf>) -> PathBuf {
-    found.into_iter().next().unwrap_or_default()
-}
-
 /// Returns the device at `path` as something that may appear. Returns `None` if it is there, or if `path` lies outside /dev: a
 /// file does not appear by itself.
 pub fn late_name(root: &Root, path: &Path) -> Option<Late> {
     let in_dev = |name: &PathBuf| name.starts_with("/dev");
     let is_missing = || !root.has(path);
     (root.links(path).iter().any(in_dev) && is_missing()).then(|| Late::Disk(text::path(path)))
-}
-
-/// Several disks need striping.
-fn refuse_several(found: Vec<PathBuf>) -> Result<Vec<PathBuf>, SelectionError> {
-    if found.len() > 1 { Err(SelectionError::Several { found }) } else { Ok(found) }
 }
 
 /// Returns the free instance-store disks in the order of their serial numbers.
@@ -429,10 +417,9 @@ mod tests {
         }
     }
 
-    /// Returns the instance-store disks that are found, although striping would be needed.
+    /// Returns the instance-store disks that are found.
     fn store(machine: &Machine, use_of: &dyn Fn(&Path) -> Use) -> Vec<PathBuf> {
-        let mut late = Vec::new();
-        instance_store(&machine.root(), use_of, &mut late).unwrap()
+        Selection::InstanceStore.find(&machine.root(), use_of).unwrap()
     }
 
     #[test]
@@ -447,8 +434,6 @@ mod tests {
         machine.disk("nvme2n1", STORE, "AWS2", &[]);
         let ordered = ["/dev/nvme10n1", "/dev/nvme2n1", "/dev/nvme1n1"].map(PathBuf::from);
         assert_eq!(store(&machine, &free), ordered);
-        let list = "3 disks (/dev/nvme10n1, /dev/nvme2n1, /dev/nvme1n1)";
-        refused(&Selection::InstanceStore, &machine, &[list, "striping is not supported yet"]);
     }
 
     #[test]
@@ -542,7 +527,8 @@ mod tests {
         let of_store = |serial: &str| Selection::Serials { serials: vec![serial.to_owned()], instance_store: true };
         assert_eq!(of_store("AWS1").find(&machine.root(), &free).unwrap(), [Path::new("/dev/nvme2n1")]);
         refused(&of_store("vol-0abc"), &machine, &["/dev/nvme1n1", "is not an instance-store disk", EBS]);
-        refused(&serials(&["vol0abc", "AWS1"]), &machine, &["2 disks (/dev/nvme1n1, /dev/nvme2n1)", "striping"]);
+        let both = serials(&["vol0abc", "AWS1"]).find(&machine.root(), &free).unwrap();
+        assert_eq!(both, ["/dev/nvme1n1", "/dev/nvme2n1"].map(PathBuf::from));
     }
 
     #[test]

@@ -9,6 +9,8 @@ use engine::store::BlockStore;
 
 use super::content::{self, Look};
 use super::data_disks::DataDisks;
+use crate::machine::disk;
+use crate::text;
 
 /// Bytes that an array's name can have.
 const NAME_LEN: usize = 32;
@@ -116,6 +118,24 @@ impl OpenArray {
     }
 }
 
+/// Opens a disk, or the array of several disks, read-only, to look at it. The disks may be in use.
+///
+/// # Errors
+/// Fails if a disk cannot be opened, or if several disks do not form an array.
+pub fn open_to_look(disks: &DataDisks) -> Result<Arc<dyn BlockStore>> {
+    let open = |path| Ok(Arc::new(disk::open_to_look(path)?) as Arc<dyn BlockStore>);
+    if let Some(path) = disks.single() {
+        return open(path);
+    }
+    let members = disks.paths().map(open).collect::<Result<Vec<_>>>()?;
+    match raid::look(&members).map_err(|error| explained(disks, error))? {
+        Together::Array(opened) => Ok(Arc::new(opened.1)),
+        Together::Unfinished | Together::NoArray => {
+            bail!("{disks} does not exist: no disk has a superblock of an array")
+        }
+    }
+}
+
 /// Checks that each disk may become a member of a new array.
 fn refuse_unless_free(disks: &DataDisks, members: &[Arc<dyn BlockStore>], look: Look<'_>) -> Result<()> {
     for (path, member) in disks.paths().zip(members) {
@@ -136,16 +156,14 @@ fn explained(disks: &DataDisks, error: OpenError) -> anyhow::Error {
         OpenError::Read { disk, .. } => Some(*disk),
         OpenError::Array(error) => error.disk(),
     };
-    let place = disk.and_then(|disk| disks.paths().nth(disk)).map(|path| path.display().to_string());
-    let all = disks.to_string();
-    match place {
-        Some(place) => anyhow!(error).context(place).context(format!("{all} cannot be opened")),
-        None => anyhow!(error).context(format!("{all} cannot be opened")),
-    }
+    let place = disk.and_then(|disk| disks.paths().nth(disk)).map(text::path);
+    // One sentence names both: a cause that only repeats a path would not be shown.
+    let because = place.map(|place| format!(" because of {place}")).unwrap_or_default();
+    anyhow!(error).context(format!("{disks} cannot be opened{because}"))
 }
 
 fn named(disks: &DataDisks, error: PendingError) -> anyhow::Error {
-    let place = disks.paths().nth(error.disk()).map(|path| path.display().to_string()).unwrap_or_default();
+    let place = disks.paths().nth(error.disk()).map(text::path).unwrap_or_default();
     anyhow!(error).context(place)
 }
 

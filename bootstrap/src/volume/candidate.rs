@@ -14,6 +14,8 @@ use crate::machine::root::Root;
 use crate::machine::selection::{Selection, Use};
 use crate::text;
 
+/// The name of the signature of an array's member that `up` opens.
+const MD: &str = "Linux md RAID (1.2)";
 /// The longest time to examine all disks. One disk takes about a second, and all disks are examined at the same time.
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -144,6 +146,7 @@ fn judge(disk: &BlockDevice, users: &[Holder], seen: &Result<Seen, Unseen>, is_c
         }
         Content::Blank => "it is blank, so `up` makes a volume on it",
         Content::Unfinished => "an earlier run began to make a volume on it, and `up` makes that volume again",
+        Content::Known(marks) if marks.iter().any(|mark| mark.name == MD) => "`up` opens the array that it belongs to",
         content => return (Take::No, format!("it holds {content}, and `up` does not overwrite data")),
     };
     if is_chosen {
@@ -232,13 +235,15 @@ mod tests {
     }
 
     #[test]
-    fn one_of_several_instance_store_disks_must_be_named() {
+    fn all_free_instance_store_disks_are_taken() {
         let machine = Machine::new();
+        let mut member = vec![0; 8192];
+        member[4096..4104].copy_from_slice(b"\xfc\x4e\x2b\xa9\x01\0\0\0");
         machine.disk("nvme1n1", MODEL, "AWS1", &[]);
-        machine.disk("nvme2n1", MODEL, "AWS2", &[]);
-        for (found, serial) in machine.all(&nobody).iter().zip(["AWS1", "AWS2"]) {
-            assert!(found.take == Take::IfNamed && found.why.contains(serial), "{}", found.why);
-        }
+        machine.disk("nvme2n1", MODEL, "AWS2", &member);
+        let found = machine.all(&nobody);
+        assert!(found.iter().all(|found| found.take == Take::Yes));
+        assert_eq!(found[1].why, "`up` opens the array that it belongs to");
     }
 
     /// The listing says `yes` of exactly the disks that `devices = ["instance-store"]` takes, and names each other disk in a way that

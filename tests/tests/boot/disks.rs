@@ -430,3 +430,45 @@ END
     drop(attached);
     machine.assert_nothing_left();
 }
+
+/// Needs no md driver.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs root, FUSE and mkfs.ext4: run `make test`")]
+fn several_disks_are_one_volume_whatever_their_names() {
+    let machine = Machine::new();
+    let disk = |name: &str| machine.path(name).display().to_string();
+    let devices = |names: &[&str]| {
+        let list: Vec<_> = names.iter().map(|name| format!("{:?}", disk(name))).collect();
+        let one = format!("devices = [{:?}]\nsize = \"32M\"", disk("disk"));
+        machine.configure(&machine.default_config().replace(&one, &format!("devices = [{}]", list.join(", "))));
+    };
+    for name in ["a", "b", "c"] {
+        File::create(machine.path(name)).unwrap().set_len(24 * MIB).unwrap();
+    }
+    devices(&["a", "b", "c"]);
+    machine.up();
+    assert_eq!(machine.status()["made"], "volume");
+    write_and_sync(&machine.path("mnt/file"), &vec![7; 4 << 20]);
+    assert!(machine.status()["disk"].as_str().unwrap().contains("the array of"));
+    machine.down();
+    devices(&["c", "a", "b"]);
+    machine.up();
+    assert_eq!(fs::read(machine.path("mnt/file")).unwrap(), vec![7; 4 << 20]);
+    machine.down();
+    // One is missing, or was replaced by a blank disk, or is named twice under two names.
+    let before = ["a", "b", "c"].map(|name| fs::read(machine.path(name)).unwrap());
+    devices(&["a", "b"]);
+    machine.refused("up", &["3 members, of which only 2 are there (missing roles: 2)"]);
+    File::create(machine.path("blank")).unwrap().set_len(24 * MIB).unwrap();
+    devices(&["a", "b", "blank"]);
+    let blank = format!("{}: there is no md superblock", disk("blank"));
+    for verb in ["up", "plan"] {
+        machine.refused(verb, &[&blank]);
+    }
+    assert!(fs::read(machine.path("blank")).unwrap().iter().all(|byte| *byte == 0));
+    fs::copy(machine.path("a"), machine.path("copy")).unwrap();
+    devices(&["a", "b", "copy"]);
+    machine.refused("up", &["it has the same role 0 in the array"]);
+    assert_eq!(["a", "b", "c"].map(|name| fs::read(machine.path(name)).unwrap()), before);
+    machine.assert_nothing_left();
+}

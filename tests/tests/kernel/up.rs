@@ -207,3 +207,89 @@ echo written out
     let output = kernel.expect(&script);
     assert!(output.ends_with("written out\n"), "{output}");
 }
+
+/// An array works in both directions: what `up` made is read by mdadm and cryptsetup, and `up` opens what they made. The disks
+/// have other names at each start.
+#[test]
+#[cfg_attr(
+    not(feature = "interop"),
+    ignore = "needs user-mode-linux, mdadm, cryptsetup and mkfs.ext4: run `make test`"
+)]
+fn arrays_of_up_and_of_md_with_dm_crypt_are_the_same() {
+    let kernel = Kernel::new();
+    let dir = kernel.dir().display().to_string();
+    fs::write(kernel.dir().join("key"), "ThisIs-a-SecretPassword-of-35-Bytes").unwrap();
+    fs::set_permissions(kernel.dir().join("key"), fs::Permissions::from_mode(0o600)).unwrap();
+    let config = format!(
+        "[volume]\ndevices = [\"{dir}/a\", \"{dir}/b\", \"{dir}/c\"]\nchunk-size = \"64K\"\n\
+         [key]\nsource = \"file\"\npath = \"{dir}/key\"\nrandom = true\n\
+         [attach]\ndevice = \"/dev/nbd0\"\n[filesystem]\ntype = \"ext4\"\nmountpoint = \"/tmp/mnt\"\n"
+    );
+    fs::write(kernel.dir().join("scratch.toml"), config).unwrap();
+    let script = format!(
+        r#"
+nbdcrypt="{binary} --run-dir /tmp/run"
+modprobe -a loop dm-crypt md-mod raid0
+test -e /dev/md0 || mknod /dev/md0 b 9 0
+turn() {{ mv a x; mv b a; mv c b; mv x c; }}
+theirs() {{
+  loops=(); for file in a b c; do loops+=("$(losetup --find --show $file)"); done
+  "$@" "${{loops[@]}}"
+}}
+close() {{ cryptsetup close theirs; mdadm --quiet --stop /dev/md0; losetup -d "${{loops[@]}}"; sync; }}
+truncate -s 24M a b c
+$nbdcrypt up scratch.toml
+$nbdcrypt status scratch
+seq 100000 > /tmp/mnt/numbers
+$nbdcrypt down scratch
+
+turn
+theirs mdadm --quiet --assemble --run /dev/md0
+mdadm --detail /dev/md0 | grep -E "Chunk Size : 64K|Name : scratch" | wc -l | grep 2
+cryptsetup open --type luks2 --key-file key /dev/md0 theirs
+e2fsck -fn /dev/mapper/theirs
+mount /dev/mapper/theirs /tmp/mnt
+seq 100000 | cmp - /tmp/mnt/numbers
+echo written by dm-crypt > /tmp/mnt/theirs
+umount /tmp/mnt
+close
+
+turn
+$nbdcrypt up scratch.toml
+test "$(cat /tmp/mnt/theirs)" = "written by dm-crypt"
+$nbdcrypt down scratch
+
+# A disk is missing, or is not one of the array.
+cp b kept; truncate -s 0 b; truncate -s 24M b
+if $nbdcrypt up scratch.toml 2> refused; then exit 9; fi
+grep "$PWD/b: there is no md superblock" refused
+head -c 24M /dev/zero | cmp - b
+mv kept b
+
+rm a b c; truncate -s 24M a; truncate -s 16M b c
+theirs mdadm --quiet --create /dev/md0 --run --metadata=1.2 --level=0 --layout=original --raid-devices=3
+cryptsetup luksFormat -q --type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --key-file key /dev/md0
+cryptsetup open --key-file key /dev/md0 theirs
+mkfs.ext4 -q /dev/mapper/theirs
+mount /dev/mapper/theirs /tmp/mnt
+seq 200000 > /tmp/mnt/numbers
+umount /tmp/mnt
+close
+turn
+$nbdcrypt up scratch.toml
+seq 200000 | cmp - /tmp/mnt/numbers
+echo ours > /tmp/mnt/ours
+$nbdcrypt down scratch
+turn
+theirs mdadm --quiet --assemble --run /dev/md0
+cryptsetup open --key-file key /dev/md0 theirs
+e2fsck -fn /dev/mapper/theirs
+mount /dev/mapper/theirs /tmp/mnt
+test "$(cat /tmp/mnt/ours)" = ours
+umount /tmp/mnt
+close
+"#,
+        binary = binary().display()
+    );
+    kernel.expect(&script);
+}

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use engine::luks::Disks;
 use engine::store::FileStore;
 use serde_json::{Value, json};
@@ -16,7 +16,7 @@ use crate::machine::disk;
 use crate::machine::memory;
 use crate::machine::root::Root;
 use crate::machine::selection;
-use crate::text;
+use crate::volume::array;
 use crate::volume::data_disks::DataDisks;
 
 #[derive(Debug, clap::Args)]
@@ -32,22 +32,23 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let config = Config::load(&args.config)?;
     // `verify` also works while the volume is up, so the disk may be in use.
     let found = config.volume.devices.find(&Root::of_this_machine(), &|_| selection::Use::Free)?;
-    let device = selection::first(found);
-    let data = disk::open_to_look(&device)?;
+    let data_disks = DataDisks::new(found).context("no disk is selected")?;
+    let data = array::open_to_look(&data_disks)?;
     let header: Option<(&Path, FileStore)> = match &config.volume.header {
         Some(path) => Some((path, disk::open_to_look(path)?)),
         None => None,
     };
-    let path = header.as_ref().map_or(device.as_path(), |(path, _)| path);
-    let name = text::path(path);
+    let header_disks = header.as_ref().map_or_else(|| data_disks.clone(), |(path, _)| DataDisks::one(*path));
+    let name = header_disks.to_string();
     let disks = match &header {
-        Some((_, header)) => Disks::detached(header, &data),
-        None => Disks::from(&data),
+        Some((_, header)) => Disks::detached(header, &*data),
+        None => Disks::from(&*data),
     };
-    opening::warn_of_copies(&DataDisks::one(path), disks.header(), Then::Stays);
+    let path = header_disks.single().map_or_else(|| name.clone().into(), Path::to_owned);
+    opening::warn_of_copies(&header_disks, disks.header(), Then::Stays);
     let ways = verify::ways(&config, disks, memory::limit_kib());
     if args.json {
-        tell_json(format_args!("{:#}", Value::Array(ways.iter().map(|way| row(path, way)).collect())))?;
+        tell_json(format_args!("{:#}", Value::Array(ways.iter().map(|way| row(&path, way)).collect())))?;
     }
     match <[Way; 1]>::try_from(ways) {
         Ok([way]) => {

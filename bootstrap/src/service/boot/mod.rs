@@ -35,7 +35,6 @@ use crate::config::{Config, KeyConfig};
 use crate::keys;
 use crate::machine::random;
 use crate::machine::root::Root;
-use crate::machine::selection::{self, Selection};
 use crate::service::metrics::{self, MetricsServer};
 use crate::service::run_dir::{Begun, Claim, State, Wanted};
 use crate::service::status::{Condition, algorithm};
@@ -109,10 +108,7 @@ pub fn run(
         pid: std::process::id(),
         config: config_path.to_owned(),
         wanted: Some(Wanted::of(config)),
-        disk: match &config.volume.devices {
-            Selection::Paths(paths) => selection::first(paths.clone()),
-            selected => PathBuf::from(selected.describe()),
-        },
+        disk: config.volume.devices.single().map_or_else(|| config.volume.devices.describe().into(), Path::to_owned),
         begun: Some(begun(config, &options)),
         metrics: config.metrics.as_ref().and_then(|metrics| metrics.listen.socket().map(Path::to_owned)),
         ..State::default()

@@ -8,8 +8,10 @@ use super::{Check, State};
 use crate::config::{AwsKeyConfig, Config, KeyConfig, KeyFile};
 use crate::keys::{self, About, AwsKey, Finding, KmsToken, Outlook, SecretRequest};
 use crate::machine::root::Root;
-use crate::machine::{disk, process, selection, trust};
+use crate::machine::{process, selection, trust};
 use crate::text;
+use crate::volume::array;
+use crate::volume::data_disks::DataDisks;
 
 pub(super) fn checks(config: &Config) -> Vec<Check> {
     match &config.key {
@@ -52,9 +54,10 @@ fn of_aws(config: &Config, aws: &AwsKeyConfig) -> Vec<Check> {
 fn tokens(config: &Config) -> Vec<(u32, KmsToken)> {
     let found = || {
         let found = config.volume.devices.find(&Root::of_this_machine(), &selection::use_of).ok()?;
-        let device = selection::first(found);
-        let header = disk::open_to_look(config.volume.header.as_ref().unwrap_or(&device)).ok()?;
-        keys::request_for(&config.key, &header).ok()
+        let disks =
+            config.volume.header.as_ref().map_or_else(|| DataDisks::new(found), |path| Some(DataDisks::one(path)))?;
+        let header = array::open_to_look(&disks).ok()?;
+        keys::request_for(&config.key, &*header).ok()
     };
     match found() {
         Some(SecretRequest::Unwrap { tokens, .. }) => tokens,
