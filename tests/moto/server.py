@@ -128,6 +128,22 @@ def names(statement, principals):
     return principal == "*" or any(one in principals or one == "*" for one in listed(principal["AWS"]))
 
 
+def made_by_s3(request, action, resource):
+    """Returns the other requests that S3 makes for the caller: each an action and a resource."""
+    headers = {name.lower(): value for name, value in dict(request._headers).items()}
+    if action == "s3:PutObject":
+        if headers.get("x-amz-tagging"):
+            yield "s3:PutObjectTagging", resource
+        if key := headers.get("x-amz-server-side-encryption-aws-kms-key-id"):
+            yield "kms:GenerateDataKey", key
+    elif action == "s3:GetObject":
+        name, _, key = resource.split(":::")[1].partition("/")
+        bucket = s3_backends[request.account_id]["aws"].buckets.get(name)
+        stored = bucket.keys.get(key) if bucket else None
+        if stored is not None and stored.kms_key_id:
+            yield "kms:Decrypt", stored.kms_key_id
+
+
 def is_permitted(request, resource):
     action = {"s3:HeadObject": "s3:GetObject"}.get(request._action, request._action)
     caller, account = request._access_key, request.account_id
@@ -155,6 +171,24 @@ def is_permitted(request, resource):
         bucket = s3_backends[account]["aws"].buckets.get(name)
         of_resource = bucket.policy if bucket else None
     request_is = (action, resource, context)
+    return is_allowed(identity, principals, root, of_resource, *request_is) and all(
+        is_allowed(identity, principals, root, *of_other(request, *other)) for other in made_by_s3(request, action, resource)
+    )
+
+
+def of_other(request, action, resource):
+    """Returns the policy of the resource, the action, the resource and the context of a request that S3 makes."""
+    account = request.account_id
+    if action.startswith("s3:"):
+        name = resource.split(":::")[1].split("/")[0]
+        bucket = s3_backends[account]["aws"].buckets.get(name)
+        return bucket.policy if bucket else None, action, resource, {"aws:SecureTransport": "true"}
+    key = models.kms_backends[account][request._region].keys[resource.split("/")[-1]]
+    return key.policy, action, key.arn, {"kms:ViaService": f"s3.{request._region}.amazonaws.com"}
+
+
+def is_allowed(identity, principals, root, of_resource, *request_is):
+    action = request_is[0]
     by_identity = [policy for policy in identity if any(matching(policy, "Allow", *request_is))]
     if any(any(matching(policy, "Deny", *request_is)) for policy in identity):
         return False

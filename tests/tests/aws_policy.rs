@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 struct Account {
     moto: Moto,
     key: String,
+    /// The key with which S3 encrypts the object, if the configuration says so.
+    sse_key: String,
     machine: Client,
     maker: Client,
 }
@@ -23,11 +25,12 @@ impl Account {
         let moto = Moto::start();
         moto.make_bucket("secrets");
         let id = moto.make_key("alias/volumes");
+        let sse_key = moto.make_key("alias/s3");
         let [machine, maker] = ["machine", "maker"].map(|role| {
             moto.make_role(role);
             moto.assume_role(role)
         });
-        let account = Self { moto, key: id, machine, maker };
+        let account = Self { moto, key: id, sse_key, machine, maker };
         account.configure(volume, key);
         account
     }
@@ -83,6 +86,7 @@ impl Account {
                 "instance-role" => self.moto.set_role_policy("machine", policy),
                 "provisioner" => self.moto.set_role_policy("maker", policy),
                 "kms-key" => self.moto.set_key_policy(&self.key, policy),
+                "sse-kms-key" => self.moto.set_key_policy(&self.sse_key, policy),
                 _ => self.moto.set_bucket_policy("secrets", policy),
             }
         }
@@ -164,18 +168,21 @@ impl Account {
         self.are_exact(&[
             ("instance-role", of("instance-role")),
             ("provisioner", of("provisioner")),
-            ("kms-key", default),
+            ("kms-key", default.clone()),
+            ("sse-kms-key", default),
             ("bucket", nothing("bucket")),
         ]);
         self.are_exact(&[
             ("instance-role", nothing("instance-role")),
             ("provisioner", nothing("provisioner")),
             ("kms-key", of("kms-key")),
+            ("sse-kms-key", of("sse-kms-key")),
             ("bucket", of("bucket")),
         ]);
         // All policies together, as they are meant to be used.
         self.start_over();
-        let all = ["instance-role", "provisioner", "kms-key", "bucket"].map(|name| (name, of(name)));
+        let names = ["instance-role", "provisioner", "kms-key", "sse-kms-key", "bucket"];
+        let all = names.map(|name| (name, of(name)));
         self.apply(&all);
         if printed.get("provisioner").is_some() {
             self.succeeds(&self.maker, &["provision", "scratch.toml"]);
@@ -198,7 +205,7 @@ fn nothing(of: &str) -> Value {
     let mut policy = json!({ "Version": "2012-10-17", "Statement": [{
         "Effect": "Deny", "Action": "s3:DeleteBucket", "Resource": "arn:aws:s3:::secrets"
     }] });
-    if of == "bucket" {
+    if ["bucket", "sse-kms-key"].contains(&of) {
         policy["Statement"][0]["Principal"] = "*".into();
     }
     policy
@@ -263,6 +270,19 @@ fn policies_for_a_token_are_exact() {
 #[cfg_attr(not(feature = "interop"), ignore = "needs moto, root and FUSE: run `make test`")]
 fn policies_for_a_plain_volume_are_exact() {
     Account::new("type = \"plain\"", PLAIN).each_printed_policy_is_exact();
+}
+
+/// S3 encrypts the object with another KMS key, and the object has tags.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto, root and FUSE: run `make test`")]
+fn policies_for_encryption_at_rest_and_tags_are_exact() {
+    let account = Account::new("", OBJECT);
+    let sse_key = format!("arn:aws:kms:{REGION}:{ACCOUNT}:key/{}", account.sse_key);
+    let stored =
+        format!("{OBJECT}\nsse = \"aws:kms\"\nsse-kms-key-id = \"{sse_key}\"\ntags = {{ team = \"storage\" }}");
+    account.configure("", &stored);
+    account.needs_exactly("provision", &["provision", "scratch.toml"]);
+    account.each_printed_policy_is_exact();
 }
 
 /// With a list of keys, the policies allow to decrypt with each key, and to encrypt with the first one only.

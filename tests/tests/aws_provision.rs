@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::process::Output;
 use std::sync::LazyLock;
 
-use harness::moto::{Client, Moto};
-use serde_json::json;
+use harness::moto::{ACCOUNT, Client, Moto, REGION};
+use serde_json::{Value, json};
 
 static MOTO: LazyLock<Moto> = LazyLock::new(Moto::start);
 
@@ -79,6 +79,40 @@ fn an_existing_object_is_replaced_only_on_request() {
     let first = by_shell(&client, "exists");
     assert!(run(&client, &["provision", "--replace"], &config).status.success());
     assert_ne!(by_shell(&client, "exists"), first, "each secret is new");
+}
+
+/// S3 keeps the object as the configuration says, also after a replacement. A new object without tags and encryption of its own
+/// would otherwise take the place of one that has them.
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs moto and the AWS CLI: run `make test`")]
+fn the_object_is_encrypted_and_tagged_as_configured() {
+    let (client, config) = account("stored");
+    let key = format!("arn:aws:kms:{REGION}:{ACCOUNT}:key/{}", MOTO.make_key("alias/of-s3"));
+    let text = std::fs::read_to_string(&config).unwrap();
+    let object = || -> (Value, Value) {
+        let json = |command: &str| serde_json::from_str(&client.shell(command)).unwrap();
+        (
+            json("aws s3api head-object --bucket test-stored --key key --checksum-mode ENABLED"),
+            json("aws s3api get-object-tagging --bucket test-stored --key key --query TagSet"),
+        )
+    };
+    let stored = format!(
+        "sse = \"aws:kms\"\nsse-kms-key-id = \"{key}\"\ntags = {{ \"cost center\" = \"1+1 = 2\", team = \"x\" }}\n"
+    );
+    let config = client.file("stored.toml", format!("{text}{stored}"));
+    for arguments in [&["provision"][..], &["provision", "--replace"]] {
+        let made = run(&client, arguments, &config);
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        let (head, tags) = object();
+        assert_eq!((&head["ServerSideEncryption"], &head["SSEKMSKeyId"]), (&json!("aws:kms"), &json!(key)), "{head}");
+        assert!(head["ChecksumCRC32"].is_string(), "{head}");
+        let expected = [json!({ "Key": "cost center", "Value": "1+1 = 2" }), json!({ "Key": "team", "Value": "x" })];
+        assert!(expected.iter().all(|tag| tags.as_array().unwrap().contains(tag)), "{tags}");
+    }
+    let config = client.file("stored.toml", format!("{text}sse = \"AES256\"\n"));
+    assert!(run(&client, &["provision", "--replace"], &config).status.success());
+    let (head, tags) = object();
+    assert_eq!((&head["ServerSideEncryption"], &tags), (&json!("AES256"), &json!([])), "{head}");
 }
 
 #[test]

@@ -67,6 +67,13 @@ fn templates_are_valid() {
         ("", object.to_owned()),
         ("", format!("object = \"token\"\n{arn}")),
         ("", "object = \"token\"\nkms-key = \"alias/x\"".to_owned()),
+        (
+            "",
+            format!(
+                "{object}\n{arn}\ntags = {{ a = \"b\" }}\nsse = \"aws:kms\"\nsse-kms-key-id = \"{}\"",
+                "12345678-1234-1234-1234-123456789012"
+            ),
+        ),
         ("", format!("{object}\nkms-key = [\"alias/x\", \"arn:aws:kms:us-east-1:123456789012:alias/y\"]")),
     ] {
         let text = format!("[volume]\ndevices = [\"instance-store\"]\n{volume}\n[key]\nsource = \"aws\"\n{key}\n");

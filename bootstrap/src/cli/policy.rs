@@ -73,6 +73,8 @@ fn documents<'p>(config: &Config, policies: &'p Policies) -> Vec<(String, String
     let provisioner = "The policy of the role that runs `nbdcrypt provision`";
     all.extend(policies.provisioner.as_ref().map(|policy| one("provisioner", provisioner, policy)));
     all.extend(policies.keys.iter().enumerate().map(of_key));
+    let of_sse_key = "Statements for the policy of the KMS key in `sse-kms-key-id`";
+    all.extend(policies.sse_key.as_ref().map(|policy| one("sse-kms-key", of_sse_key, policy)));
     all.extend(policies.bucket.as_ref().map(|policy| one("bucket", "The policy of the bucket", policy)));
     all
 }

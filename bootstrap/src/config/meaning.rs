@@ -16,7 +16,7 @@ use toml::Spanned;
 
 use super::metrics::{MetricsAddress, MetricsConfig};
 use super::raw::{RawAttach, RawConfig, RawFilesystem, RawKey, RawKmsKeys, RawMetrics, RawSerials, RawSize, RawVolume};
-use super::value::{self, KeyFile, KmsArn, S3Object, SecretLocation, VolumeName};
+use super::value::{self, KeyFile, KmsArn, S3Object, SecretLocation, ServerSideEncryption, StoredAs, VolumeName};
 use super::{AttachConfig, AwsKeyConfig, BindConfig, Config, FilesystemConfig, KeyConfig, LimitsConfig, VolumeConfig};
 use crate::attach::Method;
 use crate::machine::selection::Selection;
@@ -397,6 +397,9 @@ fn file_key(raw: &RawKey) -> Checked<KeyFile> {
         object,
         kms_key,
         encryption_context,
+        sse,
+        sse_kms_key_id,
+        tags,
         region,
         s3_region,
         kms_region,
@@ -409,6 +412,9 @@ fn file_key(raw: &RawKey) -> Checked<KeyFile> {
     unused("file", "object", object.as_ref())?;
     unused("file", "kms-key", kms_key.as_ref())?;
     unused("file", "encryption-context", encryption_context.as_ref())?;
+    unused("file", "sse", sse.as_ref())?;
+    unused("file", "sse-kms-key-id", sse_kms_key_id.as_ref())?;
+    unused("file", "tags", tags.as_ref())?;
     unused("file", "region", region.as_ref())?;
     unused("file", "s3-region", s3_region.as_ref())?;
     unused("file", "kms-region", kms_region.as_ref())?;
@@ -434,6 +440,11 @@ fn aws_key(raw: RawKey) -> Checked<AwsKeyConfig> {
                        trusted key must be named here";
         return Err(wrong(object, message.to_owned()));
     }
+    if object.get_ref() == "token" {
+        only_for_objects("sse", raw.sse.as_ref())?;
+        only_for_objects("sse-kms-key-id", raw.sse_kms_key_id.as_ref())?;
+        only_for_objects("tags", raw.tags.as_ref())?;
+    }
     let endpoint = raw.endpoint_url.as_ref().map(endpoint).transpose()?;
     let own = |url: Option<&Spanned<String>>| url.map(self::endpoint).transpose();
     Ok(AwsKeyConfig {
@@ -446,6 +457,10 @@ fn aws_key(raw: RawKey) -> Checked<AwsKeyConfig> {
         raw_key: None,
         kms_keys: raw.kms_key.map_or(Ok(Vec::new()), |keys| kms_keys(keys, raw.kms_region.as_ref()))?,
         encryption_context: raw.encryption_context.map(Spanned::into_inner).unwrap_or_default(),
+        stored_as: StoredAs {
+            encryption: encryption(raw.sse.as_ref(), raw.sse_kms_key_id.as_ref())?,
+            tags: raw.tags.map_or(Ok(BTreeMap::new()), tags)?,
+        },
         region: region(raw.region)?,
         s3_region: region(raw.s3_region)?,
         kms_region: region(raw.kms_region)?,
@@ -458,6 +473,85 @@ fn aws_key(raw: RawKey) -> Checked<AwsKeyConfig> {
             })
         })?,
     })
+}
+
+fn only_for_objects<T>(key: &str, value: Option<&Spanned<T>>) -> Checked<()> {
+    match value {
+        Some(value) => {
+            Err(wrong(value, format!("`{key}` is about the object in S3; with `object = \"token\"` there is none")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Returns how S3 encrypts the object at rest.
+fn encryption(sse: Option<&Spanned<String>>, key: Option<&Spanned<String>>) -> Checked<Option<ServerSideEncryption>> {
+    let name = key.map(sse_key).transpose()?;
+    match (sse.map(|sse| (sse, sse.get_ref().as_str())), key) {
+        (Some((_, "aws:kms")), _) => Ok(Some(ServerSideEncryption::Kms(name))),
+        (Some((_, "aws:kms:dsse")), _) => Ok(Some(ServerSideEncryption::KmsDsse(name))),
+        (Some((_, "AES256")) | None, Some(key)) => {
+            Err(wrong(key, "`sse-kms-key-id` needs sse = \"aws:kms\" or sse = \"aws:kms:dsse\"".to_owned()))
+        }
+        (Some((_, "AES256")), None) => Ok(Some(ServerSideEncryption::Aes256)),
+        (Some((sse, other)), _) => Err(wrong(
+            sse,
+            format!("`{other}` is not an encryption that S3 offers; it offers AES256, aws:kms, aws:kms:dsse"),
+        )),
+        (None, None) => Ok(None),
+    }
+}
+
+/// Checks the KMS key with which S3 encrypts. S3 looks an alias up in the account of the caller, and not in the bucket's (S3
+/// API Reference, `PutObject`, `x-amz-server-side-encryption-aws-kms-key-id`).
+fn sse_key(key: &Spanned<String>) -> Checked<String> {
+    let text = key.get_ref();
+    let name = KmsArn::parse(text).map_or(text.as_str(), |arn| arn.resource);
+    match name {
+        "" => Err(wrong(key, "empty: write the key's id or ARN, or leave it out".to_owned())),
+        alias if alias.starts_with("alias/") => Err(wrong(
+            key,
+            format!(
+                "`{}` is an alias, which S3 looks up in the caller's account: write the key's id or ARN",
+                text.escape_debug()
+            ),
+        )),
+        _ if !text.chars().all(|c| c.is_ascii_alphanumeric() || "-_:/".contains(c)) => {
+            Err(wrong(key, format!("`{}` is not a key's id or ARN", text.escape_debug())))
+        }
+        _ => Ok(text.clone()),
+    }
+}
+
+/// Checks the object's tags (S3 User Guide, "Categorizing your objects using tags").
+fn tags(raw: Spanned<BTreeMap<Spanned<String>, Spanned<String>>>) -> Checked<BTreeMap<String, String>> {
+    const MOST: usize = 10;
+    if raw.get_ref().len() > MOST {
+        return Err(wrong(&raw, format!("{} tags: an object has {MOST} at most", raw.get_ref().len())));
+    }
+    let check = |text: &Spanned<String>, longest: usize| {
+        let allowed = |c: char| c.is_alphanumeric() || " +-=._:/@".contains(c);
+        let shown = text.get_ref().escape_debug();
+        if text.get_ref().chars().count() > longest {
+            return Err(wrong(text, format!("`{shown}` is too long: {longest} characters are possible")));
+        }
+        if !text.get_ref().chars().all(allowed) {
+            let message = format!("`{shown}`: a tag has letters, digits, spaces and + - = . _ : / @ only");
+            return Err(wrong(text, message));
+        }
+        Ok(())
+    };
+    for (name, value) in raw.get_ref() {
+        check(name, 128)?;
+        check(value, 256)?;
+        if name.get_ref().is_empty() || name.get_ref().starts_with("aws:") {
+            return Err(wrong(
+                name,
+                format!("`{}` cannot be a tag's name: AWS keeps names that start with aws:", name.get_ref()),
+            ));
+        }
+    }
+    Ok(raw.into_inner().into_iter().map(|(name, value)| (name.into_inner(), value.into_inner())).collect())
 }
 
 /// Returns the KMS keys in the order of the file. `region` is `kms-region`.

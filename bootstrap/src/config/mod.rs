@@ -29,7 +29,9 @@ use crate::volume::plain::PlainVolume;
 
 pub use error::{ConfigError, Fault};
 pub use metrics::{MetricsAddress, MetricsConfig};
-pub use value::{KeyFile, KmsArn, S3Object, SecretLocation, VolumeName, parse_duration, parse_size};
+pub use value::{
+    KeyFile, KmsArn, S3Object, SecretLocation, ServerSideEncryption, StoredAs, VolumeName, parse_duration, parse_size,
+};
 
 /// One volume: where its data is, what unlocks it, how the kernel sees it, and what is mounted where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -207,6 +209,8 @@ pub struct AwsKeyConfig {
     pub raw_key: Option<usize>,
     /// The encryption context of the ciphertext. It is not secret: CloudTrail logs it.
     pub encryption_context: BTreeMap<String, String>,
+    /// How `provision` and `key rewrap` store the object in S3.
+    pub stored_as: StoredAs,
     /// Overrides `AWS_REGION`, the profile's region and the instance's.
     pub region: Option<String>,
     /// Overrides the bucket's region that S3 reports.
@@ -647,6 +651,41 @@ mod tests {
         refused(with("", &format!("kms-region = \"eu-west-1\"\n{list}"), "", ""), "7:14", &["us-east-1", "kms-region"]);
         let single = with("", "kms-region = \"a-1\"\nkms-key = \"arn:aws:kms:b-1:1:key/2\"", "", "");
         assert!(single.is_ok());
+    }
+
+    #[test]
+    fn an_object_may_be_encrypted_and_tagged() {
+        let stored_as = |lines: &str| match with("", lines, "", "").unwrap().key {
+            KeyConfig::Aws(aws) => aws.stored_as,
+            KeyConfig::File(_) => panic!(),
+        };
+        assert_eq!(stored_as(""), StoredAs::default());
+        assert_eq!(stored_as("sse = \"AES256\"").encryption, Some(ServerSideEncryption::Aes256));
+        assert_eq!(stored_as("sse = \"aws:kms\"").encryption, Some(ServerSideEncryption::Kms(None)));
+        let dsse = stored_as("sse = \"aws:kms:dsse\"\nsse-kms-key-id = \"1234\"\ntags = { team = \"a b\" }");
+        assert_eq!(dsse.encryption, Some(ServerSideEncryption::KmsDsse(Some("1234".to_owned()))));
+        assert_eq!(dsse.tags, [("team".to_owned(), "a b".to_owned())].into());
+        refused(with("", "sse = \"aes256\"", "", ""), "7:7", &["`aes256`", "AES256, aws:kms, aws:kms:dsse"]);
+        refused(with("", "sse-kms-key-id = \"1\"", "", ""), "7:18", &["sse = \"aws:kms\""]);
+        refused(with("", "sse = \"AES256\"\nsse-kms-key-id = \"1\"", "", ""), "8:18", &["sse = \"aws:kms\""]);
+        for alias in ["alias/x", "arn:aws:kms:eu-west-1:1:alias/x"] {
+            let lines = format!("sse = \"aws:kms\"\nsse-kms-key-id = \"{alias}\"");
+            refused(with("", &lines, "", ""), "8:18", &[alias, "an alias", "ARN"]);
+        }
+        refused(with("", "sse = \"aws:kms\"\nsse-kms-key-id = \"\"", "", ""), "8:18", &["ARN"]);
+        refused(with("", "tags = { \"aws:x\" = \"1\" }", "", ""), "7:10", &["aws:x", "aws:"]);
+        refused(with("", "tags = { a = \"x;y\" }", "", ""), "7:14", &["x;y", "letters"]);
+        refused(with("", &format!("tags = {{ a = \"{}\" }}", "x".repeat(257)), "", ""), "7:14", &["256"]);
+        refused(with("", &format!("tags = {{ {} = \"\" }}", "x".repeat(129)), "", ""), "7:10", &["128"]);
+        let eleven: Vec<String> = (0..11).map(|number| format!("t{number} = \"\"")).collect();
+        refused(with("", &format!("tags = {{ {} }}", eleven.join(", ")), "", ""), "7:8", &["11", "10"]);
+        let token = |line: &str| {
+            parse(&format!(
+                "[volume]\ndevices = [\"/d\"]\n[key]\nsource = \"aws\"\nobject = \"token\"\nkms-key = \"k\"\n{line}\n"
+            ))
+        };
+        refused(token("sse = \"AES256\""), "7:7", &["sse", "object in S3"]);
+        refused(token("tags = { a = \"b\" }"), "7:8", &["tags", "object in S3"]);
     }
 
     #[test]

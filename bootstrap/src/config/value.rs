@@ -1,5 +1,6 @@
 //! Parses values inside the configuration's strings: sizes, durations, names, S3 objects.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -90,6 +91,36 @@ impl<'a> KmsArn<'a> {
             _ => None,
         }
     }
+}
+
+/// How S3 encrypts an object at rest (S3 API Reference, `PutObject`, `x-amz-server-side-encryption`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ServerSideEncryption {
+    /// `AES256`: with S3's own key.
+    Aes256,
+    /// `aws:kms`: with this KMS key, or else with the account's key for S3.
+    Kms(Option<String>),
+    /// `aws:kms:dsse`: twice, with this KMS key, or else with the account's key for S3.
+    KmsDsse(Option<String>),
+}
+
+impl ServerSideEncryption {
+    /// Returns the KMS key, if one is named.
+    pub fn kms_key(&self) -> Option<&str> {
+        match self {
+            Self::Aes256 => None,
+            Self::Kms(key) | Self::KmsDsse(key) => key.as_deref(),
+        }
+    }
+}
+
+/// How the object with a ciphertext is stored in S3.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredAs {
+    /// The encryption at rest. `None` leaves it to the bucket.
+    pub encryption: Option<ServerSideEncryption>,
+    /// The object's tags.
+    pub tags: BTreeMap<String, String>,
 }
 
 /// Where the ciphertext of a secret is stored.

@@ -156,7 +156,7 @@ pub(super) enum AwsError {
     /// S3 does not allow the access.
     #[error(
         "S3 denies access to {object} (asked in {region}): {message}; the role or user needs {action} on \
-         arn:{}:s3:::{}/{}{}",
+         arn:{}:s3:::{}/{}{also}{}",
         partition(region), object.bucket, object.key,
         if *action == "s3:GetObject" {
             ". Without s3:ListBucket on the bucket, S3 answers the same for an object that does not exist"
@@ -167,8 +167,11 @@ pub(super) enum AwsError {
         object: S3Object,
         /// The IAM action that is missing.
         action: &'static str,
+        /// Other actions that may be missing, as the end of a sentence. Like `region`, this is a `Box<str>` so that the error
+        /// stays small.
+        also: Box<str>,
         /// The region that was asked.
-        region: String,
+        region: Box<str>,
         /// AWS's message.
         message: String,
         /// Whether to retry.

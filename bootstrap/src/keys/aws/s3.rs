@@ -1,16 +1,18 @@
 //! Reads and writes the object in S3.
 
+use std::collections::BTreeMap;
+
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
-use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumMode};
+use aws_sdk_s3::types::{self, ChecksumAlgorithm, ChecksumMode};
 
 use super::answer::{self, Answer, answer, causes, common};
 use super::credentials::Kind;
 use super::error::{At, AwsError, MAX_CIPHERTEXT, Service};
 use super::retry::Patience;
 use super::session::Session;
-use crate::config::S3Object;
+use crate::config::{S3Object, ServerSideEncryption, StoredAs};
 
 /// Returns the object's bytes, 1 to [`MAX_CIPHERTEXT`].
 pub(super) async fn get(session: &Session, patience: Patience, object: &S3Object) -> Result<Vec<u8>, AwsError> {
@@ -56,6 +58,7 @@ pub(super) async fn put(
     session: &Session,
     patience: Patience,
     object: &S3Object,
+    stored_as: &StoredAs,
     bytes: &[u8],
     replace: bool,
 ) -> Result<(), AwsError> {
@@ -67,12 +70,21 @@ pub(super) async fn put(
             s3.put_object().bucket(&object.bucket).key(&object.key).body(ByteStream::from(bytes.to_vec()));
         // S3 compares the checksum with the bytes that arrive, and stores it.
         request = request.checksum_algorithm(ChecksumAlgorithm::Crc32);
+        request = match &stored_as.encryption {
+            None => request,
+            Some(kind) => {
+                request.server_side_encryption(encryption(kind)).set_ssekms_key_id(kind.kms_key().map(str::to_owned))
+            }
+        };
+        if !stored_as.tags.is_empty() {
+            request = request.tagging(query(&stored_as.tags));
+        }
         if !replace {
             // S3 User Guide, "How to prevent object overwrites with conditional writes".
             request = request.if_none_match("*");
         }
         let sent = request.send().await;
-        sent.map(|_| ()).map_err(|error| failure(&error, session, object, "s3:PutObject"))
+        sent.map(|_| ()).map_err(|error| failure(&error, session, object, PUT))
     })
     .await;
     match put {
@@ -82,6 +94,40 @@ pub(super) async fn put(
         }
         result => result,
     }
+}
+
+const PUT: &str = "s3:PutObject";
+
+fn encryption(kind: &ServerSideEncryption) -> types::ServerSideEncryption {
+    match kind {
+        ServerSideEncryption::Aes256 => types::ServerSideEncryption::Aes256,
+        ServerSideEncryption::Kms(_) => types::ServerSideEncryption::AwsKms,
+        ServerSideEncryption::KmsDsse(_) => types::ServerSideEncryption::AwsKmsDsse,
+    }
+}
+
+/// Returns tags in the form of URL query parameters (S3 API Reference, `PutObject`, `x-amz-tagging`).
+fn query(tags: &BTreeMap<String, String>) -> String {
+    let encoded = |text: &str| {
+        text.bytes().fold(String::new(), |mut encoded, byte| {
+            match byte {
+                b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => encoded.push(char::from(byte)),
+                _ => encoded.push_str(&format!("%{byte:02X}")),
+            }
+            encoded
+        })
+    };
+    tags.iter().map(|(name, value)| format!("{}={}", encoded(name), encoded(value))).collect::<Vec<_>>().join("&")
+}
+
+/// Returns what an action needs besides itself, as the end of a sentence.
+fn also_needed(action: &str, stored_as: &StoredAs) -> String {
+    let is_tagged = action == PUT && !stored_as.tags.is_empty();
+    let tagging = is_tagged.then(|| "; for `tags`, also s3:PutObjectTagging".to_owned());
+    let of_key = if action == PUT { "kms:GenerateDataKey" } else { "kms:Decrypt" };
+    let key = stored_as.encryption.as_ref().and_then(ServerSideEncryption::kms_key);
+    let sse = key.map(|key| format!("; for `sse-kms-key-id`, also {of_key} with {key}"));
+    [tagging, sse].into_iter().flatten().collect()
 }
 
 /// Checks whether the object exists before it is written. An S3-compatible server may not support conditional writes, and
@@ -121,7 +167,13 @@ where
     E: ProvideErrorMetadata + std::error::Error + 'static,
 {
     match answer(error, Service::S3, session.s3_endpoint()) {
-        Ok(answer) => meaning(answer, session.at_s3(), session.credentials_kind(), object, action),
+        Ok(answer) => {
+            let mut error = meaning(answer, session.at_s3(), session.credentials_kind(), object, action);
+            if let AwsError::S3Denied { also, .. } = &mut error {
+                *also = also_needed(action, session.stored_as()).into();
+            }
+            error
+        }
         Err(error) => error,
     }
 }
@@ -151,7 +203,7 @@ fn meaning(answer: Answer, at: At, credentials: Kind, object: &S3Object, action:
         // signature.
         (_, 400 | 403) if elsewhere.is_some() => AwsError::WrongRegion { bucket, asked: region, right: elsewhere },
         ("NoSuchKey" | "NotFound", _) | (_, 404) => AwsError::NoObject { object, region },
-        (_, 403) => AwsError::S3Denied { object, action, region, message, course },
+        (_, 403) => AwsError::S3Denied { object, action, region: region.into(), message, course, also: "".into() },
         _ => AwsError::Refused { at, code, message },
     }
 }
@@ -180,6 +232,24 @@ mod tests {
         for word in expected {
             assert!(text.contains(word), "`{word}` in: {text}");
         }
+    }
+
+    #[test]
+    fn tags_are_encoded_as_a_query() {
+        let tags = [("a b".to_owned(), "1+2=3".to_owned()), ("ä".to_owned(), String::new())].into();
+        assert_eq!(query(&tags), "a%20b=1%2B2%3D3&%C3%A4=");
+    }
+
+    #[test]
+    fn a_denied_write_names_all_its_actions() {
+        assert_eq!(also_needed(PUT, &StoredAs::default()), "");
+        let stored_as = StoredAs {
+            encryption: Some(ServerSideEncryption::Kms(Some("arn:x".to_owned()))),
+            tags: [("a".to_owned(), String::new())].into(),
+        };
+        let also = also_needed(PUT, &stored_as);
+        assert!(also.contains("s3:PutObjectTagging") && also.contains("kms:GenerateDataKey with arn:x"), "{also}");
+        assert_eq!(also_needed("s3:GetObject", &stored_as), "; for `sse-kms-key-id`, also kms:Decrypt with arn:x");
     }
 
     #[test]

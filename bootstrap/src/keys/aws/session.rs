@@ -25,7 +25,7 @@ use super::error::{At, AwsError, Service};
 use super::region::Regions;
 use super::retry::{Course, Patience, in_turn, retried};
 use super::{http, profile, region};
-use crate::config::AwsKeyConfig;
+use crate::config::{AwsKeyConfig, StoredAs};
 
 /// The time limit for a TCP and TLS connection.
 const CONNECT: Duration = Duration::from_secs(4);
@@ -227,6 +227,11 @@ impl Session {
     /// Returns the address to which the last request to S3 went.
     pub(super) fn s3_endpoint(&self) -> String {
         self.s3_endpoint.uri()
+    }
+
+    /// Returns how the object is stored in S3.
+    pub(super) fn stored_as(&self) -> &StoredAs {
+        &self.config.stored_as
     }
 
     /// Returns the KMS keys in their order. There is at least one.

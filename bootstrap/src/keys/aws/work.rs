@@ -105,7 +105,7 @@ impl Work<'_> {
                 Err(why) => return Err(AwsError::NotReplaced { object: object.clone(), why: Box::new(why) }),
             }
         }
-        s3::put(&self.session, self.patience, object, &ciphertext, replace).await?;
+        s3::put(&self.session, self.patience, object, &self.config.stored_as, &ciphertext, replace).await?;
         let not_read_back = match self.fetch().await {
             Ok(found) if is_right(&found) => None,
             Ok(_) => return Err(AwsError::NotAsWritten { object: object.clone() }),

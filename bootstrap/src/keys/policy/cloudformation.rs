@@ -35,10 +35,16 @@ pub fn cloudformation(config: &Config, who: &Who) -> Result<Value, NotAws> {
     let names = Names {
         partition: "${AWS::Partition}".to_owned(),
         keys: keys.iter().enumerate().map(of_key).collect(),
+        sse_key: None,
+        s3: "s3.${AWS::Region}.${AWS::URLSuffix}".to_owned(),
         role: "arn:${AWS::Partition}:iam::${AWS::AccountId}:role/${Role}".to_owned(),
         provisioner: "arn:${AWS::Partition}:iam::${AWS::AccountId}:role/${Provisioner}".to_owned(),
         literal: |text| text.replace("${", "${!"),
     };
+    let names = names.with_sse_key(aws, &keys, |key| {
+        let account = who.account.as_deref().unwrap_or("${AWS::AccountId}");
+        NamedKey::new(key, "${AWS::Partition}", "${AWS::Region}", account, "key/KEY-ID")
+    });
     let policies = names.policies(config, aws);
     let mut template = json!({
         "AWSTemplateFormatVersion": "2010-09-09",
@@ -99,6 +105,9 @@ pub fn cloudformation(config: &Config, who: &Who) -> Result<Value, NotAws> {
     // The other keys are in other regions, where this stack makes nothing.
     for (number, (_, policy)) in of_keys.enumerate() {
         template["Metadata"][numbered("KeyPolicy", number + 1)] = policy;
+    }
+    if let Some(policy) = &policies.sse_key {
+        template["Metadata"]["SseKmsKeyPolicy"] = substituted(policy);
     }
     Ok(template)
 }

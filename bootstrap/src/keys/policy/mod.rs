@@ -51,6 +51,10 @@ impl Job {
 
 const GET: &str = "s3:GetObject";
 const PUT: &str = "s3:PutObject";
+const TAG: &str = "s3:PutObjectTagging";
+/// The action with which S3 encrypts an object for the caller, under the KMS key in `sse-kms-key-id` (S3 User Guide, "Using
+/// server-side encryption with AWS KMS keys", "Permissions").
+const DATA_KEY: &str = "kms:GenerateDataKey";
 const DECRYPT: &str = "kms:Decrypt";
 const ENCRYPT: &str = "kms:Encrypt";
 const NEW_KEY: &str = "kms:GenerateDataKeyWithoutPlaintext";
@@ -79,8 +83,25 @@ const ADMINISTRATION: [&str; 16] = [
 
 /// Returns the actions without which the command fails. An empty list means that the command has nothing to do with AWS,
 /// or is refused for this configuration.
-pub fn calls(config: &Config, job: Job) -> &'static [&'static str] {
-    let KeyConfig::Aws(aws) = &config.key else { return &[] };
+pub fn calls(config: &Config, job: Job) -> Vec<&'static str> {
+    let KeyConfig::Aws(aws) = &config.key else { return Vec::new() };
+    let mut all = usual_calls(config, aws, job).to_vec();
+    if all.contains(&PUT) {
+        let is_by_kms = sse_key(aws).is_some();
+        all.extend(
+            [(TAG, !aws.stored_as.tags.is_empty()), (DATA_KEY, is_by_kms)].iter().filter(|one| one.1).map(|one| one.0),
+        );
+    }
+    all
+}
+
+/// Returns the KMS key with which S3 encrypts the object for the caller. S3's own keys need no permission.
+fn sse_key(aws: &AwsKeyConfig) -> Option<&str> {
+    aws.stored_as.encryption.as_ref()?.kms_key()
+}
+
+/// Returns the actions that do not depend on how the object is stored.
+fn usual_calls(config: &Config, aws: &AwsKeyConfig, job: Job) -> &'static [&'static str] {
     let is_plain = config.volume.kind == VolumeType::Plain;
     match (job, &aws.object) {
         (Job::Up | Job::FirstUp, SecretLocation::Object(_)) => &[GET, DECRYPT],
@@ -123,6 +144,8 @@ pub struct Policies {
     pub provisioner: Option<Value>,
     /// For each KMS key, in the order of the configuration.
     pub keys: Vec<Value>,
+    /// What the policy of the key in `sse-kms-key-id` must contain, if that is none of `keys`.
+    pub sse_key: Option<Value>,
     /// For the bucket. `None` if there is no bucket.
     pub bucket: Option<Value>,
     /// Advice about the policies. Each text is a paragraph.
@@ -145,10 +168,13 @@ pub fn policies(config: &Config, who: &Who) -> Result<Policies, NotAws> {
     let names = Names {
         partition: partition.to_owned(),
         keys: keys.iter().map(|key| NamedKey::new(key, key.partition, "REGION", &account, "key/KEY-ID")).collect(),
+        sse_key: None,
+        s3: "s3.REGION.amazonaws.com".to_owned(),
         role: role(&who.role, "ROLE"),
         provisioner: role(&who.provisioner, "PROVISIONER"),
         literal: str::to_owned,
     };
+    let names = names.with_sse_key(aws, &keys, |key| NamedKey::new(key, partition, "REGION", &account, "key/KEY-ID"));
     let mut policies = names.policies(config, aws);
     policies.notes.splice(0..0, keys.iter().filter_map(note_on_key));
     Ok(policies)
@@ -162,6 +188,7 @@ fn aws(config: &Config) -> Result<&AwsKeyConfig, NotAws> {
 }
 
 /// A KMS key in the policies, written for the output format.
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct NamedKey {
     /// The key's ARN, or a pattern that matches it.
     arn: String,
@@ -192,6 +219,10 @@ struct Names {
     partition: String,
     /// The KMS keys, in the order of the configuration. The first one makes new ciphertexts.
     keys: Vec<NamedKey>,
+    /// The KMS key with which S3 encrypts the object for the caller.
+    sse_key: Option<NamedKey>,
+    /// The host name of S3, if the configuration does not name the region of that key.
+    s3: String,
     /// The ARN of the instance's role.
     role: String,
     /// The ARN of the role that makes the secret.
@@ -201,6 +232,33 @@ struct Names {
 }
 
 impl Names {
+    /// Adds the KMS key with which S3 encrypts the object, and S3's host name in that key's region. `keys` are the other keys.
+    /// `name` makes the names of a key that is none of them.
+    fn with_sse_key(mut self, aws: &AwsKeyConfig, keys: &[KmsKey], name: impl Fn(&KmsKey) -> NamedKey) -> Self {
+        let Some(configured) = sse_key(aws) else { return self };
+        let key = KmsKey::of_s3(aws, configured);
+        let same = keys.iter().position(|key| key.configured == configured);
+        self.sse_key = Some(same.and_then(|number| self.keys.get(number).cloned()).unwrap_or_else(|| name(&key)));
+        if let Some(region) = &key.region {
+            let suffix = if key.partition == "aws-cn" { "amazonaws.com.cn" } else { "amazonaws.com" };
+            self.s3 = format!("s3.{region}.{suffix}");
+        }
+        self
+    }
+
+    /// Returns a statement about the key with which S3 encrypts the object: only S3 may use it for the caller. `principal` is
+    /// the caller in a policy of the key.
+    fn through_s3(&self, action: &str, resource: &str, principal: Option<&str>) -> Value {
+        let sid = if action == DECRYPT { "ReadEncryptedObject" } else { "StoreEncryptedObject" };
+        let mut statement = json!({ "Sid": sid, "Effect": "Allow" });
+        if let Some(principal) = principal {
+            statement["Principal"] = json!({ "AWS": principal });
+        }
+        (statement["Action"], statement["Resource"]) = (action.into(), resource.into());
+        statement["Condition"] = json!({ "StringEquals": { "kms:ViaService": self.s3 } });
+        statement
+    }
+
     /// Returns the policies, with the notes that apply to every output format.
     fn policies(&self, config: &Config, aws: &AwsKeyConfig) -> Policies {
         let object = match &aws.object {
@@ -215,7 +273,7 @@ impl Names {
         let uses = |jobs: &[Job]| {
             let mut all: Vec<&str> = Vec::new();
             for action in jobs.iter().flat_map(|job| calls(config, *job)) {
-                if !all.contains(action) {
+                if !all.contains(&action) {
                     all.push(action);
                 }
             }
@@ -237,8 +295,19 @@ impl Names {
                     self.keys.iter().enumerate().filter(|(number, _)| is_used(action, *number)).map(of_one).collect()
                 }
             });
-            document(statements.collect())
+            statements.collect::<Vec<_>>()
         };
+        let with_sse = |mut statements: Vec<Value>, action: &str| {
+            statements.extend(self.sse_key.iter().map(|key| self.through_s3(action, &key.arn, None)));
+            document(statements)
+        };
+        let of_sse_key = || {
+            vec![
+                self.through_s3(DECRYPT, "*", Some(&self.role)),
+                self.through_s3(DATA_KEY, "*", Some(&self.provisioner)),
+            ]
+        };
+        let is_sse_key = |key: &NamedKey| self.sse_key.as_ref() == Some(key);
         let of_key = |principal: &str, action: &str| {
             with_condition(
                 json!({
@@ -257,6 +326,7 @@ impl Names {
             let is_here = |action: &&&str| action.starts_with("kms:") && is_used(action, number);
             statements.extend(instance.iter().filter(is_here).map(|action| of_key(&self.role, action)));
             statements.extend(provisioner.iter().filter(is_here).map(|action| of_key(&self.provisioner, action)));
+            statements.extend(is_sse_key(key).then(of_sse_key).into_iter().flatten());
             document(statements)
         };
         let bucket = object.as_ref().zip(object_arn.as_ref()).map(|((bucket, _), object)| {
@@ -266,19 +336,25 @@ impl Names {
                     "Resource": object
                 })
             };
-            document(vec![
+            let mut statements = vec![
                 json!({
                     "Sid": "DenyWithoutTls", "Effect": "Deny", "Principal": "*", "Action": "s3:*",
                     "Resource": [bucket, format!("{bucket}/*")],
                     "Condition": { "Bool": { "aws:SecureTransport": "false" } }
                 }),
                 allow(&self.role, GET),
-                allow(&self.provisioner, PUT),
-            ])
+            ];
+            let writes = provisioner.iter().filter(|action| action.starts_with("s3:"));
+            statements.extend(writes.map(|action| allow(&self.provisioner, action)));
+            document(statements)
         });
         Policies {
-            instance: of_role(&instance),
-            provisioner: (!provisioner.is_empty()).then(|| of_role(&provisioner)),
+            instance: with_sse(of_role(&instance), DECRYPT),
+            provisioner: (!provisioner.is_empty()).then(|| with_sse(of_role(&provisioner), DATA_KEY)),
+            sse_key: match &self.sse_key {
+                Some(key) if !self.keys.contains(key) => Some(document(of_sse_key())),
+                _ => None,
+            },
             keys: self.keys.iter().enumerate().map(policy_of_key).collect(),
             bucket,
             notes: notes(config, aws),
@@ -326,7 +402,7 @@ fn with_condition(mut statement: Value, condition: Map<String, Value>) -> Value 
 /// Returns whether the commands call this action of KMS with the key that has this number. Only the first key makes new
 /// ciphertexts.
 fn is_used(action: &str, number: usize) -> bool {
-    number == 0 || action == DECRYPT
+    action != DATA_KEY && (number == 0 || action == DECRYPT)
 }
 
 /// Returns a name for the key with this number: the name itself for the first key. A policy's statements have different names.
@@ -342,6 +418,7 @@ fn sid(action: &str) -> &'static str {
     match action {
         GET => "ReadCiphertext",
         PUT => "StoreCiphertext",
+        TAG => "TagCiphertext",
         DECRYPT => "UnlockVolume",
         ENCRYPT => "EncryptSecret",
         _ => "MakeVolumeKey",
@@ -416,12 +493,19 @@ fn notes(config: &Config, aws: &AwsKeyConfig) -> Vec<String> {
                  in a policy of their own and in the key's policy."
                     .to_owned(),
             );
-            notes.push(
-                "If the bucket encrypts its objects with a KMS key (SSE-KMS), S3 uses that key for the caller: reading \
-                 then needs kms:Decrypt with it, and writing kms:GenerateDataKey. S3's own encryption (SSE-S3) needs \
-                 nothing."
+            notes.push(match sse_key(aws) {
+                Some(_) => {
+                    "S3 encrypts and decrypts the object for the caller, with the key in `sse-kms-key-id`. So the roles need \
+                     kms:GenerateDataKey and kms:Decrypt with that key, and its own policy must allow this, or leave it to the IAM \
+                     policies, as a key's default policy does. If that key is none of those in `kms-key`, add the printed \
+                     statements to its policy."
+                        .to_owned()
+                }
+                None => "If the bucket encrypts its objects with a KMS key (SSE-KMS), S3 uses that key for the caller: reading \
+                 then needs kms:Decrypt with it, and writing kms:GenerateDataKey. Name it as `sse-kms-key-id` under [key], and \
+                 these policies contain both. S3's own encryption (SSE-S3) needs nothing."
                     .to_owned(),
-            );
+            });
         }
     }
     notes.push(
@@ -525,6 +609,44 @@ mod tests {
         assert_eq!(of_keys, [vec!["UnlockVolume", "EncryptSecret"], vec!["UnlockVolume"], vec!["UnlockVolume"]]);
         assert_eq!(policies.keys[1]["Statement"][0]["Principal"]["AWS"], "arn:aws:iam::999999999999:root");
         assert!(policies.notes.iter().any(|note| note.starts_with("Each KMS key has its own policy")));
+    }
+
+    /// S3 uses its key for the caller, and only S3 may do so.
+    #[test]
+    fn encryption_at_rest_and_tags_are_in_the_policies() {
+        let arn = "arn:aws:kms:eu-west-1:123456789012:key/2";
+        let with = |more: &str| {
+            policies(
+                &config("", &format!("object = \"s3://my-bucket/key\"\nkms-key = \"{arn}\"\n{more}")),
+                &Who::default(),
+            )
+            .unwrap()
+        };
+        let actions = |policy: &Value| -> Vec<Value> {
+            policy["Statement"].as_array().unwrap().iter().map(|statement| statement["Action"].clone()).collect()
+        };
+        let sse = with(
+            "tags = { team = \"x\" }\nsse = \"aws:kms\"\nsse-kms-key-id = \"arn:aws:kms:eu-west-1:123456789012:key/9\"",
+        );
+        assert_eq!(actions(&sse.instance), [GET, DECRYPT, DECRYPT]);
+        assert_eq!(
+            sse.instance["Statement"][2],
+            json!({ "Sid": "ReadEncryptedObject", "Effect": "Allow", "Action": "kms:Decrypt",
+                    "Resource": "arn:aws:kms:eu-west-1:123456789012:key/9",
+                    "Condition": { "StringEquals": { "kms:ViaService": "s3.eu-west-1.amazonaws.com" } } })
+        );
+        assert_eq!(actions(sse.provisioner.as_ref().unwrap()), [ENCRYPT, PUT, TAG, DATA_KEY]);
+        assert_eq!(actions(sse.bucket.as_ref().unwrap())[1..], [GET, PUT, TAG]);
+        assert_eq!(actions(sse.sse_key.as_ref().unwrap()), [DECRYPT, DATA_KEY]);
+        assert_eq!(actions(&sse.keys[0])[1..], [DECRYPT, ENCRYPT]);
+        // The same key for both: it has only one policy.
+        let same = with(&format!("sse = \"aws:kms:dsse\"\nsse-kms-key-id = \"{arn}\""));
+        assert_eq!(actions(&same.keys[0])[1..], [DECRYPT, ENCRYPT, DECRYPT, DATA_KEY]);
+        assert!(same.sse_key.is_none());
+        // S3's own keys need no permission.
+        for own in ["sse = \"AES256\"", "sse = \"aws:kms\"", ""] {
+            assert_eq!(actions(with(own).provisioner.as_ref().unwrap()), [ENCRYPT, PUT], "{own}");
+        }
     }
 
     #[test]

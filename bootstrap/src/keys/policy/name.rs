@@ -35,6 +35,16 @@ impl KmsKey {
         }
     }
 
+    /// Returns the key with which S3 encrypts the object. It is in the bucket's region.
+    pub(super) fn of_s3(config: &AwsKeyConfig, configured: &str) -> Self {
+        let in_bucket_region = AwsKeyConfig {
+            kms_region: None,
+            region: config.s3_region.clone().or(config.region.clone()),
+            ..config.clone()
+        };
+        Self::of(&in_bucket_region, configured)
+    }
+
     fn of(config: &AwsKeyConfig, configured: &str) -> Self {
         let (region, account, name) = match KmsArn::parse(configured) {
             Some(arn) => (Some(arn.region.to_owned()), Some(arn.account.to_owned()), arn.resource),

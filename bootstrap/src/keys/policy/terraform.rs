@@ -27,10 +27,16 @@ pub fn terraform(config: &Config, who: &Who) -> Result<String, NotAws> {
     let names = Names {
         partition: "${data.aws_partition.current.partition}".to_owned(),
         keys: keys.iter().enumerate().map(of_key).collect(),
+        sse_key: None,
+        s3: "s3.${data.aws_region.current.id}.amazonaws.com".to_owned(),
         role: "${data.aws_iam_role.instance.arn}".to_owned(),
         provisioner: "${data.aws_iam_role.provisioner.arn}".to_owned(),
         literal,
     };
+    let partition = "${data.aws_partition.current.partition}";
+    let names = names.with_sse_key(aws, &keys, |key| {
+        NamedKey::new(key, partition, "${data.aws_region.current.id}", &account, "key/KEY-ID")
+    });
     let mut policies = names.policies(config, aws);
     if keys.len() > 1 {
         policies
@@ -45,6 +51,9 @@ pub fn terraform(config: &Config, who: &Who) -> Result<String, NotAws> {
         "data \"aws_caller_identity\" \"current\" {}\n".to_owned(),
         "data \"aws_iam_role\" \"instance\" {\n  name = var.role\n}\n".to_owned(),
     ];
+    if policies.instance.to_string().contains("data.aws_region.current") {
+        blocks.push("data \"aws_region\" \"current\" {}\n".to_owned());
+    }
     // Several keys are in several regions.
     let region = |key: &KmsKey| key.region.as_deref().filter(|_| keys.len() > 1).map(|region| quoted(&literal(region)));
     for (number, key) in keys.iter().enumerate() {
@@ -185,6 +194,12 @@ mod tests {
         }
         let single = terraform(&config("", "object = \"s3://my-bucket/a\"\nkms-key = \"alias/x\""), &Who::default());
         assert!(!single.unwrap().contains("region"));
+        // S3 is in the provider's region if the configuration names none.
+        let sse = "object = \"s3://my-bucket/a\"\nkms-key = \"alias/x\"\nsse = \"aws:kms\"\nsse-kms-key-id = \"1234\"";
+        let sse = terraform(&config("", sse), &Who::default()).unwrap();
+        for part in ["data \"aws_region\" \"current\" {}", "\"s3.${data.aws_region.current.id}.amazonaws.com\""] {
+            assert!(sse.contains(part), "{part}\n{sse}");
+        }
     }
 
     /// `terraform apply` replaces the policies of a key and a bucket that others may use.
