@@ -18,7 +18,7 @@ fn keys() -> impl Iterator<Item = &'static str> {
 #[derive(Debug, PartialEq)]
 enum Line<'a> {
     Empty,
-    /// `[volume]`
+    /// `[volume]`, or `#! [metrics]`: a section that is absent by default.
     Section(&'a str),
     /// `# Text`
     Text(&'a str),
@@ -45,7 +45,7 @@ impl Line<'_> {
         if line.is_empty() {
             return Some(Line::Empty);
         }
-        if let Some(name) = line.strip_prefix('[') {
+        if let Some(name) = line.strip_prefix("#! ").unwrap_or(line).strip_prefix('[') {
             return name.strip_suffix(']').map(Line::Section);
         }
         if let Some(text) = line.strip_prefix("# ") {
@@ -146,6 +146,7 @@ mod tests {
         assert_eq!(Line::parse("size = 1   # what = it"), key("size", "1", Some("what = it"), Value::Example));
         assert_eq!(Line::parse("# a = b"), Some(Line::Text("a = b")));
         assert_eq!(Line::parse("[key]"), Some(Line::Section("key")));
+        assert_eq!(Line::parse("#! [metrics]"), Some(Line::Section("metrics")));
         assert_eq!(Line::parse(""), Some(Line::Empty));
         assert_eq!(Line::parse("nonsense"), None);
     }
