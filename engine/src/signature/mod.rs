@@ -10,6 +10,7 @@
 mod boot_sector;
 mod filesystem;
 mod marker;
+mod noise;
 mod raid;
 mod survey;
 mod table;
@@ -21,6 +22,7 @@ use std::io;
 
 use crate::store::ReadAt;
 pub use marker::{has_marker, is_unfinished, put_marker};
+pub use noise::{ends_read_as_noise, reads_as_noise};
 pub use survey::{Survey, first_written, name, survey};
 pub use table::LUKS_MAGIC;
 pub use untouched::{UNTOUCHED_LEN, Untouched};

@@ -86,6 +86,16 @@ pub fn survey(disk: &dyn BlockStore, how: &Survey<'_>) -> io::Result<Content> {
 /// The error of the disk if a read fails.
 pub fn first_written(disk: &dyn BlockStore, window: Range<u64>, how: &Survey<'_>) -> io::Result<Option<u64>> {
     let window = window.start..window.end.min(disk.len());
+    let pieces = reads(disk, window.clone(), how)?;
+    Ok(first_nonzero(disk, &pieces)?.map(|offset| offset - window.start))
+}
+
+/// Returns the ranges of `window` that a survey reads, each at most 1 MiB long. The ranges that most often show what the disk holds
+/// come first.
+///
+/// # Errors
+/// The error of the disk if it cannot tell where its holes are.
+pub(super) fn reads(disk: &dyn BlockStore, window: Range<u64>, how: &Survey<'_>) -> io::Result<Vec<Range<u64>>> {
     let kept = Extents::of(disk, &window)?;
     let mut reads = Vec::new();
     for range in regions(window.end.saturating_sub(window.start), how.overwritten) {
@@ -97,8 +107,7 @@ pub fn first_written(disk: &dyn BlockStore, window: Range<u64>, how: &Survey<'_>
         reads.extend(kept.ends());
         reads.extend(kept.samples(how.seed));
     }
-    let pieces: Vec<Range<u64>> = reads.into_iter().flat_map(pieces).collect();
-    Ok(first_nonzero(disk, &pieces)?.map(|offset| offset - window.start))
+    Ok(reads.into_iter().flat_map(pieces).collect())
 }
 
 /// Returns what the non-zero byte at `offset` belongs to, if a nearby signature shows this.
@@ -251,7 +260,7 @@ impl Extents {
 
 /// Returns the next number of the SplitMix64 generator (Steele, Lea and Flood, 2014). The numbers are well distributed but not
 /// secret.
-fn split_mix(state: &mut u64) -> u64 {
+pub(super) fn split_mix(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
