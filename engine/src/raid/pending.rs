@@ -86,7 +86,8 @@ impl PendingArray {
         StripedStore::over(self.array.map.clone(), self.members.clone())
     }
 
-    /// Writes the marker on every member. The members must be free: what is on them is lost from now on.
+    /// Writes the marker on every member, and removes the superblock of an earlier array. The members must be free: what is on
+    /// them is lost from now on.
     ///
     /// # Errors
     /// [`PendingError::Disk`]. Some members then have the marker.
@@ -94,7 +95,11 @@ impl PendingArray {
         let mut marker = [0; SECTOR];
         put_marker(&mut marker);
         self.on_each(|disk, _| write_unaligned(disk, &marker, 0))?;
-        self.on_each(|disk, _| disk.flush())
+        self.on_each(|disk, _| disk.flush())?;
+        self.on_each(|disk, _| match read_member(disk)?.superblock {
+            Err(SuperblockError::Absent) => Ok(()),
+            _ => write_unaligned(disk, &[0; SUPERBLOCK_LEN], SUPERBLOCK_OFFSET).and_then(|()| disk.flush()),
+        })
     }
 
     /// Makes everything durable that was written to the array's data, and then writes the superblocks.
@@ -380,6 +385,18 @@ mod tests {
             let error = look(&disks.all).err().unwrap();
             assert!(matches!(error, OpenError::Array(ArrayError::NotMember { disk, .. }) if disk == lost), "{error}");
         }
+    }
+
+    #[test]
+    fn a_new_array_replaces_an_earlier_one() {
+        let disks = Disks::new(2);
+        make(&disks.pending(9)).unwrap();
+        let pending = disks.pending(10);
+        pending.begin().unwrap();
+        assert!(matches!(disks.look(), Together::NoArray), "no superblock is left");
+        pending.write().unwrap();
+        pending.complete().unwrap();
+        assert!(matches!(disks.look(), Together::Array(opened) if opened.0.uuid == Uuid::from_u128(10)));
     }
 
     #[test]
