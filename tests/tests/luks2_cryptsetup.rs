@@ -4,6 +4,7 @@ use std::path::Path;
 
 use engine::key::{Passphrase, VolumeKey};
 use engine::luks::kdf::{Argon2Cost, KdfOptions};
+use engine::luks::luks2::{self, Ephemeral};
 use engine::luks::{self, HashAlgorithm, LuksError};
 use engine::sector::SectorSize;
 use harness::luks::{
@@ -101,6 +102,32 @@ fn our_volumes_open_after_cryptsetup_changed_them() {
     assert!(matches!(unlock(&disk, b"third"), Err(LuksError::WrongPassphrase)));
     manage(&["luksErase", "-q", "disk"]);
     assert!(matches!(unlock(&disk, b"second"), Err(LuksError::NoKeyslot)));
+}
+
+#[test]
+#[cfg_attr(not(feature = "interop"), ignore = "needs cryptsetup: run `make test`")]
+fn cryptsetup_shows_an_ephemeral_volume_without_keyslots() {
+    let bench = Workbench::new();
+    let disk = bench.disk("disk", 32 * MIB);
+    let new = Ephemeral { sector_size: SectorSize::B4096, uuid: uuid::Uuid::from_u128(7) };
+    let pending = new.begin(store(&disk).as_ref(), key(64), &mut harness::luks::noise(1)).unwrap();
+    pending.commit(store(&disk).as_ref()).unwrap();
+    let name = disk.to_str().unwrap();
+    run("cryptsetup", ["isLuks", "--type", "luks2", name]);
+    let dump = run("cryptsetup", ["luksDump", name]);
+    let keyslots = dump.split("Keyslots:").nth(1).unwrap().split("Tokens:").next().unwrap();
+    assert!(keyslots.trim().is_empty() && dump.contains("nbdcrypt ephemeral"), "{dump}");
+    assert!(dump.contains("offset: 1048576 [bytes]") && dump.contains("0: pbkdf2"), "{dump}");
+    let complaints = try_run("cryptsetup", ["luksDump", "--debug", name]);
+    let said = String::from_utf8_lossy(&complaints.stdout).into_owned();
+    assert!(!["recover", "mismatch", "nvalid", "ailed"].iter().any(|word| said.contains(word)), "{said}");
+    // What cryptsetup does to it leaves the mark, and no header that lost its keyslots becomes one.
+    run("cryptsetup", ["luksErase", "-q", name]);
+    assert!(luks2::is_ephemeral(store(&disk).as_ref()).unwrap());
+    begin_luks2(store(&disk).as_ref(), &quick_luks2(), key(64)).abandon(store(&disk).as_ref()).unwrap();
+    cryptsetup_format(&bench, &disk, KDFS[1]);
+    run("cryptsetup", ["luksErase", "-q", name]);
+    assert!(!luks2::is_ephemeral(store(&disk).as_ref()).unwrap());
 }
 
 #[test]

@@ -137,6 +137,7 @@ fn about_luks(error: &LuksError, settings: Settings) -> Option<String> {
         | LuksError::Impossible { .. }
         | LuksError::WrongPassphraseFor(_)
         | LuksError::NoKeyslot
+        | LuksError::Ephemeral
         | LuksError::Keyslot { .. }
         | LuksError::Key(_)
         | LuksError::TooSmall { .. }

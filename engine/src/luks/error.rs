@@ -122,6 +122,11 @@ pub enum LuksError {
     /// No keyslot is in use: the key was erased.
     #[error("no keyslot is in use: the volume key was erased, and the data is lost for good")]
     NoKeyslot,
+    /// The volume is ephemeral (see [`crate::luks::luks2::Ephemeral`]), so it has no keyslot.
+    #[error(
+        "the volume is ephemeral: its key exists only in the memory of the server that made it, so no secret opens it"
+    )]
+    Ephemeral,
     /// No keyslot was tried: each of them is tried only if it is named.
     #[error("every keyslot is set to be ignored unless it is named")]
     AllIgnored {

@@ -35,8 +35,8 @@ const HEAD: usize = 4096;
 /// The number of bytes that are zeroed to wipe old signatures, once at the start of the data and once at the end of the
 /// disk.
 const WIPED: u64 = 1 << 20;
-/// The offset of the secondary header of a LUKS2 volume with the largest metadata size.
-const FARTHEST_LUKS2_HEADER: u64 = 4 << 20;
+/// The offsets of the secondary header of a LUKS2 volume with the two largest metadata sizes.
+const FAR_LUKS2_HEADERS: [u64; 2] = [2 << 20, 4 << 20];
 /// Bytes from the start of the disk that [`abandon_unfinished`] zeroes: a header of the usual size and the start of the
 /// data.
 const ABANDONED: u64 = (16 << 20) + WIPED;
@@ -306,8 +306,8 @@ fn wipe_signatures(store: &dyn BlockStore, segment: Segment) -> io::Result<()> {
     // Stops at the end of the data. All of these numbers are multiples of the disk's block size.
     let wipe = |from: u64, len: u64| write_zeros(store, from, len.min(end.saturating_sub(from)));
     wipe(segment.offset, WIPED)?;
-    if segment.offset + WIPED <= FARTHEST_LUKS2_HEADER {
-        wipe(FARTHEST_LUKS2_HEADER, HEAD.max(store.alignment()) as u64)?;
+    for far in FAR_LUKS2_HEADERS.into_iter().filter(|far| segment.offset + WIPED <= *far) {
+        wipe(far, HEAD.max(store.alignment()) as u64)?;
     }
     let tail = segment.len.min(WIPED);
     wipe(end - tail, tail)

@@ -96,7 +96,8 @@ pub fn ends_read_as_noise(disk: &dyn BlockStore) -> io::Result<bool> {
 /// Returns whether a disk with this at its ends can be noise. In noise, two given bytes appear by chance once in 65536 times, and
 /// two signatures are no longer than that: a boot sector's, and ext4's. The blocks around a real one are not noise.
 fn may_be_noise(content: &Content) -> bool {
-    let is_short = |mark: &Signature| mark.name == "boot sector" || (mark.offset == 1080 && mark.name.starts_with("ext"));
+    let is_short =
+        |mark: &Signature| mark.name == "boot sector" || (mark.offset == 1080 && mark.name.starts_with("ext"));
     match content {
         // The first MiB can be blank although the rest is not.
         Content::Blank | Content::Unknown { .. } => true,
@@ -169,7 +170,9 @@ mod tests {
     #[test]
     fn ciphertext_reads_as_noise_wherever_it_was_written() {
         assert!(verdict(noise(LEN, 1)));
-        for (offset, len) in [(0, 512), (512, 512), (3 << 20, 4096), (LEN - 512, 512), (8704, 11 << 20), (19 << 20, 1536)] {
+        for (offset, len) in
+            [(0, 512), (512, 512), (3 << 20, 4096), (LEN - 512, 512), (8704, 11 << 20), (19 << 20, 1536)]
+        {
             let mut disk = vec![0; LEN];
             disk[offset..offset + len].copy_from_slice(&noise(len, 2));
             assert!(verdict(disk), "{len} bytes at {offset}");
@@ -179,7 +182,8 @@ mod tests {
     #[test]
     fn anything_with_structure_does_not_read_as_noise() {
         assert!(!verdict(vec![0; LEN]), "blank");
-        let text = |len: usize| b"To be, or not to be, that is the question. ".iter().copied().cycle().take(len).collect();
+        let text =
+            |len: usize| b"To be, or not to be, that is the question. ".iter().copied().cycle().take(len).collect();
         let numbers = |len: usize| (0..len as u32 / 4).flat_map(u32::to_le_bytes).collect();
         let all_values = |len: usize| (0..len).map(|n| n as u8).collect();
         // Bytes below 128, and the digits of base64, which are as even as noise.
@@ -198,7 +202,9 @@ mod tests {
 
     #[test]
     fn a_signature_is_never_noise() {
-        for (offset, magic) in [(0, &b"LUKS\xba\xbe\0\x02"[..]), (0, b"XFSB"), (0x1_0040, b"_BHRfS_M"), (4096 - 10, b"SWAPSPACE2")] {
+        for (offset, magic) in
+            [(0, &b"LUKS\xba\xbe\0\x02"[..]), (0, b"XFSB"), (0x1_0040, b"_BHRfS_M"), (4096 - 10, b"SWAPSPACE2")]
+        {
             let mut disk = noise(LEN, 6);
             disk[offset..offset + magic.len()].copy_from_slice(magic);
             assert!(!verdict(disk), "{magic:?}");
@@ -248,7 +254,8 @@ mod tests {
             let limit = (0..390).find(|limit| beyond(*limit) < 5e-16).unwrap();
             // The logarithm of the mean of exp(t (c - e)² / e).
             let tilted = |t: f64| {
-                let terms = (0..=limit).map(|count| poisson[count] * (t * (count as f64 - expected).powi(2) / expected).exp());
+                let terms =
+                    (0..=limit).map(|count| poisson[count] * (t * (count as f64 - expected).powi(2) / expected).exp());
                 256.0 * terms.sum::<f64>().ln()
             };
             let least_of = |bounds: &mut dyn Iterator<Item = f64>| bounds.fold(f64::MAX, f64::min).exp() * by_sum;

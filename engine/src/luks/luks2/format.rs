@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use base64ct::{Base64, Encoding};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
+use zeroize::Zeroizing;
 
 use super::Keyslot;
 use super::header::{BINARY_LEN, BinaryHeader, Copy, SALT_LEN};
@@ -103,7 +104,25 @@ pub fn begin<'d>(
     let areas = options.layout.areas(area_len(key.expose().len()), &disks)?;
     // This comes before the key derivation, which takes long.
     let segment = segment_from(&disks, areas.data, options.sector_size)?;
-    let image = image(options, areas, passphrase, &key, random)?;
+    let image = image(options, areas, Some(passphrase), &key, random)?;
+    begin_format(disks, image, key, segment)
+}
+
+/// Does what [`begin`] does, but the new volume has no keyslot. So its key exists only in memory, and is lost with the process.
+///
+/// # Errors
+/// See [`begin`].
+pub(super) fn begin_without_keyslot<'d>(
+    disks: impl Into<Disks<'d>>,
+    options: &Options,
+    key: VolumeKey,
+    random: Random<'_>,
+) -> Result<PendingFormat, LuksError> {
+    let disks = disks.into();
+    check_sector_size(options.sector_size, disks.data().len())?;
+    let areas = options.layout.areas(0, &disks)?;
+    let segment = segment_from(&disks, areas.data, options.sector_size)?;
+    let image = image(options, areas, None, &key, random)?;
     begin_format(disks, image, key, segment)
 }
 
@@ -116,11 +135,12 @@ pub(super) fn check_label(option: &'static str, text: &str) -> Result<(), LuksEr
     Ok(())
 }
 
-/// Returns everything before the data: both headers and one keyslot, with zeros for the other keyslots.
+/// Returns everything before the data: both headers and one keyslot, with zeros for the other keyslots. Without a passphrase,
+/// there is no keyslot.
 fn image(
     options: &Options,
     areas: Areas,
-    passphrase: &Passphrase,
+    passphrase: Option<&Passphrase>,
     key: &VolumeKey,
     random: Random<'_>,
 ) -> Result<HeaderImage, LuksError> {
@@ -128,8 +148,15 @@ fn image(
     // No truncation: all of them are a few MiB at most.
     let [header_len, image_len] = [metadata, 2 * metadata + keyslots].map(|len| usize::try_from(len).unwrap_or(0));
     let key_len = key.expose().len();
-    let new = NewKey { passphrase, kdf: options.kdf, hash: options.hash };
-    let (slot_salt, material) = new.seal(key, random)?;
+    let mut slots = Map::new();
+    let mut material = Zeroizing::new(Vec::new());
+    if let Some(passphrase) = passphrase {
+        let new = NewKey { passphrase, kdf: options.kdf, hash: options.hash };
+        let (salt, sealed) = new.seal(key, random)?;
+        slots.insert("0".to_owned(), Keyslot::new(&new, &salt, key_len, 2 * metadata).to_json());
+        material = sealed;
+    }
+    let slot_ids: Vec<&String> = slots.keys().collect();
     let mut digest_salt = [0; keyslot::SALT_LEN];
     random(&mut digest_salt).map_err(LuksError::Random)?;
     let digest_len = options.hash.output_len();
@@ -138,7 +165,7 @@ fn image(
     let tokens: Map<String, Value> =
         options.tokens.iter().enumerate().map(|(id, token)| (id.to_string(), token.clone())).collect();
     let json = json!({
-        "keyslots": { "0": Keyslot::new(&new, &slot_salt, key_len, 2 * metadata).to_json() },
+        "keyslots": slots,
         "tokens": tokens,
         "segments": { "0": {
             "type": "crypt",
@@ -150,7 +177,7 @@ fn image(
         } },
         "digests": { "0": {
             "type": "pbkdf2",
-            "keyslots": ["0"],
+            "keyslots": slot_ids,
             "segments": ["0"],
             "hash": options.hash.name(),
             "iterations": options.digest_iterations.get(),

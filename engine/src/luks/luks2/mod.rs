@@ -4,6 +4,7 @@
 //! the key material and then the data. The data has sectors of 512 to 4096 bytes, and its IV counts 512-byte units.
 
 mod dump;
+mod ephemeral;
 mod format;
 mod header;
 mod keys;
@@ -14,6 +15,7 @@ mod settings;
 mod tokens;
 mod update;
 
+pub use ephemeral::{Ephemeral, is_ephemeral};
 pub(super) use format::data_offset;
 pub use format::{Options, begin, check_sector_size, default_sector_size};
 pub use header::BinaryHeader;
@@ -124,6 +126,9 @@ impl Locked {
         limits: &Limits,
         is_tried: &dyn Fn(KeyslotPriority) -> bool,
     ) -> Result<Self, LuksError> {
+        if header.is_ephemeral() {
+            return Err(LuksError::Ephemeral);
+        }
         let metadata = &header.metadata;
         if let Some(requirement) = metadata.config.requirements.first() {
             let supported = "it supports none; finish the reencryption first";
