@@ -130,6 +130,10 @@ fn about_luks(error: &LuksError, settings: Settings) -> Option<String> {
             "finish the reencryption with `cryptsetup reencrypt --resume-only` first, or use --force to restore the backup \
              anyway"
         }
+        LuksError::Ephemeral => {
+            "if no server has the volume (`nbdcrypt status`), its data is lost: `nbdcrypt up` makes a new volume there if the \
+             configuration has `ephemeral = true` under [volume]"
+        }
         // These are listed one by one, so that the compiler asks for a decision about each new error.
         LuksError::NotLuks
         | LuksError::Overwritten
@@ -137,7 +141,6 @@ fn about_luks(error: &LuksError, settings: Settings) -> Option<String> {
         | LuksError::Impossible { .. }
         | LuksError::WrongPassphraseFor(_)
         | LuksError::NoKeyslot
-        | LuksError::Ephemeral
         | LuksError::Keyslot { .. }
         | LuksError::Key(_)
         | LuksError::TooSmall { .. }

@@ -21,6 +21,7 @@ use super::{AttachConfig, AwsKeyConfig, BindConfig, Config, FilesystemConfig, Ke
 use crate::attach::Method;
 use crate::machine::selection::Selection;
 use crate::volume::VolumeType;
+use crate::volume::ephemeral::Lifetime;
 use crate::volume::new_volume::Strength;
 use crate::volume::plain::{PlainCipher, PlainVolume};
 
@@ -47,9 +48,12 @@ pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Chec
         )
     });
     let random = raw.key.random == Some(true);
-    let (volume, mut key) = (volume(raw.volume)?, key(raw.key)?);
+    let lifetime = lifetime(&raw)?;
+    let (mut volume, mut key) = (volume(raw.volume)?, key(raw.key)?);
+    volume.lifetime = lifetime;
     let is_token = matches!(&key, KeyConfig::Aws(aws) if aws.object == SecretLocation::Token);
-    let strength = if random || is_token { Strength::Random } else { Strength::Guessable };
+    let strength =
+        if random || is_token || lifetime == Lifetime::OfServer { Strength::Random } else { Strength::Guessable };
     if let (true, false, Some(wrong)) = (is_token, volume.kind == VolumeType::Luks2, token_kind) {
         return Err(wrong);
     }
@@ -65,6 +69,43 @@ pub(super) fn config(raw: RawConfig, name_from_file: Option<VolumeName>) -> Chec
         filesystem: raw.filesystem.map(filesystem).transpose()?,
         metrics: raw.metrics.map(metrics).transpose()?,
     })
+}
+
+/// Returns how long the volume must be kept. A volume whose data may be lost says so under `[volume]`, whatever its key is.
+fn lifetime(raw: &RawConfig) -> Checked<Lifetime> {
+    let RawVolume { ephemeral, kind, max_kdf_memory, max_kdf_iterations, max_kdf_passes, .. } = &raw.volume;
+    let is_type = |name: &str| kind.as_ref().filter(|kind| kind.get_ref().eq_ignore_ascii_case(name));
+    let is_of_server = raw.key.source.get_ref() == "ephemeral";
+    let Some(ephemeral) = ephemeral.as_ref().filter(|ephemeral| *ephemeral.get_ref()) else {
+        if is_of_server {
+            let message = "source = \"ephemeral\" needs `ephemeral = true` under [volume]: the key exists in memory only, so the \
+                           volume is made anew whenever it comes up, and all data in it is lost";
+            return Err(wrong(&raw.key.source, message.to_owned()));
+        }
+        return Ok(Lifetime::Lasting);
+    };
+    if is_type("plain").is_some() {
+        let message = "a plain volume cannot be ephemeral: it has no header that shows to whom the disk belongs";
+        return Err(wrong(ephemeral, message.to_owned()));
+    }
+    if !is_of_server {
+        return Ok(Lifetime::OfDisks);
+    }
+    if let Some(kind) = is_type("luks1") {
+        let message =
+            "source = \"ephemeral\" makes a LUKS2 header without keyslots, which LUKS1 has not; leave `type` out";
+        return Err(wrong(kind, message.to_owned()));
+    }
+    let spans = [
+        max_kdf_memory.as_ref().map(Spanned::span),
+        max_kdf_iterations.as_ref().map(Spanned::span),
+        max_kdf_passes.as_ref().map(Spanned::span),
+    ];
+    if let Some(span) = spans.into_iter().flatten().next() {
+        let message = "source = \"ephemeral\" has no keyslot, so no key is derived; leave this out".to_owned();
+        return Err(Wrong { span, message });
+    }
+    Ok(Lifetime::OfServer)
 }
 
 fn name(name: &Spanned<String>) -> Checked<VolumeName> {
@@ -112,6 +153,8 @@ fn volume(raw: RawVolume) -> Checked<VolumeConfig> {
         plain: plain(&raw, kind, sector_size.unwrap_or(SectorSize::B512))?,
         header: raw.header.as_ref().map(absolute).transpose()?,
         chunk_size: raw.chunk_size.as_ref().map_or(Ok(DEFAULT_CHUNK), chunk_size)?,
+        // It depends on the source of the key as well.
+        lifetime: Lifetime::Lasting,
         limits: LimitsConfig {
             kdf_memory: raw.max_kdf_memory.as_ref().map(kdf_memory).transpose()?,
             kdf_iterations: raw.max_kdf_iterations.as_ref().map(|count| kdf_count(count, "iterations")).transpose()?,
@@ -383,16 +426,19 @@ fn key(raw: RawKey) -> Checked<KeyConfig> {
     match raw.source.get_ref().as_str() {
         "file" => file_key(&raw).map(KeyConfig::File),
         "aws" => aws_key(raw).map(KeyConfig::Aws),
-        "ephemeral" => Err(wrong(&raw.source, "ephemeral keys are not supported yet; use aws or file".to_owned())),
-        other => Err(wrong(&raw.source, format!("`{other}` is not a key source; the sources are aws, file"))),
+        "ephemeral" => only_own_keys(&raw).map(|()| KeyConfig::Ephemeral),
+        other => {
+            Err(wrong(&raw.source, format!("`{other}` is not a key source; the sources are aws, file, ephemeral")))
+        }
     }
 }
 
-fn file_key(raw: &RawKey) -> Checked<KeyFile> {
+/// Checks that no key of another source is there, for a source that is not AWS.
+fn only_own_keys(raw: &RawKey) -> Checked<()> {
     // This pattern and the one in `aws_key` name every field of RawKey, so that no field is ignored silently.
     let RawKey {
         source,
-        random: _,
+        random,
         path,
         object,
         kms_key,
@@ -409,20 +455,37 @@ fn file_key(raw: &RawKey) -> Checked<KeyFile> {
         kms_endpoint_url,
         retry_for,
     } = raw;
-    unused("file", "object", object.as_ref())?;
-    unused("file", "kms-key", kms_key.as_ref())?;
-    unused("file", "encryption-context", encryption_context.as_ref())?;
-    unused("file", "sse", sse.as_ref())?;
-    unused("file", "sse-kms-key-id", sse_kms_key_id.as_ref())?;
-    unused("file", "tags", tags.as_ref())?;
-    unused("file", "region", region.as_ref())?;
-    unused("file", "s3-region", s3_region.as_ref())?;
-    unused("file", "kms-region", kms_region.as_ref())?;
-    unused("file", "profile", profile.as_ref())?;
-    unused("file", "endpoint-url", endpoint_url.as_ref())?;
-    unused("file", "s3-endpoint-url", s3_endpoint_url.as_ref())?;
-    unused("file", "kms-endpoint-url", kms_endpoint_url.as_ref())?;
-    unused("file", "retry-for", retry_for.as_ref())?;
+    let name = source.get_ref().as_str();
+    if name == "ephemeral" {
+        unused(name, "path", path.as_ref())?;
+        if random.is_some() {
+            return Err(wrong(
+                source,
+                "`random` is about a secret that you chose, and an ephemeral key is always random; leave it out"
+                    .to_owned(),
+            ));
+        }
+    }
+    unused(name, "object", object.as_ref())?;
+    unused(name, "kms-key", kms_key.as_ref())?;
+    unused(name, "encryption-context", encryption_context.as_ref())?;
+    unused(name, "sse", sse.as_ref())?;
+    unused(name, "sse-kms-key-id", sse_kms_key_id.as_ref())?;
+    unused(name, "tags", tags.as_ref())?;
+    unused(name, "region", region.as_ref())?;
+    unused(name, "s3-region", s3_region.as_ref())?;
+    unused(name, "kms-region", kms_region.as_ref())?;
+    unused(name, "profile", profile.as_ref())?;
+    unused(name, "endpoint-url", endpoint_url.as_ref())?;
+    unused(name, "s3-endpoint-url", s3_endpoint_url.as_ref())?;
+    unused(name, "kms-endpoint-url", kms_endpoint_url.as_ref())?;
+    unused(name, "retry-for", retry_for.as_ref())?;
+    Ok(())
+}
+
+fn file_key(raw: &RawKey) -> Checked<KeyFile> {
+    only_own_keys(raw)?;
+    let RawKey { source, path, .. } = raw;
     let Some(path) = path else {
         return Err(wrong(source, "source = \"file\" needs `path = \"/the/key/file\"`".to_owned()));
     };

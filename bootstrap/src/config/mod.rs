@@ -24,6 +24,7 @@ use crate::machine::selection::Selection;
 use crate::machine::trust::{self, Distrust};
 use crate::text;
 use crate::volume::VolumeType;
+use crate::volume::ephemeral::Lifetime;
 use crate::volume::new_volume::Strength;
 use crate::volume::plain::PlainVolume;
 
@@ -135,6 +136,8 @@ pub struct VolumeConfig {
     pub header: Option<PathBuf>,
     /// The chunk in bytes of an array that is made on several blank disks.
     pub chunk_size: u64,
+    /// How long the volume must be kept: `ephemeral`, and `source` under `[key]`.
+    pub lifetime: Lifetime,
     /// The parameters of a plain volume, which has no header to store them.
     pub plain: PlainVolume,
     /// The maximum work that a header may ask for.
@@ -193,6 +196,8 @@ pub enum KeyConfig {
     File(KeyFile),
     /// `source = "aws"`.
     Aws(AwsKeyConfig),
+    /// `source = "ephemeral"`: a random key, which only the server has.
+    Ephemeral,
 }
 
 /// A secret encrypted by KMS, and where its ciphertext is stored.
@@ -335,6 +340,7 @@ mod tests {
                     sector_size: None,
                     header: None,
                     chunk_size: engine::raid::DEFAULT_CHUNK,
+                    lifetime: Lifetime::Lasting,
                     plain: PlainVolume::default(),
                     limits: LimitsConfig::default(),
                 },
@@ -463,10 +469,35 @@ mod tests {
     }
 
     #[test]
+    fn data_is_given_up_only_if_the_file_says_so() {
+        let with =
+            |volume: &str, key: &str| parse(&format!("[volume]\ndevices = [\"/dev/vdb\"]\n{volume}\n[key]\n{key}\n"));
+        let (ephemeral, file) = ("source = \"ephemeral\"", "source = \"file\"\npath = \"/k\"");
+        let lifetime = |volume, key| with(volume, key).unwrap().volume.lifetime;
+        assert_eq!(lifetime("ephemeral = true", ephemeral), Lifetime::OfServer);
+        assert_eq!(lifetime("ephemeral = true", file), Lifetime::OfDisks);
+        assert_eq!(lifetime("ephemeral = true\ntype = \"luks1\"", file), Lifetime::OfDisks);
+        assert_eq!(lifetime("ephemeral = false", file), Lifetime::Lasting);
+        assert_eq!(with("ephemeral = true", ephemeral).unwrap().strength, Strength::Random);
+        for volume in ["", "ephemeral = false"] {
+            refused(with(volume, ephemeral), "5:10", &["`ephemeral = true` under [volume]", "whenever it comes up"]);
+        }
+        refused(with("ephemeral = true\ntype = \"plain\"", file), "3:13", &["plain", "no header"]);
+        refused(with("ephemeral = true\ntype = \"luks1\"", ephemeral), "4:8", &["LUKS2", "leave `type` out"]);
+        refused(
+            with("ephemeral = true", "source = \"ephemeral\"\nrandom = true"),
+            "5:10",
+            &["`random`", "leave it out"],
+        );
+        refused(with("ephemeral = true", "source = \"ephemeral\"\npath = \"/k\""), "6:8", &["path", "ephemeral"]);
+        refused(with("ephemeral = true", "source = \"ephemeral\"\nkms-key = \"k\""), "6:11", &["kms-key", "ephemeral"]);
+        refused(with("ephemeral = true\nmax-kdf-passes = 9", ephemeral), "4:18", &["no keyslot"]);
+    }
+
+    #[test]
     fn each_source_accepts_only_its_own_keys() {
         let key = |lines: &str| parse(&format!("[volume]\ndevices = [\"/dev/vdb\"]\n[key]\n{lines}\n"));
-        refused(key("source = \"vault\""), "4:10", &["vault", "aws, file"]);
-        refused(key("source = \"ephemeral\""), "4:10", &["ephemeral", "not"]);
+        refused(key("source = \"vault\""), "4:10", &["vault", "aws, file, ephemeral"]);
         refused(key("source = \"file\""), "4:10", &["path"]);
         refused(key("source = \"aws\""), "4:10", &["object"]);
         refused(key("source = \"aws\"\nobject = \"bucket/key\""), "5:10", &["bucket/key", "s3://BUCKET/KEY"]);
@@ -548,7 +579,7 @@ mod tests {
         refused(with("type = \"luks1\"\nsector-size = 4096", "", "", ""), "4:15", &["LUKS1", "512"]);
         let of_kms = |more: &str| match with(&format!("type = \"plain\"\n{more}"), "", "", "").unwrap().key {
             KeyConfig::Aws(aws) => aws.raw_key,
-            KeyConfig::File(_) => None,
+            KeyConfig::File(_) | KeyConfig::Ephemeral => None,
         };
         assert_eq!(of_kms(""), Some(64));
         assert_eq!(of_kms("key-size = 256"), Some(32));
@@ -636,7 +667,7 @@ mod tests {
     fn a_kms_key_is_one_text_or_a_list() {
         let keys = |line: &str| match with("", line, "", "").unwrap().key {
             KeyConfig::Aws(aws) => aws.kms_keys,
-            KeyConfig::File(_) => panic!(),
+            KeyConfig::File(_) | KeyConfig::Ephemeral => panic!(),
         };
         assert_eq!(keys(""), [""; 0]);
         assert_eq!(keys("kms-key = \"alias/x\""), ["alias/x"]);
@@ -657,7 +688,7 @@ mod tests {
     fn an_object_may_be_encrypted_and_tagged() {
         let stored_as = |lines: &str| match with("", lines, "", "").unwrap().key {
             KeyConfig::Aws(aws) => aws.stored_as,
-            KeyConfig::File(_) => panic!(),
+            KeyConfig::File(_) | KeyConfig::Ephemeral => panic!(),
         };
         assert_eq!(stored_as(""), StoredAs::default());
         assert_eq!(stored_as("sse = \"AES256\"").encryption, Some(ServerSideEncryption::Aes256));

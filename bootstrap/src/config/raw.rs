@@ -32,6 +32,7 @@ pub(super) struct RawVolume {
     pub(super) sector_size: Option<Spanned<u64>>,
     pub(super) header: Option<Spanned<String>>,
     pub(super) chunk_size: Option<Spanned<RawSize>>,
+    pub(super) ephemeral: Option<Spanned<bool>>,
     pub(super) offset: Option<Spanned<u64>>,
     pub(super) skip: Option<Spanned<u64>>,
     pub(super) key_size: Option<Spanned<u64>>,

@@ -1,6 +1,7 @@
 //! The sources of a volume's secret.
 
 mod aws;
+mod ephemeral;
 mod file;
 pub mod opening;
 pub mod policy;
@@ -21,6 +22,7 @@ pub use aws::{
     About, AwsKey, AwsKeyError, Finding, MAX_CIPHERTEXT, Outlook, SUBCOMMAND as AWS_HELPER, Stored, absolute_aws_files,
     answer as answer_as_aws_helper, backoff,
 };
+pub use ephemeral::EphemeralKey;
 pub use file::{FileKey, FileKeyError, MAX_KEY_FILE};
 pub use prompt::{Prompt, PromptError};
 pub use token::KmsToken;
@@ -64,8 +66,8 @@ pub enum KeyError {
     /// The operating system has no random bytes.
     #[error("the operating system has no random bytes: {0}")]
     Random(getrandom::Error),
-    /// A token was requested, but the configuration takes the secret from a file.
-    #[error("the configuration takes the secret from a file, not from a token in the header")]
+    /// A token was requested, but the secret is not in AWS.
+    #[error("the configuration takes the secret from elsewhere, not from a token in the header")]
     NoToken,
 }
 
@@ -102,13 +104,14 @@ pub fn is_in_header(config: &KeyConfig) -> bool {
     matches!(config, KeyConfig::Aws(aws) if aws.object == SecretLocation::Token)
 }
 
-/// Returns where the secret comes from, in one word: `s3+kms`, `token+kms`, `file` or `stdin`.
+/// Returns where the secret comes from, in one word: `s3+kms`, `token+kms`, `file`, `stdin` or `ephemeral`.
 pub fn source_name(config: &KeyConfig) -> &'static str {
     match config {
         KeyConfig::Aws(_) if is_in_header(config) => "token+kms",
         KeyConfig::Aws(_) => "s3+kms",
         KeyConfig::File(KeyFile::Stdin) => "stdin",
         KeyConfig::File(KeyFile::Path(_)) => "file",
+        KeyConfig::Ephemeral => "ephemeral",
     }
 }
 
@@ -145,7 +148,7 @@ pub fn request_for(config: &KeyConfig, header: &dyn BlockStore) -> Result<Secret
 /// Gets or makes a secret. Blocks, as [`KeySource::passphrase`] does.
 ///
 /// # Errors
-/// [`KeyError`], if the source fails, or a token is requested although the configuration takes the secret from a file.
+/// [`KeyError`], if the source fails, or a token is requested although the secret is not in AWS.
 pub fn secret(config: &KeyConfig, request: &SecretRequest) -> Result<Secret, KeyError> {
     match (request, config) {
         (SecretRequest::Configured, _) => Ok(Secret { passphrase: source(config).passphrase()?, token: None }),
@@ -158,7 +161,7 @@ pub fn secret(config: &KeyConfig, request: &SecretRequest) -> Result<Secret, Key
             let token = AwsKey::new(aws.clone()).wrap_token(&passphrase, *volume)?;
             Ok(Secret { passphrase, token: Some((token, *volume)) })
         }
-        (_, KeyConfig::File(_)) => Err(KeyError::NoToken),
+        (_, KeyConfig::File(_) | KeyConfig::Ephemeral) => Err(KeyError::NoToken),
     }
 }
 
@@ -167,5 +170,6 @@ pub fn source(config: &KeyConfig) -> Box<dyn KeySource> {
     match config {
         KeyConfig::File(file) => Box::new(FileKey::from_config(file.clone())),
         KeyConfig::Aws(aws) => Box::new(AwsKey::new(aws.clone())),
+        KeyConfig::Ephemeral => Box::new(EphemeralKey),
     }
 }

@@ -40,6 +40,12 @@ pub enum ProvisionError {
          `nbdcrypt up` makes it with the volume"
     )]
     InHeader,
+    /// The key is made at each start, and never stored.
+    #[error(
+        "there is nothing to provision: with source = \"ephemeral\" the key exists in memory only, and `nbdcrypt up` makes it with \
+         the volume"
+    )]
+    Ephemeral,
     /// The configuration names no KMS key.
     #[error(
         "`kms-key` is missing under [key]: write the KMS key to encrypt with, or make one: aws kms create-key, then \
@@ -66,6 +72,7 @@ pub fn provision(config: &Config, replace: bool) -> Result<Provisioned, Provisio
         KeyConfig::Aws(aws) if aws.object == SecretLocation::Token => return Err(ProvisionError::InHeader),
         KeyConfig::Aws(aws) => aws,
         KeyConfig::File(file) => return Err(ProvisionError::NotAws { file: file.clone() }),
+        KeyConfig::Ephemeral => return Err(ProvisionError::Ephemeral),
     };
     let aws_key = AwsKey::new(aws.clone());
     let stored = match aws.raw_key {
@@ -122,5 +129,9 @@ mod tests {
         assert!(file.contains("/etc/x.key") && file.contains("/dev/urandom"), "{file}");
         let aws = provision(&parse("source = \"aws\"\nobject = \"s3://bucket/key\""), false).unwrap_err().to_string();
         assert!(aws.contains("kms-key") && aws.contains("create-alias"), "{aws}");
+        let text = "[volume]\ndevices = [\"/x\"]\nephemeral = true\n[key]\nsource = \"ephemeral\"\n";
+        let ephemeral = Config::parse(text, Path::new("/etc/x.toml")).unwrap();
+        let error = provision(&ephemeral, false).unwrap_err().to_string();
+        assert!(error.contains("nothing to provision") && error.contains("memory only"), "{error}");
     }
 }

@@ -8,7 +8,7 @@
 use engine::luks::{self, LockedVolume, LuksError, luks2};
 use engine::store::BlockStore;
 
-use crate::config::{AwsKeyConfig, KeyConfig, KeyFile, LimitsConfig, SecretLocation};
+use crate::config::{AwsKeyConfig, KeyConfig, LimitsConfig, SecretLocation};
 use crate::keys::{self, AwsKey, AwsKeyError, KeyError, KmsToken, NoTokenSecret};
 use crate::machine::disk::{DiskError, HeaderLock};
 use crate::machine::{memory, random};
@@ -37,9 +37,9 @@ pub enum Location {
 /// Why the old ciphertext is still in place.
 #[derive(Debug, thiserror::Error)]
 pub enum RewrapError {
-    /// The configured secret is in a file, so it has no ciphertext.
+    /// The configured secret is in a file or in memory, so it has no ciphertext.
     #[error("there is nothing to rewrap: the configuration takes the secret from {0}, not from AWS")]
-    NotAws(KeyFile),
+    NotAws(String),
     /// Neither the configuration nor the caller names a KMS key.
     #[error("no KMS key is named: write `kms-key` under [key], or give --new-kms-key")]
     NoKmsKey,
@@ -100,7 +100,8 @@ pub fn rewrap(
 ) -> Result<Rewrapped, RewrapError> {
     let aws = match config {
         KeyConfig::Aws(aws) => aws,
-        KeyConfig::File(file) => return Err(RewrapError::NotAws(file.clone())),
+        KeyConfig::File(file) => return Err(RewrapError::NotAws(file.to_string())),
+        KeyConfig::Ephemeral => return Err(RewrapError::NotAws("memory".to_owned())),
     };
     if aws.raw_key.is_some() {
         return Err(RewrapError::Plain(aws.object.clone()));

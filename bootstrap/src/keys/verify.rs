@@ -10,6 +10,7 @@ use super::{KmsToken, NoTokenSecret, Secret, SecretRequest, is_in_header, openin
 use crate::config::{Config, KeyConfig, KeyFile};
 use crate::volume::VolumeType;
 use crate::volume::content::Look;
+use crate::volume::ephemeral::Lifetime;
 
 /// One secret for a volume, and what it opens.
 #[derive(Debug)]
@@ -66,6 +67,12 @@ fn of_tokens(disks: Disks<'_>) -> Result<Vec<(String, Result<SecretRequest>)>> {
 }
 
 fn opens(config: &Config, disks: Disks<'_>, memory_kib: u64, request: &SecretRequest) -> Result<Opens> {
+    if config.volume.lifetime == Lifetime::OfServer {
+        bail!(
+            "there is no secret to verify: with source = \"ephemeral\" each `nbdcrypt up` makes a new volume with a new key, which \
+             no header and no file contains"
+        )
+    }
     let Secret { passphrase, .. } = secret(&config.key, request)?;
     if config.volume.kind == VolumeType::Plain {
         let is_key_file = matches!(&config.key, KeyConfig::File(KeyFile::Path(_)));

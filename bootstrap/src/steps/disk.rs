@@ -12,9 +12,11 @@ use engine::text::bytes;
 
 use super::volume::refuse_unless_meant;
 use super::{Boot, Step, Undo};
+use crate::config::VolumeConfig;
 use crate::volume::VolumeType;
 use crate::volume::array::{OpenArray, Wanted};
 use crate::volume::content;
+use crate::volume::ephemeral::Lifetime;
 
 #[derive(Default)]
 pub(super) struct Disk {
@@ -126,7 +128,7 @@ impl Disk {
         if let Some(header) = &boot.config.volume.header {
             boot.header = Some(match disks.exists(header)? {
                 true => disks.open(header)?,
-                false => self.make(boot, header, header_len(boot.config.volume.kind))?,
+                false => self.make(boot, header, header_len(&boot.config.volume))?,
             });
         }
         Ok(())
@@ -166,6 +168,7 @@ pub(super) fn open_array(boot: &Boot<'_>, members: Vec<Arc<dyn BlockStore>>) -> 
         name: boot.config.name.as_str(),
         chunk: boot.config.volume.chunk_size,
         now: boot.outside.machine.unix_time,
+        lifetime: boot.config.volume.lifetime,
     };
     OpenArray::open(&boot.data_disks, members, &wanted, &mut |bytes| boot.outside.keys.random(bytes))
 }
@@ -186,8 +189,9 @@ fn refuse_header_without_disk(boot: &Boot<'_>) -> Result<()> {
 }
 
 /// Returns the size in bytes of a new file for a detached header.
-pub(super) fn header_len(kind: VolumeType) -> u64 {
-    match kind {
+pub(super) fn header_len(volume: &VolumeConfig) -> u64 {
+    match volume.kind {
+        VolumeType::Luks2 if volume.lifetime == Lifetime::OfServer => luks2::Ephemeral::header_len(),
         VolumeType::Luks1 => luks1::header_len(VolumeKey::AES_256),
         VolumeType::Luks2 | VolumeType::Plain => luks2::Layout::default().header_len(),
     }

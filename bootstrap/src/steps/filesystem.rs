@@ -45,7 +45,9 @@ impl Step for MakeFilesystem {
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
         let volume = need(boot.volume.as_ref(), "the open volume")?;
-        if boot.pending.is_none() {
+        // The data of an array that is made anew is not worth a look, although its volume's header may be elsewhere.
+        let is_anew = boot.config.volume.lifetime.is_ephemeral() && boot.makes_array();
+        if boot.pending.is_none() && !is_anew {
             let (wanted, at) = (&self.wanted.kind, &boot.data_disks);
             let segment = need(boot.facts.as_ref(), "the volume's facts")?.segment;
             match content::of_plaintext(volume, segment)? {

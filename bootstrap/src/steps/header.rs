@@ -28,7 +28,7 @@ impl Step for CommitHeader {
     }
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
-        let makes_array = boot.array.as_ref().is_some_and(|array| array.pending.is_some());
+        let makes_array = boot.makes_array();
         if boot.pending.is_none() && !makes_array {
             return Ok(());
         }

@@ -46,6 +46,7 @@ use crate::keys::KmsToken;
 use crate::volume::VolumeType;
 use crate::volume::array::OpenArray;
 use crate::volume::data_disks::DataDisks;
+use crate::volume::ephemeral::Lifetime;
 pub use outside::Outside;
 use outside::{Attached, HeaderLock};
 
@@ -126,6 +127,8 @@ pub struct Boot<'o> {
     disk_made: bool,
     /// Whether this run made the filesystem.
     filesystem_made: bool,
+    /// Whether the new volume is made over what an ephemeral volume has left.
+    is_anew: bool,
     volume: Option<Arc<Volume>>,
     facts: Option<Facts>,
     attached: Option<Box<dyn Attached>>,
@@ -181,6 +184,7 @@ impl<'o> Boot<'o> {
             foreseen: Cell::new(None),
             disk_made: false,
             filesystem_made: false,
+            is_anew: false,
             volume: None,
             facts: None,
             attached: None,
@@ -217,6 +221,11 @@ impl<'o> Boot<'o> {
         }
     }
 
+    /// Returns whether this run makes the array, and has not completed it.
+    fn makes_array(&self) -> bool {
+        self.array.as_ref().is_some_and(|array| array.pending.is_some())
+    }
+
     /// Returns the disk of the header. This is the data disk, unless the header is detached.
     fn header_disk(&self) -> DataDisks {
         self.config.volume.header.as_ref().map_or_else(|| self.data_disks.clone(), DataDisks::one)
@@ -236,10 +245,20 @@ impl<'o> Boot<'o> {
     /// this text explains why the filesystem is empty.
     pub fn news(&self) -> Option<String> {
         let (name, disk) = (&self.config.name, &self.data_disks);
+        if self.made()? == Made::Volume && self.config.volume.lifetime == Lifetime::OfServer {
+            return Some(format!(
+                "{name}: made a new, empty volume on {disk}. Its key exists in the memory of this server only, so all data in it is \
+                 lost when it goes down: by `nbdcrypt down`, a reboot, or if the server ends"
+            ));
+        }
         if self.made()? == Made::Volume {
             let header = self.config.volume.header.as_ref();
             let header = header.map(|header| format!(", with its header in {}", header.display())).unwrap_or_default();
-            return Some(format!("{name}: made a new, empty volume on {disk}{header} (no volume was there)"));
+            let why = match self.is_anew {
+                true => "what was there had lost its key, its header or a disk",
+                false => "no volume was there",
+            };
+            return Some(format!("{name}: made a new, empty volume on {disk}{header} ({why})"));
         }
         Some(format!("{name}: made a new, empty filesystem in the volume on {disk} (the volume was blank)"))
     }

@@ -6,6 +6,7 @@ use super::volume::{self, is_volume};
 use super::{Boot, Foreseen, Step, Undo};
 use crate::keys::{self, SecretRequest};
 use crate::volume::content::Look;
+use crate::volume::ephemeral::Lifetime;
 use crate::volume::new_volume;
 
 pub(super) struct Secret;
@@ -21,6 +22,7 @@ impl Step for Secret {
             Ok(Foreseen::New) if keys::is_in_header(&boot.config.key) => {
                 "make a secret, and have KMS encrypt it for the token in the LUKS2 header".to_owned()
             }
+            _ if boot.config.volume.lifetime == Lifetime::OfServer => format!("make {source}"),
             _ => format!("get the secret: {source}"),
         }
     }

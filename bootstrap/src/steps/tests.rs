@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use engine::key::Passphrase;
-use engine::luks::FormatOptions;
+use engine::luks::{FormatOptions, luks2};
 use engine::signature::{self, Content};
 use engine::store::{BlockStore, MemoryStore};
 use engine::volume::Volume;
@@ -18,7 +18,7 @@ use nbd_server::statistics::Statistics;
 use super::outside::{Attached, Devices, Disks, Filesystems, Folder, HeaderLock, Keys, Machine, Outside};
 use super::*;
 use crate::attach::{EndedSignal, Method, Remains};
-use crate::config::{BindConfig, FilesystemConfig, VolumeConfig};
+use crate::config::{BindConfig, FilesystemConfig, KeyConfig, VolumeConfig};
 use crate::keys::{KmsToken, Secret, SecretRequest};
 use crate::machine::mounts::Mount;
 use crate::machine::selection::Selection;
@@ -48,6 +48,8 @@ struct World {
     passphrase: Vec<u8>,
     /// Whether the disks ignore discards.
     keeps_all: bool,
+    /// Whether each secret is a new volume key.
+    is_ephemeral: bool,
 }
 
 struct Meanwhile {
@@ -128,6 +130,9 @@ impl Keys for Fake {
 
     fn secret(&self, request: SecretRequest) -> Result<Secret> {
         self.call("fetch secret")?;
+        if self.0.borrow().is_ephemeral {
+            return Ok(Secret { passphrase: crate::keys::source(&KeyConfig::Ephemeral).passphrase()?, token: None });
+        }
         let passphrase = Passphrase::new(self.0.borrow().passphrase.clone());
         let token = match request {
             SecretRequest::New { volume } => Some((
@@ -1116,4 +1121,143 @@ fn a_plan_tells_of_an_array() {
     assert!(MEMBERS.iter().all(|path| is_blank(&fake, path)), "a plan changes nothing");
     array_up_and_down(&config, &fake).unwrap();
     assert!(plan(&fake).join("\n").contains("unlock the LUKS2 volume"));
+}
+
+/// Returns the configuration of a volume that lasts as long as its disks, or as the server that made it.
+fn ephemeral(lifetime: Lifetime, is_detached: bool) -> Config {
+    let mut config = if is_detached { detached() } else { config() };
+    config.volume.lifetime = lifetime;
+    if lifetime == Lifetime::OfServer {
+        config.key = KeyConfig::Ephemeral;
+    }
+    config
+}
+
+/// Makes a machine whose secret is a new volume key each time.
+fn forgetful(fake: Fake) -> Fake {
+    fake.0.borrow_mut().is_ephemeral = true;
+    fake
+}
+
+/// Every disk of a machine, by its path.
+fn snapshots(fake: &Fake) -> BTreeMap<PathBuf, Vec<u8>> {
+    fake.0.borrow().disks.iter().map(|(path, disk)| (path.clone(), disk.snapshot())).collect()
+}
+
+/// Runs `up` and `down`, and returns the number of calls of mkfs.
+fn again(disks: &DataDisks, config: &Config, fake: &Fake) -> Result<usize> {
+    fake.0.borrow_mut().calls.clear();
+    up_on(disks.clone(), config, fake, |steps, boot| down(steps, boot, &mut |_, _| ()).unwrap())?;
+    Ok(fake.0.borrow().calls.iter().filter(|call| *call == "mkfs").count())
+}
+
+#[test]
+fn an_ephemeral_volume_is_made_anew_at_each_start() {
+    for is_detached in [false, true] {
+        let config = ephemeral(Lifetime::OfServer, is_detached);
+        for (disks, fake) in [(DataDisks::one(DISK), Fake::new()), (members(MEMBERS), with_members())] {
+            let fake = forgetful(fake);
+            let mut before = snapshots(&fake);
+            for _ in 0..3 {
+                assert_eq!(again(&disks, &config, &fake).unwrap(), 1);
+                assert!(!fake.0.borrow().calls.iter().any(|call| call == "calibrate"));
+                let now = snapshots(&fake);
+                assert!(before != now, "each time with another key");
+                before = now;
+            }
+            if is_detached || disks.single().is_some() {
+                let header = if is_detached { HEADER } else { DISK };
+                let header = Arc::clone(&fake.0.borrow().disks[Path::new(header)]);
+                assert!(luks2::is_ephemeral(header.as_ref()).unwrap());
+            }
+            let lasting = ephemeral(Lifetime::Lasting, is_detached);
+            let error = again(&disks, &lasting, &fake).unwrap_err();
+            assert!(format!("{error:#}").contains("the volume is ephemeral: its key exists only"), "{error:#}");
+            assert!(snapshots(&fake) == before, "without `ephemeral = true`, it stays");
+        }
+    }
+}
+
+#[test]
+fn the_news_of_an_ephemeral_volume_says_that_it_is_lost() {
+    let fake = forgetful(Fake::new());
+    let config = ephemeral(Lifetime::OfServer, false);
+    for _ in 0..2 {
+        up_as(&config, &fake, |steps, boot| {
+            let news = boot.news().unwrap();
+            assert!(news.contains("all data in it is lost") && news.contains("`nbdcrypt down`"), "{news}");
+            down(steps, boot, &mut |_, _| ()).unwrap();
+        })
+        .unwrap();
+    }
+}
+
+/// What a start that failed or was killed has left does not keep the next one from working.
+#[test]
+fn whatever_fails_an_ephemeral_volume_comes_up_next() {
+    for (is_detached, is_array) in [(false, false), (true, false), (false, true), (true, true)] {
+        let config = ephemeral(Lifetime::OfServer, is_detached);
+        let disks = if is_array { members(MEMBERS) } else { DataDisks::one(DISK) };
+        for (has_old, keeps_all) in [(false, true), (true, false), (true, true)] {
+            let fresh = || {
+                let fake = forgetful(if is_array { with_members() } else { Fake::new() });
+                fake.0.borrow_mut().keeps_all = keeps_all;
+                if has_old {
+                    again(&disks, &config, &fake).unwrap();
+                    fake.0.borrow_mut().folders.clear();
+                    fake.0.borrow_mut().calls.clear();
+                }
+                fake
+            };
+            let calls = {
+                let fake = fresh();
+                up_on(disks.clone(), &config, &fake, |_, _| ()).unwrap();
+                fake.0.borrow().calls.len()
+            };
+            for fault in 0..calls {
+                let fake = fresh();
+                fake.0.borrow_mut().fail = Some(fault);
+                let error = up_on(disks.clone(), &config, &fake, |_, _| panic!("it went on")).unwrap_err();
+                let what = fake.0.borrow().calls[fault].clone();
+                let case = format!("detached {is_detached}, array {is_array}, old {has_old}, fault at {what}");
+                assert!(format!("{error:#}").contains(&what), "{case}: {error:#}");
+                assert_eq!(fake.leftovers(), (false, vec![], vec![]), "{case}");
+                fake.0.borrow_mut().fail = None;
+                again(&disks, &config, &fake).unwrap_or_else(|error| panic!("{case}: {error:#}"));
+            }
+            for count in 0..all(&config).len() {
+                let fake = fresh();
+                let mut boot = Boot::new(&config, disks.clone(), fake.outside());
+                all(&config)[..count].iter_mut().for_each(|step| step.run(&mut boot).unwrap());
+                drop(boot);
+                fake.0.borrow_mut().mounted.clear();
+                again(&disks, &config, &fake).unwrap_or_else(|error| panic!("killed after {count} steps: {error:#}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn an_ephemeral_volume_replaces_nothing_that_lasts() {
+    let lasting = Fake::new();
+    up_and_down(&lasting).unwrap();
+    let lasting = lasting.disk().snapshot();
+    let text = b"This is a diary, and no volume. ".repeat(128);
+    for (bytes, says) in [
+        (&lasting[..], "a volume that is not ephemeral is there already: /disk is not blank: it holds LUKS2 volume"),
+        (b"XFSB\0\0\x10\0", "/disk is not blank: it holds xfs filesystem"),
+        (&text, "/disk is not blank: it holds unknown data"),
+    ] {
+        for is_detached in [false, true] {
+            let config = ephemeral(Lifetime::OfServer, is_detached);
+            let fake = forgetful(Fake::new());
+            fake.disk().write_at(bytes, 0).unwrap();
+            let before = snapshots(&fake);
+            let error = format!("{:#}", up_as(&config, &fake, |_, _| panic!("it went on")).unwrap_err());
+            let says = if is_detached { &says[says.find("/disk").unwrap()..] } else { says };
+            assert!(error.contains(says), "{error}");
+            assert!(snapshots(&fake) == before);
+            assert!(!fake.0.borrow().calls.iter().any(|call| call == "mkfs"));
+        }
+    }
 }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use engine::key::{Passphrase, VolumeKey};
 use engine::layout::Segment;
-use engine::luks::{self, Disks, FormatOptions, LockedVolume, PendingFormat, UnlockedVolume};
+use engine::luks::luks2::Ephemeral;
+use engine::luks::{self, Disks, FormatOptions, LockedVolume, LuksError, PendingFormat, UnlockedVolume};
 use engine::signature::Content;
 use engine::store::{Allocation, BlockStore};
 use engine::volume::Volume;
@@ -18,7 +19,9 @@ use super::{Boot, Facts, Foreseen, Step, Undo, need};
 use crate::config::{KeyConfig, KeyFile};
 use crate::keys::opening::{self, Then};
 use crate::volume::VolumeType;
+use crate::volume::array::OpenArray;
 use crate::volume::content::{self, Look};
+use crate::volume::ephemeral::{self, Leftover, Lifetime};
 use crate::volume::new_volume;
 use crate::volume::new_volume::Strength;
 
@@ -35,6 +38,9 @@ impl Step for Unlock {
             return "open the plain volume (it has no header, so a wrong key is not noticed)".to_owned();
         }
         match foresee(boot) {
+            Ok(Foreseen::New) if boot.config.volume.lifetime == Lifetime::OfServer => {
+                format!("make a new {kind} volume on {}, whose key exists in memory only", boot.data_disks)
+            }
             Ok(Foreseen::New) => format!("make a new {kind} volume on {}", boot.data_disks),
             Ok(Foreseen::There(found)) => format!("unlock the {found} volume"),
             // The plan shows the error as the step's obstacle.
@@ -116,7 +122,7 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
     }
     let header: Option<Arc<dyn BlockStore>> = match &volume.header {
         Some(header) if disks.exists(header)? => Some(disks.look(header)?),
-        Some(_) => Some(Arc::new(ToBeMade(header_len(volume.kind)))),
+        Some(_) => Some(Arc::new(ToBeMade(header_len(volume)))),
         None => None,
     };
     let both = match &header {
@@ -153,15 +159,21 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
 /// # Errors
 /// Fails if the disk holds anything else, and says what.
 pub(super) fn is_volume(boot: &Boot<'_>, disks: &Disks<'_>, look: Look<'_>) -> Result<bool> {
-    if boot.array.as_ref().is_some_and(|array| array.pending.is_some()) {
+    if boot.makes_array() {
         return is_volume_beside_new_array(boot, disks);
     }
     match look.at(disks.header())? {
-        content if content::is_luks(&content) => Ok(true),
+        content if leftover(boot, disks.header(), &content, look)?.is_some() => {
+            if disks.is_detached() {
+                refuse_data(boot, disks, look)?;
+            }
+            Ok(false)
+        }
+        content if content::is_luks(&content) => refuse_lasting(boot, disks, &content).map(|()| true),
         header @ (Content::Blank | Content::Unfinished) => {
             if disks.is_detached() {
                 // The disk may hold the data of a volume whose header was lost, or is in another file.
-                content::refuse_unless_blank(&boot.data_disks, disks.data(), look).map_err(|refusal| match header {
+                refuse_data(boot, disks, look).map_err(|refusal| match header {
                     Content::Unfinished => refusal.context(format!(
                         "making a volume with the header {} was interrupted. If that was on this disk, the disk holds \
                          only the beginning of its filesystem",
@@ -182,11 +194,44 @@ fn is_volume_beside_new_array(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<bool
     if !disks.is_detached() {
         return Ok(false);
     }
-    match Look::All(&[]).at(disks.header())? {
-        content if content::is_luks(&content) => Ok(true),
+    let look = Look::All(&[]);
+    match look.at(disks.header())? {
+        content if leftover(boot, disks.header(), &content, look)?.is_some() => Ok(false),
+        content if content::is_luks(&content) => refuse_lasting(boot, disks, &content).map(|()| true),
         Content::Blank | Content::Unfinished => Ok(false),
         content => Err(content::refusal(&boot.header_disk(), disks.header(), &content)),
     }
+}
+
+/// Returns what an ephemeral volume has left on a disk, if the configuration makes such a volume.
+fn leftover(boot: &Boot<'_>, disk: &dyn BlockStore, content: &Content, look: Look<'_>) -> Result<Option<Leftover>> {
+    let lifetime = boot.config.volume.lifetime;
+    if !lifetime.is_ephemeral() {
+        return Ok(None);
+    }
+    let left = ephemeral::leftover(disk, content, look)?;
+    // A disk of an array shows that the others may be there, too.
+    Ok(left.filter(|left| *left != Leftover::Member || lifetime == Lifetime::OfServer))
+}
+
+/// Refuses a volume that a secret opens, if the key of the configured volume exists in memory only.
+fn refuse_lasting(boot: &Boot<'_>, disks: &Disks<'_>, content: &Content) -> Result<()> {
+    if boot.config.volume.lifetime != Lifetime::OfServer {
+        return Ok(());
+    }
+    let refusal = content::refusal(&boot.header_disk(), disks.header(), content);
+    Err(refusal.context(
+        "source = \"ephemeral\" makes a new volume with a new key, but a volume that is not ephemeral is there already",
+    ))
+}
+
+/// Refuses the data disk of a new volume with a detached header, unless it is blank or holds what an ephemeral volume has left.
+fn refuse_data(boot: &Boot<'_>, disks: &Disks<'_>, look: Look<'_>) -> Result<()> {
+    let data = disks.data();
+    if boot.config.volume.lifetime.is_ephemeral() && leftover(boot, data, &look.at(data)?, look)?.is_some() {
+        return Ok(());
+    }
+    content::refuse_unless_blank(&boot.data_disks, data, look)
 }
 
 /// Takes the members of an array that is yet to be made.
@@ -266,17 +311,10 @@ pub(super) fn refuse_unless_meant(boot: &Boot<'_>) -> Result<()> {
 fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     refuse_unless_meant(boot)?;
     new_volume::check_strength(boot.config.strength, passphrase.expose().len())?;
+    check_sector_size(boot, &boot.disks()?)?;
+    let new = New::planned(boot)?;
     let keys = boot.outside.keys;
     let mut random = |bytes: &mut [u8]| keys.random(bytes);
-    let key = luks::new_volume_key(VolumeKey::AES_256, &mut random)?;
-    check_sector_size(boot, &boot.disks()?)?;
-    let data_len = boot.disks()?.data().len();
-    let mut options = keys.format_options(&boot.config.volume, data_len)?;
-    if let Some((token, uuid)) = boot.token.take() {
-        let FormatOptions::Luks2(options) = &mut options else { bail!("only a LUKS2 header has room for a token") };
-        options.uuid = uuid;
-        options.tokens = vec![token.to_json()];
-    }
     let disks = boot.disks()?;
     let name = || boot.header_disk().to_string();
     for (place, disk) in [(boot.header_disk(), disks.header()), (boot.data_disks.clone(), disks.data())] {
@@ -290,8 +328,23 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     if is_volume(boot, &disks, Look::Ends)? {
         bail!("{}: another process made a volume on it at the same time; try again", name());
     }
-    let pending = options.begin(disks, passphrase, key, &mut random).with_context(name)?;
+    let left = leftover(boot, disks.header(), &Look::Ends.at(disks.header())?, Look::Ends)?;
+    if let Some(left) = left {
+        tracing::info!("{} is made anew: it holds {}", name(), left.name());
+    }
+    let pending = match new {
+        New::Lasting(options) => {
+            let key = luks::new_volume_key(VolumeKey::AES_256, &mut random)?;
+            options.begin(disks, passphrase, key, &mut random)
+        }
+        // This secret is the volume key itself.
+        New::Ephemeral(new) => VolumeKey::new(passphrase.expose().to_vec())
+            .map_err(LuksError::from)
+            .and_then(|key| new.begin(disks, key, &mut random)),
+    };
+    let pending = pending.with_context(name)?;
     drop(locks);
+    boot.is_anew = left.is_some() || boot.array.as_ref().is_some_and(OpenArray::is_replaced);
     let (kind, key_bits, segment) = (boot.config.volume.kind, pending.key().bits(), pending.segment());
     let cipher = Xts::with_path(pending.key(), boot.outside.machine.cpu).map_err(anyhow::Error::from);
     match cipher.and_then(|cipher| open(boot, cipher, Facts { kind, key_bits, segment, keyslot: None })) {
@@ -306,6 +359,33 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     }
 }
 
+/// What a new volume is to be like.
+enum New {
+    /// A secret opens it.
+    Lasting(FormatOptions),
+    /// Only this process has its key.
+    Ephemeral(Ephemeral),
+}
+
+impl New {
+    fn planned(boot: &mut Boot<'_>) -> Result<Self> {
+        let (volume, keys) = (&boot.config.volume, boot.outside.keys);
+        let data_len = boot.disks()?.data().len();
+        if volume.lifetime == Lifetime::OfServer {
+            let sector_size = new_volume::sector_size(volume.sector_size, data_len)?;
+            let uuid = new_volume::new_uuid(&mut |bytes| keys.random(bytes))?;
+            return Ok(Self::Ephemeral(Ephemeral { sector_size, uuid }));
+        }
+        let mut options = keys.format_options(volume, data_len)?;
+        if let Some((token, uuid)) = boot.token.take() {
+            let FormatOptions::Luks2(options) = &mut options else { bail!("only a LUKS2 header has room for a token") };
+            options.uuid = uuid;
+            options.tokens = vec![token.to_json()];
+        }
+        Ok(Self::Lasting(options))
+    }
+}
+
 /// Fails if the configuration asks for a sector size that a new volume on this disk cannot have.
 fn check_sector_size(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<()> {
     let volume = &boot.config.volume;
@@ -317,6 +397,10 @@ fn check_sector_size(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<()> {
 fn check_room(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<()> {
     let volume = &boot.config.volume;
     let sector_size = new_volume::sector_size(volume.sector_size, disks.data().len())?;
+    if volume.lifetime == Lifetime::OfServer {
+        let new = Ephemeral { sector_size, uuid: Uuid::nil() };
+        return new.check_room(*disks).with_context(|| boot.data_disks.to_string());
+    }
     // Only the sizes matter here. It would take time to calibrate the key derivation, so the cheapest one is used.
     let options = new_volume::options(volume.kind, sector_size, Strength::Random, Uuid::nil())?;
     options.check_room(*disks, VolumeKey::AES_256).with_context(|| boot.data_disks.to_string())

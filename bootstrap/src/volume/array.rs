@@ -9,11 +9,9 @@ use engine::store::BlockStore;
 
 use super::content::{self, Look};
 use super::data_disks::DataDisks;
+use super::ephemeral::{self, Leftover, Lifetime};
 use crate::machine::disk;
 use crate::text;
-
-/// Bytes that an array's name can have.
-const NAME_LEN: usize = 32;
 
 /// The open members of an array.
 pub struct OpenArray {
@@ -23,6 +21,8 @@ pub struct OpenArray {
     pub members: Vec<Arc<dyn BlockStore>>,
     /// The array does not exist on the members yet.
     pub pending: Option<PendingArray>,
+    /// If the array is made over what an ephemeral volume has left: what each member holds at its ends.
+    replaced: Option<Vec<Content>>,
 }
 
 /// What a new array is to be like.
@@ -33,26 +33,39 @@ pub struct Wanted<'w> {
     pub chunk: u64,
     /// The seconds since 1970.
     pub now: u64,
+    /// How long the volume must be kept.
+    pub lifetime: Lifetime,
 }
 
 impl OpenArray {
-    /// Opens the array that the members form. If all of them are blank, lays out a new array. Writes nothing.
+    /// Opens the array that the members form. If all of them are blank, lays out a new array. For an ephemeral volume, also if all
+    /// of them are blank or hold what such a volume has left. Writes nothing.
     ///
     /// # Errors
-    /// Fails if the members neither form an array nor are blank. The text names the member and says what is wrong.
+    /// Fails if the members neither form an array nor may become one. The text names the member and says what is wrong.
     pub fn open(
         disks: &DataDisks,
         members: Vec<Arc<dyn BlockStore>>,
         wanted: &Wanted<'_>,
         random: &mut dyn FnMut(&mut [u8]) -> std::io::Result<()>,
     ) -> Result<Self> {
-        match raid::look(&members).map_err(|error| explained(disks, error))? {
-            Together::Array(opened) => {
-                return Ok(Self { store: Arc::new(opened.1), members, pending: None });
+        let replaced = match raid::look(&members) {
+            Ok(Together::Array(opened)) => {
+                return Ok(Self { store: Arc::new(opened.1), members, pending: None, replaced: None });
             }
-            Together::Unfinished => {}
-            Together::NoArray => refuse_unless_free(disks, &members, Look::All(&[]))?,
-        }
+            Ok(Together::Unfinished) => None,
+            Ok(Together::NoArray) if wanted.lifetime.is_ephemeral() => {
+                replaceable(disks, &members, wanted.lifetime, None)?
+            }
+            Ok(Together::NoArray) => {
+                refuse_unless_free(disks, &members, Look::All(&[]))?;
+                None
+            }
+            Err(error @ OpenError::Array(_)) if wanted.lifetime.is_ephemeral() => {
+                replaceable(disks, &members, wanted.lifetime, Some(error))?
+            }
+            Err(error) => return Err(explained(disks, error)),
+        };
         let mut uuid = || {
             let mut bytes = [0; 16];
             random(&mut bytes).map(|()| uuid::Builder::from_random_bytes(bytes).into_uuid())
@@ -61,10 +74,15 @@ impl OpenArray {
         for member in &members {
             sizes.push((member.len(), uuid()?));
         }
-        let name = wanted.name[..wanted.name.floor_char_boundary(NAME_LEN)].to_owned();
+        let name = ephemeral::array_name(wanted.name, wanted.lifetime);
         let new = NewArray { uuid: uuid()?, name, now: wanted.now, chunk: wanted.chunk, members: sizes };
         let pending = PendingArray::new(&members, &new).map_err(|error| explained(disks, error.into()))?;
-        Ok(Self { store: Arc::new(pending.store()), members, pending: Some(pending) })
+        Ok(Self { store: Arc::new(pending.store()), members, pending: Some(pending), replaced })
+    }
+
+    /// Returns whether the array is made over what an ephemeral volume has left.
+    pub fn is_replaced(&self) -> bool {
+        self.replaced.is_some()
     }
 
     /// Takes the members for a new array, after another look at their ends. They must be locked. Does nothing if the array
@@ -79,8 +97,16 @@ impl OpenArray {
                 bail!("{} is blank but read-only, so no array can be made on it", path.display());
             }
         }
+        if let Some(before) = &self.replaced {
+            for ((path, member), before) in disks.paths().zip(&self.members).zip(before) {
+                let now = Look::Ends.at(&**member)?;
+                if now != *before {
+                    bail!("{} was written to at the same time, and now holds {now}; try again", path.display());
+                }
+            }
+            tracing::info!("{disks} is made anew: it held only what an ephemeral volume has left");
         // A member of an array that was begun before has the marker, and perhaps a superblock.
-        if !matches!(raid::look(&self.members).map_err(|error| explained(disks, error))?, Together::Unfinished) {
+        } else if !matches!(raid::look(&self.members).map_err(|error| explained(disks, error))?, Together::Unfinished) {
             refuse_unless_free(disks, &self.members, Look::Ends)?;
         }
         pending.begin().map_err(|error| named(disks, error))
@@ -136,6 +162,41 @@ pub fn open_to_look(disks: &DataDisks) -> Result<Arc<dyn BlockStore>> {
     }
 }
 
+/// Checks that each disk of an ephemeral volume may become a member of a new array: that it is blank, or holds what such a volume
+/// has left. Returns what they hold at their ends if one of them is not blank. `broken` says why the disks are no array, if some
+/// are members of one.
+///
+/// A volume that lasts as long as its disks is given up only if a disk shows that another one was lost: if it is no member of an
+/// ephemeral array. If all are members, the missing one may be late, or the wrong disks may be named.
+fn replaceable(
+    disks: &DataDisks,
+    members: &[Arc<dyn BlockStore>],
+    lifetime: Lifetime,
+    broken: Option<OpenError>,
+) -> Result<Option<Vec<Content>>> {
+    let (mut is_blank, mut is_lost) = (true, false);
+    let mut ends = Vec::with_capacity(members.len());
+    for (path, member) in disks.paths().zip(members) {
+        let look = Look::All(&[]);
+        let content = look.at(&**member)?;
+        let left = ephemeral::leftover(&**member, &content, look)?;
+        if left.is_none() && !matches!(content, Content::Blank | Content::Unfinished) {
+            let refusal = content::refusal(&DataDisks::one(path), &**member, &content);
+            return Err(refusal.context(format!(
+                "{disks} is not a complete array, so a new one would be made, but not all of its disks are blank or left by an \
+                 ephemeral volume"
+            )));
+        }
+        is_blank &= left.is_none();
+        is_lost |= left != Some(Leftover::Member);
+        ends.push(Look::Ends.at(&**member)?);
+    }
+    match broken {
+        Some(error) if lifetime == Lifetime::OfDisks && !is_lost => Err(explained(disks, error)),
+        _ => Ok((!is_blank).then_some(ends)),
+    }
+}
+
 /// Checks that each disk may become a member of a new array.
 fn refuse_unless_free(disks: &DataDisks, members: &[Arc<dyn BlockStore>], look: Look<'_>) -> Result<()> {
     for (path, member) in disks.paths().zip(members) {
@@ -182,8 +243,12 @@ mod tests {
     }
 
     fn open(disks: &DataDisks, members: &[Arc<dyn BlockStore>]) -> Result<OpenArray> {
+        open_as(Lifetime::Lasting, disks, members)
+    }
+
+    fn open_as(lifetime: Lifetime, disks: &DataDisks, members: &[Arc<dyn BlockStore>]) -> Result<OpenArray> {
         let mut random = |bytes: &mut [u8]| crate::machine::random::fill(bytes);
-        let wanted = Wanted { name: "scratch", chunk: 64 << 10, now: 1 };
+        let wanted = Wanted { name: "scratch", chunk: 64 << 10, now: 1, lifetime };
         OpenArray::open(disks, members.to_vec(), &wanted, &mut random)
     }
 

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use engine::signature::Content;
 
-use super::content::{Look, is_luks};
+use super::content::{Look, MD, is_luks};
+use super::ephemeral::{self, Leftover};
 use crate::machine::block_devices::{self, BlockDevice, Origin};
 use crate::machine::bounded::Pending;
 use crate::machine::disk::{self, DiskError};
@@ -14,8 +15,6 @@ use crate::machine::root::Root;
 use crate::machine::selection::{Selection, Use};
 use crate::text;
 
-/// The name of the signature of an array's member that `up` opens.
-const MD: &str = "Linux md RAID (1.2)";
 /// The longest time to examine all disks. One disk takes about a second, and all disks are examined at the same time.
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -39,6 +38,8 @@ pub struct Candidate {
 pub struct Seen {
     /// What the disk holds.
     pub content: Content,
+    /// Which part of that an ephemeral volume has left.
+    pub left: Option<Leftover>,
     /// Whether the kernel or a program has the disk open exclusively.
     pub is_claimed: bool,
 }
@@ -126,7 +127,8 @@ fn look(node: &Path, is_used: bool) -> Result<Seen, Unseen> {
     let store = disk::open_to_look(node).map_err(failed)?;
     let how = if is_used { Look::Ends } else { Look::All(&[]) };
     let content = how.at(&store).map_err(|error| Unseen::Failed(format!("{error:#}")))?;
-    Ok(Seen { content, is_claimed: disk::is_claimed(node) })
+    let left = ephemeral::leftover(&store, &content, how).map_err(|error| Unseen::Failed(format!("{error:#}")))?;
+    Ok(Seen { content, left, is_claimed: disk::is_claimed(node) })
 }
 
 /// Returns whether `up` would take the disk, and why. `is_chosen` says whether `devices = ["instance-store"]` chooses it.
@@ -134,12 +136,15 @@ fn judge(disk: &BlockDevice, users: &[Holder], seen: &Result<Seen, Unseen>, is_c
     if let Use::Lasting(user) | Use::Brief(user) = in_use(users, seen) {
         return (Take::No, format!("it is in use: {user}"));
     }
-    let Seen { content, .. } = match seen {
+    let Seen { content, left, .. } = match seen {
         Ok(seen) => seen,
         Err(unseen @ Unseen::NoNode) => return (Take::No, unseen.to_string()),
         Err(unseen) => return (Take::Unknown, unseen.to_string()),
     };
     let does = match content {
+        _ if *left == Some(Leftover::Mark) => {
+            "an ephemeral volume was on it, and `up` makes a new one if `ephemeral = true`"
+        }
         content if is_luks(content) => "`up` opens its volume",
         Content::Blank | Content::Unfinished if disk.read_only => {
             return (Take::No, "it is blank but read-only, so `up` cannot make a volume on it".to_owned());
@@ -147,6 +152,12 @@ fn judge(disk: &BlockDevice, users: &[Holder], seen: &Result<Seen, Unseen>, is_c
         Content::Blank => "it is blank, so `up` makes a volume on it",
         Content::Unfinished => "an earlier run began to make a volume on it, and `up` makes that volume again",
         Content::Known(marks) if marks.iter().any(|mark| mark.name == MD) => "`up` opens the array that it belongs to",
+        content if *left == Some(Leftover::Noise) => {
+            return (
+                Take::No,
+                format!("it holds {content}; it reads as noise, so `up` overwrites it only with `ephemeral = true`"),
+            );
+        }
         content => return (Take::No, format!("it holds {content}, and `up` does not overwrite data")),
     };
     if is_chosen {
@@ -172,6 +183,12 @@ fn judge(disk: &BlockDevice, users: &[Holder], seen: &Result<Seen, Unseen>, is_c
 #[cfg(test)]
 mod tests {
     use std::fs;
+
+    use engine::key::VolumeKey;
+    use engine::luks::luks2;
+    use engine::sector::SectorSize;
+    use engine::store::BlockStore;
+    use uuid::Uuid;
 
     use super::*;
     use crate::machine::block_devices::INSTANCE_STORE as MODEL;
@@ -304,12 +321,30 @@ mod tests {
         let judged = |seen| judge(disk, &[], &seen, true);
         assert_eq!(judged(Err(Unseen::NeedsRoot)), (Take::Unknown, "only root can see what it holds".to_owned()));
         assert_eq!(judged(Err(Unseen::NoAnswer)).0, Take::Unknown);
-        let seen = |content, is_claimed| Ok(Seen { content, is_claimed });
+        let seen = |content, is_claimed| Ok(Seen { content, left: None, is_claimed });
         let (take, why) = judged(seen(Content::Blank, true));
         assert!(take == Take::No && why.contains("opened it exclusively"), "{why}");
         assert_eq!(judged(seen(Content::Unfinished, false)).0, Take::Yes);
         let read_only = BlockDevice { read_only: true, ..disk.clone() };
         assert_eq!(judge(&read_only, &[], &seen(Content::Blank, false), true).0, Take::No);
+    }
+
+    #[test]
+    fn what_an_ephemeral_volume_has_left_is_named() {
+        let machine = Machine::new();
+        let disk = engine::store::MemoryStore::zeroed(usize::try_from(SIZE).unwrap());
+        let new = luks2::Ephemeral { sector_size: SectorSize::B4096, uuid: Uuid::from_u128(1) };
+        let key = VolumeKey::new((0..64).collect()).unwrap();
+        let _ = new.begin(&disk, key, &mut crate::machine::random::fill).unwrap().commit(&disk).unwrap();
+        let mut bytes = vec![0; usize::try_from(SIZE).unwrap()];
+        disk.read_at(&mut bytes, 0).unwrap();
+        machine.disk("nvme1n1", MODEL, "AWS1", &bytes);
+        let found = &machine.all(&nobody)[0];
+        assert!(found.take == Take::Yes && found.why.contains("an ephemeral volume was on it"), "{}", found.why);
+        crate::machine::random::fill(&mut bytes).unwrap();
+        machine.disk("nvme1n1", MODEL, "AWS1", &bytes);
+        let found = &machine.all(&nobody)[0];
+        assert!(found.take == Take::No && found.why.contains("only with `ephemeral = true`"), "{}", found.why);
     }
 
     #[test]

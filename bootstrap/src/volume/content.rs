@@ -14,6 +14,9 @@ use engine::volume::Volume;
 use super::data_disks::DataDisks;
 use crate::machine::random;
 
+/// The name of the signature of an array's member that `up` opens.
+pub const MD: &str = "Linux md RAID (1.2)";
+
 /// How closely to examine a disk.
 #[derive(Clone, Copy, Debug)]
 pub enum Look<'a> {

@@ -288,6 +288,9 @@ impl Opener {
         question: String,
     ) -> Result<Passphrase> {
         match configured {
+            Some(KeyConfig::Ephemeral) => bail!(
+                "the configuration names no secret: with source = \"ephemeral\" the key exists only in the memory of the server"
+            ),
             Some(key) => Ok(keys::secret(key, &keys::request_for(key, disk)?)?.passphrase),
             None => passphrase::asked_as(self.key_file.as_deref(), question),
         }

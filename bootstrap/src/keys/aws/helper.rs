@@ -334,7 +334,7 @@ mod tests {
             );
             match Config::parse(&text, Path::new("/etc/x.toml")).unwrap().key {
                 KeyConfig::Aws(aws) => aws,
-                KeyConfig::File(_) => panic!(),
+                KeyConfig::File(_) | KeyConfig::Ephemeral => panic!(),
             }
         };
         let profile = |configured: &str, set: &[(&str, &str)]| {

@@ -10,7 +10,7 @@ mod terraform;
 
 use serde_json::{Map, Value, json};
 
-use crate::config::{AwsKeyConfig, Config, KeyConfig, KeyFile, SecretLocation};
+use crate::config::{AwsKeyConfig, Config, KeyConfig, SecretLocation};
 use crate::machine::selection::Selection;
 use crate::volume::VolumeType;
 use name::{KeyName, KmsKey, in_resource, in_value};
@@ -133,7 +133,7 @@ pub struct Who {
 /// The configuration describes no secret in AWS.
 #[derive(Debug, thiserror::Error)]
 #[error("no policy is needed: the configuration takes the secret from {0}, not from AWS")]
-pub struct NotAws(KeyFile);
+pub struct NotAws(String);
 
 /// The policies of a volume. Each is a policy document of AWS in JSON.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,7 +183,8 @@ pub fn policies(config: &Config, who: &Who) -> Result<Policies, NotAws> {
 fn aws(config: &Config) -> Result<&AwsKeyConfig, NotAws> {
     match &config.key {
         KeyConfig::Aws(aws) => Ok(aws),
-        KeyConfig::File(file) => Err(NotAws(file.clone())),
+        KeyConfig::File(file) => Err(NotAws(file.to_string())),
+        KeyConfig::Ephemeral => Err(NotAws("memory".to_owned())),
     }
 }
 

@@ -248,7 +248,7 @@ fn serve_metrics(server: &Server<'_>) -> Option<MetricsServer> {
 fn longest_start(config: &Config) -> Duration {
     let retried = match &config.key {
         KeyConfig::Aws(key) => key.retry_for,
-        KeyConfig::File(_) => Duration::ZERO,
+        KeyConfig::File(_) | KeyConfig::Ephemeral => Duration::ZERO,
     };
     OVERTIME.saturating_add(retried).saturating_add(config.volume.wait_for)
 }

@@ -22,6 +22,7 @@ pub(super) fn checks(config: &Config) -> Vec<Check> {
         )],
         KeyConfig::File(KeyFile::Path(path)) => vec![file(path)],
         KeyConfig::Aws(aws) => of_aws(config, aws),
+        KeyConfig::Ephemeral => vec![Check::ok("key", "`up` makes a random key, which exists in memory only")],
     }
 }
 

@@ -7,7 +7,8 @@
 use ::uuid::Uuid;
 
 use super::format::{Options, begin_without_keyslot};
-use super::{Header, Layout, read_header};
+use super::header::{Copies, Found};
+use super::{Header, Layout};
 use crate::key::VolumeKey;
 use crate::luks::format::segment_from;
 use crate::luks::kdf::{KdfOptions, MIN_ITERATIONS};
@@ -86,16 +87,23 @@ impl Header {
     }
 }
 
-/// Returns whether a disk begins with the header of an ephemeral volume. Both copies must be readable, if they are there.
+/// Returns whether a disk has the header of an ephemeral volume: one copy at least, and no copy of another header. The caller
+/// must have checked that the disk holds nothing else.
 ///
 /// # Errors
 /// [`LuksError::Store`] if the disk fails.
 pub fn is_ephemeral(store: &dyn BlockStore) -> Result<bool, LuksError> {
-    match read_header(store) {
-        Ok(header) => Ok(header.is_ephemeral()),
-        Err(error @ LuksError::Store(_)) => Err(error),
-        Err(_) => Ok(false),
+    let mut is_ephemeral = false;
+    let Copies { primary, secondary } = Copies::read(store);
+    for copy in [primary, secondary] {
+        match copy {
+            Found::Whole(whole) if whole.header.is_ephemeral() => is_ephemeral = true,
+            Found::Whole(_) | Found::Refused { .. } => return Ok(false),
+            Found::Broken(error @ LuksError::Store(_)) => return Err(error),
+            Found::Broken(_) => {}
+        }
     }
+    Ok(is_ephemeral)
 }
 
 #[cfg(test)]
@@ -145,6 +153,11 @@ mod tests {
             let _ = EPHEMERAL.begin(&disk, key(), &mut random()).unwrap().commit(&disk).unwrap();
             disk.write_at(&[0; 4096], lost).unwrap();
             assert!(is_ephemeral(&disk).unwrap(), "{lost}");
+            // A new volume was begun there, and cut off at once.
+            let mut head = [0; 4096];
+            crate::signature::put_marker(&mut head);
+            disk.write_at(&head, 0).unwrap();
+            assert_eq!(is_ephemeral(&disk).unwrap(), lost == 0);
         }
     }
 
