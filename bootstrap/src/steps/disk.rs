@@ -12,11 +12,9 @@ use engine::text::bytes;
 
 use super::volume::refuse_unless_meant;
 use super::{Boot, Step, Undo};
-use crate::config::VolumeConfig;
 use crate::volume::VolumeType;
 use crate::volume::array::{OpenArray, Wanted};
 use crate::volume::content;
-use crate::volume::ephemeral::Lifetime;
 
 #[derive(Default)]
 pub(super) struct Disk {
@@ -128,7 +126,7 @@ impl Disk {
         if let Some(header) = &boot.config.volume.header {
             boot.header = Some(match disks.exists(header)? {
                 true => disks.open(header)?,
-                false => self.make(boot, header, header_len(&boot.config.volume))?,
+                false => self.make(boot, header, header_len(boot.config.volume.kind))?,
             });
         }
         Ok(())
@@ -189,9 +187,8 @@ fn refuse_header_without_disk(boot: &Boot<'_>) -> Result<()> {
 }
 
 /// Returns the size in bytes of a new file for a detached header.
-pub(super) fn header_len(volume: &VolumeConfig) -> u64 {
-    match volume.kind {
-        VolumeType::Luks2 if volume.lifetime == Lifetime::OfServer => luks2::Ephemeral::header_len(),
+pub(super) fn header_len(kind: VolumeType) -> u64 {
+    match kind {
         VolumeType::Luks1 => luks1::header_len(VolumeKey::AES_256),
         VolumeType::Luks2 | VolumeType::Plain => luks2::Layout::default().header_len(),
     }

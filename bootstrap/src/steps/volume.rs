@@ -122,7 +122,7 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
     }
     let header: Option<Arc<dyn BlockStore>> = match &volume.header {
         Some(header) if disks.exists(header)? => Some(disks.look(header)?),
-        Some(_) => Some(Arc::new(ToBeMade(header_len(volume)))),
+        Some(_) => Some(Arc::new(ToBeMade(header_len(volume.kind)))),
         None => None,
     };
     let both = match &header {

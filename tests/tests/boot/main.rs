@@ -3,6 +3,7 @@
 mod binds;
 mod crash;
 mod disks;
+mod ephemeral;
 mod machine;
 mod plan;
 mod stop;
