@@ -5,8 +5,11 @@ use std::cell::Cell;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use bootstrap::volume::content::Look;
+use bootstrap::volume::ephemeral::{Leftover, leftover};
 use engine::key::{Passphrase, VolumeKey};
 use engine::luks::{self, Disks, HashAlgorithm, Limits, LuksError, PendingFormat, luks1, luks2};
+use engine::sector::SectorSize;
 use engine::signature::{Content, Survey, UNTOUCHED_LEN, Untouched, examine, survey};
 use engine::store::{BlockStore, FaultyStore, MemoryStore, Operation};
 use engine::xts::Xts;
@@ -175,6 +178,45 @@ fn an_abandoned_format_stays_unfinished_until_its_data_is_erased() {
         store.write_at(&[0xc5; 4096], far).unwrap();
         pending.abandon(&store).unwrap();
         assert!(store.snapshot().iter().all(|byte| *byte == 0), "{format:?}: something is left on the disk");
+    }
+}
+
+/// A disk on which each start makes a new ephemeral volume can be used by the next start, wherever this one is cut off.
+#[test]
+fn an_ephemeral_volume_can_be_made_after_every_cut() {
+    let new = luks2::Ephemeral { sector_size: SectorSize::B4096, uuid: uuid::Uuid::from_u128(7) };
+    let begin = |store: &dyn BlockStore, seed| new.begin(store, key(VolumeKey::AES_256), &mut noise(seed)).unwrap();
+    for alignment in ALIGNMENTS {
+        for (is_abandoned, is_ours) in [(false, true), (true, true), (false, false)] {
+            let mut old = vec![0; 5 << 20];
+            if is_ours {
+                let disk = MemoryStore::from(old);
+                let pending = begin(&disk, 4);
+                write_data(&disk, &pending);
+                pending.commit(&disk).unwrap();
+                old = disk.snapshot();
+            } else {
+                noise(5)(&mut old).unwrap();
+            }
+            let store = RecordingStore::new(old, alignment);
+            let pending = begin(&store, 6);
+            write_data(&store, &pending);
+            match is_abandoned {
+                true => pending.abandon(&store).unwrap(),
+                false => drop(pending.commit(&store).unwrap()),
+            }
+            let (mut unfinished, mut marks) = (0, 0);
+            store.cut_everywhere(&mut |disk| {
+                let content = examine(disk as &dyn BlockStore).unwrap();
+                match leftover(disk, &content, Look::Ends).unwrap() {
+                    Some(Leftover::Mark) => marks += 1,
+                    Some(left) => assert!(left == Leftover::Noise && !is_ours, "{content}"),
+                    None if content == Content::Unfinished => unfinished += 1,
+                    None => assert_eq!(content, Content::Blank),
+                }
+            });
+            assert!(unfinished > 0 && (marks > 0 || !is_ours), "{alignment}, {is_abandoned}, {is_ours}");
+        }
     }
 }
 

@@ -280,6 +280,11 @@ pub(super) fn begin_format(
     put_marker(&mut marked);
     store.write_at(&marked, 0)?;
     store.flush()?;
+    if let Some(HeldBack { offset, bytes }) = &secondary {
+        // An earlier volume may have left its secondary header here. No cut may leave half of it beside the marker.
+        write_zeros(store, *offset, bytes.len() as u64)?;
+        store.flush()?;
+    }
     store.write_at(&bytes[held_len..], held_len as u64)?;
     if !disks.is_detached() {
         let gap = segment.offset.saturating_sub(header_len);

@@ -7,7 +7,7 @@
 use ::uuid::Uuid;
 
 use super::format::{Options, begin_without_keyslot};
-use super::header::{Copies, Found};
+use super::header::{Copies, Copy, Found, read_copy};
 use super::{Header, Layout};
 use crate::key::VolumeKey;
 use crate::luks::format::segment_from;
@@ -89,7 +89,11 @@ impl Header {
 /// [`LuksError::Store`] if the disk fails.
 pub fn is_ephemeral(store: &dyn BlockStore) -> Result<bool, LuksError> {
     let mut is_ephemeral = false;
-    let Copies { primary, secondary } = Copies::read(store);
+    let Copies { primary, mut secondary } = Copies::read(store);
+    if matches!(primary, Found::Broken(LuksError::Unfinished)) {
+        // A new volume was begun here, and cut off at once. The other copy counts for nothing else than this.
+        secondary = read_copy(store, Copy::Secondary(Ephemeral::layout().metadata_size));
+    }
     for copy in [primary, secondary] {
         match copy {
             Found::Whole(whole) if whole.header.is_ephemeral() => is_ephemeral = true,

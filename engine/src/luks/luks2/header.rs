@@ -215,7 +215,7 @@ impl Copies {
     }
 }
 
-fn read_copy(store: &dyn BlockStore, copy: Copy) -> Found {
+pub(super) fn read_copy(store: &dyn BlockStore, copy: Copy) -> Found {
     let offset = copy.offset();
     let mut start = [0; BINARY_LEN];
     if offset.saturating_add(BINARY_LEN as u64) > store.len() {
