@@ -29,14 +29,14 @@ impl Step for MakeFilesystem {
     fn describe(&self, boot: &Boot<'_>) -> String {
         let kind = &self.wanted.kind;
         match foresee(boot) {
-            Ok(Foreseen::New) => format!("make a filesystem of type {kind} in the new volume"),
+            Ok(Foreseen::New(_)) => format!("make a filesystem of type {kind} in the new volume"),
             // What the volume holds can be seen only with the secret.
             _ => format!("make a filesystem of type {kind} if the volume turns out to be blank"),
         }
     }
 
     fn is_done(&self, boot: &Boot<'_>) -> Result<Option<bool>> {
-        let is_new = matches!(foresee(boot), Ok(Foreseen::New));
+        let is_new = matches!(foresee(boot), Ok(Foreseen::New(_)));
         if is_new {
             boot.outside.filesystems.check_mkfs(&self.wanted.kind)?;
         }

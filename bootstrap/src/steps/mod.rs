@@ -148,8 +148,8 @@ pub enum Made {
 /// What a plan says about the volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Foreseen {
-    /// The disk is blank, and a new volume would be made.
-    New,
+    /// A new volume would be made. The text says what an ephemeral volume has left there, unless the disk is blank.
+    New(Option<&'static str>),
     /// There is a volume of this format: LUKS1, LUKS2 or plain.
     There(&'static str),
 }

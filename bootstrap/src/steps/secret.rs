@@ -19,7 +19,7 @@ impl Step for Secret {
     fn describe(&self, boot: &Boot<'_>) -> String {
         let source = boot.outside.keys.describe();
         match volume::foresee(boot) {
-            Ok(Foreseen::New) if keys::is_in_header(&boot.config.key) => {
+            Ok(Foreseen::New(_)) if keys::is_in_header(&boot.config.key) => {
                 "make a secret, and have KMS encrypt it for the token in the LUKS2 header".to_owned()
             }
             _ if boot.config.volume.lifetime == Lifetime::OfServer => format!("make {source}"),

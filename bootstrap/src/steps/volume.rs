@@ -38,10 +38,14 @@ impl Step for Unlock {
             return "open the plain volume (it has no header, so a wrong key is not noticed)".to_owned();
         }
         match foresee(boot) {
-            Ok(Foreseen::New) if boot.config.volume.lifetime == Lifetime::OfServer => {
-                format!("make a new {kind} volume on {}, whose key exists in memory only", boot.data_disks)
+            Ok(Foreseen::New(left)) => {
+                let left = left.map(|left| format!(", which holds {left}")).unwrap_or_default();
+                let key = match boot.config.volume.lifetime {
+                    Lifetime::OfServer => "; its key exists in memory only",
+                    Lifetime::OfDisks | Lifetime::Lasting => "",
+                };
+                format!("make a new {kind} volume on {}{left}{key}", boot.data_disks)
             }
-            Ok(Foreseen::New) => format!("make a new {kind} volume on {}", boot.data_disks),
             Ok(Foreseen::There(found)) => format!("unlock the {found} volume"),
             // The plan shows the error as the step's obstacle.
             Err(_) => format!("unlock the LUKS volume, or make a new {kind} volume if the disk is blank"),
@@ -107,14 +111,15 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
             (false, None) => bail!("{} does not exist", path.display()),
         });
     }
-    let (data, is_new_array) = match members.as_slice() {
-        [disk] => (Arc::clone(disk), false),
+    let (data, new_array) = match members.as_slice() {
+        [disk] => (Arc::clone(disk), None),
         _ => {
             let array = open_array(boot, members)?;
             if array.pending.is_some() {
                 refuse_unless_meant(boot)?;
             }
-            (array.store, array.pending.is_some())
+            let left = array.is_replaced().then_some("only what an ephemeral volume has left");
+            (array.store, array.pending.map(|_| left))
         }
     };
     if volume.kind == VolumeType::Plain {
@@ -129,11 +134,11 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
         Some(header) => Disks::detached(header.as_ref(), data.as_ref()),
         None => data.as_ref().into(),
     };
-    let is_volume = match is_new_array {
-        true => is_volume_beside_new_array(boot, &both)?,
-        false => is_volume(boot, &both, Look::All(&[]))?,
+    let found = match new_array {
+        Some(_) => look_beside_new_array(boot, &both)?,
+        None => look_for_volume(boot, &both, Look::All(&[]))?,
     };
-    if !is_volume {
+    if let Found::Room(left) = found {
         refuse_unless_meant(boot)?;
         check_sector_size(boot, &both)?;
         check_room(boot, &both)?;
@@ -143,7 +148,7 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
                 disks.refuse_if_read_only(path).with_context(blank)?;
             }
         }
-        return Ok(Foreseen::New);
+        return Ok(Foreseen::New(left.map(Leftover::name).or(new_array.flatten())));
     }
     let limits = boot.config.volume.limits.limits(boot.outside.machine.memory_kib);
     let locked = luks::read(both, &limits).with_context(|| boot.header_disk().to_string())?;
@@ -154,52 +159,64 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
     }))
 }
 
+/// What was found in the place of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    /// A LUKS volume.
+    Volume,
+    /// Nothing that forbids making a new volume, and what an ephemeral volume has left there.
+    Room(Option<Leftover>),
+}
+
 /// Returns whether there is a LUKS volume. `false` means that this check found nothing that forbids making a new volume.
 ///
 /// # Errors
 /// Fails if the disk holds anything else, and says what.
 pub(super) fn is_volume(boot: &Boot<'_>, disks: &Disks<'_>, look: Look<'_>) -> Result<bool> {
-    if boot.makes_array() {
-        return is_volume_beside_new_array(boot, disks);
-    }
-    match look.at(disks.header())? {
-        content if leftover(boot, disks.header(), &content, look)?.is_some() => {
-            if disks.is_detached() {
-                refuse_data(boot, disks, look)?;
-            }
-            Ok(false)
-        }
-        content if content::is_luks(&content) => refuse_lasting(boot, disks, &content).map(|()| true),
-        header @ (Content::Blank | Content::Unfinished) => {
-            if disks.is_detached() {
-                // The disk may hold the data of a volume whose header was lost, or is in another file.
-                refuse_data(boot, disks, look).map_err(|refusal| match header {
-                    Content::Unfinished => refusal.context(format!(
-                        "making a volume with the header {} was interrupted. If that was on this disk, the disk holds \
-                         only the beginning of its filesystem",
-                        boot.header_disk()
-                    )),
-                    _ => refusal,
-                })?;
-            }
-            Ok(false)
-        }
-        content => Err(content::refusal(&boot.header_disk(), disks.header(), &content)),
-    }
+    look_for_volume(boot, disks, look).map(|found| found == Found::Volume)
 }
 
-/// Returns whether there is a LUKS volume, if the array is yet to be made. Only a detached header can then be one. The members were
-/// examined when the array was laid out.
-fn is_volume_beside_new_array(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<bool> {
+fn look_for_volume(boot: &Boot<'_>, disks: &Disks<'_>, look: Look<'_>) -> Result<Found> {
+    if boot.makes_array() {
+        return look_beside_new_array(boot, disks);
+    }
+    let header = look.at(disks.header())?;
+    let left = leftover(boot, disks.header(), &header, look)?;
+    if left.is_none() && content::is_luks(&header) {
+        refuse_lasting(boot, disks, &header)?;
+        return Ok(Found::Volume);
+    }
+    if left.is_none() && !matches!(header, Content::Blank | Content::Unfinished) {
+        return Err(content::refusal(&boot.header_disk(), disks.header(), &header));
+    }
     if !disks.is_detached() {
-        return Ok(false);
+        return Ok(Found::Room(left));
+    }
+    // The disk may hold the data of a volume whose header was lost, or is in another file.
+    let of_data = look_at_data(boot, disks, look).map_err(|refusal| match header {
+        Content::Unfinished => refusal.context(format!(
+            "making a volume with the header {} was interrupted. If that was on this disk, the disk holds only the beginning of \
+             its filesystem",
+            boot.header_disk()
+        )),
+        _ => refusal,
+    })?;
+    Ok(Found::Room(left.or(of_data)))
+}
+
+/// Looks for a volume, if the array is yet to be made. Only a detached header can then be one. The members were examined when the
+/// array was laid out.
+fn look_beside_new_array(boot: &Boot<'_>, disks: &Disks<'_>) -> Result<Found> {
+    if !disks.is_detached() {
+        return Ok(Found::Room(None));
     }
     let look = Look::All(&[]);
-    match look.at(disks.header())? {
-        content if leftover(boot, disks.header(), &content, look)?.is_some() => Ok(false),
-        content if content::is_luks(&content) => refuse_lasting(boot, disks, &content).map(|()| true),
-        Content::Blank | Content::Unfinished => Ok(false),
-        content => Err(content::refusal(&boot.header_disk(), disks.header(), &content)),
+    let header = look.at(disks.header())?;
+    match leftover(boot, disks.header(), &header, look)? {
+        left @ Some(_) => Ok(Found::Room(left)),
+        None if content::is_luks(&header) => refuse_lasting(boot, disks, &header).map(|()| Found::Volume),
+        None if matches!(header, Content::Blank | Content::Unfinished) => Ok(Found::Room(None)),
+        None => Err(content::refusal(&boot.header_disk(), disks.header(), &header)),
     }
 }
 
@@ -226,12 +243,14 @@ fn refuse_lasting(boot: &Boot<'_>, disks: &Disks<'_>, content: &Content) -> Resu
 }
 
 /// Refuses the data disk of a new volume with a detached header, unless it is blank or holds what an ephemeral volume has left.
-fn refuse_data(boot: &Boot<'_>, disks: &Disks<'_>, look: Look<'_>) -> Result<()> {
+fn look_at_data(boot: &Boot<'_>, disks: &Disks<'_>, look: Look<'_>) -> Result<Option<Leftover>> {
     let data = disks.data();
-    if boot.config.volume.lifetime.is_ephemeral() && leftover(boot, data, &look.at(data)?, look)?.is_some() {
-        return Ok(());
+    if boot.config.volume.lifetime.is_ephemeral()
+        && let Some(left) = leftover(boot, data, &look.at(data)?, look)?
+    {
+        return Ok(Some(left));
     }
-    content::refuse_unless_blank(&boot.data_disks, data, look)
+    content::refuse_unless_blank(&boot.data_disks, data, look).map(|()| None)
 }
 
 /// Takes the members of an array that is yet to be made.
@@ -325,10 +344,9 @@ fn begin(boot: &mut Boot<'_>, passphrase: &Passphrase) -> Result<()> {
     let locks = boot.lock_headers()?;
     // The whole disk was checked just before. If another process has made a volume or a filesystem on it since, this shows at
     // one end of the disk.
-    if is_volume(boot, &disks, Look::Ends)? {
+    let Found::Room(left) = look_for_volume(boot, &disks, Look::Ends)? else {
         bail!("{}: another process made a volume on it at the same time; try again", name());
-    }
-    let left = leftover(boot, disks.header(), &Look::Ends.at(disks.header())?, Look::Ends)?;
+    };
     if let Some(left) = left {
         tracing::info!("{} is made anew: it holds {}", name(), left.name());
     }

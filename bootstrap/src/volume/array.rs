@@ -230,7 +230,9 @@ fn named(disks: &DataDisks, error: PendingError) -> anyhow::Error {
 
 #[cfg(test)]
 mod tests {
-    use engine::store::MemoryStore;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use engine::store::{FaultyStore, MemoryStore, Operation};
 
     use super::*;
 
@@ -300,6 +302,88 @@ mod tests {
         let mut data = [0; 4096];
         array.store.read_at(&mut data, 0).unwrap();
         assert!(array.pending.is_none() && data == [5; 4096]);
+    }
+
+    /// Disks that all fail after some number of writes.
+    fn failing(members: &[Arc<dyn BlockStore>], writes: u32) -> Vec<Arc<dyn BlockStore>> {
+        let left = Arc::new(AtomicU32::new(writes));
+        let failing = |member: &Arc<dyn BlockStore>| {
+            let (left, memory) = (Arc::clone(&left), MemoryStore::zeroed(LEN));
+            let mut bytes = vec![0; LEN];
+            member.read_at(&mut bytes, 0).unwrap();
+            memory.write_at(&bytes, 0).unwrap();
+            let store = FaultyStore::new(memory, move |operation| {
+                let is_write = matches!(operation, Operation::Write(..));
+                let fails = is_write
+                    && left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_err();
+                fails.then_some(std::io::ErrorKind::NotConnected)
+            });
+            Arc::new(store) as Arc<dyn BlockStore>
+        };
+        members.iter().map(failing).collect()
+    }
+
+    /// A start that replaces an array with a lost disk can be repeated, wherever it was cut off.
+    #[test]
+    fn an_ephemeral_array_can_be_made_again_after_every_write() {
+        for lifetime in [Lifetime::OfDisks, Lifetime::OfServer] {
+            let (names, mut members) = disks(3);
+            let mut array = open_as(lifetime, &names, &members).unwrap();
+            array.begin(&names).unwrap();
+            array.write(&names).unwrap();
+            array.complete(&names);
+            members[1] = Arc::new(MemoryStore::zeroed(LEN));
+            assert!(open(&names, &members).is_err(), "an array that lasts is not made again");
+            for writes in 0.. {
+                let cut = failing(&members, writes);
+                let mut array = open_as(lifetime, &names, &cut).unwrap();
+                assert!(array.is_replaced());
+                let made = array.begin(&names).and_then(|()| array.write(&names));
+                if made.is_ok() {
+                    array.complete(&names);
+                }
+                let again = open_as(lifetime, &names, &failing(&cut, u32::MAX));
+                let again = again.unwrap_or_else(|error| panic!("{lifetime:?}, after {writes} writes: {error:#}"));
+                assert!(made.is_err() || again.pending.is_none());
+                if made.is_ok() {
+                    assert!(writes >= 6, "{writes}");
+                    break;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_lost_disk_gives_up_what_a_key_can_open() {
+        let (names, members) = disks(2);
+        let lasting = |members: &[Arc<dyn BlockStore>]| open_as(Lifetime::OfDisks, &names, members);
+        let made = |members: &[Arc<dyn BlockStore>]| {
+            let mut array = lasting(members).unwrap();
+            array.begin(&names).unwrap();
+            array.write(&names).unwrap();
+            array.complete(&names);
+        };
+        made(&members);
+        let (_, others) = disks(2);
+        made(&others);
+        let mixed = [Arc::clone(&members[0]), Arc::clone(&others[1])];
+        let error = format!("{:#}", lasting(&mixed).err().unwrap());
+        assert!(error.contains("/dev/d1: it belongs to the array"), "{error}");
+        assert!(open_as(Lifetime::OfServer, &names, &mixed).unwrap().is_replaced());
+        let mut noise = vec![0; LEN];
+        crate::machine::random::fill(&mut noise).unwrap();
+        for lost in [vec![0; LEN], noise] {
+            let lost = [Arc::clone(&members[0]), Arc::new(MemoryStore::from(lost)) as Arc<dyn BlockStore>];
+            assert!(lasting(&lost).unwrap().is_replaced());
+            // Another program takes a disk before it is locked.
+            let array = lasting(&lost).unwrap();
+            lost[1].write_at(&[0x53, 0xef], 1024 + 0x38).unwrap();
+            let error = format!("{:#}", array.begin(&names).unwrap_err());
+            assert!(error.contains("/dev/d1 was written to at the same time"), "{error}");
+            let mut first = [0; 512];
+            lost[0].read_at(&mut first, 0).unwrap();
+            assert_eq!(first, [0; 512]);
+        }
     }
 
     #[test]

@@ -55,7 +55,13 @@ impl Status {
         row("keysize:", volume.map(|volume| format!("{} bits ({})", volume.key_bits, volume.algorithm)));
         row("keyslot:", volume.and_then(|volume| volume.keyslot).map(|keyslot| keyslot.to_string()));
         let key = self.key.as_ref();
-        row("key:", key.map(|key| format!("in the server's memory for {}, from {}", age(key.age), key.source)));
+        row(
+            "key:",
+            key.map(|key| match key.source.as_str() {
+                "ephemeral" => format!("in the server's memory only, for {} (ephemeral)", age(key.age)),
+                source => format!("in the server's memory for {}, from {source}", age(key.age)),
+            }),
+        );
         row("cpu path:", volume.and_then(|volume| volume.cpu_path.clone()));
         row("disk:", (!self.disk.as_os_str().is_empty()).then(|| path(&self.disk)));
         row("header:", volume.and_then(|volume| volume.header.as_ref()).map(path));
