@@ -8,15 +8,17 @@
 //!
 //! Sector 0 of a member is unused in an array. Between `begin` and `complete` it holds the marker of an unfinished format, on
 //! every member. During this time the caller may use the array's data: it can make a volume there, and complete the volume
-//! between `write` and `complete`. So after a crash, there is a volume in an array whose superblocks are all there, or all
-//! members have the marker. In the second case, the array can be made again from the beginning.
+//! between `write` and `complete`. So after a crash, there is an array whose superblocks are all there, perhaps with a volume, or
+//! all members have the marker and some have no superblock. In the second case, the array can be made again from the beginning.
+//! The markers alone do not show that: after a crash before the end of `complete`, a complete array has them, too.
 
+use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 
 use super::array::DATA_OFFSET;
 use super::store::{OpenError, StripedStore, read_member, write_member};
-use super::{Array, ArrayError, Found, NewArray, SUPERBLOCK_LEN, SUPERBLOCK_OFFSET, Superblock, SuperblockError};
+use super::{Array, ArrayError, Found, NewArray, Role, SUPERBLOCK_LEN, SUPERBLOCK_OFFSET, Superblock, SuperblockError};
 use crate::signature::{LUKS_MAGIC, has_marker, put_marker};
 use crate::store::{BlockStore, read_unaligned, write_unaligned};
 
@@ -199,18 +201,30 @@ pub fn look(disks: &[Arc<dyn BlockStore>]) -> Result<Together, OpenError> {
     if superblocks.iter().all(is_absent) {
         return Ok(Together::NoArray);
     }
-    // A run that made an array was cut off while it wrote the superblocks. Those that are there belong to that array.
-    let of_one_array = {
-        let mut arrays = superblocks.iter().flatten().map(|superblock| superblock.array);
-        arrays.next().is_none_or(|first| arrays.all(|array| array == first))
-    };
-    match is_unfinished
-        && of_one_array
-        && superblocks.iter().all(|superblock| superblock.is_ok() || is_absent(superblock))
-    {
+    match is_unfinished && is_partly_written(&superblocks) {
         true => Ok(Together::Unfinished),
         false => Err(error),
     }
+}
+
+/// Returns whether these are the superblocks of an array that was cut off while they were written: some are absent, and the
+/// others belong to one array of exactly these disks. If all are there, the array is complete even if its members still have
+/// the marker, so a disk that is missing or does not fit is no reason to make the array again.
+fn is_partly_written(superblocks: &[Result<Superblock, SuperblockError>]) -> bool {
+    let mut there = Vec::with_capacity(superblocks.len());
+    for superblock in superblocks {
+        match superblock {
+            Ok(superblock) => there.push(superblock),
+            Err(SuperblockError::Absent) => {}
+            Err(_) => return false,
+        }
+    }
+    let is_of_one_array = there.iter().all(|superblock| superblock.array == there[0].array);
+    let is_of_these_disks = there.iter().all(|superblock| usize::try_from(superblock.members) == Ok(superblocks.len()));
+    let mut roles = HashSet::new();
+    let has_distinct_roles =
+        there.iter().all(|superblock| matches!(superblock.role(), Role::Active(role) if roles.insert(role)));
+    there.len() < superblocks.len() && is_of_one_array && is_of_these_disks && has_distinct_roles
 }
 
 /// Returns whether a LUKS volume begins in the disk's data. Its header is written only after all superblocks, so an unfinished
@@ -385,6 +399,30 @@ mod tests {
             let error = look(&disks.all).err().unwrap();
             assert!(matches!(error, OpenError::Array(ArrayError::NotMember { disk, .. }) if disk == lost), "{error}");
         }
+    }
+
+    /// A start was cut off before it removed the markers. Later, a disk is late, or another one is named in its place.
+    #[test]
+    fn a_complete_array_with_markers_is_never_unfinished() {
+        let (disks, others) = (Disks::new(3), Disks::new(2));
+        let pending = disks.pending(9);
+        pending.begin().unwrap();
+        pending.write().unwrap();
+        // The header is on no disk of the array (detached), or on the first disk only.
+        let [first, second, third] = [0, 1, 2].map(|disk| Arc::clone(&disks.all[disk]));
+        let blank = others.pending(10);
+        blank.begin().unwrap();
+        for some in [
+            vec![Arc::clone(&second), Arc::clone(&third)],
+            vec![Arc::clone(&second)],
+            vec![Arc::clone(&first), Arc::clone(&second), Arc::clone(&second)],
+            // This one has the marker, but the array was not made on it.
+            vec![Arc::clone(&first), Arc::clone(&others.all[0])],
+            vec![Arc::clone(&first), Arc::clone(&first), Arc::clone(&others.all[0])],
+        ] {
+            assert!(matches!(look(&some), Err(OpenError::Array(_))));
+        }
+        assert!(matches!(disks.look(), Together::Array(_)));
     }
 
     #[test]
