@@ -24,5 +24,13 @@ pub(super) fn run(args: Args) -> Result<()> {
     if let Err(error) = &made.read_back {
         tracing::warn!("the secret is stored, but could not be read back to check it: {error}");
     }
-    tell(format_args!("{}: stored a new secret, encrypted under {}\n", made.object, made.key_arn))
+    tell(format_args!("{}: stored a new secret, encrypted under {}\n", made.object, made.key_arn))?;
+    if args.replace {
+        tracing::warn!(
+            "a volume that was made with the earlier secret of {} does not open with the new one. If the bucket keeps versions, \
+             the earlier secret can be had back: aws s3api list-object-versions",
+            made.object
+        );
+    }
+    Ok(())
 }

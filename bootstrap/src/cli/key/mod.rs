@@ -560,17 +560,30 @@ fn rewrap(args: Rewrap) -> Result<()> {
         rewrap::Location::Object(object) => object,
     };
     tell(format_args!("{location}: the secret is now encrypted under {}\n", rewrapped.key_arn))?;
-    if let Some(key) = args.new_kms_key {
-        let path = text::path(&args.config);
-        let what = match &config.key {
-            KeyConfig::Aws(aws) if aws.kms_keys.len() > 1 => {
-                format!("put \"{key}\" at the start of the list `kms-key` under [key]")
-            }
-            _ => format!("write `kms-key = \"{key}\"` under [key]"),
-        };
-        tell(format_args!("{path}: {what}, or `nbdcrypt up` will refuse the secret\n"))?;
+    if let Some(key) = args.new_kms_key
+        && let Some(what) = to_write(&config.key, &key)
+    {
+        tell(format_args!("{}: {what}\n", text::path(&args.config)))?;
     }
     Ok(())
+}
+
+/// Returns what must change in the configuration after the secret was encrypted under `key`. Returns `None` if nothing must.
+fn to_write(configured: &KeyConfig, key: &str) -> Option<String> {
+    let keys = match configured {
+        KeyConfig::Aws(aws) => aws.kms_keys.as_slice(),
+        KeyConfig::File(_) | KeyConfig::Ephemeral => &[],
+    };
+    match keys {
+        [first, ..] if first == key => None,
+        [_, others @ ..] if others.iter().any(|listed| listed == key) => Some(format!(
+            "move \"{key}\" to the start of the list `kms-key` under [key], so that `nbdcrypt up` asks it first"
+        )),
+        [_, _, ..] => Some(format!(
+            "put \"{key}\" at the start of the list `kms-key` under [key], or `nbdcrypt up` will refuse the secret"
+        )),
+        _ => Some(format!("write `kms-key = \"{key}\"` under [key], or `nbdcrypt up` will refuse the secret")),
+    }
 }
 
 fn set_priority(args: &SetPriority) -> Result<()> {

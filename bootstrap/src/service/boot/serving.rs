@@ -168,7 +168,9 @@ impl Server<'_> {
         };
         self.note(boot);
         match completed {
-            Ok(true) => Answer::Up(format!("{} (it was attached and not mounted)", summary(self.config, boot))),
+            Ok(true) => {
+                Answer::Up(format!("{} (it was attached, but not everything was mounted)", summary(self.config, boot)))
+            }
             Ok(false) => Answer::Up(summary(self.config, boot)),
             Err(error) if boot.is_mounted() => {
                 Answer::Failed(format!("not everything of {name} is mounted: {error:#}"))

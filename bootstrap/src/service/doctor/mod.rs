@@ -75,7 +75,11 @@ impl Check {
 
 /// Returns the check of a configuration that cannot be used.
 pub fn of_config(error: &ConfigError) -> Check {
-    Check::fail("configuration", error.to_string(), "correct it: bootstrap/nbdcrypt.example.toml shows every key")
+    let cure = match error {
+        ConfigError::Read { .. } => "name the configuration of a volume, such as /etc/nbdcrypt/NAME.toml",
+        _ => "correct it: nbdcrypt.toml.example shows every key (/etc/nbdcrypt/ has it if a package was installed)",
+    };
+    Check::fail("configuration", error.to_string(), cure)
 }
 
 /// Does all checks. Without a configuration, only the machine is checked. `run_dir` is the folder of running volumes.
