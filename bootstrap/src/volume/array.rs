@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use engine::raid::{self, NewArray, OpenError, PendingArray, PendingError, Together};
+use engine::raid::{self, Found, NewArray, OpenError, PendingArray, PendingError, Together};
 use engine::signature::{self, Content, Survey};
 use engine::store::BlockStore;
 
@@ -181,6 +181,15 @@ fn replaceable(
         let content = look.at(&**member)?;
         let left = ephemeral::leftover(&**member, &content, look)?;
         if left.is_none() && !matches!(content, Content::Blank | Content::Unfinished) {
+            // Such an array is whole again once its missing disk is back, so the text must not say how to empty this one.
+            if let Some(error) =
+                broken.filter(|_| matches!(raid::read_member(&**member), Ok(Found { superblock: Ok(_), .. })))
+            {
+                let member = text::path(path);
+                return Err(explained(disks, error).context(format!(
+                    "no new array is made: {member} belongs to an array that is not an ephemeral volume's"
+                )));
+            }
             let refusal = content::refusal(&DataDisks::one(path), &**member, &content);
             return Err(refusal.context(format!(
                 "{disks} is not a complete array, so a new one would be made, but not all of its disks are blank or left by an \
@@ -383,6 +392,21 @@ mod tests {
             let mut first = [0; 512];
             lost[0].read_at(&mut first, 0).unwrap();
             assert_eq!(first, [0; 512]);
+        }
+    }
+
+    #[test]
+    fn an_array_that_lasts_is_not_to_be_emptied() {
+        let (names, members) = disks(2);
+        let mut array = open(&names, &members).unwrap();
+        array.begin(&names).unwrap();
+        array.write(&names).unwrap();
+        array.complete(&names);
+        let lost = [Arc::clone(&members[0]), Arc::new(MemoryStore::zeroed(LEN)) as Arc<dyn BlockStore>];
+        for lifetime in [Lifetime::OfDisks, Lifetime::OfServer] {
+            let error = format!("{:#}", open_as(lifetime, &names, &lost).err().unwrap());
+            assert!(error.contains("/dev/d0 belongs to an array that is not an ephemeral volume's"), "{error}");
+            assert!(error.contains("/dev/d1") && !error.contains("empty it"), "{error}");
         }
     }
 
