@@ -299,7 +299,7 @@ mod tests {
         assert!(error.contains("/dev/d1 is not blank: it holds ext2 filesystem"), "{error}");
         let one = DataDisks::one("/dev/d0");
         let error = format!("{:#}", open(&one, &members[..1]).err().unwrap());
-        assert!(error.contains("the array has 2 members, of which only 1 are there (missing roles: 1)"), "{error}");
+        assert!(error.contains("only 1 of the array's 2 members are given (missing roles: 1)"), "{error}");
     }
 
     #[test]

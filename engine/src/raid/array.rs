@@ -102,7 +102,7 @@ pub enum ArrayError {
         block: u64,
     },
     /// Some of the array's members are not among the disks.
-    #[error("the array has {of} members, of which only {there} are there (missing roles: {})", list(roles))]
+    #[error("only {there} of the array's {of} members are given (missing roles: {})", list(roles))]
     Missing {
         /// The missing roles, counted from 0, as far as the superblock has room for them.
         roles: Vec<u16>,
@@ -367,10 +367,7 @@ mod tests {
         let mut found = disks(&sizes);
         found.remove(1);
         assert_eq!(refused(&found), ArrayError::Missing { roles: vec![1], there: 2, of: 3 });
-        assert_eq!(
-            refused(&found).to_string(),
-            "the array has 3 members, of which only 2 are there (missing roles: 1)"
-        );
+        assert_eq!(refused(&found).to_string(), "only 2 of the array's 3 members are given (missing roles: 1)");
 
         let mut found = disks(&sizes);
         found[1].superblock = Err(SuperblockError::Absent);

@@ -458,7 +458,7 @@ fn several_disks_are_one_volume_whatever_their_names() {
     // One is missing, or was replaced by a blank disk, or is named twice under two names.
     let before = ["a", "b", "c"].map(|name| fs::read(machine.path(name)).unwrap());
     devices(&["a", "b"]);
-    machine.refused("up", &["3 members, of which only 2 are there (missing roles: 2)"]);
+    machine.refused("up", &["only 2 of the array's 3 members are given (missing roles: 2)"]);
     File::create(machine.path("blank")).unwrap().set_len(24 * MIB).unwrap();
     devices(&["a", "b", "blank"]);
     let blank = format!("{}: there is no md superblock", disk("blank"));
