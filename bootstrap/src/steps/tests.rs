@@ -1036,6 +1036,31 @@ fn whatever_fails_nothing_is_left_of_an_array() {
     }
 }
 
+/// A start that is cut off after the header is written leaves the mark of an unfinished format on the members.
+#[test]
+fn marks_left_on_a_complete_array_are_removed() {
+    for config in [config(), detached(), plain()] {
+        let fake = with_members();
+        fake.0.borrow_mut().passphrase = (0..64).collect();
+        array_up_and_down(&config, &fake).unwrap();
+        let complete = snapshots(&fake);
+        let mut mark = [0; 512];
+        engine::signature::put_marker(&mut mark);
+        for path in ["/dev/b", "/dev/c"] {
+            fake.0.borrow().disks[Path::new(path)].write_at(&mark, 0).unwrap();
+        }
+        if config.volume.kind != VolumeType::Plain {
+            let marked = snapshots(&fake);
+            fake.0.borrow_mut().passphrase.push(1);
+            array_up_and_down(&config, &fake).unwrap_err();
+            assert!(snapshots(&fake) == marked, "a volume that does not open is left alone");
+            fake.0.borrow_mut().passphrase.pop();
+        }
+        array_up_and_down(&config, &fake).unwrap();
+        assert!(snapshots(&fake) == complete);
+    }
+}
+
 /// A killed start leaves an array with its volume, or disks on which both can be made.
 #[test]
 fn a_start_with_an_array_is_repeated_after_a_kill() {

@@ -67,6 +67,9 @@ impl Step for Unlock {
             (false, true) => unlock(boot, &passphrase),
             (false, false) => begin(boot, &passphrase),
         };
+        if opened.is_ok() && is_there {
+            remove_markers(boot);
+        }
         opened.map_err(|error| match abandon_array(boot) {
             Ok(()) => error,
             Err(second) => error.context(format!("and {second:#}")),
@@ -258,6 +261,17 @@ fn begin_array(boot: &Boot<'_>) -> Result<()> {
     let Some(array) = boot.array.as_ref().filter(|array| array.pending.is_some()) else { return Ok(()) };
     let _locks = boot.lock_headers()?;
     array.begin(&boot.data_disks)
+}
+
+/// Removes the mark of an unfinished format that a start has left on a complete array, if it was cut off just before its end. If
+/// the mark stayed, and a member lost its superblock later, the members could be taken for those of an array that was never
+/// completed.
+fn remove_markers(boot: &Boot<'_>) {
+    let Some(array) = boot.array.as_ref().filter(|array| array.has_markers()) else { return };
+    match boot.lock_members(array) {
+        Ok(_locks) => array.remove_markers(&boot.data_disks),
+        Err(error) => tracing::warn!("the mark of an unfinished format stays on {}: {error:#}", boot.data_disks),
+    }
 }
 
 /// Undoes the beginning of a new array, unless the array is complete.

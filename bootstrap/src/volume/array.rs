@@ -123,7 +123,20 @@ impl OpenArray {
     /// Removes what shows that the array was not complete. What cannot be removed does no harm, and is logged.
     pub fn complete(&mut self, disks: &DataDisks) {
         self.pending = None;
-        if self.members.iter().any(|member| member.is_read_only()) {
+        self.remove_markers(disks);
+    }
+
+    /// Returns whether a member of a complete array has the mark of an unfinished format. A start that was cut off after the array
+    /// was complete has left it.
+    pub fn has_markers(&self) -> bool {
+        let has_marker = |member: &Arc<dyn BlockStore>| signature::has_marker(&**member).unwrap_or(false);
+        self.pending.is_none() && self.members.iter().any(has_marker)
+    }
+
+    /// Removes the mark of an unfinished format from the members of a complete array. The members must be locked. A mark that
+    /// cannot be removed does no harm as long as each member has its superblock, and is logged.
+    pub fn remove_markers(&self, disks: &DataDisks) {
+        if self.pending.is_some() || self.members.iter().any(|member| member.is_read_only()) {
             return;
         }
         if let Err(error) = raid::remove_markers(&self.members) {
