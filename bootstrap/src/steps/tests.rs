@@ -1061,6 +1061,25 @@ fn marks_left_on_a_complete_array_are_removed() {
     }
 }
 
+/// Without a header on the disk, one member of an array would open as a volume of noise.
+#[test]
+fn a_volume_is_not_opened_on_one_disk_of_its_array() {
+    for config in [plain(), detached()] {
+        let fake = with_members();
+        fake.0.borrow_mut().passphrase = (0..64).collect();
+        array_up_and_down(&config, &fake).unwrap();
+        let before = snapshots(&fake);
+        let one = || DataDisks::one("/dev/b");
+        let says = "/dev/b is no volume by itself: it is one of the 3 disks of the array";
+        let error = format!("{:#}", up_on(one(), &config, &fake, |_, _| panic!("it went on")).unwrap_err());
+        assert!(error.contains(says), "{error}");
+        let boot = Boot::new(&config, one(), fake.outside());
+        let refused = all(&config).iter().filter_map(|step| step.is_done(&boot).err()).collect::<Vec<_>>();
+        assert!(refused.iter().any(|error| format!("{error:#}").contains(says)), "a plan says so, too: {refused:?}");
+        assert!(snapshots(&fake) == before);
+    }
+}
+
 /// A killed start leaves an array with its volume, or disks on which both can be made.
 #[test]
 fn a_start_with_an_array_is_repeated_after_a_kill() {

@@ -19,7 +19,7 @@ use super::{Boot, Facts, Foreseen, Step, Undo, need};
 use crate::config::{KeyConfig, KeyFile};
 use crate::keys::opening::{self, Then};
 use crate::volume::VolumeType;
-use crate::volume::array::OpenArray;
+use crate::volume::array::{self, OpenArray};
 use crate::volume::content::{self, Look};
 use crate::volume::ephemeral::{self, Leftover, Lifetime};
 use crate::volume::new_volume;
@@ -61,6 +61,9 @@ impl Step for Unlock {
         let passphrase = need(boot.passphrase.take(), "the secret")?;
         let is_plain = boot.config.volume.kind == VolumeType::Plain;
         let is_there = is_plain || is_volume(boot, &boot.disks()?, Look::All(&[]))?;
+        if is_there {
+            refuse_lone_member(boot, need(boot.disk.as_ref(), "the open disk")?.as_ref())?;
+        }
         begin_array(boot)?;
         let opened = match (is_plain, is_there) {
             (true, _) => open_plain(boot, &passphrase),
@@ -126,6 +129,7 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
         }
     };
     if volume.kind == VolumeType::Plain {
+        refuse_lone_member(boot, data.as_ref())?;
         return Ok(Foreseen::There("plain"));
     }
     let header: Option<Arc<dyn BlockStore>> = match &volume.header {
@@ -153,6 +157,7 @@ fn look_ahead(boot: &Boot<'_>) -> Result<Foreseen> {
         }
         return Ok(Foreseen::New(left.map(Leftover::name).or(new_array.flatten())));
     }
+    refuse_lone_member(boot, data.as_ref())?;
     let limits = boot.config.volume.limits.limits(boot.outside.machine.memory_kib);
     let locked = luks::read(both, &limits).with_context(|| boot.header_disk().to_string())?;
     opening::warn_of_copies(&boot.header_disk(), both.header(), Then::Stays);
@@ -254,6 +259,15 @@ fn look_at_data(boot: &Boot<'_>, disks: &Disks<'_>, look: Look<'_>) -> Result<Op
         return Ok(Some(left));
     }
     content::refuse_unless_blank(&boot.data_disks, data, look).map(|()| None)
+}
+
+/// Refuses to open a volume without a header of its own on one disk of an array. The volume would decrypt to noise.
+fn refuse_lone_member(boot: &Boot<'_>, data: &dyn BlockStore) -> Result<()> {
+    let volume = &boot.config.volume;
+    match boot.data_disks.single() {
+        Some(path) if volume.kind == VolumeType::Plain || volume.header.is_some() => array::refuse_member(path, data),
+        _ => Ok(()),
+    }
 }
 
 /// Takes the members of an array that is yet to be made.

@@ -1,9 +1,10 @@
 //! Several disks as one: opens the array that they form, or lays out a new array on blank disks.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use engine::raid::{self, Found, NewArray, OpenError, PendingArray, PendingError, Together};
+use engine::raid::{self, Found, NewArray, OpenError, PendingArray, PendingError, Superblock, Together};
 use engine::signature::{self, Content, Survey};
 use engine::store::BlockStore;
 
@@ -173,6 +174,21 @@ pub fn open_to_look(disks: &DataDisks) -> Result<Arc<dyn BlockStore>> {
             bail!("{disks} does not exist: no disk has a superblock of an array")
         }
     }
+}
+
+/// Checks that a single disk is not a member of an array. If a volume has no header on its disk, nothing else shows that the other
+/// members are missing.
+///
+/// # Errors
+/// Fails if the disk has a superblock of a RAID 0 array. The text says to name all members.
+pub fn refuse_member(path: &Path, disk: &dyn BlockStore) -> Result<()> {
+    let at = text::path(path);
+    let Ok(Superblock { array, members, .. }) = raid::read_member(disk).with_context(|| at.clone())?.superblock else {
+        return Ok(());
+    };
+    bail!(
+        "{at} is no volume by itself: it is one of the {members} disks of the array {array} (Linux md RAID 0). `nbdcrypt up` opens          the array if all of them are listed as `devices` under [volume]. If the array is of no use any more, remove its mark          with `wipefs --all --types linux_raid_member {at}`"
+    )
 }
 
 /// Checks that each disk of an ephemeral volume may become a member of a new array: that it is blank, or holds what such a volume

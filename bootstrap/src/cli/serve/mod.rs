@@ -40,6 +40,7 @@ use crate::machine::{activation, cpu, disk, group, process};
 use crate::service::metrics::{self, MetricsServer, Observed};
 use crate::service::status::Requests;
 use crate::text;
+use crate::volume::array;
 use crate::volume::data_disks::DataDisks;
 
 #[derive(Debug, clap::Args)]
@@ -370,6 +371,9 @@ fn look<'a>(args: &'a Args, path: &'a Path) -> Result<Found<'a>> {
         Access::ReadOnly => disk::open(path, access, caching)?,
         Access::ReadWrite => disk::open_as_allowed(path, caching)?,
     };
+    if !args.has_header || args.header.header.is_some() {
+        array::refuse_member(path, &store)?;
+    }
     let (kind, segment) = match args.has_header {
         true => {
             args.plain.refuse()?;
@@ -642,6 +646,34 @@ mod tests {
         assert_eq!([mode("0660"), mode("600"), mode("0")], [Ok(0o660), Ok(0o600), Ok(0)]);
         for wrong in ["", "rw", "0888", "01777", "+600", "-1", "0o660"] {
             assert!(mode(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[derive(clap::Parser)]
+    struct Typed {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn one_disk_of_an_array_is_not_served_without_its_own_header() {
+        use clap::Parser;
+        use engine::raid::{self, NewArray};
+        use engine::store::MemoryStore;
+        use uuid::Uuid;
+
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let members = vec![(8 << 20, Uuid::nil()); 2];
+        let new = NewArray { uuid: Uuid::nil(), name: "scratch".into(), now: 1, chunk: 64 << 10, members };
+        let disk = MemoryStore::zeroed(8 << 20);
+        raid::write_member(&disk, &new.superblocks().unwrap()[0]).unwrap();
+        std::fs::write(file.path(), disk.snapshot()).unwrap();
+        let path = file.path().to_str().unwrap();
+        for options in [["--type", "plain"], ["--header", "/nonexistent"]] {
+            let typed = ["serve", "--page-cache", path].into_iter().chain(options);
+            let args = Typed::try_parse_from(typed).unwrap().args;
+            let error = format!("{:#}", look(&args, file.path()).err().unwrap());
+            assert!(error.contains("is no volume by itself: it is one of the 2 disks of the array"), "{error}");
         }
     }
 }
