@@ -1,4 +1,4 @@
-//! `nbdcrypt-pages FOLDER`: writes the man pages and the shell completions of both programs into FOLDER.
+//! `nbdcrypt-pages FOLDER`: writes the man pages, the shell completions and the libraries' licences of both programs into FOLDER.
 //!
 //! This is a program of its own, so that the programs that users run carry nothing that only a package needs.
 //!
@@ -6,10 +6,12 @@
 //! FOLDER/man1/   one page for each command of nbdcrypt, and one for nbdcrypt-bench
 //! FOLDER/man5/   nbdcrypt.toml(5)
 //! FOLDER/bash/   FOLDER/zsh/   FOLDER/fish/
+//! FOLDER/licences/   of the libraries in the programs, and of Rust's standard library
 //! ```
 
 mod commands;
 mod configuration;
+mod licences;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,7 +31,7 @@ fn programs() -> [Command; 2] {
 }
 
 fn write_all(folder: &Path) -> Result<()> {
-    for name in ["man1", "man5", "bash", "zsh", "fish"] {
+    for name in ["man1", "man5", "bash", "zsh", "fish", "licences"] {
         fs::create_dir_all(folder.join(name))?;
     }
     let [nbdcrypt, bench] = programs();
@@ -51,5 +53,9 @@ fn write_all(folder: &Path) -> Result<()> {
         }
     }
     fs::write(folder.join("man5/nbdcrypt.toml.5"), configuration::page()?)?;
+    fs::write(folder.join("licences/libraries.txt"), licences::list()?)?;
+    if let Some(page) = licences::of_the_standard_library() {
+        fs::write(folder.join("licences/rust-library.html"), page)?;
+    }
     Ok(())
 }

@@ -25,7 +25,14 @@ fn built() -> tempfile::TempDir {
     for program in ["nbdcrypt", "nbdcrypt-bench"] {
         fs::copy("/bin/true", dir.path().join("release").join(program)).unwrap();
     }
-    for page in ["man1/nbdcrypt.1", "man5/nbdcrypt.toml.5", "bash/nbdcrypt", "zsh/_nbdcrypt", "fish/nbdcrypt.fish"] {
+    for page in [
+        "man1/nbdcrypt.1",
+        "man5/nbdcrypt.toml.5",
+        "bash/nbdcrypt",
+        "zsh/_nbdcrypt",
+        "fish/nbdcrypt.fish",
+        "licences/libraries.txt",
+    ] {
         let page = dir.path().join("pages").join(page);
         fs::create_dir_all(page.parent().unwrap()).unwrap();
         fs::write(page, "a page\n").unwrap();
@@ -67,6 +74,7 @@ fn uninstall_removes_exactly_what_install_made() {
             "bin/nbdcrypt",
             "bin/nbdcrypt-bench",
             "share/man/man1/nbdcrypt.1.gz",
+            "share/doc/nbdcrypt/licences/libraries.txt",
             "lib/udev/rules.d/61-nbdcrypt.rules",
             "lib/systemd/system/nbdcrypt-serve@.service",
             "lib/systemd/system/nbdcrypt-serve@.socket",

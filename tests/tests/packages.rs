@@ -333,6 +333,23 @@ fn lintian_has_no_complaint() {
     assert!(said.status.success(), "{}", told(&said));
 }
 
+/// Every library in the programs has its licence in the packages, and so has Rust's standard library.
+#[test]
+fn the_packages_hold_the_licences_of_the_libraries() {
+    let folder = packages().join("deb/usr/share/doc/nbdcrypt/licences");
+    let list = fs::read_to_string(folder.join("libraries.txt")).unwrap();
+    assert!(fs::read_to_string(folder.join("rust-library.html")).unwrap().contains("The Rust Standard Library"));
+    let in_programs = bash(
+        "cd \"$1\"; cargo tree --locked -p nbdcrypt -p nbdcrypt-benches -e normal,no-proc-macro --prefix none -f '{p}' |
+         sed -n '/ (\\//d; s/^\\([^ ]*\\) v\\([^ ]*\\).*/\\1 \\2/p' | sort -u",
+        &[top()],
+    );
+    assert!(in_programs.lines().count() > 100, "{in_programs}");
+    for library in in_programs.lines() {
+        assert!(list.contains(&format!("\n\n{library}\n")), "{library}");
+    }
+}
+
 /// The list of libraries is SPDX, and names what is in the programs and not what only builds or tests them.
 #[test]
 fn the_sbom_names_the_libraries() {
