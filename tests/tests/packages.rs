@@ -214,7 +214,9 @@ fn the_deb_is_installed_used_and_removed() {
          done",
     );
     // Someone enables a volume and writes its configuration.
-    root.run("systemctl enable nbdcrypt@scratch.service; echo mine > /etc/nbdcrypt/scratch.toml");
+    root.run(
+        "systemctl enable nbdcrypt@scratch.service nbdcrypt-serve@data.socket; echo mine > /etc/nbdcrypt/scratch.toml",
+    );
     root.run("dpkg --remove nbdcrypt");
     root.run("test -e /etc/nbdcrypt/nbdcrypt.toml.example; ! test -e /usr/bin/nbdcrypt");
     root.run("dpkg --purge nbdcrypt");
@@ -287,7 +289,9 @@ fn the_rpm_is_installed_used_and_removed() {
     bash("rpm --root \"$1\" --nodeps -i \"$2\"", &[root.path(), &rpm]);
     assert_eq!(root.run("nbdcrypt --version"), format!("nbdcrypt {}\n", env!("CARGO_PKG_VERSION")));
     bash("rpm --root \"$1\" -V --nodeps nbdcrypt", &[root.path()]);
-    root.run("systemctl enable nbdcrypt@scratch.service; echo mine > /etc/nbdcrypt/scratch.toml");
+    root.run(
+        "systemctl enable nbdcrypt@scratch.service nbdcrypt-serve@data.socket; echo mine > /etc/nbdcrypt/scratch.toml",
+    );
     bash("rpm --root \"$1\" -e nbdcrypt", &[root.path()]);
     let mut left = root.files();
     for path in ["/etc/nbdcrypt", "/etc/nbdcrypt/scratch.toml"] {
