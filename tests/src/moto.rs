@@ -244,6 +244,16 @@ pub struct Client {
     environment: Vec<(String, String)>,
 }
 
+impl Drop for Client {
+    fn drop(&mut self) {
+        // The mountpoint of a volume that was up is immutable, so the directory could not be removed.
+        let mountpoint = self.dir().join("mnt");
+        if mountpoint.is_dir() {
+            let _ = bootstrap::machine::bare_folder::unprotect(&mountpoint);
+        }
+    }
+}
+
 impl Client {
     /// Makes a client without region, credentials or endpoint.
     pub fn new() -> Self {

@@ -80,10 +80,6 @@ impl Drop for Instance {
         if self.path("run/scratch").exists() {
             self.run("down");
         }
-        // The mountpoint of a volume that was up is immutable, so the folder could not be removed.
-        if self.path("mnt").is_dir() {
-            let _ = bootstrap::machine::bare_folder::unprotect(&self.path("mnt"));
-        }
     }
 }
 
