@@ -344,10 +344,10 @@ impl Filesystems for RealFilesystems<'_> {
         });
         match mounted {
             Ok(_) => Ok(()),
-            // `mount` was ended after it had mounted the filesystem. The filesystem must then be unmounted normally.
-            Err(ProgramError::Interrupted { .. } | ProgramError::TimedOut { .. })
-                if mounts::at(device, &filesystem.mountpoint)? == mounts::At::Mounted =>
-            {
+            // `mount` was ended after it had mounted the filesystem: by this process, or by another one, such as the kernel when
+            // memory runs out. The filesystem is then unmounted normally, when the volume goes down.
+            Err(error) if mounts::at(device, &filesystem.mountpoint)? == mounts::At::Mounted => {
+                tracing::warn!("the filesystem is mounted, although {error}");
                 Ok(())
             }
             Err(error) => Err(error.into()),
@@ -363,7 +363,11 @@ impl Filesystems for RealFilesystems<'_> {
         // A request to stop does not interrupt this: the filesystem is mounted already, so the volume is stopped as one that is up.
         match programs::run(&program, &args, WHOLE_FILESYSTEM) {
             Ok(_) => Ok(()),
-            Err(ProgramError::TimedOut { .. }) if mounts::at(device, target)? == mounts::At::Mounted => Ok(()),
+            // The process was ended after it had mounted the folder, which is the last thing that it does.
+            Err(error) if has_no_reason(&error) && mounts::at(device, target)? == mounts::At::Mounted => {
+                tracing::warn!("{} is mounted, although {error}", target.display());
+                Ok(())
+            }
             Err(ProgramError::TimedOut { .. }) => {
                 bail!("this took longer than {} minutes", WHOLE_FILESYSTEM.as_secs() / 60)
             }
@@ -488,6 +492,15 @@ impl EveryMinute {
             self.reported = minutes;
             minutes
         })
+    }
+}
+
+/// Returns whether a program was ended, so that it could not say what failed.
+fn has_no_reason(error: &ProgramError) -> bool {
+    match error {
+        ProgramError::TimedOut { .. } | ProgramError::Interrupted { .. } => true,
+        ProgramError::Failed { said, .. } => said.is_empty(),
+        ProgramError::Missing { .. } | ProgramError::Start { .. } => false,
     }
 }
 
