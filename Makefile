@@ -16,7 +16,8 @@ help:
 	@echo "make packages       a .deb and an .rpm, in target/packages"
 	@echo "make test-packages  installs, uses and removes them in a clean Debian (needs root: chroot)"
 	@echo "make bench   throughput beside the limit of this CPU and beside other libraries; tables and charts in target/"
-	@echo "make soak    start and stop a volume SOAK_ROUNDS times (200) by its systemd unit, and see that nothing is left"
+	@echo "make soak    start and stop a volume SOAK_ROUNDS times (200) by its systemd unit, and see that nothing is left; then"
+	@echo "             cut \`up\` off after each system call that changes state, start it again, and see the same"
 	@echo "make fuzz    fuzz each parser for FUZZ_SECONDS seconds (60)"
 
 setup-demo:
@@ -65,3 +66,4 @@ soak: setup-test
 	cargo build --locked --workspace --bin nbdcrypt
 	NBDCRYPT_SOAK_ROUNDS=$(SOAK_ROUNDS) cargo test --locked --workspace --features nbdcrypt-tests/interop --test kernel -- \
 		systemd_stop_waits --nocapture
+	NBDCRYPT_CUTS=all cargo test --locked --workspace --features nbdcrypt-tests/interop --test boot -- cuts --nocapture

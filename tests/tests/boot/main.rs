@@ -2,6 +2,7 @@
 
 mod binds;
 mod crash;
+mod cuts;
 mod disks;
 mod ephemeral;
 mod machine;
