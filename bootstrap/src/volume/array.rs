@@ -187,7 +187,9 @@ pub fn refuse_member(path: &Path, disk: &dyn BlockStore) -> Result<()> {
         return Ok(());
     };
     bail!(
-        "{at} is no volume by itself: it is one of the {members} disks of the array {array} (Linux md RAID 0). `nbdcrypt up` opens          the array if all of them are listed as `devices` under [volume]. If the array is of no use any more, remove its mark          with `wipefs --all --types linux_raid_member {at}`"
+        "{at} is no volume by itself: it is one of the {members} disks of the array {array} (Linux md RAID 0). `nbdcrypt up` opens \
+         the array if all of them are listed as `devices` under [volume]. If the array is of no use any more, remove its mark \
+         with `wipefs --all --types linux_raid_member {at}`"
     )
 }
 
