@@ -87,8 +87,11 @@ fn a_broken_configuration_is_one_of_the_checks() {
     client.file("test.toml", "[volume]\ndevice = [\"/x\"]\n");
     let (code, checks) = doctor(&client);
     assert_eq!(code, Some(1));
-    is(&checks, "configuration", "fail", &["device", "example.toml"]);
+    is(&checks, "configuration", "fail", &["device", "nbdcrypt.toml.example shows every key"]);
     one(&checks, "clock");
+    let missing = run(&client, &["doctor", "--json", "missing.toml"]);
+    let checks: Vec<Value> = serde_json::from_slice(&missing.stdout).unwrap();
+    is(&checks, "configuration", "fail", &["missing.toml", "name the configuration of a volume"]);
     assert_eq!(run(&client, &["doctor", "a.toml", "b.toml"]).status.code(), Some(2));
 }
 
