@@ -5,6 +5,7 @@ use std::process::Output;
 use std::sync::LazyLock;
 
 use harness::moto::{ACCOUNT, Client, Moto, REGION};
+use harness::nbdcrypt::{binary, told};
 use serde_json::{Value, json};
 
 static MOTO: LazyLock<Moto> = LazyLock::new(Moto::start);
@@ -75,7 +76,9 @@ fn an_existing_object_is_replaced_only_on_request() {
     client.shell("printf precious > precious; aws s3 cp precious s3://test-exists/key");
     refused(&run(&client, &["provision"], &config), &["s3://test-exists/key exists", "--replace"]);
     assert_eq!(client.shell("aws s3 cp s3://test-exists/key -"), "precious");
-    assert!(run(&client, &["provision", "--replace"], &config).status.success());
+    let replaced = client.command(binary()).args(["provision", "--replace"]).arg(&config).output().unwrap();
+    let said = told(&replaced);
+    assert!(replaced.status.success() && said.contains("does not open with the new secret"), "{said}");
     let first = by_shell(&client, "exists");
     assert!(run(&client, &["provision", "--replace"], &config).status.success());
     assert_ne!(by_shell(&client, "exists"), first, "each secret is new");

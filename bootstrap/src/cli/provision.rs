@@ -27,8 +27,8 @@ pub(super) fn run(args: Args) -> Result<()> {
     tell(format_args!("{}: stored a new secret, encrypted under {}\n", made.object, made.key_arn))?;
     if args.replace {
         tracing::warn!(
-            "a volume that was made with the earlier secret of {} does not open with the new one. If the bucket keeps versions, \
-             the earlier secret can be had back: aws s3api list-object-versions",
+            "a volume that was made with an earlier secret in {} does not open with the new secret. If the bucket keeps versions, \
+             `aws s3api list-object-versions` finds the earlier secret",
             made.object
         );
     }

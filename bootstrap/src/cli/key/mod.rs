@@ -646,3 +646,26 @@ fn rows(dump: &Dump) -> Vec<Value> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_a_rewrap_only_what_is_missing_is_to_be_written() {
+        let said = |configured: &str| {
+            let text = format!(
+                "[volume]\ndevices = [\"/x\"]\n[key]\nsource = \"aws\"\nobject = \"s3://bucket/key\"\n{configured}\n"
+            );
+            to_write(&Config::parse(&text, std::path::Path::new("/etc/x.toml")).unwrap().key, "alias/new")
+        };
+        assert_eq!(said("kms-key = \"alias/new\""), None);
+        assert_eq!(said("kms-key = [\"alias/new\", \"alias/old\"]"), None);
+        let listed = said("kms-key = [\"alias/old\", \"alias/new\"]").unwrap();
+        assert!(listed.contains("move") && !listed.contains("refuse"), "{listed}");
+        let unlisted = said("kms-key = [\"alias/old\", \"alias/older\"]").unwrap();
+        assert!(unlisted.contains("at the start of the list") && unlisted.contains("refuse"), "{unlisted}");
+        let another = said("kms-key = \"alias/old\"").unwrap();
+        assert!(another.contains("write `kms-key = \"alias/new\"`") && another.contains("refuse"), "{another}");
+    }
+}
