@@ -69,8 +69,8 @@ fn of_tokens(disks: Disks<'_>) -> Result<Vec<(String, Result<SecretRequest>)>> {
 fn opens(config: &Config, disks: Disks<'_>, memory_kib: u64, request: &SecretRequest) -> Result<Opens> {
     if config.volume.lifetime == Lifetime::OfServer {
         bail!(
-            "there is no secret to verify: with source = \"ephemeral\" each `nbdcrypt up` makes a new volume with a new key, which \
-             no header and no file contains"
+            "there is no secret to verify: with source = \"ephemeral\" each `nbdcrypt up` makes a new volume with a new key, \
+             which is never stored"
         )
     }
     let Secret { passphrase, .. } = secret(&config.key, request)?;

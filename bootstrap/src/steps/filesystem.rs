@@ -45,7 +45,7 @@ impl Step for MakeFilesystem {
 
     fn run(&mut self, boot: &mut Boot<'_>) -> Result<()> {
         let volume = need(boot.volume.as_ref(), "the open volume")?;
-        // The data of an array that is made anew is not worth a look, although its volume's header may be elsewhere.
+        // An ephemeral array that is made anew is not examined: what it held is lost, also if its volume has a detached header.
         let is_anew = boot.config.volume.lifetime.is_ephemeral() && boot.makes_array();
         if boot.pending.is_none() && !is_anew {
             let (wanted, at) = (&self.wanted.kind, &boot.data_disks);

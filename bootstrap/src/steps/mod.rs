@@ -255,7 +255,7 @@ impl<'o> Boot<'o> {
             let header = self.config.volume.header.as_ref();
             let header = header.map(|header| format!(", with its header in {}", header.display())).unwrap_or_default();
             let why = match self.is_anew {
-                true => "what was there had lost its key, its header or a disk",
+                true => "it replaces what an ephemeral volume had left there",
                 false => "no volume was there",
             };
             return Some(format!("{name}: made a new, empty volume on {disk}{header} ({why})"));

@@ -1070,7 +1070,7 @@ fn a_volume_is_not_opened_on_one_disk_of_its_array() {
         array_up_and_down(&config, &fake).unwrap();
         let before = snapshots(&fake);
         let one = || DataDisks::one("/dev/b");
-        let says = "/dev/b is no volume by itself: it is one of the 3 disks of the array";
+        let says = "/dev/b does not hold a volume by itself: it is one of the 3 disks of the array";
         let error = format!("{:#}", up_on(one(), &config, &fake, |_, _| panic!("it went on")).unwrap_err());
         assert!(error.contains(says), "{error}");
         let boot = Boot::new(&config, one(), fake.outside());

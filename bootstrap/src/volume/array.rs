@@ -187,7 +187,7 @@ pub fn refuse_member(path: &Path, disk: &dyn BlockStore) -> Result<()> {
         return Ok(());
     };
     bail!(
-        "{at} is no volume by itself: it is one of the {members} disks of the array {array} (Linux md RAID 0). `nbdcrypt up` opens \
+        "{at} does not hold a volume by itself: it is one of the {members} disks of the array {array} (Linux md RAID 0). `nbdcrypt up` opens \
          the array if all of them are listed as `devices` under [volume]. If the array is of no use any more, remove its mark \
          with `wipefs --all --types linux_raid_member {at}`"
     )
@@ -197,8 +197,9 @@ pub fn refuse_member(path: &Path, disk: &dyn BlockStore) -> Result<()> {
 /// has left. Returns what they hold at their ends if one of them is not blank. `broken` says why the disks are no array, if some
 /// are members of one.
 ///
-/// A volume that lasts as long as its disks is given up only if a disk shows that another one was lost: if it is no member of an
-/// ephemeral array. If all are members, the missing one may be late, or the wrong disks may be named.
+/// With [`Lifetime::OfDisks`], the array is given up only if at least one of the disks is not a member of an ephemeral array: that
+/// disk has taken the place of a lost one. If all disks are members, the missing disk may be late, or the configuration may name
+/// the wrong disks.
 fn replaceable(
     disks: &DataDisks,
     members: &[Arc<dyn BlockStore>],

@@ -673,7 +673,10 @@ mod tests {
             let typed = ["serve", "--page-cache", path].into_iter().chain(options);
             let args = Typed::try_parse_from(typed).unwrap().args;
             let error = format!("{:#}", look(&args, file.path()).err().unwrap());
-            assert!(error.contains("is no volume by itself: it is one of the 2 disks of the array"), "{error}");
+            assert!(
+                error.contains("does not hold a volume by itself: it is one of the 2 disks of the array"),
+                "{error}"
+            );
         }
     }
 }
