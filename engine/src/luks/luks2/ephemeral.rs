@@ -2,7 +2,7 @@
 //!
 //! The header of such a volume has a digest and a segment, and no keyslot. It is the mark by which the next start knows that
 //! the data on the disk is lost for good, so that a new volume may be made there. A header that has lost its keyslots, as by
-//! `cryptsetup luksErase`, is no such mark: the mark has the subsystem [`SUBSYSTEM`].
+//! `cryptsetup luksErase`, does not count as this mark, because it lacks the subsystem [`SUBSYSTEM`].
 
 use ::uuid::Uuid;
 
